@@ -1,0 +1,698 @@
+"""Text in, token batches out: tokenizer, chat template, built-in problems, files of rows, packing.
+
+The tokenizer is SentencePiece itself, on the `tokenizer.model` of a Hugging Face Gemma directory.
+Three facts about it shape this file:
+
+1. `<start_of_turn>` and `<end_of_turn>` are USER_DEFINED pieces: SentencePiece matches them inside
+   any text. Text comes from people, data sets and models, so it is *neutralised*: a literal
+   `<end_of_turn>` is encoded as `<` + `end_of_turn>`, reads the same and never ends a turn. HTML
+   tags and runs of newlines or spaces are USER_DEFINED too, and stay whole.
+2. `<bos>`, `<eos>`, `<pad>` are CONTROL pieces: text never produces them. A row has one BOS, by id.
+3. Ids differ between the families (Gemma 3's `<end_of_turn>` is Gemma 2's `<start_of_turn>`), so
+   every id is looked up by piece.
+"""
+
+import bisect
+import hashlib
+import json
+import operator
+import os
+import random
+import re
+import urllib.request
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+# --- tokenizer and chat template ------------------------------------------------------------------
+
+START, END = "<start_of_turn>", "<end_of_turn>"
+IMAGE_PIECES = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+# What text must never become, in either family. Each has one "<" or "[", in front, so a text cut
+# behind the first character of every match holds none of them.
+STEERING = re.compile(
+    r"<(?:(?:start|end)_of_(?:turn|image)|image_soft_token|mask|2mass|unused[0-9]+)>"
+    r"|\[(?:multimodal|@BOS@)\]"
+)
+FAMILIES = {"gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}  # by model_type
+
+# `Tokenizer.render` as Jinja, for other programs that open a directory we saved.
+CHAT_TEMPLATE = r"""
+{{- bos_token -}}
+{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
+{%- for m in (messages[1:] if system else messages) -%}
+{%- set role = 'model' if m.role == 'assistant' else m.role -%}
+{%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
+{%- endif -%}
+{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
+{{- (m.content | trim) + '<end_of_turn>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
+"""
+NO_SYSTEM = r"""
+{%- if messages[0].role == 'system' -%}
+{{- raise_exception('System role not supported') -}}
+{%- endif -%}
+"""
+
+
+def fold_system(messages: list[dict]) -> list[dict]:
+    """Moves the system text into the first user turn: what Gemma 3's template does itself."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
+    if len(messages) < 2 or messages[1]["role"] != "user":
+        raise ValueError("a system message must be followed by a user message")
+    text = messages[0]["content"] + "\n\n" + messages[1]["content"].strip()
+    return [{"role": "user", "content": text}, *messages[2:]]
+
+
+class Tokenizer:
+    """Gemma's SentencePiece model and chat template, from a model directory or a `tokenizer.model`.
+
+    Messages are `{"role": "system" | "user" | "assistant", "content": str}`; "model" is another
+    name for "assistant". `family`, "gemma2" or "gemma3", decides the template; it is read from the
+    `config.json` beside the file unless given, and is "gemma3" where there is none.
+    """
+
+    def __init__(self, path: str | Path, family: str | None = None):
+        path = Path(path)
+        file = path / "tokenizer.model" if path.is_dir() else path
+        if not file.is_file():
+            fix = "--tokenizer DIR takes a Hugging Face directory with a tokenizer.model"
+            raise ValueError(f"{file}: no such file; {fix}")
+        self.file = file
+        self.sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp.load_from_serialized_proto(file.read_bytes())
+            self.vocab_size = self.sp.get_piece_size()
+        except RuntimeError:
+            raise ValueError(f"{file}: expected a SentencePiece model, found none") from None
+
+        config = file.parent / "config.json"
+        if family is None and config.is_file():
+            family = json.loads(config.read_text()).get("model_type")
+            if family not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise ValueError(f"{config}: expected model_type {known}, found {family!r}")
+        self.family = FAMILIES[family or "gemma3"]
+
+        pieces = ("<unk>", "<pad>", "<bos>", "<eos>", START, END)
+        if missing := [piece for piece in pieces if piece not in self]:
+            raise ValueError(f"{file}: expected Gemma's pieces, found no {', '.join(missing)}")
+        for piece in (START, END):
+            if (found := self.sp.encode(piece, out_type=str)) != [piece]:
+                raise ValueError(f"{file}: expected {piece} in a text as one piece, found {found}")
+        ids = self.sp.piece_to_id(list(pieces))
+        self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
+        self.hidden = dict(zip(ids[1:], pieces[1:], strict=True))  # from the reader, by `decode`
+        self.stop_ids = (self.end_of_turn, self.eos)
+        self.forbidden_ids = tuple(self.sp.piece_to_id(p) for p in IMAGE_PIECES if p in self)
+
+    def __contains__(self, piece: str) -> bool:
+        return self.sp.id_to_piece(self.sp.piece_to_id(piece)) == piece  # absent -> the id of <unk>
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that may say anything: no BOS, and none of the STEERING pieces."""
+        cuts = [0, *(match.start() + 1 for match in STEERING.finditer(text)), len(text)]
+        return [i for start, stop in pairwise(cuts) for i in self.sp.encode(text[start:stop])]
+
+    def decode(self, ids, keep_special: bool = False) -> str:
+        """Text without BOS, EOS, padding and turn markers; `keep_special` spells those out too."""
+        ids = np.asarray(ids, int).tolist()
+        if not keep_special:
+            return self.sp.decode([i for i in ids if i not in self.hidden])
+        runs = ((piece, list(run)) for piece, run in groupby(ids, self.hidden.get))
+        return "".join(piece * len(run) if piece else self.sp.decode(run) for piece, run in runs)
+
+    def render(self, messages: list[dict], generate: bool | None = None) -> str:
+        """The conversation as the official template prints it; nothing in it is neutralised.
+
+        `generate` opens a model turn at the end; by default it does so after a user turn.
+        """
+        turns, generate = self._turns(messages, generate)
+        text = "<bos>" + "".join(f"{START}{role}\n{content}{END}\n" for role, content in turns)
+        return text + f"{START}model\n" * generate
+
+    def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
+        """The ids of `render`: one BOS, contents neutralised."""
+        return [i for span, _ in self._spans(*self._turns(messages, generate)) for i in span]
+
+    def example(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """A training row (ids, mask): 1 on what the model says, each `<end_of_turn>` included.
+
+        prompt [p p p] + completion [c c <end_of_turn>] -> mask [0 0 0 1 1 1]. The prompt is exactly
+        `chat(messages[:-1])`. The row ends at the last `<end_of_turn>`: the newline that follows it
+        is template text and never generated.
+        """
+        turns, _ = self._turns(messages, None)
+        if turns[-1][0] != "model":
+            raise ValueError("a training row must end with an assistant turn, found a user turn")
+        spans = list(self._spans(turns, generate=False))[:-1]
+        ids = [i for span, _ in spans for i in span]
+        return ids, [trained for span, trained in spans for _ in span]
+
+    def _turns(self, messages: list[dict], generate: bool | None):
+        """Checks a conversation -> ([("user", "Be brief. Hi"), ("model", "Ho")], generate)."""
+        system = ""
+        if messages and messages[0]["role"] == "system":
+            if self.family == "gemma2":
+                raise ValueError("Gemma 2 has no system role: data.fold_system moves the text")
+            system, messages = messages[0]["content"] + "\n\n", messages[1:]
+        if not messages:
+            raise ValueError("expected a conversation that starts with a user turn, found no turn")
+        turns = []
+        for n, message in enumerate(messages):
+            role = "model" if message["role"] == "assistant" else message["role"]
+            if role != ("user", "model")[n % 2]:
+                found = f"turn {n} is {message['role']!r}"
+                raise ValueError(f"roles must alternate user/assistant from user on, but {found}")
+            if not isinstance(message["content"], str):
+                found = type(message["content"]).__name__
+                raise ValueError(f"turn {n}: expected text as content, found {found}")
+            turns.append((role, message["content"].strip()))
+        turns[0] = ("user", system + turns[0][1])  # the system text itself is not trimmed
+        return turns, turns[-1][0] == "user" if generate is None else generate
+
+    def _spans(self, turns, generate: bool) -> Iterator[tuple[list[int], int]]:
+        """The template as spans (ids, trained), cut where sampling would start a completion.
+
+        The cuts change no id: nothing merges across a turn marker or a newline.
+        """
+        yield [self.bos], 0
+        for role, content in turns:
+            if role == "user":
+                yield [self.start_of_turn, *self.encode(f"user\n{content}"), self.end_of_turn], 0
+            else:
+                yield [self.start_of_turn, *self.encode("model\n")], 0
+                yield [*self.encode(content), self.end_of_turn], 1
+            yield self.encode("\n"), 0
+        if generate:
+            yield [self.start_of_turn, *self.encode("model\n")], 0
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `tokenizer.model` and `tokenizer_config.json`, all that AutoTokenizer needs.
+
+        `added_tokens_decoder` makes transformers' `skip_special_tokens` drop the turn markers. A
+        list of `extra_special_tokens` would *replace* the USER_DEFINED pieces there, and HTML tags
+        would fall apart (transformers 5.23).
+        """
+        markers = {self.start_of_turn: START, self.end_of_turn: END}
+        config = {
+            "tokenizer_class": "GemmaTokenizer",
+            **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {
+                str(i): {"content": piece, "special": True} for i, piece in markers.items()
+            },
+            "chat_template": (NO_SYSTEM if self.family == "gemma2" else "") + CHAT_TEMPLATE,
+        }
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# --- built-in word problems -----------------------------------------------------------------------
+
+# School arithmetic with its working shown, no end of it, nothing to fetch. A problem is a start,
+# some events and a question from one of the stories below. Each sentence brings its line of
+# working, where `[x + n]` is an equation over the running total x:
+#
+#     Mia has 12 cards. She buys 7 more. Tom gives her 3 more. How many cards does she have?
+#     She has 12 + 7 = 19 cards. She has 19 + 3 = 22 cards.                          answer 22
+#
+# The words are few enough for a vocabulary of 512 pieces, numbers stay between 2 and 108, and the
+# number of equations, 1 to 5, is the difficulty. The equations alone decide the split: no chain of
+# arithmetic of a test problem occurs in a training problem, whatever surrounds it.
+
+LARGEST = 108  # 12 * 9, where the multiplication table ends
+DIFFICULTIES, SHARES = (1, 2, 3, 4, 5), (15, 30, 30, 17, 8)  # in percent
+BOYS, GIRLS = ("Tom", "Ben", "Sam", "Max", "Leo"), ("Mia", "Ana", "Amy", "Eva", "Zoe")
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+# What a number's letter stands for, given the running total x; no choice: the sentence doesn't fit.
+NUMBERS = {
+    "a": lambda x: range(3, 41),  # how many at first
+    "b": lambda x: range(30, 100),  # how many at first, in stories that mostly take away
+    "n": lambda x: range(2, 21),  # more
+    "s": lambda x: range(2, min(21, x - 1)),  # fewer; at least two stay, so every plural is right
+    "k": lambda x: range(2, 10),  # k times m
+    "m": lambda x: range(3, 13),
+    "f": lambda x: range(3, 10) if x <= 12 else (),  # x times f
+    "d": lambda x: [d for d in range(2, 10) if x % d == 0 and 2 <= x // d <= 12],  # x divided by d
+    "t": lambda x: range(x + 2, min(x + 30, LARGEST)),  # a goal above x
+}
+
+# A story's nouns, then its sentences, each with its working: x is the total before the sentence, y
+# the latest result. The first noun, Tom (the hero), Mia (a friend), he and him stand for whatever
+# is drawn; Ana and Ben for the latest and the next person of a row of people.
+STORIES = """
+cards pens books balls shells
+start Tom has {a} cards.
+start Tom has {a} red cards and {n} blue cards. | Tom has [a + n] cards.
+start Tom has {k} bags with {m} cards in each. | The bags hold [k * m] cards.
+event He buys {n} more. | He has [x + n] cards.
+event Mia gives him {n} more. | He has [x + n] cards.
+event He gives {s} cards to Mia. | Then he has [x - s].
+event He loses {s} cards. | Then he has [x - s].
+event He gives half of the cards to Mia. | He keeps [x / 2].
+event He buys {k} bags with {m} cards in each. | He buys [k * m]. Then he has [x + y].
+ask How many cards does he have?
+ask He wants {t} cards. How many more does he need? | He needs [t - x] more.
+ask He puts the cards in {d} boxes. How many cards does each box hold? | Each box holds [x / d].
+ask He sells all the cards for {f} dollars each. How many dollars does he get? | He gets [x * f].
+ask Mia has twice as many as Tom. How many do they have in all? | Mia has [x * 2]. In all [x + y].
+
+cookies cakes pies
+start Tom bakes {a} cookies.
+start Tom bakes {k} trays with {m} cookies on each. | The trays hold [k * m] cookies.
+event He bakes {n} more. | He has [x + n] cookies.
+event Mia brings {n} more. | He has [x + n] cookies.
+event Mia brings twice as many as he has. | Mia brings [x * 2]. Then he has [x + y].
+event His friends eat {s} cookies. | Then he has [x - s].
+event His friends eat half of the cookies. | He keeps [x / 2].
+ask How many cookies does he have?
+ask He shares the cookies with Mia, half for each. How many does Mia get? | Mia gets [x / 2].
+ask He puts {d} cookies on each plate. How many plates does he need? | He needs [x / d] plates.
+ask He sells all the cookies for {f} dollars each. How many dollars does he get? | He gets [x * f].
+
+cards pens books balls shells
+start Tom has {b} dollars.
+start Tom gets {m} dollars a day for {k} days. | He gets [m * k] dollars.
+event He buys food for {s} dollars. | Then he has [x - s].
+event Mia gives him {n} dollars. | He has [x + n] dollars.
+event He buys {k} cards for {m} dollars each. | The cards cost [k * m]. Then he has [x - y].
+event He gives half of the money to Mia. | He keeps [x / 2].
+ask How many dollars does he have?
+ask A bike costs {t} dollars. How many more dollars does he need? | He needs [t - x] more.
+ask Hats cost {d} dollars each. How many hats can he buy? | He can buy [x / d] hats.
+
+bus train boat
+start A bus starts with {a} people.
+start A bus has {a} boys and {n} girls. | The bus has [a + n] people.
+start A bus has {k} rows with {m} people in each. | The rows hold [k * m] people.
+event At the next stop {n} more people get on. | Then there are [x + n].
+event At the next stop {k} groups of {m} people get on. | The groups are [k * m]. Then [x + y].
+event At the next stop {s} people get off. | Then there are [x - s].
+event At the next stop half of the people get off. | Half is [x / 2].
+ask How many people are on the bus?
+ask The bus has {t} seats. How many seats are free? | Then [t - x] seats are free.
+ask Each pays {f} dollars. How many dollars do they pay? | They pay [x * f] dollars.
+
+story
+start Tom has a story of {b} pages.
+start Tom has {k} stories of {m} pages each. | The stories have [k * m] pages.
+event He reads {s} pages. | Then [x - s] pages are left.
+event He reads {m} pages a day for {k} days. | He reads [m * k] pages. Then [x - y] are left.
+event He gets one more story of {m} pages. | Then [x + m] pages are left.
+ask How many pages are left to read?
+ask Then he reads {d} pages a day. How many days does he need? | He needs [x / d] days.
+
+cards pens books balls shells
+start Ana has {a} cards.
+event Ben has {n} more cards than Ana. | Ben has [x + n].
+event Ben has {s} fewer cards than Ana. | Ben has [x - s].
+event Ben has twice as many cards as Ana. | Ben has [x * 2].
+event Ben has {f} times as many cards as Ana. | Ben has [x * f].
+event Ben has half as many cards as Ana. | Ben has [x / 2].
+ask How many cards does Ana have?
+ask Ben has {n} more. How many do Ana and Ben have in all? | Ben has [x + n]. In all [x + y].
+
+years
+start Ana is {a} years old.
+event Ben is {n} years older than Ana. | Ben is [x + n].
+event Ben is {s} years younger than Ana. | Ben is [x - s].
+event Ben is twice as old as Ana. | Ben is [x * 2].
+event Ben is half as old as Ana. | Ben is [x / 2].
+ask How old is Ana?
+ask How old will Ana be in {n} years? | In {n} years Ana is [x + n].
+"""
+
+
+def word_problem(split: str, index: int) -> dict:
+    """Problem number `index` of "train" or "test", the same on every machine and Python."""
+    if split not in ("train", "test"):
+        raise ValueError(f'word problems have the splits "train" and "test", not {split!r}')
+    rng = random.Random(f"{split} {index}")
+    difficulty = rng.choices(DIFFICULTIES, SHARES)[0]
+    while True:  # drawn again until the numbers work out and the equations are this split's
+        nouns, plot = _plot(rng, difficulty)
+        lines = _count(rng, plot)
+        if lines and split_of(" ".join(working for _, working in lines)) == split:
+            break
+    lines = _name(rng, nouns, lines)
+    question, reasoning = (" ".join(filter(None, texts)) for texts in zip(*lines, strict=True))
+    answer = re.findall(r"= (\d+)", reasoning)[-1]
+    return {
+        "question": question,
+        "reasoning": reasoning,
+        "answer": answer,
+        "task_type": "math",
+        "difficulty": difficulty,
+    }
+
+
+def split_of(reasoning: str) -> str:
+    """One chain of equations in four is for testing, and the chain alone decides which."""
+    chain = ", ".join(re.findall(r"\d+ [-+*/] \d+", reasoning))
+    return "test" if hashlib.sha256(chain.encode()).digest()[0] < 64 else "train"
+
+
+def _plot(rng: random.Random, difficulty: int) -> tuple[list, list]:
+    """A story's nouns, and (sentence, working) pairs with `difficulty` equations between them."""
+    while True:
+        nouns, sentences = rng.choice(_STORIES)
+        start, ask = rng.choice(sentences["start"]), rng.choice(sentences["ask"])
+        plot, room = [start], difficulty - (start[1] + ask[1]).count("[")
+        for event in rng.sample(sentences["event"], len(sentences["event"])):  # none happens twice
+            if event[1].count("[") <= room:
+                plot.append(event)
+                room -= event[1].count("[")
+        if room == 0:
+            return nouns, [*plot, ask]
+
+
+def _parse(story: str) -> tuple[list, dict]:
+    """(nouns, {"start" | "event" | "ask": (sentence, working) pairs})"""
+    nouns, *lines = story.splitlines()
+    sentences = {"start": [], "event": [], "ask": []}
+    for line in lines:
+        kind, sentence, working = re.fullmatch(r"(\w+) ([^|]+?)(?: \| (.+))?", line).groups("")
+        sentences[kind].append((sentence, working))
+    return nouns.split(), sentences
+
+
+_STORIES = [_parse(story) for story in STORIES.strip().split("\n\n")]
+
+
+def _count(rng: random.Random, plot: list) -> list | None:
+    """The plot with its numbers drawn and its equations solved; None where they don't work out."""
+    lines, total = [], 0
+    for sentence, working in plot:
+        numbers = {"x": total, "y": total, "2": 2}  # y: the latest number, so also a start's {a}
+        for letter in re.findall(r"{(\w)}", sentence):
+            if not (choices := NUMBERS[letter](total)):
+                return None
+            numbers[letter] = numbers["y"] = rng.choice(choices)
+        while equation := re.search(r"\[(\w) (.) (\w)\]", working):
+            left, sign, right = numbers[equation[1]], equation[2], numbers[equation[3]]
+            result = OPERATIONS[sign](left, right)
+            if not 2 <= result <= LARGEST or sign == "/" and left % right:
+                return None
+            numbers["y"] = result
+            working = working.replace(equation[0], f"{left} {sign} {right} = {result}")
+        lines.append((sentence.format(**numbers), working.format(**numbers)))
+        total = numbers["y"]
+    return lines
+
+
+def _name(rng: random.Random, nouns: list, lines: list) -> list:
+    """The lines with people and things drawn for the ones that stand in the table."""
+    # A friend of the other sex, so that "he" and "she" can only be one of the two.
+    heroes, friends, he, him, his = rng.choice(
+        [(BOYS, GIRLS, "he", "him", "his"), (GIRLS, BOYS, "she", "her", "her")]
+    )
+    people = rng.sample(BOYS + GIRLS, len(lines) + 1)
+    words = {
+        "Tom": rng.choice(heroes),
+        "Mia": rng.choice(friends),
+        nouns[0]: rng.choice(nouns),
+        "he": he,
+        "him": him,
+        "His": his.title(),
+        "He": he.title(),
+        "Ana": people.pop(),
+    }
+    named = []
+    for line in lines:
+        words["Ben"] = people[-1]
+        named.append([re.sub(r"\w+", lambda word: words.get(word[0], word[0]), t) for t in line])
+        if "Ben" in line[0]:  # the next person is now the latest
+            words["Ana"] = people.pop()
+    return named
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def format_completion(reasoning: str, answer: str) -> str:
+    """The completion every stage trains on and rewards."""
+    return f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
+
+
+def gsm8k_row(row: dict) -> dict:
+    r"""A row of GSM8K's own files as question, reasoning and answer.
+
+    "48/2 = <<48/2=24>>24 clips.\n#### 1,024" -> reasoning "48/2 = 24 clips.", answer "1024".
+    """
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise ValueError(f'GSM8K row without a text under "{key}"; its keys are {sorted(row)}')
+    reasoning, *ends = re.sub(r"<<[^<>]*>>", "", row["answer"]).split("####")
+    answer = ends[0].strip().replace(",", "") if len(ends) == 1 else ""
+    if not re.fullmatch(r"-?\d+(\.\d+)?", answer):
+        raise ValueError(f'GSM8K answer must end in one "#### number": {row["answer"][-60:]!r}')
+    if not reasoning.strip():
+        raise ValueError(f"GSM8K answer without reasoning: {row['answer'][:60]!r}")
+    return {"question": row["question"].strip(), "reasoning": reasoning.strip(), "answer": answer}
+
+
+def messages(row: dict, system: str = "") -> list[dict]:
+    """A row of any known shape as one conversation that ends with the assistant.
+
+    {"messages": [...]} · {"prompt", "completion"} (texts or message lists) · {"question",
+    "reasoning", "answer"} · GSM8K's {"question", "answer": "... #### 42"}. `system` is folded into
+    the first user turn unless the row brings a system text of its own.
+    """
+    if "messages" in row:
+        chat = row["messages"]
+    elif "prompt" in row:
+        chat = _turns_of(row["prompt"], "user") + _turns_of(_text(row, "completion"), "assistant")
+    elif "question" in row:
+        row = row if "reasoning" in row else gsm8k_row(row)
+        answer = format_completion(_text(row, "reasoning"), _text(row, "answer"))
+        chat = _turns_of(_text(row, "question"), "user") + _turns_of(answer, "assistant")
+    else:
+        raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
+    if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
+        raise ValueError("expected a list of messages with role and content")
+    if not chat or not str(chat[-1].get("content", "")).strip():
+        raise ValueError("the completion is empty")
+    if system and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": system}, *chat]
+    return fold_system(chat)
+
+
+def _text(row: dict, key: str):
+    value = row.get(key)
+    if isinstance(value, int | float) and key == "answer":
+        value = str(value)
+    if not value or not isinstance(value, str | list):
+        raise ValueError(f"expected a text under {key!r}, found {value!r:.60}")
+    return value
+
+
+def _turns_of(value: str | list, role: str) -> list[dict]:
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+N_PROBLEMS = {"train": 50_000, "test": 1_000}
+GSM8K = {  # sha256 of grade_school_math/data/*.jsonl in github.com/openai/grade-school-math
+    "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+}
+GSM8K_URL = (
+    "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
+)
+
+
+def read_rows(source: str) -> Iterator[tuple[str, dict | ValueError]]:
+    """(where, row) for each row of "problems", "gsm8k", either with ":test", or a JSONL file.
+
+    A line that is not a JSON object in UTF-8 comes as a ValueError in the row's place, so that
+    the caller can count it or stop.
+    """
+    name, _, split = source.partition(":")
+    if name == "problems":
+        for i in range(N_PROBLEMS[_split(source, split)]):
+            yield f"{source} row {i}", word_problem(split or "train", i)
+        return
+    path = _gsm8k(_split(source, split)) if name == "gsm8k" else Path(source)
+    if not path.is_file():
+        raise ValueError(f"--data {source}: no such file; expected problems, gsm8k or a JSONL file")
+    with path.open("rb") as f:
+        for n, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+            except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                row = ValueError(str(e))
+            yield f"{path}:{n}", row
+
+
+def _split(source: str, split: str) -> str:
+    if split not in ("", "train", "test"):
+        raise ValueError(f"--data {source}: expected nothing, :train or :test after the name")
+    return split or "train"
+
+
+def _gsm8k(split: str) -> Path:
+    """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, a cache; else downloaded and checked."""
+    cache = Path.home() / ".cache" / "gsm8k"
+    folders = [
+        Path(os.environ.get("GSM8K", "gsm8k")),
+        *Path("/kaggle/input").glob("*gsm8k*"),
+        cache,
+    ]
+    for folder in folders:
+        for file in (folder / f"{split}.jsonl", folder / "main" / f"{split}.jsonl"):
+            if file.is_file():
+                return file
+    url = f"{GSM8K_URL}/data/{split}.jsonl"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except OSError as e:
+        looked = ", ".join(map(str, folders))
+        raise ValueError(
+            f"--data gsm8k: no {split}.jsonl in {looked}, and {url} cannot be had ({e}); "
+            "put the file in one of these folders or name its folder in $GSM8K"
+        ) from None
+    if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
+        raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / f"{split}.jsonl").write_bytes(content)
+    return cache / f"{split}.jsonl"
+
+
+# --- packed batches ------------------------------------------------------------------------------
+
+
+def load_examples(source: str, tok: Tokenizer, max_length: int, system: str = "",
+                  skip_bad_rows: bool = False) -> tuple[list, list[str]]:  # fmt: skip
+    """Training rows [(ids, mask), ...] of one source, and what was wrong with the rows left out.
+
+    A bad row (not JSON, a field missing, an empty completion, more than max_length tokens) raises
+    ValueError with its file and line, unless skip_bad_rows.
+    """
+    examples, bad = [], []
+    for where, row in read_rows(source):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            ids, mask = tok.example(messages(row, system))
+            if len(ids) > max_length:
+                raise ValueError(f"{len(ids)} tokens, more than --max-length {max_length}")
+            examples.append((np.array(ids, np.int32), np.array(mask, np.int8)))
+        except (ValueError, KeyError) as e:
+            bad.append(f"{where}: {e}")
+            if not skip_bad_rows:
+                raise ValueError(f"{bad[-1]} (--skip-bad-rows leaves such rows out)") from None
+    if not examples:
+        raise ValueError(f"--data {source}: no usable row" + (f"; first: {bad[0]}" if bad else ""))
+    return examples, bad
+
+
+def pack(lengths: list[int], size: int) -> list[list[int]]:
+    """Best-fit decreasing: items into as few bins of `size` as it manages, each by its index.
+
+    pack([3, 5, 2, 4], 7) -> [[1, 2], [3, 0]]: each item goes where it leaves the least room.
+    """
+    bins, room = [], {}  # room: space left -> bins with just that space
+    spaces = []  # the keys of room that have bins, sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(spaces, lengths[i])
+        if at == len(spaces):
+            space, b = size, len(bins)
+            bins.append([])
+        else:
+            space = spaces[at]
+            b = room[space].pop()
+            if not room[space]:
+                spaces.pop(at)
+        bins[b].append(i)
+        if left := space - lengths[i]:
+            if not room.setdefault(left, []):
+                bisect.insort(spaces, left)
+            room[left].append(b)
+    return bins
+
+
+def assemble(rows: list[list[tuple]], n_rows: int, size: int) -> dict[str, np.ndarray]:
+    """Packed rows as arrays [n_rows, size]: tokens, mask, segments (0 = padding), positions.
+
+    [[p c], [p p c]] in 6 -> mask 010010, segments 112220, positions 010120.
+    """
+    keys = ("tokens", "mask", "segments", "positions")
+    out = {k: np.zeros((n_rows, size), np.int32) for k in keys}
+    for r, row in enumerate(rows):
+        start = 0
+        for s, (ids, mask) in enumerate(row, 1):
+            span = slice(start, start + len(ids))
+            for key, value in zip(keys, (ids, mask, s, np.arange(len(ids))), strict=True):
+                out[key][r, span] = value
+            start += len(ids)
+    return out
+
+
+class Packed:
+    """Endless shuffled batches of packed rows; batch n is a function of (seed, n) alone.
+
+    So resuming needs no more than the step. Each epoch takes from every source its share of the
+    weights (default: all of it once), walks each source in an order of its own, packs best-fit and
+    shuffles the packed rows. A source is read to its end before any row of it comes again.
+    """
+
+    def __init__(self, sources: list[list], size: int, n_rows: int, seed: int,
+                 weights: list[float] | None = None):  # fmt: skip
+        self.sources, self.size, self.n_rows, self.seed = sources, size, n_rows, seed
+        total = sum(map(len, sources))
+        share = weights or [len(s) for s in sources]
+        self.take = [max(1, round(total * w / sum(share))) if w else 0 for w in share]
+        self.epochs = []  # packed rows up to the end of each epoch
+        self._rows = (-1, [])
+
+    def _epoch(self, epoch: int) -> list[list[tuple]]:
+        if self._rows[0] == epoch:
+            return self._rows[1]
+        chosen = []
+        for i, (source, take) in enumerate(zip(self.sources, self.take, strict=True)):
+            for k in range(epoch * take, (epoch + 1) * take):
+                lap, at = divmod(k, len(source))
+                if at == 0 or k == epoch * take:
+                    order = np.random.default_rng((self.seed, i, lap)).permutation(len(source))
+                chosen.append(source[order[at]])
+        bins = pack([len(ids) for ids, _ in chosen], self.size)
+        order = np.random.default_rng((self.seed, 10**6, epoch)).permutation(len(bins))
+        rows = [[chosen[i] for i in bins[b]] for b in order]
+        self._rows = (epoch, rows)
+        return rows
+
+    def batch(self, n: int) -> dict[str, np.ndarray]:
+        """Batch n = 0, 1, ...: arrays [n_rows, size]; a batch may span two epochs."""
+        first, rows = n * self.n_rows, []
+        while len(rows) < self.n_rows:
+            at = first + len(rows)
+            epoch = bisect.bisect_right(self.epochs, at)
+            packed = self._epoch(epoch)
+            start = self.epochs[epoch - 1] if epoch else 0
+            if epoch == len(self.epochs):
+                self.epochs.append(start + len(packed))
+            rows += packed[at - start :][: self.n_rows - len(rows)]
+        return assemble(rows, self.n_rows, self.size)
+
+
+def eval_batches(examples: list, size: int, n_rows: int) -> list[dict[str, np.ndarray]]:
+    """Every example once, packed; the last batch is filled up with empty rows."""
+    rows = [[examples[i] for i in b] for b in pack([len(ids) for ids, _ in examples], size)]
+    chunks = [rows[i : i + n_rows] for i in range(0, len(rows), n_rows)]
+    return [assemble(chunk, n_rows, size) for chunk in chunks]

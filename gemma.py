@@ -1,0 +1,1099 @@
+"""Gemma 2 and 3 in pure JAX: configs, parameters, one forward pass, KV caches, token log-probs,
+and Hugging Face safetensors in and out.
+
+    cfg, params = gemma.load("path/to/gemma-3-1b-it", dtype=jnp.bfloat16)
+    logits_BTV = gemma.logits(params, cfg, tokens_BT)       # to read; training never builds [B,T,V]
+    python gemma.py --weights path/to/gemma-3-1b-it         # check real weights: PASS or FAIL
+
+Every array name ends in its axes, one capital letter each, the same in the whole repository:
+
+    B rows on this device   L layers            N query heads        V vocabulary
+    T tokens of a row       D model width       K kv heads           R LoRA rank
+    S cache slots           F feed-forward      M = N/K              U prompt tokens
+    Q prompts               H head dim          G rollouts a prompt  C completion tokens
+
+What to know when comparing with other implementations (each point is a test):
+
+1. Layers differ in two numbers only, a sliding window and RoPE frequencies, so both are *data* of
+   one `lax.scan` over the stacked layers. Only decoding, where a local layer's cache is shorter
+   than a global one's, walks the layers period by period (Gemma 3: five local, one global).
+2. New tokens attend to the cache and to each other in one softmax, and are written to the cache
+   after the last layer. Training is the same with no cache; prefill the same with an empty one.
+3. sqrt(D) is rounded to the activations' dtype (bf16: 33.94 -> 34.0), as in the published code.
+4. RMSNorm, RoPE, attention scores, softmax and log-probs are float32 whatever the weights are.
+
+Source of the architecture: google-deepmind/gemma and transformers' modeling_gemma2/3.py.
+"""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+# ---------------------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One Gemma; fields are named as in Hugging Face's config.json."""
+
+    model_type: str  # "gemma2" or "gemma3_text"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    query_pre_attn_scalar: float
+    sliding_window: int  # keys a local layer sees, its own included
+    is_global: tuple[bool, ...]  # one a layer
+    rope_local_base_freq: float
+    rope_theta: float  # of the global layers
+    rope_factor: float = 1.0  # divides the frequencies of the global layers
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = True
+    eos_token_id: tuple[int, ...] = (1,)
+
+    @property
+    def period(self) -> int:
+        """Length of the smallest repeating pattern of layer kinds (Gemma 3: 6, Gemma 2: 2)."""
+        kinds, n = self.is_global, self.num_hidden_layers
+        return next(p for p in range(1, n + 1) if all(kinds[i] == kinds[i % p] for i in range(n)))
+
+    @property
+    def n_params(self) -> int:
+        return sum(math.prod(s.shape(self)) for s in jax.tree.leaves(specs(self)))
+
+
+def config_from_dict(hf: dict, source: str = "config.json") -> Config:
+    """Reads a Hugging Face config of any Gemma 2/3, in 4.x and 5.x spelling, nested or flat.
+
+    Published multimodal files omit most of `text_config`; what is absent takes the defaults of
+    transformers' Gemma2Config and Gemma3TextConfig. Anything this model does not compute raises.
+    """
+    kind = hf.get("model_type")
+    if kind not in ("gemma2", "gemma3", "gemma3_text"):
+        raise ValueError(f"{source}: model_type {kind!r}, expected gemma2, gemma3 or gemma3_text")
+    raw = hf.get("text_config", hf)
+    get = {k: v for k, v in raw.items() if v is not None}.get
+    gemma3 = kind != "gemma2"
+    if get("attention_bias") or get("use_bidirectional_attention"):
+        raise ValueError(f"{source}: attention_bias and bidirectional attention are not supported")
+    if "gelu" not in (act := get("hidden_activation", get("hidden_act", "gelu_pytorch_tanh"))):
+        raise ValueError(f"{source}: hidden_activation is {act!r}, expected gelu_pytorch_tanh")
+    n = get("num_hidden_layers", 26)
+    every = get("sliding_window_pattern", get("_sliding_window_pattern", 6 if gemma3 else 2))
+    kinds = get("layer_types") or [
+        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(n)
+    ]
+    if len(kinds) != n or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise ValueError(f"{source}: layer_types {kinds} do not describe {n} layers")
+    rope = get("rope_parameters", {})  # transformers 5: a dict per layer kind, or one flat dict
+    scaling = rope.get("full_attention", rope) or get("rope_scaling") or {}
+    local = rope.get("sliding_attention", {} if gemma3 else rope)
+    for r in (scaling, local):
+        if (r_type := r.get("rope_type", r.get("type", "default"))) not in ("default", "linear"):
+            raise ValueError(f"{source}: rope_type {r_type!r}, expected default or linear")
+    if local.get("factor", 1.0) != 1.0 or (not gemma3 and scaling.get("factor", 1.0) != 1.0):
+        raise ValueError(f"{source}: RoPE scaling is supported on Gemma 3's global layers only")
+    theta = scaling.get("rope_theta", get("rope_theta", 1e6 if gemma3 else 1e4))
+    local_theta = local.get("rope_theta", get("rope_local_base_freq", 1e4) if gemma3 else theta)
+    eos = hf.get("eos_token_id", get("eos_token_id", 1))
+    cfg = Config(
+        model_type="gemma3_text" if gemma3 else "gemma2",
+        vocab_size=get("vocab_size", 262208 if gemma3 else 256000),
+        hidden_size=get("hidden_size", 2304),
+        intermediate_size=get("intermediate_size", 9216),
+        num_hidden_layers=n,
+        num_attention_heads=get("num_attention_heads", 8),
+        num_key_value_heads=get("num_key_value_heads", 4),
+        head_dim=get("head_dim", 256),
+        query_pre_attn_scalar=get("query_pre_attn_scalar", 256),
+        sliding_window=get("sliding_window", 4096),
+        is_global=tuple(k == "full_attention" for k in kinds),
+        rope_local_base_freq=float(local_theta),
+        rope_theta=float(theta),
+        rope_factor=float(scaling.get("factor", 1.0)),
+        # An explicit null turns a soft cap off, so these two are read from the unfiltered dict.
+        attn_logit_softcapping=raw.get("attn_logit_softcapping", None if gemma3 else 50.0),
+        final_logit_softcapping=raw.get("final_logit_softcapping", None if gemma3 else 30.0),
+        rms_norm_eps=get("rms_norm_eps", 1e-6),
+        max_position_embeddings=get("max_position_embeddings", 131072 if gemma3 else 8192),
+        tie_word_embeddings=hf.get("tie_word_embeddings", get("tie_word_embeddings", True)),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+    if cfg.num_attention_heads % cfg.num_key_value_heads:
+        raise ValueError(f"{source}: {cfg.num_attention_heads=} is not a multiple of "
+                         f"{cfg.num_key_value_heads=}")  # fmt: skip
+    return cfg
+
+
+def config_to_dict(cfg: Config, dtype: str = "float32") -> dict:
+    """The Hugging Face config.json of `cfg`, in the spelling that transformers 4.x and 5.x read."""
+    gemma3 = cfg.model_type == "gemma3_text"
+    hf = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    for ours in ("is_global", "rope_factor") + (() if gemma3 else ("rope_local_base_freq",)):
+        del hf[ours]
+    kinds = ["full_attention" if g else "sliding_attention" for g in cfg.is_global]
+    hf |= {
+        "architectures": ["Gemma3ForCausalLM" if gemma3 else "Gemma2ForCausalLM"],
+        "layer_types": kinds,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "eos_token_id": list(cfg.eos_token_id),
+        "bos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": dtype,
+    }
+    if cfg.rope_factor != 1.0:
+        hf["rope_scaling"] = {"factor": cfg.rope_factor, "rope_type": "linear"}
+    return hf
+
+
+def _published(family, vocab, d, f, layers, heads, kv, hd, scalar, window, position, factor=1.0):
+    gemma3 = family == 3
+    return Config(
+        "gemma3_text" if gemma3 else "gemma2", vocab, d, f, layers, heads, kv, hd, scalar, window,
+        tuple((i + 1) % (6 if gemma3 else 2) == 0 for i in range(layers)),
+        rope_local_base_freq=1e4, rope_theta=1e6 if gemma3 else 1e4, rope_factor=factor,
+        attn_logit_softcapping=None if gemma3 else 50.0,
+        final_logit_softcapping=None if gemma3 else 30.0,
+        max_position_embeddings=position,
+        eos_token_id=(1, 106) if gemma3 else (1, 107),
+    )  # fmt: skip
+
+
+CONFIGS = {  # vocab includes the 64 rows of the multimodal checkpoints that no token maps to
+    "gemma2-2b": _published(2, 256000, 2304, 9216, 26, 8, 4, 256, 256, 4096, 8192),
+    "gemma2-9b": _published(2, 256000, 3584, 14336, 42, 16, 8, 256, 256, 4096, 8192),
+    "gemma2-27b": _published(2, 256000, 4608, 36864, 46, 32, 16, 128, 144, 4096, 8192),
+    "gemma3-270m": _published(3, 262144, 640, 2048, 18, 4, 1, 256, 256, 512, 32768),
+    "gemma3-1b": _published(3, 262144, 1152, 6912, 26, 4, 1, 256, 256, 512, 32768),
+    "gemma3-4b": _published(3, 262208, 2560, 10240, 34, 8, 4, 256, 256, 1024, 131072, 8.0),
+    "gemma3-12b": _published(3, 262208, 3840, 15360, 48, 16, 8, 256, 256, 1024, 131072, 8.0),
+    "gemma3-27b": _published(3, 262208, 5376, 21504, 62, 32, 16, 128, 168, 1024, 131072, 8.0),
+    # The model that ships in tiny/: local and global layers, GQA and QK-norm in 0.9 M weights.
+    "tiny": Config(
+        "gemma3_text", 768, 128, 384, 4, 4, 2, 32, 32, 32, (False, True, False, True), 1e4, 1e6,
+        max_position_embeddings=512, eos_token_id=(1, 11),
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------ parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One parameter: its axes here and its name and axes in a Hugging Face file.
+
+    A linear layer maps axes `inp` to axes `out` and is stored here as [inp, out], ready for
+    einsum, and there as torch's [out, inp], axes merged: q_proj is DNH here, [N*H, D] there.
+    """
+
+    name: str  # "{i}" stands for the layer
+    out: str
+    inp: str = ""
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.name
+
+    @property
+    def axes(self) -> str:
+        # The embedding is the one matrix read by row: [V, D] on both sides.
+        inner = self.out + self.inp if self.out == "V" else self.inp + self.out
+        return "L" * self.stacked + inner
+
+    def shape(self, cfg: Config) -> tuple[int, ...]:
+        return tuple(_sizes(cfg)[a] for a in self.axes)
+
+    def hf_shape(self, cfg: Config) -> tuple[int, ...]:
+        groups = [g for g in (self.out, self.inp) if g]
+        return tuple(math.prod(_sizes(cfg)[a] for a in g) for g in groups)
+
+    @property
+    def pspec(self) -> P:
+        """When the base is sharded: every matrix is split along D, vectors are replicated."""
+        return P(*("data" if a == "D" and self.inp else None for a in self.axes))
+
+    @property
+    def hf_pspec(self) -> P:
+        return P(*("data" if g == "D" and self.inp else None for g in (self.out, self.inp) if g))
+
+
+def _sizes(cfg: Config) -> dict[str, int]:
+    return {
+        "V": cfg.vocab_size, "D": cfg.hidden_size, "F": cfg.intermediate_size,
+        "L": cfg.num_hidden_layers, "N": cfg.num_attention_heads, "K": cfg.num_key_value_heads,
+        "H": cfg.head_dim,
+    }  # fmt: skip
+
+
+LINEARS = {  # the seven matrices LoRA can adapt
+    "q_proj": Spec("model.layers.{i}.self_attn.q_proj.weight", "NH", "D"),
+    "k_proj": Spec("model.layers.{i}.self_attn.k_proj.weight", "KH", "D"),
+    "v_proj": Spec("model.layers.{i}.self_attn.v_proj.weight", "KH", "D"),
+    "o_proj": Spec("model.layers.{i}.self_attn.o_proj.weight", "D", "NH"),
+    "gate_proj": Spec("model.layers.{i}.mlp.gate_proj.weight", "F", "D"),
+    "up_proj": Spec("model.layers.{i}.mlp.up_proj.weight", "F", "D"),
+    "down_proj": Spec("model.layers.{i}.mlp.down_proj.weight", "D", "F"),
+}
+NORMS = {
+    f"{n}_layernorm": Spec(f"model.layers.{{i}}.{n}_layernorm.weight", "D")
+    for n in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+}
+
+
+def specs(cfg: Config) -> dict:
+    """The one table of parameters: a nested dict of `Spec`, the same tree as the parameters."""
+    layers = dict(LINEARS) | NORMS
+    if cfg.model_type == "gemma3_text":
+        for n in ("q_norm", "k_norm"):
+            layers[n] = Spec(f"model.layers.{{i}}.self_attn.{n}.weight", "H")
+    tree = {"embed_tokens": Spec("model.embed_tokens.weight", "V", "D"),
+            "norm": Spec("model.norm.weight", "D"), "layers": layers}  # fmt: skip
+    if not cfg.tie_word_embeddings:
+        tree["lm_head"] = Spec("lm_head.weight", "V", "D")
+    return tree
+
+
+def pspecs(cfg: Config, shard: bool) -> dict:
+    """PartitionSpecs of the parameters: split along D over the mesh axis "data", or replicated."""
+    return jax.tree.map(lambda s: s.pspec if shard else P(), specs(cfg))
+
+
+def init(cfg: Config, key: jax.Array, dtype=jnp.float32) -> dict:
+    """Random parameters: matrices normal(1/sqrt(fan in)), norms zero (they multiply by 1 + w)."""
+    leaves, tree = jax.tree.flatten(specs(cfg))
+
+    def one(spec, key):
+        shape = spec.shape(cfg)
+        if not spec.inp:
+            return jnp.zeros(shape, dtype)
+        fan_in = math.prod(_sizes(cfg)[a] for a in spec.inp)
+        return (jax.random.normal(key, shape) * fan_in**-0.5).astype(dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([one(s, k) for s, k in zip(leaves, keys, strict=True)])
+
+
+# --------------------------------------------------------------------------------------- forward
+
+
+def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * (1 + w) over the last axis, in float32, cast once at the end."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    w32 = 1.0 + w.astype(jnp.float32)
+    return (x32 * lax.broadcast_in_dim(w32, x.shape, (x.ndim - 1,))).astype(x.dtype)
+
+
+def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_H: jax.Array) -> jax.Array:
+    """Rotary embedding, half-split: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    angle_BTNH = positions_BT[:, :, None, None].astype(jnp.float32) * freq_H[None, None, None]
+    sin, cos = jnp.sin(angle_BTNH), jnp.cos(angle_BTNH)
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
+    """One softmax over the keys of several parts (the cache, the new tokens) -> [B, T, N, H].
+
+    parts: (k_BKSH, v_BKSH, mask_BTS) each. A query with no key at all (padding) gets a mean of
+    values, never NaN.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = cfg.num_key_value_heads
+    q_BTKMH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(
+        cfg.query_pre_attn_scalar**-0.5, q_BTNH.dtype
+    )
+    scores = []
+    for k_BKSH, _, mask_BTS in parts:
+        s_BKMTS = jnp.einsum(
+            "BTKMH,BKSH->BKMTS", q_BTKMH, k_BKSH, preferred_element_type=jnp.float32
+        )
+        if cap := cfg.attn_logit_softcapping:
+            s_BKMTS = cap * jnp.tanh(s_BKMTS / cap)
+        scores.append(jnp.where(mask_BTS[:, None, None], s_BKMTS, -1e30))
+    p_BKMTS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BTNH.dtype)
+    out, start = 0, 0
+    for _, v_BKSH, mask_BTS in parts:
+        part_BKMTS = p_BKMTS[..., start : start + mask_BTS.shape[-1]]
+        out = out + jnp.einsum("BKMTS,BKSH->BTKMH", part_BKMTS, v_BKSH)
+        start += mask_BTS.shape[-1]
+    return out.reshape(B, T, N, H)
+
+
+def linear(w: dict, lora: dict | None, name: str, x: jax.Array) -> jax.Array:
+    """x W, plus LoRA's scale * (x A) B where an adapter has this matrix (arXiv 2106.09685)."""
+    inp, out = LINEARS[name].inp, LINEARS[name].out
+    y = jnp.einsum(f"BT{inp},{inp}{out}->BT{out}", x, w[name])
+    if lora is None or name not in lora["a"]:
+        return y
+    if "dropout" in lora:  # see lora.with_dropout
+        key = jax.random.fold_in(lora["dropout"]["key"], list(LINEARS).index(name))
+        keep = lora["dropout"]["keep"]
+        x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
+    a, b = lora["a"][name].astype(x.dtype), lora["b"][name].astype(x.dtype)
+    xa_BTR = jnp.einsum(f"BT{inp},{inp}R->BTR", x, a) * lora["scale"][name].astype(x.dtype)
+    return y + jnp.einsum(f"BTR,R{out}->BT{out}", xa_BTR, b)
+
+
+def layer(cfg, w, lora, x_BTD, positions_BT, freq_H, mask_BTT, past=(), remat_attention=False):
+    """One transformer block -> x_BTD and this layer's new (k_BKTH, v_BKTH).
+
+    past: () or one (k_BKSH, v_BKSH, mask_BTS), the cache of this layer.
+    """
+    norm = functools.partial(rms_norm, eps=cfg.rms_norm_eps)
+    h_BTD = norm(x_BTD, w["input_layernorm"])
+    q_BTNH = linear(w, lora, "q_proj", h_BTD)
+    k_BTKH, v_BTKH = linear(w, lora, "k_proj", h_BTD), linear(w, lora, "v_proj", h_BTD)
+    if "q_norm" in w:
+        q_BTNH, k_BTKH = norm(q_BTNH, w["q_norm"]), norm(k_BTKH, w["k_norm"])
+    q_BTNH, k_BTKH = (rope(z, positions_BT, freq_H) for z in (q_BTNH, k_BTKH))
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    attention = functools.partial(attend, cfg)
+    if remat_attention:
+        attention = jax.checkpoint(attention)
+    o_BTNH = attention(q_BTNH, [*past, (k_BKTH, v_BKTH, mask_BTT)])
+    x_BTD += norm(linear(w, lora, "o_proj", o_BTNH), w["post_attention_layernorm"])
+    h_BTD = norm(x_BTD, w["pre_feedforward_layernorm"])
+    gate_BTF = jax.nn.gelu(linear(w, lora, "gate_proj", h_BTD), approximate=True)
+    h_BTD = linear(w, lora, "down_proj", gate_BTF * linear(w, lora, "up_proj", h_BTD))
+    return x_BTD + norm(h_BTD, w["post_feedforward_layernorm"]), (k_BKTH, v_BKTH)
+
+
+def gather(tree: dict, spec: dict, axis: str | None) -> dict:
+    """All-gathers sharded parameters along D (inside shard_map); its transpose scatters and sums.
+
+    The result is named so that no rematerialisation policy ever saves it for the backward pass.
+    """
+    if axis is None:
+        return tree
+
+    def one(w, s):
+        if not s.inp:
+            return w
+        dim = s.axes.replace("L", "").index("D")  # w{D/devices} -> all-gather -> w{D}
+        return checkpoint_name(lax.all_gather(w, axis, axis=dim, tiled=True), "weight")
+
+    return jax.tree.map(one, tree, spec)
+
+
+def _frequencies(cfg: Config, is_global: bool) -> np.ndarray:
+    """RoPE's inverse frequencies [H/2] of a local or a global layer, float32."""
+    theta = cfg.rope_theta if is_global else cfg.rope_local_base_freq
+    freq = theta ** -(np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+    return np.float32(freq / (cfg.rope_factor if is_global else 1.0))
+
+
+def _window(cfg: Config, is_global: bool) -> int:
+    return 2**30 if is_global else cfg.sliding_window
+
+
+def _embed(params, cfg, tokens_BT, fsdp):
+    table_VD = gather(params["embed_tokens"], specs(cfg)["embed_tokens"], fsdp)
+    return table_VD[tokens_BT] * jnp.asarray(cfg.hidden_size**0.5, table_VD.dtype)
+
+
+def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsdp):
+    """All layers without a cache -> x_BTD and the new keys and values [L, B, K, T, H]."""
+    same_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, None, :]
+    distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+    spec = specs(cfg)["layers"]
+
+    def step(x_BTD, xs):
+        w, lora_l, freq_H, window = xs
+        mask_BTT = same_BTT & (distance_BTT >= 0) & (distance_BTT < window)
+        w = gather(w, spec, fsdp)
+        return layer(cfg, w, lora_l, x_BTD, positions_BT, freq_H, mask_BTT,
+                     remat_attention=remat == "attention")  # fmt: skip
+
+    freq_LH = jnp.asarray(np.stack([_frequencies(cfg, g) for g in cfg.is_global]))
+    window_L = jnp.asarray([_window(cfg, g) for g in cfg.is_global])
+    if remat == "layer":
+        step = jax.checkpoint(step, prevent_cse=False)
+    elif fsdp is not None:  # keep everything but the gathered weights
+        policy = jax.checkpoint_policies.save_anything_except_these_names("weight")
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+    return lax.scan(step, x_BTD, (params["layers"], lora, freq_LH, window_L))
+
+
+def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
+           segments_BT: jax.Array | None = None, *, lora: dict | None = None, remat: str = "none",
+           fsdp: str | None = None) -> jax.Array:  # fmt: skip
+    """The final normed hidden states [B, T, D] of whole rows.
+
+    segments_BT: which sequence of a packed row a token belongs to, 0 = padding; tokens attend
+    inside their own segment only. positions_BT restart in each segment (default 0..T-1).
+    fsdp: the mesh axis that the base is sharded over, inside shard_map; None when replicated.
+    """
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    if segments_BT is None:
+        segments_BT = jnp.ones_like(tokens_BT)
+    x_BTD = _embed(params, cfg, tokens_BT, fsdp)
+    x_BTD, _ = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsdp)
+    return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps)
+
+
+def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array:
+    """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one."""
+    name = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
+    return gather(params[name], specs(cfg)[name], fsdp)
+
+
+def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D], soft-capped (Gemma 2)."""
+    logits_V = jnp.einsum("...D,VD->...V", x_D, head_VD, preferred_element_type=jnp.float32)
+    if cap := cfg.final_logit_softcapping:
+        logits_V = cap * jnp.tanh(logits_V / cap)
+    return logits_V
+
+
+def logits(params: dict, cfg: Config, tokens_BT: jax.Array, mask_BT: jax.Array | None = None,
+           lora: dict | None = None) -> jax.Array:  # fmt: skip
+    """All logits [B, T, V] in float32, for reading and parity only; one device.
+
+    mask_BT: 1 = token, 0 = padding on either side; positions count tokens only.
+    """
+    if mask_BT is None:
+        mask_BT = jnp.ones_like(tokens_BT)
+    mask_BT = jnp.asarray(mask_BT, jnp.int32)
+    positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
+    x_BTD = hidden(params, cfg, jnp.asarray(tokens_BT), positions_BT, mask_BT, lora=lora)
+    return read_logits(cfg, head(params, cfg), x_BTD)
+
+
+# ------------------------------------------------------------------------------------- KV caches
+
+
+def init_cache(cfg: Config, batch: int, slots: int, dtype=jnp.bfloat16) -> dict:
+    """Empty caches for rows of up to `slots` tokens: {"local", "global"}, each k, v, pos.
+
+    k, v [layers of this kind, B, K, S, H]; pos [B, S] the position held by a slot, -1 = empty.
+    Local layers keep a ring of `sliding_window` slots, global layers all of them.
+    """
+
+    def one(n_layers, s):
+        shape = (n_layers, batch, cfg.num_key_value_heads, s, cfg.head_dim)
+        pos_BS = jnp.full((batch, s), -1, jnp.int32)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "pos": pos_BS}
+
+    n_global = sum(cfg.is_global)
+    ring = min(cfg.sliding_window, slots)
+    return {"local": one(cfg.num_hidden_layers - n_global, ring), "global": one(n_global, slots)}
+
+
+def _write(cache: dict, k_LBKTH, v_LBKTH, positions_BT, valid_BT) -> dict:
+    """Writes new tokens into slot `position % slots` of one kind of cache; padding is dropped."""
+    S = cache["pos"].shape[1]
+    # Of the tokens that share a ring slot only the last may be written: scatter has no order.
+    last_B = jnp.max(jnp.where(valid_BT, positions_BT, -1), axis=1)
+    keep_BT = valid_BT & (positions_BT > last_B[:, None] - S)
+    slot_BT = jnp.where(keep_BT, positions_BT % S, S)  # S is out of range: dropped
+    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+
+    def put(old_LBKSH, new_LBKTH):
+        new_BTLKH = new_LBKTH.transpose(1, 3, 0, 2, 4).astype(old_LBKSH.dtype)
+        return old_LBKSH.at[:, rows_B1, :, slot_BT].set(new_BTLKH, mode="drop")
+
+    pos_BS = cache["pos"].at[rows_B1, slot_BT].set(positions_BT, mode="drop")
+    return {"k": put(cache["k"], k_LBKTH), "v": put(cache["v"], v_LBKTH), "pos": pos_BS}
+
+
+def _cached_layers(params, cfg, x_BTD, positions_BT, valid_BT, lora, cache):
+    """All layers with caches: a scan over whole periods, then the layers left over.
+
+    The caches are only read here, so they stay where they are; the new keys and values come back
+    as {"local": (k, v), "global": (k, v)}, each [layers of this kind, B, K, T, H].
+    """
+    p = cfg.period
+    kinds = ["global" if g else "local" for g in cfg.is_global[:p]]
+    distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+    causal_BTT = (distance_BTT >= 0) & valid_BT[:, None, :]
+
+    def block(x_BTD, n, count):
+        """The first `count` layers of period n; weights and caches are indexed, never moved."""
+        new = {}
+        for j, kind in enumerate(kinds[:count]):
+            w, lora_l = jax.tree.map(lambda a, i=n * p + j: a[i], (params["layers"], lora))
+            i = n * kinds.count(kind) + kinds[:j].count(kind)  # among the layers of this kind
+            c, window = cache[kind], _window(cfg, kind == "global")
+            age_BTS = positions_BT[:, :, None] - c["pos"][:, None, :]
+            past = c["k"][i], c["v"][i], (c["pos"] >= 0)[:, None, :] & (age_BTS < window)
+            freq_H = jnp.asarray(_frequencies(cfg, kind == "global"))
+            x_BTD, kv = layer(cfg, w, lora_l, x_BTD, positions_BT, freq_H,
+                              causal_BTT & (distance_BTT < window), past=[past])  # fmt: skip
+            new.setdefault(kind, []).append(kv)
+        return x_BTD, {k: jax.tree.map(lambda *z: jnp.stack(z), *v) for k, v in new.items()}
+
+    n_whole, n_rest = divmod(cfg.num_hidden_layers, p)
+    x_BTD, new = lax.scan(lambda x, n: block(x, n, p), x_BTD, jnp.arange(n_whole))
+    new = jax.tree.map(lambda z: z.reshape(-1, *z.shape[2:]), new)
+    x_BTD, rest = block(x_BTD, n_whole, n_rest)
+    for kind, kv in rest.items():
+        new[kind] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new[kind], kv)
+    return x_BTD, new
+
+
+def extend(params: dict, cfg: Config, cache: dict, tokens_BT: jax.Array, positions_BT: jax.Array,
+           valid_BT: jax.Array | None = None, *, lora: dict | None = None,
+           empty: bool = False) -> tuple[jax.Array, dict]:  # fmt: skip
+    """Appends tokens to every row: final hidden states [B, T, D] and the grown cache.
+
+    positions_BT continue each row's own count; valid_BT is False on padding, which is neither
+    attended to nor written. empty=True (prefill) promises that the cache holds nothing yet.
+    """
+    valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT.astype(bool)
+    x_BTD = _embed(params, cfg, tokens_BT, None)
+    if empty:
+        x_BTD, kv_LBKTH = _scan_layers(
+            params, cfg, x_BTD, positions_BT, valid_BT.astype(jnp.int32), lora, "none", None
+        )
+        which = {"local": np.flatnonzero(~np.array(cfg.is_global)),
+                 "global": np.flatnonzero(cfg.is_global)}  # fmt: skip
+        new = {kind: [z[i] for z in kv_LBKTH] for kind, i in which.items()}
+    else:
+        x_BTD, new = _cached_layers(params, cfg, x_BTD, positions_BT, valid_BT, lora, cache)
+    cache = cache | {k: _write(cache[k], *kv, positions_BT, valid_BT) for k, kv in new.items()}
+    return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps), cache
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "n_new"))
+def greedy(params: dict, cfg: Config, prompt_U: jax.Array, n_new: int,
+           lora: dict | None = None) -> jax.Array:  # fmt: skip
+    """The plainest decoder there is: n_new greedy tokens after one prompt (sampler.py is fast)."""
+    U = prompt_U.shape[0]
+    cache = init_cache(cfg, 1, U + n_new, params["norm"].dtype)
+    grow = functools.partial(extend, params, cfg, lora=lora)
+    x_BTD, cache = grow(cache, prompt_U[None], jnp.arange(U)[None], empty=True)
+
+    def step(carry, position):
+        token, cache = carry
+        x_BTD, cache = grow(cache, token[None, None], position[None, None])
+        return (pick(x_BTD), cache), token
+
+    def pick(x_BTD):
+        return jnp.argmax(read_logits(cfg, head(params, cfg), x_BTD[0, -1])).astype(jnp.int32)
+
+    return lax.scan(step, (pick(x_BTD), cache), jnp.arange(U, U + n_new))[1]
+
+
+# --------------------------------------------------------------------------------- token log-probs
+
+CHUNK_ELEMENTS = 2**25  # float32 logits that may exist at a time: 128 MiB
+
+
+def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
+                temperature: jax.Array | float = 1.0, softcap: float | None = None,
+                chunk: int | None = None) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Log-probability of each target and entropy of its distribution, both [B, T] float32.
+
+    Logits are soft-capped, then divided by the temperature (not differentiated), and exist for
+    `chunk` tokens at a time. Position t is scored against targets_BT[t]: shift before calling.
+    The forward pass of a gradient also takes d logp/dx while the logits are at hand, a [B, T, D]
+    array, so that the backward pass multiplies instead of making the logits again.
+    """
+    B, T, D = x_BTD.shape
+    n = B * T
+    chunk = chunk or max(1, min(n, CHUNK_ELEMENTS // head_VD.shape[0]))
+    pad = -n % chunk  # padded rows score token 0 of a zero state: finite, and cut off below
+    x_CcD = jnp.pad(x_BTD.reshape(n, D), ((0, pad), (0, 0))).reshape(-1, chunk, D)
+    targets_Cc = jnp.pad(targets_BT.reshape(n), (0, pad)).reshape(-1, chunk)
+    out = _chunked_logps(x_CcD, head_VD, targets_Cc, jnp.float32(temperature), softcap)
+    return tuple(z.reshape(-1)[:n].reshape(B, T) for z in out)
+
+
+def _chunk(x_cD, head_VD, target_c, temperature, softcap):
+    """One chunk: log-probs of all words [c, V], the target's, the entropy, d logit/d raw logit."""
+    raw_cV = jnp.einsum("cD,VD->cV", x_cD, head_VD, preferred_element_type=jnp.float32)
+    slope = 1.0 / temperature
+    if softcap:
+        capped_cV = jnp.tanh(raw_cV / softcap)
+        raw_cV, slope = capped_cV * softcap, (1.0 - capped_cV**2) / temperature
+    logp_cV = jax.nn.log_softmax(raw_cV / temperature, axis=-1)
+    logp_c = jnp.take_along_axis(logp_cV, target_c[:, None], axis=1)[:, 0]
+    entropy_c = -jnp.sum(jnp.exp(logp_cV) * logp_cV, axis=-1)
+    return logp_cV, logp_c, entropy_c, slope
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked_logps(x_CcD, head_VD, targets_Cc, temperature, softcap):
+    def step(_, xs):
+        return None, _chunk(xs[0], head_VD, xs[1], temperature, softcap)[1:3]
+
+    return lax.scan(step, None, (x_CcD, targets_Cc))[1]
+
+
+def _chunked_logps_fwd(x, head, targets, temperature, softcap):
+    x_CcD, head_VD, targets_Cc, temperature = x.value, head.value, targets.value, temperature.value
+    residuals = x_CcD, head_VD, targets_Cc, temperature
+    if head.perturbed or not x.perturbed:  # a trained head needs the logits again anyway
+        out = _chunked_logps(x_CcD, head_VD, targets_Cc, temperature, softcap)
+        return out, (None, () if head.perturbed else None, *residuals)
+
+    def step(_, xs):
+        logp_cV, logp_c, entropy_c, slope = _chunk(xs[0], head_VD, xs[1], temperature, softcap)
+        d_cV = (jax.nn.one_hot(xs[1], head_VD.shape[0]) - jnp.exp(logp_cV)) * slope
+        return None, (logp_c, entropy_c, jnp.einsum("cV,VD->cD", d_cV.astype(xs[0].dtype), head_VD))
+
+    logp, entropy, dx_CcD = lax.scan(step, None, (x_CcD, targets_Cc))[1]
+    return (logp, entropy), (dx_CcD, None, *residuals)
+
+
+def _chunked_logps_bwd(softcap, residuals, cts):
+    dx_CcD, head_trained, x_CcD, head_VD, targets_Cc, temperature = residuals
+    zero = jax.custom_derivatives.SymbolicZero
+    if dx_CcD is not None and isinstance(cts[1], zero):  # only log-probs, of a frozen head
+        dx_CcD = cts[0][..., None].astype(dx_CcD.dtype) * dx_CcD
+        return dx_CcD, None, None, None
+    ct_logp, ct_entropy = (jnp.zeros(c.shape) if isinstance(c, zero) else c for c in cts)
+
+    def step(dhead_VD, xs):
+        x_cD, target_c, g_c, h_c = xs
+        logp_cV, _, entropy_c, slope = _chunk(x_cD, head_VD, target_c, temperature, softcap)
+        p_cV = jnp.exp(logp_cV)
+        d_cV = g_c[:, None] * (jax.nn.one_hot(target_c, head_VD.shape[0]) - p_cV)
+        d_cV = (d_cV - h_c[:, None] * p_cV * (logp_cV + entropy_c[:, None])) * slope
+        d_cV = d_cV.astype(x_cD.dtype)
+        if head_trained is not None:
+            dhead_VD += jnp.einsum("cV,cD->VD", d_cV, x_cD, preferred_element_type=jnp.float32)
+        return dhead_VD, jnp.einsum("cV,VD->cD", d_cV, head_VD)
+
+    dhead_VD = None
+    if head_trained is not None:
+        dhead_VD = jnp.zeros_like(head_VD, jnp.float32)
+    xs = x_CcD, targets_Cc, ct_logp, ct_entropy
+    dhead_VD, dx_CcD = lax.scan(step, dhead_VD, xs)
+    dhead_VD = None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)
+    return dx_CcD, dhead_VD, None, None
+
+
+_chunked_logps.defvjp(_chunked_logps_fwd, _chunked_logps_bwd, symbolic_zeros=True)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def _canonical(name: str) -> str | None:
+    """Text-only spelling of a tensor name; None for vision towers and other tensors to skip."""
+    name = name.removeprefix("model.") if name.startswith("model.vision") else name
+    if name.startswith(("vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")):
+        return None
+    if name.endswith("rotary_emb.inv_freq"):  # old exporters saved this buffer
+        return None
+    for prefix in ("language_model.model.", "model.language_model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: not a safetensors file, or a part of one ({e})") from None
+
+
+def _tensors(path: Path) -> dict[str, tuple[Path, str]]:
+    """Where each text tensor of a checkpoint is: canonical name -> (file, name in that file)."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"  # comes before an index, as in transformers
+    if index.exists() and not single.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [path / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:
+            raise ValueError(f"{index}: expected JSON with a weight_map ({e!r})") from None
+        for name, file in zip(names, files, strict=True):
+            if file.name != name or not file.is_file():
+                raise ValueError(f"{index}: names {name!r}, expected a file in {path}")
+    else:
+        files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            found = ", ".join(f.name for f in files) or "none"
+            pickled = " (pickled .bin/.pt weights are never opened: convert them to safetensors)"
+            raise ValueError(
+                f"{path}: expected one .safetensors file or model.safetensors.index.json, found "
+                + found + pickled * any(path.glob("*.bin"))
+            )  # fmt: skip
+    where = {}
+    for file in files:
+        with _open(file) as f:
+            for name in f.keys():
+                if (canonical := _canonical(name)) in where:
+                    other = " of ".join(map(str, reversed(where[canonical])))
+                    raise ValueError(f"{file}: tensor {name!r} is {other} again")
+                if canonical is not None:
+                    where[canonical] = (file, name)
+    return where
+
+
+def _read(file: Path, name: str) -> np.ndarray:
+    # Reopened for each tensor: closing unmaps the file, so its pages never add up in memory.
+    with _open(file) as f:
+        return f.get_tensor(name)
+
+
+def _check_tensors(cfg: Config, where: dict, path: Path) -> None:
+    """Raises unless the files hold exactly the tensors of `cfg`, by name, shape and dtype."""
+    expected = {}
+    for spec in jax.tree.leaves(specs(cfg)):
+        for i in range(cfg.num_hidden_layers if spec.stacked else 1):
+            expected[spec.name.format(i=i)] = spec.hf_shape(cfg)
+    missing, unexpected = expected.keys() - where.keys(), where.keys() - expected.keys()
+    if missing or unexpected:
+        counts = f"expected {len(expected)} text tensors by config.json, found {len(where)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected)):
+            if names:
+                first = ", ".join(map(repr, sorted(names)[:3]))
+                counts += f"; {what}: {first}" + " …" * (len(names) > 3)
+        raise ValueError(f"{path}: {counts}")
+    for file in sorted({file for file, _ in where.values()}):
+        with _open(file) as f:
+            for canonical, (its_file, name) in where.items():
+                if its_file != file:
+                    continue
+                tensor = f.get_slice(name)
+                if (found := tuple(tensor.get_shape())) != expected[canonical]:
+                    raise ValueError(
+                        f"{file}: tensor {name} has shape {list(found)}, expected "
+                        f"{list(expected[canonical])} from config.json"
+                    )
+                if tensor.get_dtype() not in ("BF16", "F16", "F32"):
+                    raise ValueError(f"{file}: tensor {name} is {tensor.get_dtype()}, expected "
+                                     "BF16, F16 or F32")  # fmt: skip
+
+
+def read_config(path: str | Path) -> Config:
+    """The config.json of a model folder, with the stop ids of its generation_config.json added."""
+    file, generation = Path(path) / "config.json", Path(path) / "generation_config.json"
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; a model folder holds config.json and safetensors")
+    try:
+        cfg = config_from_dict(json.loads(file.read_text()), str(file))
+        if generation.exists():  # gemma-2-it: 1 in config.json, [1, 107] here
+            file = generation
+            eos = json.loads(file.read_text()).get("eos_token_id") or []
+            eos = dict.fromkeys((*cfg.eos_token_id, *(eos if isinstance(eos, list) else (eos,))))
+            cfg = dataclasses.replace(cfg, eos_token_id=tuple(eos))
+        return cfg
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{file}: not JSON ({e})") from None
+    except (AttributeError, TypeError, KeyError, ArithmeticError, OSError) as e:
+        raise ValueError(f"{file}: not the config of a model ({e!r})") from None
+
+
+@functools.partial(jax.jit, static_argnames="shape", donate_argnums=0)
+def _place(leaf, tensor, i, shape):
+    """leaf[i] = one tensor of a file, turned from torch's [out, in] into [in, out]."""
+    out, inp = shape
+    tensor = tensor.astype(leaf.dtype).reshape(out + inp)
+    tensor = tensor.transpose(*range(len(out), len(out + inp)), *range(len(out)))
+    return lax.dynamic_update_index_in_dim(leaf, tensor, i, 0)
+
+
+def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: bool = False):
+    """Loads a Hugging Face folder -> (Config, parameters).
+
+    Tensor by tensor, each straight to its place on the device(s): the host never holds a second
+    copy. mesh: replicate over it, or with shard=True split every matrix along D over axis "data".
+    A separate lm_head.weight is used only if it differs from the embedding. Bad files raise
+    ValueError naming the file, the tensor, what was expected and what was found.
+    """
+    path = Path(path)
+    cfg = read_config(path)
+    where = _tensors(path)
+    separate = "lm_head.weight" in where
+    if separate:
+        cfg = dataclasses.replace(cfg, tie_word_embeddings=False)
+    _check_tensors(cfg, where, path)
+    if separate:
+        embed, lm_head = (_read(*where[n]) for n in ("model.embed_tokens.weight", "lm_head.weight"))
+        cfg = dataclasses.replace(cfg, tie_word_embeddings=bool((embed == lm_head).all()))
+        del embed, lm_head
+
+    def one(spec: Spec) -> jax.Array:
+        here = there = None
+        if mesh is not None:
+            here = NamedSharding(mesh, spec.pspec if shard else P())
+            there = NamedSharding(mesh, spec.hf_pspec if shard else P())
+        if not spec.stacked:  # the embedding, the largest of all, lies in the file as it does here
+            return jax.device_put(_read(*where[spec.name]).astype(dtype, copy=False), here)
+        shape = tuple(tuple(_sizes(cfg)[a] for a in g) for g in (spec.out, spec.inp))
+        leaf = jnp.zeros(spec.shape(cfg), dtype, device=here)
+        for i in range(cfg.num_hidden_layers):
+            tensor = jax.device_put(_read(*where[spec.name.format(i=i)]), there)
+            leaf = _place(leaf, tensor, i, shape).block_until_ready()  # one in flight, not many
+        return leaf
+
+    # Largest first, so that the moment of one tensor in flight comes while little is resident.
+    tree = specs(cfg)
+    order = sorted(jax.tree.leaves(tree), key=lambda s: -math.prod(s.shape(cfg)))
+    loaded = {spec.name: one(spec) for spec in order}
+    return cfg, jax.tree.map(lambda s: loaded[s.name], tree)
+
+
+def save(path: str | Path, cfg: Config, params: dict, shard_bytes: int = 4 * 2**30) -> None:
+    """Writes a Hugging Face folder: config.json, generation_config.json, safetensors.
+
+    In the parameters' dtype, in files of at most `shard_bytes` (one file up to that size), so
+    the host holds one file at a time. The tokenizer's files are data.Tokenizer.save's.
+    """
+    path = Path(path)
+    dtype = params["norm"].dtype
+    groups, size = [[]], 0
+    for spec, leaf in zip(jax.tree.leaves(specs(cfg)), jax.tree.leaves(params), strict=True):
+        n = math.prod(spec.hf_shape(cfg)) * dtype.itemsize
+        for i in range(cfg.num_hidden_layers) if spec.stacked else [None]:
+            if groups[-1] and size + n > shard_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append((spec, leaf, i))
+            size += n
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors*", "model-*-of-*.safetensors"):
+            for old in path.glob(name):  # or files of an earlier save would be read with these
+                old.unlink()
+        weight_map = {}
+        for g, group in enumerate(groups):
+            file = f"model-{g + 1:05d}-of-{len(groups):05d}.safetensors"
+            file = "model.safetensors" if len(groups) == 1 else file
+            tensors = {s.name.format(i=i): _export(s, cfg, leaf, i) for s, leaf, i in group}
+            save_file(tensors, path / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+        if len(groups) > 1:
+            total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (path / "config.json").write_text(json.dumps(config_to_dict(cfg, dtype.name), indent=2))
+        eos = {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": list(cfg.eos_token_id)}
+        (path / "generation_config.json").write_text(json.dumps(eos, indent=2))
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path}: cannot write the model there ({e})") from None
+
+
+def _export(spec: Spec, cfg: Config, leaf: jax.Array, i: int | None) -> np.ndarray:
+    """One tensor as Hugging Face files hold it: torch's [out, in], contiguous, on the host."""
+    tensor = np.asarray(leaf if i is None else leaf[i])
+    if spec.inp and spec.out != "V":
+        n = len(spec.inp)
+        tensor = tensor.transpose(*range(n, tensor.ndim), *range(n))
+    return np.ascontiguousarray(tensor).reshape(spec.hf_shape(cfg))
+
+
+# ---------------------------------------------------------------------------------------- finding
+
+
+def _hub_name(model: str) -> str:
+    """gemma3-1b -> gemma-3-1b-it; -pt gives the name of the base model on the Hub."""
+    name = model.replace("gemma2", "gemma-2").replace("gemma3", "gemma-3")
+    if not name.endswith(("-it", "-pt")):
+        return name + "-it"
+    bare = name.startswith("gemma-2") or "270m" in name  # base models published without a suffix
+    return name.removesuffix("-pt") if bare else name
+
+
+def find(model: str, weights: str | Path | None = None) -> Path:
+    """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
+
+    model: a name of CONFIGS, with -it (the default) or -pt. The error lists every place searched
+    and the commands that would fetch the model.
+    """
+    if weights is not None:
+        if not (Path(weights) / "config.json").exists():
+            raise ValueError(f"--weights {weights}: no config.json there")
+        return Path(weights)
+    base = model.removesuffix("-it").removesuffix("-pt")
+    if base not in CONFIGS:
+        raise ValueError(f"--model {model}: unknown, expected one of {', '.join(CONFIGS)}")
+    if base == "tiny":
+        return find(model, Path(__file__).resolve().parent / "tiny")
+    name = _hub_name(model)
+    family = name[: len("gemma-3")]
+    cache = Path.home() / ".cache"
+    hf_home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
+    hub = os.environ.get("HF_HUB_CACHE", hf_home / "hub")
+    kagglehub = os.environ.get("KAGGLEHUB_CACHE", cache / "kagglehub")
+    root = os.environ.get("GEMMA_WEIGHTS", "$GEMMA_WEIGHTS (not set)")
+    patterns = [
+        root,
+        f"{root}/{name}",
+        *(f"/kaggle/input/{'*/' * deep}{name}{end}" for deep in range(5) for end in ("", "/*")),
+        f"{hub}/models--google--{name}/snapshots/*",
+        f"{kagglehub}/models/google/{family}/transformers/{name}/*",
+    ]
+    for pattern in patterns:
+        found = [Path(f) for f in glob.glob(pattern) if (Path(f) / "config.json").exists()]
+        found = [f for f in found if any(f.glob("*.safetensors"))]  # not a half-filled cache
+        for folder in sorted(found, key=os.path.getmtime, reverse=True):
+            if _same_shape(read_config(folder), CONFIGS[base]):
+                return folder
+    downloaded, why = _download(name, f"google/{family}/transformers/{name}")
+    if downloaded:
+        return downloaded
+    raise ValueError(
+        f"--model {model}: no folder of {name} found. Searched:\n  "
+        + "\n  ".join(patterns)
+        + f"\nDownloading: {why}.\n"
+        + "Get it with one of these (accept the license on the model's page first), or give its "
+        + "folder as --weights DIR:\n"
+        + f"  hf download google/{name}\n"
+        + '  python -c "import kagglehub; kagglehub.model_download('
+        + f"'google/{family}/transformers/{name}')\"\n"
+        + f"  on Kaggle: Add Input > Models > {family} > Transformers > {name}"
+    )
+
+
+def _same_shape(a: Config, b: Config) -> bool:
+    return (a.model_type, a.hidden_size, a.num_hidden_layers) == (
+        b.model_type, b.hidden_size, b.num_hidden_layers)  # fmt: skip
+
+
+def _download(hf_name: str, kaggle_handle: str) -> tuple[Path | None, str]:
+    """Asks kagglehub (on Kaggle) and huggingface_hub, if they happen to be installed."""
+    why = []
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        try:
+            import kagglehub
+
+            return Path(kagglehub.model_download(kaggle_handle)), ""
+        except Exception as e:  # any failure of an optional library only means "not here"
+            why.append(f"kagglehub: {_first_line(e)}")
+    try:
+        import huggingface_hub
+
+        files = ["*.json", "*.safetensors", "tokenizer.model"]
+        got = huggingface_hub.snapshot_download(f"google/{hf_name}", allow_patterns=files)
+        return Path(got), ""
+    except Exception as e:
+        why.append(f"huggingface_hub: {_first_line(e)}")
+    return None, "; ".join(why)
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
+
+
+# ------------------------------------------------------------------------------------- self-check
+
+TOKENIZERS = {  # sha256 of tokenizer.model -> name, a chat, its ids as several projects report them
+    "61a7b147390c64585d6c3543dd6fc636906c9af3865a5548f27f31aee1d4c8e2": (
+        "Gemma 2", "What is the capital of France?",
+        [2, 106, 1645, 108, 1841, 603, 573, 6037, 576, 6081, 235336, 107, 108, 106, 2516, 108]),
+    "1299c11d7cf632ef3b4e11937501358ada021bbdf7c47638d13c0ee982f2e79c": (
+        "Gemma 3", "Hello", [2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107]),
+}  # fmt: skip
+QUESTION = "Tom has 12 apples. He buys 7 more apples. How many apples does Tom have now?"
+PARAGRAPH = (
+    "Tom has 12 apples. He buys 7 more apples. Then he gives 4 apples to Anna. How many apples "
+    "does Tom have now? 12 + 7 = 19. 19 - 4 = 15. Tom has 15 apples now."
+)
+MAX_PERPLEXITY = 50.0  # random weights score about the vocabulary's size; no BOS, millions
+
+
+def self_check(weights: str, tokenizer: str | None = None) -> bool:
+    """Prints what can be known of a model folder without another implementation: PASS or FAIL.
+
+    For the first person who has the real weights, which this repository was never run on.
+    """
+    import data  # text is data.py's; only this check needs it
+
+    passed = True
+
+    def report(ok: bool | None, what: str, detail: str) -> None:
+        nonlocal passed
+        passed &= ok is not False
+        mark = {True: "ok  ", False: "FAIL", None: "?   "}[ok]
+        print(f"{mark}  {what:<11} {detail}", flush=True)
+
+    path, file = Path(weights), Path(tokenizer or weights)
+    cfg = read_config(path)
+    print(f"{path} on {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+    tok = data.Tokenizer(file)
+    file = file / "tokenizer.model" if file.is_dir() else file
+    sha = hashlib.sha256(file.read_bytes()).hexdigest()
+    if sha in TOKENIZERS:
+        name, text, ids = TOKENIZERS[sha]
+        report(True, "tokenizer", f"{name}'s published file")
+        found = tok.chat([{"role": "user", "content": text}])
+        wrong = f", expected {ids}" * (found != ids)
+        report(found == ids, "golden ids", f"{text!r} -> {found}{wrong}")
+    else:
+        report(None, "tokenizer", f"{tok.vocab_size} pieces, not a published Gemma file: its ids "
+               "could not be checked")  # fmt: skip
+    dtype = jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16
+    cfg, params = load(path, dtype)
+    n = sum(x.size for x in jax.tree.leaves(params))
+    known = [name for name, c in CONFIGS.items() if c.n_params == n and _same_shape(c, cfg)]
+    detail = f"{n:,} in {cfg.num_hidden_layers} layers of {cfg.model_type}, the size of "
+    detail += known[0] if known else "no Gemma that this repository knows"
+    report(True if known else None, "parameters", f"{detail}; read as {dtype.__name__}")
+    bad = [k for k, x in jax.tree_util.tree_leaves_with_path(params) if not jnp.isfinite(x).all()]
+    found = ", ".join(map(jax.tree_util.keystr, bad))
+    report(not bad, "finite", f"NaN or infinity in {found}" if bad else "every parameter")
+    fits = tok.vocab_size <= cfg.vocab_size
+    report(fits, "vocabulary", f"{tok.vocab_size} pieces in the tokenizer, {cfg.vocab_size} rows in"
+           " the embedding" + ", expected at least as many" * (not fits))  # fmt: skip
+    if fits:
+        ids_BT = jnp.asarray([[tok.bos, *tok.encode(PARAGRAPH)]])
+        x_BTD = hidden(params, cfg, ids_BT)
+        logp_BT, _ = token_logps(
+            x_BTD[:, :-1], head(params, cfg), ids_BT[:, 1:], softcap=cfg.final_logit_softcapping
+        )
+        perplexity = float(jnp.exp(-logp_BT.mean()))
+        report(perplexity < MAX_PERPLEXITY, "perplexity", f"{perplexity:.2f} on {ids_BT.shape[1]} "
+               f"tokens of plain English, expected below {MAX_PERPLEXITY:g} (an untrained model: "
+               f"about {tok.vocab_size})")  # fmt: skip
+        prompt = jnp.asarray(tok.chat([{"role": "user", "content": QUESTION}]))
+        ids = greedy(params, cfg, prompt, 96).tolist()
+        stop = next((i for i, t in enumerate(ids) if t in tok.stop_ids), len(ids))
+        where = "stopped by itself" if stop < len(ids) else f"cut off after {len(ids)} tokens"
+        report(None, "answer", f"{QUESTION}\n{'':18}{tok.decode(ids[:stop])!r} ({where})")
+    report(None, "not tested", "whether the weights are the published ones; how near bfloat16 "
+           "comes to transformers on them")  # fmt: skip
+    print("PASS" if passed else "FAIL", "(lines marked ? are for you to judge)")
+    return passed
+
+
+def main(weights: str, tokenizer: str | None = None) -> None:
+    """Checks a Gemma folder: tokenizer, parameters, perplexity, one greedy answer.
+
+    The last line says PASS, exit code 0, or FAIL, exit code 1.
+
+    Args:
+        weights: Hugging Face folder: config.json, safetensors, tokenizer.model.
+        tokenizer: Folder or file of the tokenizer, where the weights folder holds none.
+    """
+    try:
+        ok = self_check(weights, tokenizer)
+    except ValueError as e:
+        sys.exit(f"FAIL  {e}")
+    sys.exit(0 if ok else 1)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)

@@ -1,0 +1,674 @@
+"""The run folder that every script shares: metrics, samples, checkpoints, resume, time budget.
+
+    runs/NAME/
+        config.json           the resolved config, and under `code` the versions it last ran with
+        metrics.jsonl         one object a step; keys ending in _s or holding per_s are timings
+        samples.jsonl         prompt, completion, every reward component
+        checkpoints/step_N/   the state after N updates: what `write_model` wrote (the adapter),
+                              resume/ (arrays and counters), manifest.json (size and sha256 of each)
+        final/                what `--adapter` takes
+
+Steps count from 1, so step_N is saved after line N of metrics.jsonl. Everything is written under a
+temporary name and renamed, so a kill at any moment leaves the old file or the new one. Resuming
+cuts the lines after the checkpoint: the files of a resumed run equal those of an uninterrupted one,
+timings aside. What is wrong in a folder is said in one line that names the path.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process.
+STARTED = time.monotonic() - time.process_time()
+
+
+# ---------------------------------------------------------------------------- environment
+
+
+def check_jax(version: str | None = None, installed: Iterable[str] | None = None) -> None:
+    """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here.
+
+    The accelerator is read off the installed packages: starting a backend to ask it could hang.
+    """
+    version = version or metadata.version("jax")
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 10):
+        return
+    names = installed or (d.name or "" for d in metadata.distributions())
+    names = {name.lower().replace("_", "-") for name in names}
+    extras = {
+        "libtpu": "[tpu]",
+        "libtpu-nightly": "[tpu]",
+        "jax-cuda13-plugin": "[cuda13]",
+        "jax-cuda12-plugin": "[cuda12]",
+    }
+    extra = next((extra for name, extra in extras.items() if name in names), "")
+    package = f'"jax{extra}"' if extra else "jax"
+    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}")
+
+
+def compilation_cache() -> str | None:
+    """Keep compiled programs on disk; call it before the first jit. Returns the folder, or None.
+
+    A first compile takes minutes on a TPU, and a resumed session should not pay it twice.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/jax-programs"
+    if "://" not in folder:  # a bucket is JAX's to open
+        try:
+            folder = str(Path(folder).expanduser())
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except (OSError, RuntimeError) as error:
+            say(f"no compilation cache, every start compiles again: {error}")
+            return None
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def say(line: str) -> None:
+    """Print to stderr without tearing the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- time budget
+
+
+def parse_time(text: str | float | None) -> float | None:
+    """Seconds in "8h45m", "90m", "30s" or a plain number; None stays None."""
+    if text is None:
+        return None
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s)?|{number}", str(text).strip())
+    parts = match.groups(default="0") if match else "0000"
+    seconds = sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1, 1), strict=True))
+    if seconds <= 0:
+        raise ValueError(f"--time-limit {text}: write it like 8h45m, 90m, 30s or 5400 (seconds)")
+    return seconds
+
+
+class Budget:
+    """The share of the run that is done: by steps, by the clock, or whichever is further.
+
+    With a limit the share follows the clock, p = p0 + (1 - p0) · elapsed / (limit - reserve): p0 is
+    the share in the checkpoint, elapsed counts this session alone, and the reserve leaves time to
+    finish the step under way, evaluate, save a checkpoint and write final/. `start` is the clock
+    reading the session counts from: a script passes STARTED, a notebook leaves it at now.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        limit_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        start: float | None = None,
+        needs: tuple[str, ...] = ("step", "save"),
+    ):
+        self.steps, self.limit_s, self.clock, self.needs = steps, limit_s, clock, needs
+        self.last = clock()
+        self.elapsed_s = 0.0 if start is None else max(0.0, self.last - start)
+        self.p = self.clock_p = self.clock_p0 = 0.0
+        self.longest_s: dict[str, float] = {}  # of a step, a save, an evaluation
+        self.n_readings, self.read_s, self.pace_from = 0, 0.0, (0.0, 0.0)
+        self.apart_s = 0.0  # measured apart since the last reading, so not part of a step
+
+    def now_s(self) -> float:
+        """Seconds of this session; a clock set back stands still for one reading, then goes on."""
+        reading = self.clock()
+        self.elapsed_s += max(0.0, reading - self.last)
+        self.last = reading
+        return self.elapsed_s
+
+    @contextlib.contextmanager
+    def measure(self, kind: str):
+        """Time what must also fit in at the end: "save" (Run does it) or "eval"."""
+        begin = self.now_s()
+        yield
+        took = self.now_s() - begin
+        self.apart_s += took
+        self.longest_s[kind] = max(took, self.longest_s.get(kind, 0.0))
+
+    def reserve_s(self) -> float:
+        """Seconds kept back before the limit; 5 % of it until everything needed was measured."""
+        parts = {"step": 1, "eval": 1, "save": 2}  # final/ costs about another save
+        measured = 1.25 * sum(n * self.longest_s.get(kind, 0.0) for kind, n in parts.items())
+        guessed = any(kind not in self.longest_s for kind in self.needs)
+        return max(measured, 0.05 * self.limit_s) if guessed else measured
+
+    def progress(self, step: int) -> float:
+        """The share p done after `step` updates, 1 at the end; call it once between two steps.
+
+        Step + 1 uses this p for its schedule and step_N holds it, so a resumed run goes on from it.
+        """
+        now = self.now_s()
+        if self.n_readings > 1:  # the first step of a session compiles: no measure of the others
+            took = now - self.read_s - self.apart_s
+            self.longest_s["step"] = max(took, self.longest_s.get("step", 0.0))
+        self.n_readings, self.read_s, self.apart_s = self.n_readings + 1, now, 0.0
+        self.p = 0.0
+        if self.steps is not None:
+            self.p = min(1.0, step / self.steps) if self.steps > 0 else 1.0
+        if self.limit_s is not None:
+            share = now / max(self.limit_s - self.reserve_s(), 1e-9)
+            p = self.clock_p0 + (1 - self.clock_p0) * share if share < 1 else 1.0
+            self.clock_p = max(p, self.clock_p)
+            self.p = max(self.p, self.clock_p)
+        if self.n_readings <= 2:
+            self.pace_from = now, self.p
+        return self.p
+
+    def eta_s(self) -> float | None:
+        """Seconds to p = 1: what the clock leaves, with --steps the pace since the first step."""
+        if self.steps is None and self.limit_s is not None:
+            return max(0.0, self.limit_s - self.reserve_s() - self.elapsed_s)
+        since_s, p = self.pace_from
+        return (self.read_s - since_s) * (1 - self.p) / (self.p - p) if self.p > p else None
+
+    def state(self) -> dict:
+        """What a checkpoint holds; without a limit nothing that depends on the clock."""
+        if self.limit_s is None:
+            return {"p": self.p}
+        return {"p": self.p, "clock_p": self.clock_p, "longest_s": self.longest_s}
+
+    def load(self, state: dict) -> None:
+        """Go on from a checkpoint; a limit beside --steps must not end a run whose steps grew."""
+        p0 = state["p"] if self.steps is None else state.get("clock_p", 0.0)
+        self.p, self.clock_p, self.clock_p0 = state["p"], p0, p0
+        for kind, took in state.get("longest_s", {}).items():
+            self.longest_s[kind] = max(took, self.longest_s.get(kind, 0.0))
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def _writing(path: Path):
+    """A disk that is full or read-only stops the run with one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; make "
+            "room or choose another --out; the checkpoints are intact"
+        ) from error
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"tmp-{path.name}")
+    temporary.write_bytes(content)
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file at once: a reader or a crash meets the old file or the new one."""
+    _replace(Path(path), (json.dumps(_plain(value), indent=2) + "\n").encode())
+
+
+def _plain(value):
+    """Plain Python for JSON, which has no NaN and no infinity: those become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _cut(path: Path, last: int) -> None:
+    """Drop the lines of steps after `last` and a torn one: [1 2 3 {"st], last 2 -> [1 2]."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= last:
+                kept.append(line + b"\n")
+    _replace(path, b"".join(kept))
+
+
+def _seal(path: Path) -> dict:
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256}
+
+
+def verify(directory: Path) -> str | None:
+    """Why a checkpoint or a final/ cannot be trusted, or None: every file against the manifest."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+        if manifest["name"] != directory.name:
+            return f"it was saved as {manifest['name']}"
+        for name, seal in manifest["files"].items():
+            found = _seal(directory / name)
+            for what in ("bytes", "sha256"):
+                if found[what] != seal[what]:
+                    return f"{name}: {what} {found[what]}, saved with {seal[what]}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(directory)} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read: {error!r}"
+    return None
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder, seal it with a manifest, rename it to `target`."""
+    temporary, old = (target.with_name(f"{word}-{target.name}") for word in ("tmp", "old"))
+    try:
+        with _writing(target):
+            temporary.mkdir()
+            write(temporary)
+            files = {
+                path.relative_to(temporary).as_posix(): _seal(path)
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            write_json(temporary / "manifest.json", {"name": target.name, "files": files})
+            for path in [*temporary.rglob("*"), temporary]:
+                _fsync(path)
+            if target.exists():  # a folder cannot replace a folder; _tidy undoes a kill in between
+                os.rename(target, old)
+            os.rename(temporary, target)
+            _fsync(target.parent)
+    finally:
+        _tidy(target.parent)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what an interrupted write left, and put back what it was about to replace."""
+    for old in folder.glob("old-*"):
+        target = old.with_name(old.name.removeprefix("old-"))
+        if not target.exists():
+            os.rename(old, target)
+    for left in [*folder.glob("tmp-*"), *folder.glob("old-*")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _named(tree) -> dict[str, Any]:
+    """Leaves by path: {"opt_state": (ScaleByAdamState(mu=...),)} -> {"opt_state/0/mu": ...}."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves share a name"
+    return named
+
+
+def _fill(like, named: dict[str, np.ndarray], source: Path):
+    """Put the named arrays into the structure of `like`, whose shapes and dtypes must be theirs."""
+    kinds = {}
+    for name, leaf in _named(like).items():
+        kinds[name] = f"{np.shape(leaf)} {getattr(leaf, 'dtype', np.asarray(leaf).dtype)}"
+    for name in sorted({*kinds, *named}):
+        expected = kinds.get(name, "nothing")
+        found = f"{named[name].shape} {named[name].dtype}" if name in named else "nothing"
+        if expected != found:
+            raise ValueError(f"{source}: {name}: expected {expected}, found {found}")
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in kinds])
+
+
+# ---------------------------------------------------------------------------- optional loggers
+
+LOGGERS = ("wandb", "tensorboard")
+
+
+def _open_logger(name: str, folder: Path, config: dict):
+    """(write, close) of one of LOGGERS."""
+    if name == "wandb":
+        import wandb
+
+        wandb.init(name=folder.name, dir=str(folder), config=config)
+        return lambda step, metrics: wandb.log(metrics, step=step), wandb.finish
+    from tensorboard.summary import Writer
+
+    writer = Writer(str(folder / "tensorboard"))
+
+    def write(step, metrics):
+        for key, value in metrics.items():
+            writer.add_scalar(key, value, step)
+
+    return write, writer.close
+
+
+class _Reporter:
+    """A logger behind a bounded queue in its own thread: a run never waits for it or dies of it."""
+
+    def __init__(self, *arguments):
+        self.lines = queue.Queue(maxsize=256)
+        self.thread = threading.Thread(target=self._work, args=arguments, daemon=True)
+        self.thread.start()
+
+    def _work(self, name, folder, config):
+        try:
+            write, close = _open_logger(name, folder, config)
+            while (item := self.lines.get()) is not None:
+                write(*item)
+            close()
+        except Exception as error:  # a logger may fail in any way and never stops a run
+            say(f"{name} is off for the rest of the run: {error!r}")
+
+    def put(self, step: int, metrics: dict):
+        with contextlib.suppress(queue.Full):  # hung, slow or off: metrics.jsonl has the line
+            self.lines.put_nowait((step, metrics))
+
+    def close(self, patience_s: float = 5.0):
+        if self.thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self.lines.put(None, timeout=patience_s)
+            self.thread.join(patience_s)
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+class Saved(NamedTuple):
+    step: int
+    arrays: Any  # numpy, in the structure asked for
+    state: dict
+    directory: Path
+
+
+class Run:
+    """One open run folder, locked against a second process; a context manager.
+
+    `may_change` names the config fields a resumed run may give anew. `keep` checkpoints stay, and
+    the one with the best score. `show` are the metrics on the progress line, `every_s` its period
+    where stderr is no terminal. Where the main thread opens it, SIGTERM or Ctrl-C sets `stopping`.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: Any,
+        may_change: Iterable[str] = (),
+        budget: Budget | None = None,
+        keep: int = 2,
+        report_to: Iterable[str] = (),
+        show: tuple[str, ...] = ("loss", "reward", "tokens_per_s"),
+        every_s: float = 30.0,
+    ):
+        self.folder, self.budget = Path(out), budget or Budget()
+        self.keep, self.show, self.every_s = keep, show, every_s
+        self.step: int | None = None  # of the last line logged; None until restore()
+        self.stopping, self.bar, self.refused = "", None, set()
+        self.shown, self.shown_at = 0, 0.0
+        config = _plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
+        for name in report_to:
+            if name not in LOGGERS:
+                raise ValueError(f"--report-to {name}: choose from {', '.join(LOGGERS)}")
+            if importlib.util.find_spec(name) is None:
+                raise SystemExit(f"--report-to {name}: not installed; pip install {name}")
+        with contextlib.ExitStack() as stack:  # a failure below unlocks the folder again
+            with _writing(self.folder):
+                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self._lock(stack)
+                _tidy(self.folder)
+                _tidy(self.folder / "checkpoints")
+                self._check_config(config, set(may_change))
+            self.reporters = [_Reporter(name, self.folder, config) for name in report_to]
+            for reporter in self.reporters:
+                stack.callback(reporter.close)
+            if threading.current_thread() is threading.main_thread():  # Python allows no other
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    before = signal.signal(number, self._on_signal)
+                    stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            self._stack = stack.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Unlock the folder, restore the signal handlers, let the loggers finish."""
+        self._stack.close()
+
+    def _lock(self, stack):
+        lock = stack.enter_context(open(self.folder / ".lock", "a+"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it at any death
+        except BlockingIOError:
+            lock.seek(0)
+            raise SystemExit(
+                f"{self.folder} is in use by process {lock.read()}: "
+                "stop that one, or choose another folder with --out"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+
+    def _check_config(self, config, may_change):
+        path = self.folder / "config.json"
+        try:  # before the first checkpoint there is nothing to resume, so nothing to compare
+            old = json.loads(path.read_bytes()) if self.checkpoints() else config
+        except (OSError, ValueError) as error:
+            raise SystemExit(
+                f"{path} of a run to resume cannot be read: {error}; "
+                "put it back, or choose another --out"
+            ) from error
+        for field in sorted({*old, *config} - may_change - {"code"}):
+            was, now = old.get(field, "absent"), config.get(field, "absent")
+            if was != now:
+                raise SystemExit(
+                    f"--{field.replace('_', '-')} was {was!r} when {self.folder} was "
+                    f"begun, now it is {now!r}: put it back, or choose another --out"
+                )
+        code = {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "n_devices": jax.device_count(),
+        }
+        write_json(path, config | {"code": code})
+
+    def _on_signal(self, number, frame):
+        if self.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopping = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # not print(): it may be what was interrupted
+            os.write(2, f"\n{self.stopping}: finishing this step, then saving\n".encode())
+
+    def stop(self) -> None:
+        """End a run that was told to stop, after its last save, with a line on how to go on."""
+        newest = max(self.checkpoints(), default=(0, None))[0]
+        raise SystemExit(
+            f"stopped by {self.stopping} at step {newest} of {self.folder}: "
+            "the same command continues from there"
+        )
+
+    # -------------------------------- what a step leaves
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Append the line of a step to metrics.jsonl, show it, and pass it to the loggers."""
+        metrics = _plain(metrics)
+        self._append("metrics.jsonl", step, [metrics])
+        self.step = max(step, self.step)
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        for reporter in self.reporters:
+            reporter.put(step, numbers)
+        self._show(step, numbers)
+
+    def log_samples(self, step: int, rows: Iterable[dict]) -> None:
+        """Append rows (prompt, completion, reward components) to samples.jsonl."""
+        self._append("samples.jsonl", step, [_plain(row) for row in rows])
+
+    def _append(self, name, step, rows):
+        assert self.step is not None, "call restore() before the first step"
+        lines = "".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        with _writing(self.folder / name), open(self.folder / name, "ab") as file:
+            file.write(lines.encode(errors="backslashreplace"))  # half a surrogate pair: its escape
+
+    def _show(self, step, metrics):
+        steps, eta = self.budget.steps, self.budget.eta_s()
+        parts = [f"step {step}" + (f"/{steps}" if steps else "")]
+        parts += [f"{name} {metrics[name]:.4g}" for name in self.show if name in metrics]
+        parts += [] if eta is None else [f"{tqdm.format_interval(eta)} left"]
+        self.shown += 1
+        if sys.stderr.isatty():
+            if self.bar is None:
+                self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
+                self._stack.callback(self.bar.close)
+            self.bar.n = 100 * self.budget.p
+            self.bar.set_description_str("  ".join(parts))
+        elif self.shown <= 3 or time.monotonic() - self.shown_at >= self.every_s:
+            say("  ".join(parts))
+            self.shown_at = time.monotonic()
+
+    def check_finite(self, step: int, metrics: dict, batch: Any) -> None:
+        """Stop on a NaN or infinite loss or grad_norm, with the batch in nan_step_N.npz."""
+        read = {
+            name: float(metrics[name])
+            for name in ("loss", "grad_norm")
+            if metrics.get(name) is not None
+        }
+        if all(math.isfinite(value) for value in read.values()):
+            return
+        path = self.folder / f"nan_step_{step}.npz"
+        arrays = {name: np.asarray(leaf) for name, leaf in _named(jax.device_get(batch)).items()}
+        with _writing(path):  # numpy files know no bfloat16
+            np.savez(
+                path,
+                **{
+                    name: array.astype(np.float32) if array.dtype.kind == "V" else array
+                    for name, array in arrays.items()
+                },
+            )
+        raise SystemExit(
+            f"step {step} of {self.folder}: "
+            + ", ".join(f"{name} is {value}" for name, value in read.items())
+            + f"; the batch is in {path}"
+        )
+
+    # -------------------------------- checkpoints
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, directory), oldest first, without the ones restore() refused."""
+        return sorted(
+            (int(path.name[5:]), path)
+            for path in (self.folder / "checkpoints").glob("step_*")
+            if path.name[5:].isdigit() and path.name not in self.refused
+        )
+
+    def best(self) -> Path | None:
+        """The checkpoint with the highest score, the newer of two equals; None without scores."""
+        scored = []
+        for step, directory in self.checkpoints():
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                score = json.loads((directory / "resume/state.json").read_bytes())["score"]
+                scored += [(score, step, directory)] if score is not None else []
+        return max(scored)[-1] if scored else None
+
+    def save(
+        self,
+        step: int,
+        arrays: Any,
+        state: dict,
+        write_model: Callable[[Path], None] | None = None,
+        score: float | None = None,
+    ) -> Path:
+        """Write checkpoints/step_N, all of it or nothing; log step N before.
+
+        `arrays` is any pytree of arrays (an optimizer state too), `state` is JSON, `write_model`
+        writes the adapter into the directory it is given, a higher `score` is better.
+        """
+        assert self.step is not None and self.step >= step, f"log step {step} before saving it"
+        target = self.folder / "checkpoints" / f"step_{step}"
+        record = {
+            "step": step,
+            "score": _plain(score),
+            "state": state,
+            "budget": self.budget.state(),
+        }
+
+        def write(directory):
+            if write_model is not None:
+                write_model(directory)
+            # A folder of their own: whoever loads *.safetensors as the model must not find these.
+            (directory / "resume").mkdir()
+            # safetensors 0.8 writes the wrong bytes for an array that is not in C order
+            named = _named(jax.device_get(arrays))
+            named = {name: np.asarray(leaf, order="C") for name, leaf in named.items()}
+            save_file(named, directory / "resume/arrays.safetensors")
+            (directory / "resume/state.json").write_text(json.dumps(record, indent=2) + "\n")
+
+        with self.budget.measure("save"):
+            with _writing(self.folder):
+                for path in self.folder.glob("*.jsonl"):  # not behind the checkpoint, ever
+                    _fsync(path)
+            _publish(target, write)
+            self.refused.discard(target.name)
+            kept = {path for _, path in self.checkpoints()[-self.keep :]} | {self.best()}
+            for path in {path for _, path in self.checkpoints()} - kept:
+                with contextlib.suppress(OSError):  # renamed first: never half a checkpoint
+                    shutil.rmtree(path.rename(path.with_name(f"tmp-{path.name}")))
+        return target
+
+    def restore(self, like: Any) -> Saved | None:
+        """The newest valid checkpoint in the structure of `like`, or None; cuts the later lines.
+
+        `like` holds arrays or ShapeDtypeStructs; a leaf that differs is a ValueError. Call it
+        before the first step of every run, so that a fresh start begins with empty files.
+        """
+        saved = None
+        for step, directory in reversed(self.checkpoints()):
+            reason = verify(directory)
+            if reason is None:
+                record = json.loads((directory / "resume/state.json").read_bytes())
+                named = load_file(directory / "resume/arrays.safetensors")
+                saved = Saved(step, _fill(like, named, directory), record["state"], directory)
+                self.budget.load(record["budget"])
+                say(f"resuming {self.folder} at step {step}")
+                break
+            self.refused.add(directory.name)
+            say(f"refused {directory}: {reason}; trying the checkpoint before it")
+        else:
+            if self.refused:
+                say(f"no valid checkpoint in {self.folder}: starting again at step 0")
+        with _writing(self.folder):
+            for path in self.folder.glob("*.jsonl"):
+                _cut(path, saved.step if saved else -1)
+        self.step = saved.step if saved else 0
+        return saved
+
+    def finish(self, write_model: Callable[[Path], None]) -> Path:
+        """Write final/, all of it or nothing, in place of an earlier one."""
+        with self.budget.measure("save"):
+            _publish(self.folder / "final", write_model)
+        say(f"done: {self.folder / 'final'}")
+        return self.folder / "final"

@@ -1,0 +1,793 @@
+"""Model folders: what we write, what we read, what we refuse, where we look, and the self-check."""
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from make_tokenizer import train_tokenizer
+from safetensors.numpy import load_file, save_file
+
+import data
+import gemma
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("gemma2", "gemma3")
+DTYPES = ("float32", "bfloat16")
+TINY = {
+    "gemma2": gemma.Config(
+        "gemma2", 512, 64, 96, 3, 4, 2, 16, 20, 8, (False, True, False), 1e4, 1e4,
+        attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
+    ),
+    "gemma3": gemma.Config(
+        "gemma3_text", 512, 64, 96, 4, 4, 2, 16, 20, 8, (False, False, True, False), 1e4, 1e6,
+        rope_factor=8.0,
+    ),
+}  # fmt: skip
+TEXT = "Tom has 12 apples.\n\nHe   buys <b>7</b> more, for 3½ euros: how many now?"
+USER = {"role": "user", "content": " What is 2 + 2?\n"}
+CHAT = [USER, {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Sure?"}]
+logits = jax.jit(gemma.logits, static_argnames="cfg")
+
+
+def random_params(cfg, dtype="float32", seed=0):
+    """No two leaves alike, norms included: a mix-up of two tensors changes the logits."""
+    rng = np.random.default_rng(seed)
+    leaf = lambda spec, w: rng.normal(0, float(w.std()) or 0.4, w.shape)
+    params = jax.tree.map(leaf, gemma.specs(cfg), gemma.init(cfg, jax.random.key(seed)))
+    return jax.tree.map(lambda w: jnp.asarray(w, dtype), params)
+
+
+def assert_identical(found, expected):
+    """The same trees, dtypes and bits."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
+        bits = f"u{a.dtype.itemsize}"
+        assert np.array_equal(a.view(bits), b.view(bits)), jax.tree_util.keystr(path)
+
+
+def one_line(call, *arguments, **options) -> str:
+    """The message of the ValueError that a call must raise."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compiling is most of this file's time, and nothing here runs long enough to repay it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    texts = [3 * gemma.PARAGRAPH, *((ROOT / f).read_text() for f in ("data.py", "gemma.py"))]
+    where = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    return {
+        family: data.Tokenizer(train_tokenizer(where[family], texts, 512, family), family)
+        for family in FAMILIES
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good folder for a test to spoil."""
+    gemma.save(tmp_path / "model", TINY["gemma3"], random_params(TINY["gemma3"]))
+    return tmp_path / "model"
+
+
+# ------------------------------------------------------------------- what transformers makes of it
+
+
+@pytest.fixture(scope="session")
+def hf():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def their_logits(hf, path, tokens, dtype="float32"):
+    """Of the stored weights, computed in float32; `dtype` is what config.json says they are in."""
+    import torch
+
+    model = hf.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    assert str(model.dtype) == f"torch.{dtype}"
+    return model.float().eval()(torch.asarray(np.asarray(tokens))).logits.numpy()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_opens_what_we_save(hf, tokenizers, tmp_path, family, dtype, tied):
+    tok = tokenizers[family]
+    stops = tok.eos, tok.end_of_turn
+    cfg = dataclasses.replace(TINY[family], tie_word_embeddings=tied, eos_token_id=stops)
+    params = random_params(cfg, dtype)
+    gemma.save(tmp_path, cfg, params)
+    tok.save(tmp_path)
+
+    auto = hf.AutoTokenizer.from_pretrained(tmp_path)
+    ids = auto(TEXT)["input_ids"]
+    assert ids == [tok.bos, *tok.encode(TEXT)] and len(ids) > 3 * cfg.sliding_window
+    chat = auto.apply_chat_template(CHAT, add_generation_prompt=True)
+    assert chat["input_ids"] == tok.chat(CHAT)
+    generation = hf.GenerationConfig.from_pretrained(tmp_path)
+    assert generation.eos_token_id == list(stops)
+
+    theirs = their_logits(hf, tmp_path, [ids], dtype)
+    read_cfg, read = gemma.load(tmp_path)
+    assert read_cfg == cfg
+    assert np.std(theirs) > 0.3
+    np.testing.assert_allclose(logits(read, cfg, jnp.asarray([ids])), theirs, rtol=0, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------ load, save, load
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 30_000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_save_load_is_bit_identical(tmp_path, family, dtype, shard_bytes):
+    cfg = dataclasses.replace(TINY[family], tie_word_embeddings=dtype == "float32")
+    params = random_params(cfg, dtype)
+    odd = jnp.asarray([-0.0, jnp.nan, -jnp.inf, 1e-40], dtype)  # bits that arithmetic would lose
+    for w in (params, params["layers"]):
+        w |= {k: v.at[(0,) * (v.ndim - 1)].set(jnp.resize(odd, v.shape[-1:]))
+              for k, v in w.items() if k != "layers"}  # fmt: skip
+    gemma.save(tmp_path / "a", cfg, params, shard_bytes)
+    cfg_a, params_a = gemma.load(tmp_path / "a", dtype)
+    gemma.save(tmp_path / "b", cfg_a, params_a, shard_bytes)
+    cfg_b, params_b = gemma.load(tmp_path / "b", dtype)
+    assert cfg == cfg_a == cfg_b
+    assert_identical(params_a, params)
+    assert_identical(params_b, params)
+    for a in (tmp_path / "a").iterdir():
+        assert a.read_bytes() == (tmp_path / "b" / a.name).read_bytes()
+
+
+def test_shards_are_small_and_indexed(hf, tmp_path):
+    cfg, limit = TINY["gemma3"], 30_000
+    params = random_params(cfg)
+    gemma.save(tmp_path, cfg, params, shard_bytes=limit)
+    files = sorted(f.name for f in tmp_path.glob("*.safetensors"))
+    n = len(files)
+    assert n > 3 and files == [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    held = {name: load_file(tmp_path / name) for name in files}
+    assert index["weight_map"] == {name: f for f, tensors in held.items() for name in tensors}
+    sizes = {f: sum(w.nbytes for w in tensors.values()) for f, tensors in held.items()}
+    assert all(size <= limit or len(held[f]) == 1 for f, size in sizes.items())
+    assert index["metadata"]["total_size"] == sum(sizes.values()) == 4 * cfg.n_params
+    tokens = np.random.default_rng(0).integers(1, cfg.vocab_size, (2, 24))
+    theirs = their_logits(hf, tmp_path, tokens)
+    np.testing.assert_allclose(logits(params, cfg, tokens), theirs, rtol=0, atol=2e-5)
+
+
+def test_saving_over_a_model_leaves_nothing_of_it(tmp_path):
+    cfg = TINY["gemma3"]
+    for seed, shard_bytes in enumerate([30_000, 2**30, 60_000, 30_000, 2**30]):
+        params = random_params(cfg, seed=seed)
+        gemma.save(tmp_path, cfg, params, shard_bytes)
+        assert_identical(gemma.load(tmp_path)[1], params)
+        n_files = len(list(tmp_path.glob("*.safetensors")))
+        assert (n_files == 1) == (shard_bytes == 2**30)
+        assert (tmp_path / "model.safetensors.index.json").exists() == (n_files > 1)
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(hf, folder, tmp_path):
+    cfg, params = gemma.load(folder)
+    gemma.save(tmp_path / "other", cfg, random_params(cfg, seed=1), shard_bytes=30_000)
+    for file in (tmp_path / "other").glob("model*"):
+        shutil.copy(file, folder)
+    tokens = np.random.default_rng(0).integers(1, cfg.vocab_size, (2, 24))
+    theirs = their_logits(hf, folder, tokens)
+    assert_identical(gemma.load(folder)[1], params)
+    np.testing.assert_allclose(logits(params, cfg, tokens), theirs, rtol=0, atol=2e-5)
+
+
+def test_stop_ids_of_generation_config_survive(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    for stored, expected in (([1, 107], (1, 107)), (106, (1, 106)), (None, (1,))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
+        cfg, params = gemma.load(folder)
+        assert cfg.eos_token_id == expected
+        gemma.save(tmp_path / "copy", cfg, params)
+        for file in ("config.json", "generation_config.json"):
+            written = json.loads((tmp_path / "copy" / file).read_text())
+            assert written["eos_token_id"] == list(expected)
+
+
+# ---------------------------------------------------------------------------- files of other makers
+
+PREFIXES = {  # text, head, vision
+    "text-only": ("model.", "lm_head.", ()),
+    "hub": (
+        "language_model.model.", "language_model.lm_head.",
+        ("vision_tower.vision_model.embeddings.patch_embedding.bias",
+         "multi_modal_projector.mm_input_projection_weight"),
+    ),
+    "transformers 5": (
+        "language_model.model.", "lm_head.",
+        ("vision_tower.embeddings.patch_embedding.bias",
+         "multi_modal_projector.mm_soft_emb_norm.weight"),
+    ),
+    "in memory": (
+        "model.language_model.", "lm_head.",
+        ("model.vision_tower.vision_model.embeddings.patch_embedding.bias",
+         "model.multi_modal_projector.mm_soft_emb_norm.weight"),
+    ),
+}  # fmt: skip
+
+
+def write_as(path, cfg, params, prefixes="text-only", stored="float32", n_files=1, tie=None):
+    """The files another program would write; returns the tensors under their text-only names."""
+    text, head, vision = PREFIXES[prefixes]
+    gemma.save(path, cfg, params)
+    tensors = load_file(path / "model.safetensors")
+    tensors = {name: w.astype(stored) for name, w in tensors.items()}
+    out = {
+        head + "weight" if name.startswith("lm_head") else text + name.removeprefix("model."): w
+        for name, w in tensors.items()
+    }
+    out |= {name: np.zeros((3, 2, 5), np.int64) for name in vision}  # never looked at
+    (path / "model.safetensors").unlink()
+    weight_map = {name: f"part {i % n_files}.safetensors" for i, name in enumerate(sorted(out))}
+    for file in set(weight_map.values()):
+        save_file({n: out[n] for n in out if weight_map[n] == file}, path / file)
+    if n_files > 1:
+        save_file({"unused": np.zeros(3)}, path / "not in the index.safetensors")
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (path / "model.safetensors.index.json").write_text(index)
+    config = json.loads((path / "config.json").read_text())
+    config |= {} if tie is None else {"tie_word_embeddings": tie}
+    if vision:
+        config = {
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": config,
+            "vision_config": {"model_type": "siglip_vision_model"},
+        }
+        config |= {} if tie is None else {"tie_word_embeddings": tie}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def rounded(params, *dtypes):
+    for dtype in dtypes:
+        params = jax.tree.map(lambda w, to=dtype: w.astype(to), params)
+    return params
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_every_prefix_and_dtype_loads(tmp_path, prefixes, stored):
+    cfg = TINY["gemma3"]
+    params = random_params(cfg)
+    for n_files in (1, 3):
+        path = tmp_path / str(n_files)
+        write_as(path, cfg, params, prefixes, stored, n_files)
+        for dtype in DTYPES:
+            found_cfg, found = gemma.load(path, dtype)
+            assert found_cfg == cfg
+            assert_identical(found, rounded(params, stored, dtype))
+
+
+@pytest.mark.parametrize("config_says_tied", [True, False])
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_a_head_is_separate_if_it_differs_from_the_embedding(tmp_path, prefixes, config_says_tied):
+    tied, separate = (dataclasses.replace(TINY["gemma3"], tie_word_embeddings=t) for t in (1, 0))
+    params = random_params(separate)
+    write_as(tmp_path / "differs", separate, params, prefixes, tie=config_says_tied)
+    cfg, found = gemma.load(tmp_path / "differs")
+    assert cfg == separate
+    assert_identical(found, params)
+
+    params["lm_head"] = params["embed_tokens"]
+    write_as(tmp_path / "equal", separate, params, prefixes, "float16", tie=config_says_tied)
+    cfg, found = gemma.load(tmp_path / "equal")
+    assert cfg == tied and "lm_head" not in found
+    del params["lm_head"]
+    assert_identical(found, rounded(params, "float16", "float32"))
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_onto_eight_devices(tmp_path, dtype, shard):
+    cfg = dataclasses.replace(TINY["gemma2"], tie_word_embeddings=False)
+    params = random_params(cfg)
+    gemma.save(tmp_path, cfg, params)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    found_cfg, found = gemma.load(tmp_path, dtype, mesh, shard)
+    assert found_cfg == cfg
+    assert_identical(found, rounded(params, dtype))
+    n_split = 0
+    for leaf, spec in zip(
+        jax.tree.leaves(found), jax.tree.leaves(gemma.pspecs(cfg, shard)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+        split = leaf.size // leaf.addressable_shards[0].data.size
+        assert len(leaf.addressable_shards) == 8 and split == (8 if "data" in spec else 1)
+        n_split += split == 8
+    assert n_split == (9 if shard else 0)  # seven linears, the embedding and the head
+
+
+# ------------------------------------------------------------------------------------ bad files
+
+
+def test_part_of_a_file_and_garbage_are_refused_in_one_line(folder):
+    file = folder / "model.safetensors"
+    good = file.read_bytes()
+    header = int.from_bytes(good[:8], "little")
+    rng = random.Random(0)
+    lengths = [0, 1, 7, 8, 9, 7 + header, 8 + header, len(good) - 1]
+    lengths += [rng.randrange(len(good)) for _ in range(12)]
+    lie = lambda n: n.to_bytes(8, "little") + good[8:]
+    bad = {f"{n} of {len(good)} bytes": good[:n] for n in lengths}
+    bad |= {f"header length {n}": lie(n) for n in (0, 1, header - 1, len(good), 2**40, 2**64 - 1)}
+    bad |= {"random bytes": rng.randbytes(4000), "zeros": bytes(4000), "longer": good + b"\0"}
+    bad |= {"a pointer to the file": b"version https://git-lfs.github.com/spec/v1\nsize 9\n"}
+    for what, content in bad.items():
+        file.write_bytes(content)
+        message = one_line(gemma.load, folder)
+        assert message.startswith(f"{file}: not a safetensors file, or a part of one"), what
+    for _ in range(40):  # a wrong byte in the header: refused, or harmless, but nothing else
+        i = 8 + rng.randrange(header)
+        file.write_bytes(good[:i] + rng.randbytes(1) + good[i + 1 :])
+        try:
+            gemma.load(folder)
+        except ValueError as e:
+            assert str(folder) in str(e) and "\n" not in str(e)
+
+
+NORM = "model.norm.weight"
+Q_PROJ = "model.layers.2.self_attn.q_proj.weight"
+WRONG_TENSORS = {  # the change, what the message must say beside the folder
+    "missing": (lambda t: t.pop(Q_PROJ), ["expected 54", "found 53", f"missing: '{Q_PROJ}'"]),
+    "many missing": (
+        lambda t: [t.pop(n) for n in list(t) if ".2." in n],
+        ["expected 54", "found 41", "missing: 'model.layers.2.", "…"],
+    ),
+    "extra": (
+        lambda t: t.update({"model.layers.4.mlp.up_proj.weight": t[NORM]}),
+        ["expected 54", "found 55", "unexpected: 'model.layers.4.mlp.up_proj.weight'"],
+    ),
+    "renamed": (
+        lambda t: t.update({"two\nlines": t.pop(NORM)}),
+        [f"missing: '{NORM}'", r"unexpected: 'two\nlines'"],
+    ),
+    "head alone": (
+        lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+        ["missing: 'model.embed_tokens.weight'"],
+    ),
+    "transposed": (
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].T.copy()}),
+        ["model.safetensors", "model.embed_tokens.weight", "[64, 512]", "expected [512, 64]"],
+    ),
+    "misshapen": (
+        lambda t: t.update({Q_PROJ: t[Q_PROJ][:, :63].copy()}),
+        ["model.safetensors", Q_PROJ, "[64, 63]", "expected [64, 64]"],
+    ),
+    "scalar": (lambda t: t.update({NORM: np.zeros((), np.float32)}), [NORM, "[]", "expected [64]"]),
+    "misshapen head": (
+        lambda t: t.update({"lm_head.weight": np.zeros((512, 63), np.float32)}),
+        ["lm_head.weight", "[512, 63]", "expected [512, 64]"],
+    ),
+    "integers": (
+        lambda t: t.update({Q_PROJ: t[Q_PROJ].astype(np.int32)}),
+        ["model.safetensors", Q_PROJ, "I32", "expected BF16, F16 or F32"],
+    ),
+    "bytes": (lambda t: t.update({NORM: t[NORM].astype(np.uint8)}), [NORM, "U8", "expected BF16"]),
+    "doubles": (
+        lambda t: t.update({NORM: t[NORM].astype(np.float64)}),
+        [NORM, "F64", "expected BF16"],
+    ),
+    "twice": (
+        lambda t: t.update({"language_model." + NORM: t[NORM]}),
+        ["model.safetensors", f"language_model.{NORM}", f"'{NORM}' is", "again"],
+    ),
+    "none": (lambda t: t.clear(), ["expected 54", "found 0"]),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TENSORS)
+def test_wrong_tensors_are_named_with_expected_and_found(folder, what):
+    change, said = WRONG_TENSORS[what]
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    message = one_line(gemma.load, folder)
+    assert message.startswith(str(folder))
+    for words in said:
+        assert words in message, message
+
+
+def test_an_untied_config_needs_its_head(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "missing: 'lm_head.weight'" in one_line(gemma.load, folder)
+
+
+@pytest.mark.parametrize(
+    "index, said",
+    [
+        ('{"weight_map": {"a": "b', "expected JSON with a weight_map"),
+        ("[]", "expected JSON with a weight_map"),
+        ("\0", "expected JSON with a weight_map"),
+        ('{"metadata": {}}', "expected JSON with a weight_map"),
+        ('{"weight_map": ["a"]}', "expected JSON with a weight_map"),
+        ('{"weight_map": {"a": 1}}', "expected JSON with a weight_map"),
+        ('{"weight_map": {"a": null, "b": "part.safetensors"}}', "expected JSON"),
+        ('{"weight_map": {}}', "expected 54 text tensors"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors'"),
+        ('{"weight_map": {"a": "../outside.safetensors"}}', "'../outside.safetensors'"),
+        ('{"weight_map": {"a": "../model/part.safetensors"}}', "'../model/part.safetensors'"),
+        ('{"weight_map": {"a": "ABSOLUTE/outside.safetensors"}}', "outside.safetensors'"),
+        ('{"weight_map": {"a": ".."}}', "'..'"),
+        ('{"weight_map": {"a": ""}}', "''"),
+        ('{"weight_map": {"a": "two\\nlines"}}', r"'two\nlines'"),
+    ],
+)
+def test_bad_index_files(folder, index, said):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    shutil.copy(folder / "part.safetensors", folder.parent / "outside.safetensors")
+    file = folder / "model.safetensors.index.json"
+    file.write_text(index.replace("ABSOLUTE", str(folder.parent)))
+    message = one_line(gemma.load, folder)
+    assert message.startswith(str(folder)) and said in message, message
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (None, "no such file"),
+        ("", "not JSON"),
+        ("{'model_type': 'gemma2'}", "not JSON"),
+        ("[]", "not the config of a model"),
+        ("3", "not the config of a model"),
+        ('"gemma2"', "not the config of a model"),
+        ("{}", "model_type None, expected gemma2, gemma3 or gemma3_text"),
+        ('{"model_type": "llama"}', "model_type 'llama', expected gemma2, gemma3 or gemma3_text"),
+        ('{"model_type": "gemma"}', "model_type 'gemma', expected"),
+        ('{"model_type": "gemma3", "text_config": null}', "not the config of a model"),
+        ('{"model_type": "gemma2", "num_hidden_layers": "3"}', "not the config of a model"),
+        ('{"model_type": "gemma2", "num_key_value_heads": 0}', "not the config of a model"),
+    ],
+)
+def test_bad_configs(folder, config, said):
+    file = folder / "config.json"
+    file.unlink() if config is None else file.write_text(config)
+    message = one_line(gemma.load, folder)
+    assert message.startswith(f"{file}: ") and said in message, message
+
+
+def test_other_bad_folders(folder, tmp_path):
+    assert "nowhere" in one_line(gemma.load, tmp_path / "nowhere")
+    (folder / "generation_config.json").write_text("[1]")
+    assert str(folder / "generation_config.json") in one_line(gemma.load, folder)
+    (folder / "generation_config.json").unlink()
+    shutil.copy(folder / "model.safetensors", folder / "b.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    assert "found a.safetensors, b.safetensors" in one_line(gemma.load, folder)
+    (folder / "a.safetensors").unlink()
+    gemma.load(folder)  # one file of any name
+    (folder / "b.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "gone")  # a cache that was cleaned
+    assert "model.safetensors: not a safetensors file" in one_line(gemma.load, folder)
+    assert str(folder / "tokenizer.model") in one_line(data.Tokenizer, folder)
+
+
+class Hostile:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def test_pickled_weights_are_never_opened(folder, tmp_path):
+    marker = tmp_path / "marker"
+    payload = pickle.dumps(Hostile(marker))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(payload)
+    message = one_line(gemma.load, folder)
+    assert "found none (pickled .bin/.pt weights are never opened" in message
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}')
+    assert "pytorch_model.bin: not a safetensors file" in one_line(gemma.load, folder)
+    index.unlink()
+    (folder / "model.safetensors").write_bytes(payload)
+    assert "model.safetensors: not a safetensors file" in one_line(gemma.load, folder)
+    assert not marker.exists()
+    pickle.loads(payload).close()
+    assert marker.exists()  # so it would have been seen
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+    cfg, params = TINY["gemma3"], random_params(TINY["gemma3"])
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = one_line(gemma.save, place, cfg, params)
+        assert message.startswith(f"{place}: cannot write")
+    (tmp_path / "taken" / "config.json").mkdir(parents=True)
+    assert str(tmp_path / "taken") in one_line(gemma.save, tmp_path / "taken", cfg, params)
+    if os.geteuid():  # root writes anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        for place in (tmp_path / "locked", tmp_path / "locked" / "below"):
+            assert str(place) in one_line(gemma.save, place, cfg, params)
+
+
+# ---------------------------------------------------------------------------------------- finding
+
+HUB = {  # name here -> name on the Hub and on Kaggle
+    "gemma2-2b": "gemma-2-2b-it",
+    "gemma2-2b-it": "gemma-2-2b-it",
+    "gemma2-9b-pt": "gemma-2-9b",
+    "gemma3-1b": "gemma-3-1b-it",
+    "gemma3-1b-pt": "gemma-3-1b-pt",
+    "gemma3-4b": "gemma-3-4b-it",
+    "gemma3-270m": "gemma-3-270m-it",
+    "gemma3-270m-pt": "gemma-3-270m",
+}
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A machine with an empty home, an empty /kaggle/input (here `kaggle`) and no network."""
+    for name in ("GEMMA_WEIGHTS", "HF_HOME", "HF_HUB_CACHE", "KAGGLEHUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    real = gemma.glob.glob
+    there = lambda p: real(p.replace("/kaggle/input", str(tmp_path / "kaggle"), 1))
+    monkeypatch.setattr(gemma.glob, "glob", there)
+    monkeypatch.setattr(gemma, "_download", lambda *_: (None, "no network"))
+    return tmp_path
+
+
+def place(folder, model, weights="model.safetensors"):
+    """What `find` looks at: a config and the presence of weights."""
+    folder.mkdir(parents=True)
+    cfg = gemma.CONFIGS[model.removesuffix("-it").removesuffix("-pt")]
+    (folder / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
+    if weights:
+        (folder / weights).write_bytes(b"")
+    return folder
+
+
+def places(root, model):
+    """Every place searched, last first, with what makes it be searched."""
+    name = HUB[model]
+    handle = f"google/{name[:7]}/transformers/{name}"
+    hub = f"models--google--{name}/snapshots/0123abcd"
+    return [
+        (root / "home/.cache/kagglehub/models" / handle / "2", {}),
+        (root / "kagglehub/models" / handle / "1", {"KAGGLEHUB_CACHE": root / "kagglehub"}),
+        (root / "home/.cache/huggingface/hub" / hub, {}),
+        (root / "hf/hub" / hub, {"HF_HOME": root / "hf"}),
+        (root / "hub" / hub, {"HF_HUB_CACHE": root / "hub"}),
+        (root / "kaggle/models" / handle / "1", {}),
+        (root / "kaggle" / name[:7] / "transformers" / name / "1", {}),
+        (root / "kaggle/somebody" / name, {}),
+        (root / "kaggle" / name, {}),
+        (root / "mine" / name, {"GEMMA_WEIGHTS": root / "mine"}),
+        (root / "this one", {"GEMMA_WEIGHTS": root / "this one"}),
+    ]
+
+
+@pytest.mark.parametrize("model", HUB)
+def test_each_place_is_searched_and_goes_before_the_later_ones(bare, monkeypatch, model):
+    for folder, environment in places(bare, model):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        place(folder, model)
+        assert gemma.find(model) == folder
+    assert gemma.find(model, bare / "kaggle" / HUB[model]) == bare / "kaggle" / HUB[model]
+
+
+def test_the_newest_version_is_taken(bare):
+    versions = [place(bare / f"kaggle/gemma-3-1b-it/{n}", "gemma3-1b") for n in (10, 9, 2)]
+    for newest in versions:
+        os.utime(newest, (2e9, 2e9))
+        assert gemma.find("gemma3-1b") == newest
+        os.utime(newest, (1e9, 1e9))
+
+
+def test_wrong_shapes_and_half_filled_folders_are_passed_by(bare, monkeypatch):
+    monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
+    place(bare / "mine", "gemma3-4b")
+    place(bare / "mine/gemma-3-1b-it", "gemma3-1b", weights=None)
+    place(bare / "kaggle/gemma-3-1b-it", "gemma3-1b", weights="pytorch_model.bin")
+    place(bare / "kaggle/gemma-3-1b-it/1", "gemma2-2b")
+    (bare / "kaggle/gemma-3-1b-it/dangling").symlink_to(bare / "gone")
+    with pytest.raises(ValueError, match="no folder of gemma-3-1b-it found"):
+        gemma.find("gemma3-1b")
+    hub = bare / "home/.cache/huggingface/hub/models--google--gemma-3-1b-it/snapshots/a"
+    place(hub, "gemma3-1b", weights="model-00001-of-00002.safetensors")
+    assert gemma.find("gemma3-1b") == hub
+
+
+@pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b-pt"])
+def test_not_found_lists_every_place_and_the_commands(bare, monkeypatch, model):
+    name = {"gemma3-1b": "gemma-3-1b-it", "gemma2-2b-pt": "gemma-2-2b"}[model]
+    handle = f"google/{name[:7]}/transformers/{name}"
+    monkeypatch.setenv("HF_HOME", str(bare / "hf"))
+    with pytest.raises(ValueError) as error:
+        gemma.find(model)
+    message = str(error.value)
+    for words in (
+        f"--model {model}: no folder of {name} found",
+        "$GEMMA_WEIGHTS (not set)",
+        f"/kaggle/input/{name}",
+        f"/kaggle/input/*/*/*/*/{name}/*",
+        str(bare / f"hf/hub/models--google--{name}/snapshots"),
+        str(bare / f"home/.cache/kagglehub/models/{handle}"),
+        "no network",
+        "--weights DIR",
+        f"hf download google/{name}\n",
+        f"kagglehub.model_download('{handle}')",
+    ):
+        assert words in message, message
+    monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
+    with pytest.raises(ValueError, match="Searched:\n  " + str(bare / "mine") + "\n"):
+        gemma.find(model)
+
+
+def test_unknown_names_and_wrong_flags(bare):
+    for model in ("gemma-3-1b", "gemma3-7b", "gemma3-1b-xx", ""):
+        message = one_line(gemma.find, model)
+        assert f"--model {model}: unknown" in message
+        assert all(known in message for known in gemma.CONFIGS)
+    assert f"--weights {bare}: no config.json" in one_line(gemma.find, "gemma3-1b", bare)
+
+
+def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypatch):
+    monkeypatch.undo()  # the real _download; conftest keeps huggingface_hub offline
+    start = time.perf_counter()
+    folder, why = gemma._download("no-such-gemma", "google/no/transformers/such")
+    assert folder is None and why.startswith("huggingface_hub: ")
+    assert "\n" not in why and time.perf_counter() - start < 5
+
+    asked = []
+    stub = types.ModuleType("kagglehub")
+    stub.model_download = lambda handle: asked.append(handle) or str(bare)
+    monkeypatch.setitem(sys.modules, "kagglehub", stub)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    assert gemma._download("no-such-gemma", "handle")[0] is None and not asked
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert gemma._download("no-such-gemma", "handle") == (bare, "") and asked == ["handle"]
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: asked.append(name) or str(bare)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    stub.model_download = None
+    assert gemma._download("gemma-3-1b-it", "handle") == (bare, "")
+    assert asked == ["handle", "google/gemma-3-1b-it"]
+    monkeypatch.setitem(sys.modules, "kagglehub", None)  # not installed
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    folder, why = gemma._download("gemma-3-1b-it", "handle")
+    assert folder is None and "kagglehub: " in why and "huggingface_hub: " in why
+
+
+# ------------------------------------------------------------------------------------- self-check
+
+
+def lines_of(output):
+    """{what: (mark, detail)} of a self-check."""
+    rows = [
+        line.split(None, 2) for line in output.splitlines() if line[:4] in ("ok  ", "FAIL", "?   ")
+    ]
+    return {what: (mark, detail) for mark, what, detail in rows[:-1]}
+
+
+def save_both(path, cfg, params, tok):
+    gemma.save(path, cfg, params)
+    tok.save(path)
+    return str(path)
+
+
+def overfitted(cfg, tok, steps=20):
+    """A model that knows gemma.PARAGRAPH by heart."""
+    ids_BT = jnp.asarray([[tok.bos, *tok.encode(gemma.PARAGRAPH)]])
+    opt = optax.adam(3e-3)
+
+    def loss(params):
+        logits_BTV = gemma.logits(params, cfg, ids_BT)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, ids_BT[:, 1:]).mean()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = opt.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    params = gemma.init(cfg, jax.random.key(0))
+    state = opt.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params
+
+
+def test_a_model_that_reads_english_passes(tokenizers, tmp_path, monkeypatch, capsys):
+    cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
+    path = save_both(tmp_path, cfg, overfitted(cfg, tok), tok)
+    with pytest.raises(SystemExit) as stop:
+        gemma.main(path)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.splitlines()[-1].startswith("PASS")
+    found = lines_of(out)
+    assert all(found[what][0] == "ok" for what in ("finite", "vocabulary", "perplexity")), out
+    assert 1 <= float(found["perplexity"][1].split()[0]) < 20
+
+    # With the tokenizer elsewhere, and published: its ids are judged.
+    (tmp_path / "tokenizer.model").rename(tmp_path / "moved.model")
+    sha = gemma.hashlib.sha256((tmp_path / "moved.model").read_bytes()).hexdigest()
+    for ids, mark in ((tok.chat([USER]), "ok"), (tok.chat([USER])[1:], "FAIL")):
+        monkeypatch.setattr(gemma, "TOKENIZERS", {sha: ("Ours", USER["content"], ids)})
+        assert gemma.self_check(path, str(tmp_path / "moved.model")) == (mark == "ok")
+        assert lines_of(capsys.readouterr().out)["golden"][0] == mark
+
+
+def test_an_untrained_model_fails_by_its_perplexity(tokenizers, tmp_path):
+    path = save_both(tmp_path, TINY["gemma3"], random_params(TINY["gemma3"]), tokenizers["gemma3"])
+    command = [sys.executable, str(ROOT / "gemma.py"), "--weights", path]
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=quick)
+    assert done.returncode == 1 and done.stderr == "", done.stderr
+    found = lines_of(done.stdout)
+    assert [what for what, (mark, _) in found.items() if mark == "FAIL"] == ["perplexity"]
+    assert float(found["perplexity"][1].split()[0]) > 100
+    assert done.stdout.splitlines()[-1].startswith("FAIL")
+
+
+def test_a_nan_and_a_short_vocabulary_fail(tokenizers, tmp_path, capsys):
+    cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
+    params = random_params(cfg)
+    params["layers"]["q_norm"] = params["layers"]["q_norm"].at[1, 3].set(jnp.nan)
+    assert not gemma.self_check(save_both(tmp_path / "nan", cfg, params, tok))
+    out = capsys.readouterr().out
+    assert lines_of(out)["finite"] == ("FAIL", "NaN or infinity in ['layers']['q_norm']"), out
+    assert lines_of(out)["perplexity"][0] == "FAIL"
+
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size - 1)
+    path = save_both(tmp_path / "short", cfg, random_params(cfg), tok)
+    assert not gemma.self_check(path)
+    out = capsys.readouterr().out
+    assert lines_of(out)["vocabulary"][0] == "FAIL" and "511" in out and "512" in out
+    assert "perplexity" not in lines_of(out)  # ids without a row would be clipped
+
+
+def test_help_and_folders_that_cannot_be_checked(folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "gemma.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--weights" in done.stdout and "--tokenizer" in done.stdout
+    for path, missing in ((tmp_path / "nowhere", "config.json"), (folder, "tokenizer.model")):
+        with pytest.raises(SystemExit) as stop:
+            gemma.main(str(path))
+        assert str(stop.value.code).startswith(f"FAIL  {path / missing}: no such file")
+        assert "\n" not in stop.value.code

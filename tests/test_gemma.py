@@ -1,0 +1,746 @@
+"""The model against transformers, against itself (decoding, packing, sharding), and by gradients.
+
+Tolerances are those of float32; the models are tiny and random, with every structural feature on.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+
+import gemma
+
+LOGITS_TOL = 2e-5
+N_CONFIGS = 12  # random configurations of each family
+FAMILIES = ("gemma2", "gemma3")
+TINY = {  # 5 = 2*2 + 1 and 7 = 2*3 + 1 layers: whole periods and a rest
+    "gemma2": gemma.Config(
+        "gemma2", 96, 32, 48, 5, 4, 2, 12, 20, 5, (False, True) * 2 + (False,), 1e4, 1e4,
+        attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
+    ),
+    "gemma3": gemma.Config(
+        "gemma3_text", 96, 32, 48, 7, 4, 1, 12, 20, 5, tuple(i % 3 == 2 for i in range(7)),
+        1e4, 1e6, rope_factor=8.0,
+    ),
+}  # fmt: skip
+# Compiling is most of this file's time, and half of that would optimise code that runs once.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+hidden = jit(gemma.hidden, static_argnames="cfg")
+logits = jit(gemma.logits, static_argnames="cfg")
+extend = jit(gemma.extend, static_argnames=("cfg", "empty"))
+
+
+@functools.partial(jit, static_argnames="cfg")
+def packed_logits(params, cfg, tokens_BT, positions_BT, segments_BT):
+    x_BTD = gemma.hidden(params, cfg, tokens_BT, positions_BT, segments_BT)
+    return gemma.read_logits(cfg, gemma.head(params, cfg), x_BTD)
+
+
+def random_params(cfg, seed=0):
+    """Weights under which every part of the model moves the logits, which stay within ±10."""
+    rng = np.random.default_rng(seed)
+
+    def one(spec):
+        fan_in = math.prod(gemma._sizes(cfg)[a] for a in spec.inp)
+        scale = 1.5 * fan_in**-0.5 if spec.inp else 0.4
+        return jnp.asarray(rng.normal(0, scale, spec.shape(cfg)), jnp.float32)
+
+    return jax.tree.map(one, gemma.specs(cfg))
+
+
+def random_tokens(cfg, *shape, seed=0):
+    return np.random.default_rng(seed).integers(1, cfg.vocab_size, shape)
+
+
+def assert_close(ours, theirs, tol, what=""):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape and np.isfinite(ours).all()
+    worst = np.abs(ours - theirs).max()
+    assert worst <= tol, f"{what} differ by {worst:.2e} > {tol:.0e}"
+
+
+def assert_same_trees(ours, theirs, tol):
+    """Leaf by leaf, relative to the largest entry of each leaf."""
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        assert_close(a, b, tol * float(jnp.abs(b).max()), jax.tree_util.keystr(path))
+
+
+# ------------------------------------------------------------------------------------- transformers
+
+
+@pytest.fixture(scope="session")
+def hf():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def random_hf_fields(family, i):
+    """The i-th random configuration: every feature comes both with and without each other one."""
+    rng = np.random.default_rng(1000 * FAMILIES.index(family) + i)
+    pick = lambda *options: options[rng.integers(len(options))]
+    heads, kv = [(4, 2), (4, 1), (3, 3), (8, 2), (2, 1), (6, 3)][i % 6]
+    layers = 2 + i % 6
+    some_global = [pick("sliding_attention", "full_attention") for _ in range(layers)]
+    gemma3 = family == "gemma3"
+    linear = {"rope_type": "linear", "factor": pick(2.0, 8.0)} if i % 3 else {}
+    rope_global = {"rope_type": "default", "rope_theta": pick(1e3, 1e4, 1e6)}
+    rope_local = {"rope_type": "default", "rope_theta": pick(1e2, 1e4)}
+    return {
+        "vocab_size": int(rng.integers(96, 160)),
+        "hidden_size": pick(24, 48) if heads in (3, 6) else pick(24, 32, 40, 64),
+        "intermediate_size": int(rng.integers(20, 80)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": pick(10, 14, 18, 22),
+        "query_pre_attn_scalar": int(rng.integers(4, 40)),
+        "sliding_window": int(rng.integers(2, 9)),
+        "layer_types": None if i % 4 == 0 else some_global,
+        "rope_parameters": {
+            "full_attention": rope_global | linear, "sliding_attention": rope_local
+        } if gemma3 else rope_global,
+        "attn_logit_softcapping": pick(1.0, 3.0) if (i % 4 == 1) == gemma3 else None,
+        "final_logit_softcapping": pick(2.0, 5.0) if (i % 3 == 1) == gemma3 else None,
+        "rms_norm_eps": pick(1e-6, 1e-2),
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": i % 5 != 3,
+    }  # fmt: skip
+
+
+def randomise(model, seed):
+    """Weights under which every part of the model moves the logits."""
+    import torch
+
+    torch.manual_seed(seed)
+    for name, w in model.named_parameters():
+        w.normal_(0, 0.4 if w.ndim == 1 else 1.5 * w.shape[1] ** -0.5)
+        assert w.ndim <= 2 or "vision" in name
+    model.tie_weights()
+    return model.eval()
+
+
+def random_hf_model(hf, family, i, multimodal=False):
+    fields = random_hf_fields(family, i)
+    if multimodal:  # the container's head has no soft cap in transformers
+        fields |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    config = (hf.Gemma3TextConfig if family == "gemma3" else hf.Gemma2Config)(**fields)
+    kind = hf.Gemma3ForCausalLM if family == "gemma3" else hf.Gemma2ForCausalLM
+    if multimodal:
+        vision = hf.SiglipVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            image_size=8, patch_size=4,
+        )  # fmt: skip
+        config = hf.Gemma3Config(
+            text_config=config, vision_config=vision, mm_tokens_per_image=4, image_token_index=95,
+            boi_token_index=94, eoi_token_index=93,
+            tie_word_embeddings=fields["tie_word_embeddings"],
+        )  # fmt: skip
+        kind = hf.Gemma3ForConditionalGeneration
+    config._attn_implementation = "eager"  # the implementation that has soft caps
+    return randomise(kind(config), i)
+
+
+def their_logits(model, tokens, mask=None):
+    import torch
+
+    text = model.config.get_text_config()
+    # transformers reads this field of a Gemma 3 and then forgets it; its attention does take it.
+    cap = {"softcap": text.attn_logit_softcapping} if "gemma3" in text.model_type else {}
+    mask = None if mask is None else torch.tensor(mask)
+    return (
+        model(torch.tensor(tokens), attention_mask=mask, use_cache=False, **cap)
+        .logits.float()
+        .numpy()
+    )
+
+
+def padded(n_rows, T, rng):
+    """Rows padded on the left or on the right: segments_BT (1 = token) and positions_BT."""
+    mask = np.ones((n_rows, T), np.int64)
+    for row, n in zip(mask, rng.integers(1, T - 2, n_rows), strict=True):
+        row[slice(0, n) if rng.integers(2) else slice(T - n, T)] = 0
+    return mask, np.maximum(mask.cumsum(1) - 1, 0)
+
+
+def packed(n_rows, T, rng):
+    """Two or three sequences in a row and padding after: segments_BT and positions_BT."""
+    segments, positions = np.zeros((n_rows, T), int), np.zeros((n_rows, T), int)
+    for b in range(n_rows):
+        cuts = np.sort(rng.choice(np.arange(1, T), rng.integers(2, 4), replace=False))
+        for s, (start, stop) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
+            segments[b, start:stop] = s + 1
+            positions[b, start:stop] = np.arange(stop - start)
+    return segments, positions
+
+
+def check_parity(model, path, i, T=18):
+    """Whole, padded and packed rows of a saved transformers model give its logits."""
+    model.save_pretrained(path)
+    cfg, params = gemma.load(path)
+    rng = np.random.default_rng(i)
+    B = 1 if i % 3 == 2 else 5
+    tokens = random_tokens(cfg, B, T, seed=i) % 93  # below the multimodal special tokens
+    theirs = their_logits(model, tokens)
+    spread = theirs.std()
+    assert 0.3 < spread < 5, f"logits of spread {spread:.2f} tell little"
+
+    def ours(segments, positions):
+        return np.asarray(packed_logits(params, cfg, tokens, positions, segments))
+
+    whole = np.ones((B, T), int), np.broadcast_to(np.arange(T), (B, T))
+    assert_close(ours(*whole), theirs, LOGITS_TOL, "whole rows")
+    mask, positions = padded(B, T, rng)
+    theirs = their_logits(model, tokens, mask)
+    assert_close(ours(mask, positions)[mask > 0], theirs[mask > 0], LOGITS_TOL, "padded rows")
+    segments, positions = packed(B, T, rng)
+    together = ours(segments, positions)
+    for b in range(B):
+        for s in range(1, segments[b].max() + 1):
+            here = segments[b] == s
+            alone = their_logits(model, tokens[b : b + 1, here])[0]
+            assert_close(together[b, here], alone, LOGITS_TOL, "packed rows")
+
+
+@pytest.mark.parametrize("i", range(N_CONFIGS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_models_give_the_logits_of_transformers(hf, tmp_path, family, i):
+    check_parity(random_hf_model(hf, family, i), tmp_path, i)
+
+
+@pytest.mark.parametrize("i", [1, 3])  # tied, and with a head of its own
+def test_multimodal_containers_give_the_logits_of_transformers(hf, tmp_path, i):
+    check_parity(random_hf_model(hf, "gemma3", i, multimodal=True), tmp_path, i)
+    written = load_file(tmp_path / "model.safetensors")
+    assert any("vision" in name for name in written)
+    assert any(name.startswith("language_model.model.") for name in written)
+    renamed = {  # as transformers names them in memory, and as other exporters write them
+        name.replace("language_model.model.", "model.language_model.")
+        .replace("language_model.lm_head.", "lm_head.")
+        .replace("vision_tower.", "model.vision_tower."): w for name, w in written.items()
+    }  # fmt: skip
+    _, params = gemma.load(tmp_path)
+    save_file(renamed, tmp_path / "model.safetensors")
+    _, again = gemma.load(tmp_path)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_models_give_the_stored_logits_and_tokens(golden, family):
+    cfg, params = gemma.load(golden / "models" / family)
+    expected = np.load(golden / "models" / "expected.npz")
+    get = lambda name: expected[f"{family}_{name}"]
+    rows = {k: np.concatenate([get(k), get(f"padded_{k}")]) for k in ("ids", "logits")}
+    mask = np.concatenate([np.ones_like(get("ids")), get("padded_mask")])
+    ours = np.asarray(logits(params, cfg, rows["ids"], mask))
+    assert_close(ours[mask > 0], rows["logits"][mask > 0], LOGITS_TOL)
+    prompt, new = np.split(get("greedy")[0], [10])
+    assert gemma.greedy(params, cfg, jnp.asarray(prompt), len(new)).tolist() == new.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mask_pads_either_side(family):
+    """mask [0 1 1 1 0] -> positions [. 0 1 2 .], and padding is seen by no token."""
+    cfg = TINY[family]
+    params = random_params(cfg)
+    tokens = random_tokens(cfg, 4, 12)
+    mask = np.ones_like(tokens)
+    mask[1, :5] = mask[2, 7:] = mask[3, :2] = mask[3, 9:] = 0
+    got = np.asarray(logits(params, cfg, tokens, mask))
+    for b in range(4):
+        real = mask[b] > 0
+        alone = np.where(np.arange(12) < real.sum(), np.roll(tokens[b], -real.argmax()), 7)
+        expected = np.asarray(logits(params, cfg, alone[None].repeat(4, 0), np.ones_like(tokens)))
+        assert_close(got[b, real], expected[0, : real.sum()], LOGITS_TOL)
+
+
+@pytest.mark.parametrize("family, n_prompt", [("gemma2", 9), ("gemma3", 3)])
+def test_greedy_equals_transformers_generate_past_the_window(hf, tmp_path, family, n_prompt):
+    # A tied random head would name the token it has just read for ever.
+    cfg, n_new = dataclasses.replace(TINY[family], tie_word_embeddings=False), 64
+    params = random_params(cfg, seed=3)
+    gemma.save(tmp_path, cfg, params)
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    prompt = random_tokens(cfg, 1, n_prompt, seed=1)
+    import torch
+
+    ids = torch.tensor(prompt)
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new,
+                            do_sample=False)[0, n_prompt:].tolist()  # fmt: skip
+    ours = gemma.greedy(params, cfg, jnp.asarray(prompt[0]), n_new).tolist()
+    assert len(set(theirs)) > 10, "a loop of few tokens shows little"
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_close_to_float32_as_in_transformers(hf, tmp_path, family):
+    """The roundings are in the same places: float32 norms, RoPE and softmax, a rounded sqrt(D)."""
+    import torch
+
+    model = random_hf_model(hf, family, 1)
+    model.save_pretrained(tmp_path)
+    tokens = random_tokens(TINY[family], 4, 24)
+    exact = their_logits(model, tokens)
+    theirs = np.abs(their_logits(model.to(torch.bfloat16), tokens) - exact)
+    cfg, params = gemma.load(tmp_path, jnp.bfloat16)
+    ours = np.abs(np.asarray(logits(params, cfg, tokens, np.ones_like(tokens))) - exact)
+    assert ours.mean() < 1.2 * theirs.mean(), f"{ours.mean():.4f} against {theirs.mean():.4f}"
+
+
+def test_the_embedding_scale_is_rounded_to_the_activations_dtype():
+    for name, scale in {"gemma3-1b": 34.0, "gemma2-9b": 59.75, "gemma3-27b": 73.5}.items():
+        cfg = dataclasses.replace(gemma.CONFIGS[name], vocab_size=1)
+        table_VD = jnp.ones((1, cfg.hidden_size))
+        for dtype, expected in ((jnp.bfloat16, scale), (jnp.float32, math.sqrt(cfg.hidden_size))):
+            params = {"embed_tokens": table_VD.astype(dtype)}
+            x_BTD = gemma._embed(params, cfg, jnp.zeros((1, 1), int), None)
+            assert x_BTD.dtype == dtype and float(x_BTD[0, 0, 0]) == np.float32(expected)
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_equals_one_full_forward_at_every_position(family):
+    """Ragged prefill, single tokens, ragged chunks longer than the ring, a row standing still."""
+    cfg, B, slots = TINY[family], 3, 40
+    params = random_params(cfg)
+    tokens = random_tokens(cfg, B, slots)
+    expected = np.asarray(hidden(params, cfg, tokens))
+    cache = gemma.init_cache(cfg, B, slots, jnp.float32)
+    n_global, n_local = sum(cfg.is_global), cfg.num_hidden_layers - sum(cfg.is_global)
+    K, H = cfg.num_key_value_heads, cfg.head_dim
+    assert cache["local"]["k"].shape == (n_local, B, K, cfg.sliding_window, H)
+    assert cache["global"]["k"].shape == (n_global, B, K, slots, H)
+    shapes = jax.tree.map(jnp.shape, cache)
+    chunk = 2 * cfg.sliding_window + 1
+    filled = np.zeros(B, int)
+    single = [[1, 1, 1]] * 3
+    for n, lengths in enumerate([[2, 9, chunk], *single, [1, 0, 1], [8, chunk, 4], *single,
+                                 [chunk, 1, 6], *single]):  # fmt: skip
+        T = 1 if max(lengths) == 1 else chunk
+        positions = filled[:, None] + np.arange(T)
+        valid = np.arange(T) < np.array(lengths)[:, None]
+        new = np.where(valid, np.take_along_axis(tokens, positions, 1), 7)
+        here = np.take_along_axis(expected, positions[:, :, None], 1)[valid]
+        x_BTD, grown = extend(params, cfg, cache, new, positions, valid)
+        assert_close(np.asarray(x_BTD)[valid], here, 1e-5, f"call {n}")
+        if n == 0:  # prefill: a faster way to the same
+            x_BTD, same = extend(params, cfg, cache, new, positions, valid, empty=True)
+            assert_close(np.asarray(x_BTD)[valid], here, 1e-5, "prefill")
+            assert_same_trees(same, grown, 1e-5)
+        cache = grown
+        filled += lengths
+    assert filled.max() <= slots and jax.tree.map(jnp.shape, cache) == shapes
+    assert jnp.sort(cache["local"]["pos"]).tolist() == [
+        list(range(n - cfg.sliding_window, n)) for n in filled
+    ]
+
+
+# -------------------------------------------------------------------------- what a token can see
+
+
+def reach(cfg, positions=None, segments=None, T=12):
+    """[T, T] max |d hidden[t] / d embedding of token s|; the tokens are all different."""
+    params = random_params(cfg)
+    tokens = jnp.asarray(np.random.default_rng(0).permutation(cfg.vocab_size)[None, :T])
+
+    def f(table_VD):
+        p = params | {"embed_tokens": table_VD}
+        x_BTD = gemma.hidden(p, cfg, tokens, positions, segments)
+        return x_BTD[0] @ jax.random.normal(jax.random.key(1), (cfg.hidden_size,))
+
+    d_TVD = jit(jax.jacrev(f))(params["embed_tokens"])
+    return np.abs(np.asarray(d_TVD))[:, tokens[0]].max(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_token_sees_the_future(family):
+    seen_TT = reach(TINY[family])
+    lower = np.tri(len(seen_TT), dtype=bool)
+    assert (seen_TT[~lower] == 0).all() and (seen_TT[lower] > 0).all()
+
+
+@pytest.mark.parametrize("family, n_layers", [("gemma2", 1), ("gemma3", 1), ("gemma3", 2)])
+def test_local_layers_see_exactly_their_window(family, n_layers):
+    cfg = dataclasses.replace(
+        TINY[family], num_hidden_layers=n_layers, is_global=(False,) * n_layers, sliding_window=4
+    )
+    seen_TT = reach(cfg)
+    age_TT = np.subtract.outer(*[np.arange(len(seen_TT))] * 2)
+    inside = (age_TT >= 0) & (age_TT <= n_layers * 3)  # three before it, a layer
+    assert (seen_TT[~inside] == 0).all() and (seen_TT[inside] > 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_and_padding_do_not_see_each_other(family):
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0]])
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 1]])
+    seen_TT = reach(TINY[family], positions, segments)
+    same = (segments.T == segments) & np.tri(12, dtype=bool)
+    real = segments[0] > 0
+    assert (seen_TT[real][~same[real]] == 0).all() and (seen_TT[real][same[real]] > 0).all()
+
+
+# ------------------------------------------------------------------------------------ eight devices
+
+
+@functools.cache
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def loss_sum(params, cfg, tokens_BT, positions_BT, segments_BT, **how):
+    """A sum over log-probs and entropies, and the hidden states it was made of."""
+    x_BTD = gemma.hidden(params, cfg, tokens_BT, positions_BT, segments_BT, **how)
+    logp_BT, entropy_BT = gemma.token_logps(
+        x_BTD, gemma.head(params, cfg, how.get("fsdp")), tokens_BT, chunk=5, temperature=0.7,
+        softcap=cfg.final_logit_softcapping,
+    )  # fmt: skip
+    weight_BT = (segments_BT > 0) * jnp.cos(tokens_BT)
+    return jnp.sum(weight_BT * (logp_BT + 0.3 * entropy_BT)), x_BTD
+
+
+def batch_of_eight(cfg):
+    tokens = random_tokens(cfg, 8, 10)
+    segments, positions = packed(8, 10, np.random.default_rng(0))
+    return tuple(jnp.asarray(z) for z in (tokens, positions, segments))
+
+
+@functools.cache
+def on_one_device(cfg):
+    grad = jit(jax.grad(loss_sum, has_aux=True), static_argnums=1)
+    return grad(random_params(cfg), cfg, *batch_of_eight(cfg))
+
+
+def check_eight_devices(cfg, shard, remat, check_vma):
+    pspecs = gemma.pspecs(cfg, shard)
+    how = {"remat": remat, "fsdp": "data" if shard else None}
+
+    def body(params, *batch):  # sizes here are those of one device
+        split = lambda pspec: "data" in pspec
+        vary = lambda w, s: w if split(s) else lax.pcast(w, "data", to="varying")
+        params = jax.tree.map(vary, params, pspecs)
+        grads, x_BTD = jax.grad(loss_sum, has_aux=True)(params, cfg, *batch, **how)
+        # replicated leaves{unreduced over data} -> all-reduce; split ones were summed by the gather
+        total = lambda g, s: g if split(s) else lax.psum(g, "data")
+        return jax.tree.map(total, grads, pspecs), x_BTD
+
+    rows = (P("data"),) * 3
+    step = jax.shard_map(body, mesh=mesh(), in_specs=(pspecs, *rows), check_vma=check_vma,
+                         out_specs=(pspecs, P("data")))  # fmt: skip
+    grads, x_BTD = jit(step)(random_params(cfg), *batch_of_eight(cfg))
+    expected_grads, expected_BTD = on_one_device(cfg)
+    assert_close(x_BTD, expected_BTD, 1e-5)
+    assert_same_trees(grads, expected_grads, 1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+def test_eight_devices_equal_one(shard, remat, check_vma):
+    check_eight_devices(TINY["gemma3"], shard, remat, check_vma)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+def test_eight_devices_equal_one_with_soft_caps_and_a_separate_head(shard):
+    cfg = dataclasses.replace(TINY["gemma2"], tie_word_embeddings=False)
+    check_eight_devices(cfg, shard, "layer", True)
+
+
+# --------------------------------------------------------------------------------- token log-probs
+
+
+def plain_logps(x_BTD, head_VD, targets_BT, temperature=1.0, softcap=None):
+    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD)
+    if softcap:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+    logp_BTV = jax.nn.log_softmax(logits_BTV / temperature)
+    logp_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return logp_BT, -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+
+
+def logps_problem(B=3, T=5, D=8, V=33):
+    x, head, g, h = (jax.random.normal(jax.random.key(i), shape) for i, shape in
+                     enumerate([(B, T, D), (V, D), (B, T), (B, T)]))  # fmt: skip
+    return x, head, jnp.asarray(random_tokens(TINY["gemma2"], B, T) % V), g, h
+
+
+USES = {  # what a loss reads; the cheap backward pass serves only "logp" of a frozen head
+    "logp": lambda pair, g, h: (pair[0] * g).sum(),
+    "entropy": lambda pair, g, h: (pair[1] * h).sum(),
+    "both": lambda pair, g, h: (pair[0] * g + pair[1] * h).sum(),
+}
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 100])  # 15 tokens: padded, exact, all at once
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.6, 2.0)])
+def test_token_logps_and_their_gradients_equal_log_softmax(chunk, temperature, softcap):
+    x, head, targets, g, h = logps_problem()
+    how = {"temperature": jnp.float32(temperature), "softcap": softcap}
+
+    def all_of(f):
+        pair = f(x, head)
+        return pair, {
+            f"{use} {wrt}": jax.grad(lambda *a, u=u: u(f(*a), g, h), argnums=wrt)(x, head)
+            for use, u in USES.items() for wrt in (0, 1, (0, 1))
+        }  # fmt: skip
+
+    ours = jit(lambda: all_of(
+        lambda x, head: gemma.token_logps(x, head, targets, chunk=chunk, **how)))()  # fmt: skip
+    theirs = jit(lambda: all_of(lambda x, head: plain_logps(x, head, targets, **how)))()
+    assert ours[0][0].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert_close(a, b, 1e-5)
+
+
+def test_token_logps_equal_stored_values(golden):
+    stored = json.loads((golden / "losses.json").read_text())["token_logps"]
+    x_TD, head, targets = (np.array(v) for v in stored["inputs"].values())
+    for case in stored["cases"]:
+        logp, entropy = gemma.token_logps(
+            jnp.float32(x_TD[None]), jnp.float32(head), jnp.asarray(targets[None]), chunk=3,
+            temperature=case["temperature"], softcap=case["final_logit_softcap"],
+        )  # fmt: skip
+        for kind in ("trl_fp32", "float64"):
+            assert_close(logp[0], case[f"{kind}_logps"], 1e-5)
+            assert_close(entropy[0], case[f"{kind}_entropy"], 1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("trained", ["x", "head", "x and head"])
+@pytest.mark.parametrize("use", ["logp", "both"])
+def test_token_logps_gradients_over_eight_devices_equal_one(use, trained, check_vma):
+    """A frozen head stays one replicated copy; a trained one is made varying, its sum reduced."""
+    x, head, targets, g, h = logps_problem(B=8)
+    wrt = {"x": (0,), "head": (1,), "x and head": (0, 1)}[trained]
+
+    def loss(x, head, targets, g, h):
+        return USES[use](gemma.token_logps(x, head, targets, chunk=3, softcap=2.0), g, h)
+
+    def body(x, head, *rest):
+        if 1 in wrt:
+            head = lax.pcast(head, "data", to="varying")
+        grads = jax.grad(loss, argnums=wrt)(x, head, *rest)
+        return tuple(d if i == 0 else lax.psum(d, "data") for i, d in zip(wrt, grads, strict=True))
+
+    rows = P("data")
+    step = jax.shard_map(
+        body, mesh=mesh(), in_specs=(rows, P(), rows, rows, rows),
+        out_specs=tuple((rows, P())[i] for i in wrt), check_vma=check_vma,
+    )  # fmt: skip
+    args = x, head, targets, g, h
+    expected = jit(jax.grad(loss, argnums=wrt))(*args)
+    assert_same_trees(jit(step)(*args), expected, 1e-5)
+
+
+@pytest.mark.parametrize("wrt", [None, "x", "x and head"])
+@pytest.mark.parametrize("use", ["logp", "both"])
+def test_memory_of_token_logps_does_not_grow_with_tokens_times_vocabulary(use, wrt):
+    V, D, short, long = 32768, 64, 256, 2048
+
+    def temp_bytes(T):
+        def loss(x, head, targets, g):
+            return USES[use](gemma.token_logps(x, head, targets, chunk=64, softcap=30.0), g, g)
+
+        f = jax.grad(loss, argnums={"x": 0, "x and head": (0, 1)}[wrt]) if wrt else loss
+        shapes = [((1, T, D), "f4"), ((V, D), "f4"), ((1, T), "i4"), ((1, T), "f4")]
+        args = [jax.ShapeDtypeStruct(*s) for s in shapes]
+        return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temp_bytes(short), temp_bytes(long)
+    assert many - few <= 4 * (long - short) * D * 4, f"{many - few}"  # some float32 arrays [T, D]
+    assert many < long * V * 4 / 4, f"{many}"
+
+
+# ------------------------------------------------------------------------------------------ configs
+
+PARAMETERS = {  # text model, tied: (all, of which the embedding)
+    "gemma2-2b": (2_614_341_888, 589_824_000),
+    "gemma2-9b": (9_241_705_984, 917_504_000),
+    "gemma2-27b": (27_227_128_320, 1_179_648_000),
+    "gemma3-270m": (268_098_176, 167_772_160),
+    "gemma3-1b": (999_885_952, 301_989_888),
+    "gemma3-4b": (3_880_263_168, 671_252_480),
+    "gemma3-12b": (11_766_034_176, 1_006_878_720),
+    "gemma3-27b": (27_009_346_304, 1_409_630_208),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_models_have_their_published_sizes(name):
+    cfg = gemma.CONFIGS[name]
+    assert (cfg.n_params, cfg.vocab_size * cfg.hidden_size) == PARAMETERS[name]
+    assert len(cfg.is_global) == cfg.num_hidden_layers
+
+
+def test_published_layer_patterns():
+    """Not visible in a parameter count."""
+    where = {name: np.flatnonzero(cfg.is_global).tolist() for name, cfg in gemma.CONFIGS.items()}
+    assert all(where[f"gemma2-{n}"][:3] == [1, 3, 5] for n in ("2b", "9b", "27b"))
+    assert where["gemma3-270m"] == [5, 11, 17] and where["gemma3-4b"] == [5, 11, 17, 23, 29]
+    assert where["gemma3-27b"] == list(range(5, 60, 6)) and gemma.CONFIGS["gemma3-27b"].period == 6
+    assert set(PARAMETERS) < set(gemma.CONFIGS)
+
+
+def layer_types(n, every):
+    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)]
+
+
+LINEAR_8 = {"factor": 8.0, "rope_type": "linear"}
+FLAT_1B = {  # as published, 4.x spelling
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+    "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+    "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+    "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "use_cache": True,
+    "vocab_size": 262144,
+}  # fmt: skip
+ROPE_5 = {  # transformers 5
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+OLD_ROPE = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
+
+
+def without(d, *names):
+    return {k: v for k, v in d.items() if k not in names}
+
+
+def nested(**text_config):
+    """A multimodal file, which omits most of its text part."""
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+        "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
+        "initializer_range": 0.02, "mm_tokens_per_image": 256, "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "sliding_window": 1024} | text_config,
+        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+        "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 896,
+                          "model_type": "siglip_vision_model", "num_attention_heads": 16,
+                          "num_hidden_layers": 27, "patch_size": 14, "vocab_size": 5},
+    }  # fmt: skip
+
+
+TEXT_4B = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+TEXT_12B = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+            "num_attention_heads": 16, "num_key_value_heads": 8}  # fmt: skip
+TEXT_27B = {"hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62,
+            "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
+            "query_pre_attn_scalar": 168}  # fmt: skip
+GEMMA2_9B = {
+    "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0, "bos_token_id": 2,
+    "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
+    "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
+    "model_type": "gemma2", "num_attention_heads": 16, "num_hidden_layers": 42,
+    "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000,
+}  # fmt: skip
+SPELLINGS = {  # spelling -> (the entry of CONFIGS it must give, config.json)
+    "4.x flat": ("gemma3-1b", FLAT_1B),
+    "4.x layer_types": ("gemma3-270m", without(FLAT_1B, "sliding_window_pattern") | {
+        "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "eos_token_id": 1,
+        "_sliding_window_pattern": 6, "layer_types": layer_types(18, 6)}),
+    "4b nested": ("gemma3-4b", nested(**TEXT_4B, rope_scaling=LINEAR_8)),
+    "4b nested, old rope type": (
+        "gemma3-4b", nested(**TEXT_4B, rope_scaling={"factor": 8.0, "type": "linear"})),
+    "12b nested": ("gemma3-12b", nested(**TEXT_12B, rope_scaling=LINEAR_8)),
+    "27b nested": ("gemma3-27b", nested(**TEXT_27B, rope_scaling=LINEAR_8)),
+    "5 flat": ("gemma3-1b", without(FLAT_1B, *OLD_ROPE, "torch_dtype") | {
+        "_sliding_window_pattern": 6, "layer_types": layer_types(26, 6), "dtype": "bfloat16",
+        "rope_parameters": ROPE_5, "use_bidirectional_attention": False}),
+    "5 nested": ("gemma3-27b", nested(**TEXT_27B, layer_types=layer_types(62, 6), rope_parameters={
+        **ROPE_5, "full_attention": ROPE_5["full_attention"] | LINEAR_8})),
+    "gemma2 4.x": ("gemma2-9b", GEMMA2_9B),
+    "gemma2 5": ("gemma2-9b", without(GEMMA2_9B, "rope_theta", "hidden_act") | {
+        "layer_types": layer_types(42, 2), "use_bidirectional_attention": None,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}),
+    "gemma2 defaults": ("gemma2-2b", {"model_type": "gemma2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_a_published_config_gives_its_entry(spelling):
+    name, hf = SPELLINGS[spelling]
+    same = {"eos_token_id": (1,)}  # published differently in base and chat models
+    got = gemma.config_from_dict(hf)
+    assert dataclasses.replace(got, **same) == dataclasses.replace(gemma.CONFIGS[name], **same)
+    eos = hf.get("eos_token_id", 1)
+    assert got.eos_token_id == (tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+@pytest.mark.parametrize("cfg", [*gemma.CONFIGS.values(), *TINY.values()], ids=lambda c: "")
+def test_a_written_config_reads_back(cfg):
+    for tied in (True, False):
+        cfg = dataclasses.replace(cfg, tie_word_embeddings=tied)
+        text = json.dumps(gemma.config_to_dict(cfg))
+        assert gemma.config_from_dict(json.loads(text)) == cfg
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    {"attn_logit_softcapping": 7.0, "final_logit_softcapping": 8.0},
+])  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_written_config_means_the_same_to_transformers(hf, tmp_path, family, change):
+    cfg = dataclasses.replace(TINY[family], **change)
+    (tmp_path / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
+    theirs = hf.AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == {"gemma2": "Gemma2Config", "gemma3": "Gemma3TextConfig"}[family]
+    theirs.save_pretrained(tmp_path)  # in its own spelling
+    assert gemma.read_config(tmp_path) == cfg
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model_type": "llama"}, "'llama'"),
+    ({"model_type": None}, "None"),
+    ({"model_type": "gemma3n"}, "'gemma3n'"),
+    ({"hidden_activation": "silu"}, "'silu'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"use_bidirectional_attention": True}, "bidirectional"),
+    ({"layer_types": ["sliding_attention"]}, "26 layers"),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
+])  # fmt: skip
+def test_a_foreign_config_raises_one_line_naming_what_is_foreign(change, named):
+    with pytest.raises(ValueError) as e:
+        gemma.config_from_dict(FLAT_1B | change, "some/config.json")
+    assert named in str(e.value) and "some/config.json" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_init_fills_the_table_of_specs(family):
+    cfg = dataclasses.replace(TINY[family], tie_word_embeddings=False)
+    params = jit(gemma.init, static_argnums=(0, 2))(cfg, jax.random.key(0), jnp.bfloat16)
+    assert jax.tree.structure(params) == jax.tree.structure(gemma.specs(cfg))
+    assert params.keys() - gemma.specs(TINY[family]).keys() == {"lm_head"}
+    starts = set()
+    for spec, leaf in zip(jax.tree.leaves(gemma.specs(cfg)), jax.tree.leaves(params), strict=True):
+        assert leaf.shape == spec.shape(cfg) and leaf.dtype == jnp.bfloat16
+        leaf = np.asarray(leaf, np.float32)
+        if not spec.inp:
+            assert (leaf == 0).all(), f"{spec.name} multiplies by 1 + w"
+            continue
+        fan_in = math.prod(gemma._sizes(cfg)[a] for a in spec.inp)
+        assert 0.8 < leaf.std() * fan_in**0.5 < 1.2, spec.name
+        starts.add(tuple(leaf.ravel()[:4] * fan_in**0.5))
+    assert len(starts) == 9, "each matrix has a key of its own"

@@ -1,0 +1,235 @@
+"""lora.py: PEFT's files and logits both ways, merging, dropout, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gemma
+import lora
+
+TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
+ALL = "q,k,v,o,gate,up,down"
+
+
+def base(family="gemma3_text", seed=0, dtype=jnp.float32):
+    """A random base whose every norm matters, and its config."""
+    gemma2 = family == "gemma2"
+    cfg = gemma.Config(
+        family, 96, 32, 48, 3, 4, 2, 16, 20, 8, (False, True, False), 1e4, 1e4 if gemma2 else 1e6,
+        attn_logit_softcapping=20.0 if gemma2 else None,
+        final_logit_softcapping=10.0 if gemma2 else None,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    params = gemma.init(cfg, jax.random.key(seed), dtype)
+    noise = lambda x: x + jax.random.normal(jax.random.key(7), x.shape, x.dtype) * 0.05
+    return cfg, jax.tree.map(noise, params)
+
+
+def random_adapter(cfg, rank=4, alpha=6.0, targets=ALL, seed=1, **kw):
+    adapter = lora.init(cfg, jax.random.key(seed), rank, alpha, targets, **kw)
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 7))
+    b = {n: 0.3 * jax.random.normal(next(keys), x.shape) for n, x in adapter["b"].items()}
+    return adapter | {"b": b}
+
+
+def test_fresh_adapter_changes_nothing_and_is_float32_on_a_bf16_base():
+    cfg, params = base(dtype=jnp.bfloat16)
+    adapter = lora.init(cfg, jax.random.key(0), 8, 16)
+    assert {x.dtype for x in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
+    plain, adapted = (gemma.logits(params, cfg, TOKENS, lora=a) for a in (None, adapter))
+    np.testing.assert_array_equal(plain, adapted)
+    assert all(jnp.std(a) > 0 for a in adapter["a"].values())
+    assert lora.describe(adapter).startswith("LoRA rank 8 on 21 matrices (q,k,v,o,gate,up,down), ")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scale_is_alpha_over_r_or_over_its_root(rslora):
+    cfg, _ = base()
+    scale = lora.init(cfg, jax.random.key(0), 16, 32, rslora=rslora)["scale"]["q_proj"]
+    np.testing.assert_allclose(scale, 8.0 if rslora else 2.0)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_merge_equals_the_live_adapter(family):
+    cfg, params = base(family)
+    adapter = random_adapter(cfg)
+    live = gemma.logits(params, cfg, TOKENS, lora=adapter)
+    assert np.abs(live - gemma.logits(params, cfg, TOKENS)).max() > 0.1
+    merged = gemma.logits(lora.merge(params, adapter, cfg), cfg, TOKENS)
+    np.testing.assert_allclose(merged, live, atol=2e-5)
+
+
+def test_merge_adds_in_float32_and_rounds_once():
+    cfg, params = base(dtype=jnp.bfloat16)
+    adapter = random_adapter(cfg)
+    merged = lora.merge(params, adapter, cfg)["layers"]["down_proj"]
+    a, b = (np.float64(adapter[k]["down_proj"]) for k in "ab")
+    exact = np.float64(params["layers"]["down_proj"]) + 1.5 * np.einsum("LFR,LRD->LFD", a, b)
+    assert merged.dtype == jnp.bfloat16
+    ulp = np.abs(exact) * 2.0**-8  # half a bf16 step is at most this
+    assert (np.abs(np.float64(merged) - exact) <= ulp + 1e-6).all()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("targets,rslora", [(ALL, False), ("q,v", True), ("down,o", False)])
+def test_save_load_is_exact(tmp_path, family, targets, rslora):
+    cfg, _ = base(family)
+    adapter = random_adapter(cfg, rank=3, alpha=7.0, targets=targets, rslora=rslora)
+    for multimodal in (False, True):
+        lora.save(tmp_path, adapter, cfg, multimodal=multimodal)
+        again = lora.load(tmp_path, cfg)
+        for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(again), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def peft_model(tmp_path, cfg, params, adapter_dir=None, **lora_config):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    gemma.save(tmp_path / "base", cfg, params)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if adapter_dir is not None:
+        return peft.PeftModel.from_pretrained(model, adapter_dir)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora_config))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def peft_logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("targets,rslora", [(ALL, False), ("q,v", True)])
+def test_peft_loads_ours(tmp_path, family, targets, rslora):
+    cfg, params = base(family)
+    adapter = random_adapter(cfg, targets=targets, rslora=rslora)
+    # a scale of its own on one matrix makes save() write an alpha_pattern
+    adapter["scale"]["q_proj"] = adapter["scale"]["q_proj"].at[1].mul(3.0)
+    lora.save(tmp_path / "adapter", adapter, cfg)
+    model = peft_model(tmp_path, cfg, params, tmp_path / "adapter")
+    ours = gemma.logits(params, cfg, TOKENS, lora=adapter)
+    assert np.abs(ours - gemma.logits(params, cfg, TOKENS)).max() > 0.1
+    np.testing.assert_allclose(peft_logits(model), ours, atol=2e-5)
+
+
+PEFT_CONFIGS = [
+    dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    dict(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
+    dict(r=4, lora_alpha=8, target_modules=["k_proj", "o_proj", "up_proj", "down_proj"],
+         rank_pattern={"o_proj": 2, "layers.1.mlp.up_proj": 6}, alpha_pattern={"down_proj": 1}),
+    dict(r=2, lora_alpha=3, target_modules=["gate_proj"], layers_to_transform=[1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("config", PEFT_CONFIGS, ids=["qv", "rslora", "patterns", "one-layer"])
+def test_we_load_pefts(tmp_path, family, config):
+    cfg, params = base(family)
+    model = peft_model(tmp_path, cfg, params, **config)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = lora.load(tmp_path / "adapter", cfg)
+    theirs = peft_logits(model)
+    assert np.abs(theirs - gemma.logits(params, cfg, TOKENS)).max() > 0.05
+    np.testing.assert_allclose(gemma.logits(params, cfg, TOKENS, lora=adapter), theirs, atol=2e-5)
+
+
+def test_merged_directory_opens_in_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    cfg, params = base()
+    merged = lora.merge(params, random_adapter(cfg), cfg)
+    gemma.save(tmp_path, cfg, merged)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = gemma.logits(params, cfg, TOKENS, lora=random_adapter(cfg))
+    np.testing.assert_allclose(peft_logits(model), ours, atol=3e-5)
+
+
+def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
+    cfg, params = base()
+    adapter = random_adapter(cfg, targets="gate")
+    assert lora.with_dropout(adapter, 0.0, jax.random.key(0)) is adapter
+    x_BTD = jax.random.normal(jax.random.key(3), (1, 4, 32))
+    at = lambda i, tree: jax.tree.map(lambda z: z[i], tree)
+    w = at(0, params["layers"])
+    plain = gemma.linear(w, at(0, adapter), "gate_proj", x_BTD)
+
+    @jax.jit
+    def dropped(key):
+        live = lora.with_dropout(adapter, 0.5, key)
+        return jnp.stack([gemma.linear(w, at(0, live) | {"dropout": at(i, live["dropout"])},
+                                       "gate_proj", x_BTD) for i in (0, 1)])  # fmt: skip
+
+    samples = jax.lax.map(dropped, jax.random.split(jax.random.key(0), 4000))
+    assert np.abs(samples[0, 0] - samples[0, 1]).max() > 0.01
+    assert np.abs(samples[0, 0] - samples[1, 0]).max() > 0.01
+    error = np.abs(samples[:, 0].mean(0) - plain).max()
+    assert error < 5 * float(samples[:, 0].std(0).max()) / 4000**0.5
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_target_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError) as e:
+        lora.parse_targets("q,qkv")
+    assert "'qkv'" in one_line(e) and "q,k,v,o,gate,up,down" in one_line(e)
+    with pytest.raises(ValueError, match="empty"):
+        lora.parse_targets(" , ")
+    with pytest.raises(ValueError, match="--lora-rank 0"):
+        lora.init(base()[0], jax.random.key(0), 0, 1)
+
+
+def edited(tmp_path, cfg, edit):
+    lora.save(tmp_path, random_adapter(cfg), cfg)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError) as e:
+        lora.load(tmp_path, cfg)
+    return one_line(e)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def test_wrong_adapter_files_are_refused_by_tensor(tmp_path):
+    cfg, _ = base()
+    wrong = lambda t: t.update({FIRST.replace("model.model.model.", "model.bert."): t.pop(FIRST)})
+    assert "base_model.bert.layers.0" in edited(tmp_path, cfg, wrong)
+    message = edited(tmp_path, cfg, lambda t: t.pop(FIRST))
+    assert "layers.0.self_attn.q_proj" in message and "None" in message
+    message = edited(tmp_path, cfg, lambda t: t.update({FIRST: np.zeros((4, 33), "f4")}))
+    assert "(4, 33)" in message and "(4, 32)" in message
+    beyond = FIRST.replace("layers.0", "layers.3")
+    assert beyond in edited(tmp_path, cfg, lambda t: t.update({beyond: t[FIRST]}))
+    assert "no LoRA matrices" in edited(tmp_path, cfg, lambda t: t.clear())
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError) as e:
+        lora.load(tmp_path, cfg)
+    assert str(tmp_path) in one_line(e)
+
+
+def test_adapter_of_another_kind_is_refused(tmp_path):
+    cfg, _ = base()
+    for change in ({"peft_type": "IA3"}, {"use_dora": True}, {"fan_in_fan_out": True}):
+        lora.save(tmp_path, random_adapter(cfg), cfg)
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with pytest.raises(ValueError, match="plain LoRA"):
+            lora.load(tmp_path, cfg)

@@ -1,0 +1,817 @@
+"""The run folder: kills, torn and edited files, full disks, two processes, clocks, signals."""
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import runs
+
+ROOT = Path(runs.__file__).parent
+LIKE = {"w": np.zeros(4, np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    lr: float = 1e-4
+    steps: int = 6
+    out: str = "x"
+    sizes: tuple = (1, 2)
+
+
+def open_run(out, config=None, **options):
+    return runs.Run(out, config or Config(), may_change={"steps", "out"}, **options)
+
+
+def model(directory):
+    (directory / "adapter.txt").write_text("adapter")
+
+
+def train(out, steps=6, every=2, until=None, **options):
+    """A run whose numbers depend on the step and the restored arrays alone."""
+    budget = runs.Budget(steps=steps)
+    with open_run(out, Config(steps=steps), budget=budget, **options) as run:
+        saved = run.restore(LIKE)
+        step, w = (saved.step, saved.arrays["w"]) if saved else (0, LIKE["w"])
+        p = budget.progress(step)
+        while p < 1:
+            w = w * np.float32(0.9) + np.random.default_rng(step).normal(size=4).astype("float32")
+            step += 1
+            run.log(step, {"loss": w.sum(), "p": p, "step_s": time.perf_counter()})
+            run.log_samples(step, [{"prompt": "é", "completion": str(w[0])}])
+            p = budget.progress(step)
+            if step % every == 0:
+                run.save(step, {"w": w}, {"seen": step}, model, score=-abs(step - 2))
+            if step == until:
+                return
+        run.finish(model)
+
+
+def comparable(out):
+    """Every file of a run, the timings left out of its metrics."""
+    out, files = Path(out), {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "metrics.jsonl":
+            content = [
+                {
+                    key: value
+                    for key, value in json.loads(line).items()
+                    if not key.endswith("_s") and "per_s" not in key
+                }
+                for line in content.splitlines()
+            ]
+        if path.name != ".lock":
+            files[str(path.relative_to(out))] = content
+    return files
+
+
+def run_python(code, *arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"},
+        **options,
+    )
+
+
+# ------------------------------------------------------------------ kills, torn and edited files
+
+
+def test_kill_at_every_file_operation_loses_nothing(tmp_path):
+    # One process imports; each attempt is a fork that kills itself at the k-th file operation.
+    driver = run_python(
+        """
+        import os, shutil, signal, sys
+        from pathlib import Path
+        import runs, test_runs
+        device = type("Device", (), {"device_kind": "fake"})
+        runs.jax.devices, runs.jax.device_count = lambda: [device], lambda: 1
+        runs.say = lambda line: None
+        os.fsync = lambda handle: None  # a kill, unlike a power cut, keeps what was written
+        operations = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"),
+                      (runs, "save_file"), (Path, "mkdir"), (Path, "write_bytes"),
+                      (Path, "write_text"), (Path, "rename")]
+
+        def attempt(out, die_at):
+            if (child := os.fork()) == 0:
+                count = 0
+                def faulty(real):
+                    def call(*a, **k):
+                        nonlocal count
+                        count += 1
+                        if count == die_at:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        return real(*a, **k)
+                    return call
+                for owner, name in operations:
+                    setattr(owner, name, faulty(getattr(owner, name)))
+                try:
+                    test_runs.train(out)
+                    os._exit(0)
+                except BaseException as error:
+                    print(repr(error), file=sys.stderr)
+                    os._exit(3)
+            return os.waitpid(child, 0)[1]
+
+        root = Path(sys.argv[1])
+        assert attempt(root / "whole", 0) == 0
+        whole, k = test_runs.comparable(root / "whole"), 0
+        while True:
+            k += 1
+            out = root / f"kill{k}"
+            status = attempt(out, k)
+            if status == 0:
+                break
+            assert status == signal.SIGKILL, (k, status)
+            assert attempt(out, 0) == 0, k
+            assert test_runs.comparable(out) == whole, k
+            shutil.rmtree(out)
+        print(k)
+    """,
+        tmp_path,
+    )
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 0, err
+    assert int(out) > 60  # it did meet the faults
+
+
+def broken(out, how):
+    directory = Path(out) / "checkpoints/step_6"
+    arrays = directory / "resume/arrays.safetensors"
+    if how == "truncated":
+        arrays.write_bytes(arrays.read_bytes()[:-1])
+    elif how == "bit":
+        content = bytearray(arrays.read_bytes())
+        content[-1] ^= 1
+        arrays.write_bytes(content)
+    elif how == "edited":
+        path = directory / "resume/state.json"
+        path.write_text(path.read_text().replace('"seen": 6', '"seen": 7'))
+    elif how == "missing":
+        (directory / "adapter.txt").unlink()
+    elif how == "unsealed":
+        (directory / "manifest.json").unlink()
+    elif how == "manifest":
+        (directory / "manifest.json").write_text("{")
+    elif how == "renamed":
+        directory.rename(directory.with_name("step_8"))
+
+
+@pytest.mark.parametrize(
+    "how, reason",
+    [
+        ("truncated", "resume/arrays.safetensors: bytes"),
+        ("bit", "arrays.safetensors: sha256"),
+        ("edited", "resume/state.json: sha256"),
+        ("missing", "adapter.txt is missing"),
+        ("unsealed", "manifest.json is missing"),
+        ("manifest", "manifest.json cannot be read"),
+        ("renamed", "was saved as step_6"),
+    ],
+)
+def test_broken_checkpoint_is_refused_by_name(tmp_path, capsys, how, reason):
+    train(tmp_path / "whole")
+    train(tmp_path / "x")
+    broken(tmp_path / "x", how)
+    capsys.readouterr()
+    with open_run(tmp_path / "x") as run:
+        saved = run.restore(LIKE)
+        assert saved.step == 4 and saved.state == {"seen": 4}
+        assert saved.directory == tmp_path / "x/checkpoints/step_4"
+    line = capsys.readouterr().err.splitlines()[0]
+    name = "step_8" if how == "renamed" else "step_6"
+    assert line.startswith(f"refused {tmp_path}/x/checkpoints/{name}: ") and reason in line
+    train(tmp_path / "x")  # and trains over it, to the same end
+    whole, again = comparable(tmp_path / "whole"), comparable(tmp_path / "x")
+    assert whole == {key: value for key, value in again.items() if "step_8" not in key}
+
+
+def test_no_valid_checkpoint_starts_again(tmp_path, capsys):
+    train(tmp_path / "x", every=6)
+    broken(tmp_path / "x", "bit")
+    with open_run(tmp_path / "x") as run:
+        assert run.restore(LIKE) is None
+        assert (tmp_path / "x/metrics.jsonl").read_bytes() == b""
+    assert "starting again at step 0" in capsys.readouterr().err
+
+
+def test_resume_cuts_later_and_torn_lines(tmp_path):
+    train(tmp_path / "whole")
+    train(tmp_path / "x", until=4)
+    with open(tmp_path / "x/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')
+    with open(tmp_path / "x/samples.jsonl", "ab") as file:
+        file.write(b'{"step": 5, "prompt": "\xc3')
+    train(tmp_path / "x")
+    assert comparable(tmp_path / "x") == comparable(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------ full disks, locks, config
+
+
+@pytest.mark.parametrize("k", range(10))
+def test_disk_full_in_any_fsync_loses_nothing(tmp_path, monkeypatch, k):
+    with open_run(tmp_path / "x") as run:
+        run.restore(LIKE)
+        for step in (1, 2):
+            run.log(step, {})
+        run.save(1, LIKE, {"seen": 1}, model)
+        real, calls = os.fsync, iter(range(99))
+
+        def fsync(handle):
+            if next(calls) == k:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(SystemExit, match=f"cannot write {tmp_path}/x.*No space left on device"):
+            run.save(2, LIKE, {"seen": 2}, model)
+        monkeypatch.undo()
+        left = sorted(path.name for path in (tmp_path / "x/checkpoints").iterdir())
+        # the last one, of the parent, comes after the rename: then step_2 is whole
+        assert left == (["step_1"] if k < 9 else ["step_1", "step_2"])
+        assert all(runs.verify(tmp_path / "x/checkpoints" / name) is None for name in left)
+
+
+def test_kernel_refusing_bytes_loses_nothing(tmp_path):
+    with open_run(tmp_path / "x") as run:
+        run.restore(LIKE)
+        run.log(1, {})
+        run.log(2, {})
+        run.save(1, LIKE, {}, model)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # safetensors raises its own error
+        try:
+            with pytest.raises(SystemExit, match="step_2: .*File too large"):
+                run.save(2, {"w": np.zeros(100_000, np.float32)}, {}, model)
+            with pytest.raises(SystemExit, match="samples.jsonl: File too large"):
+                run.log_samples(2, [{"prompt": "x" * 100_000}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in (tmp_path / "x/checkpoints").iterdir()] == ["step_1"]
+        assert run.restore(LIKE).step == 1
+        assert (tmp_path / "x/samples.jsonl").read_bytes() == b""
+
+
+def test_failing_model_writer_leaves_the_folder_clean(tmp_path):
+    with open_run(tmp_path / "x") as run:
+        run.restore(LIKE)
+        run.log(1, {})
+        run.finish(model)
+
+        def interrupted(directory):
+            (directory / "half").write_text("h")
+            raise KeyboardInterrupt
+
+        for write in (lambda f: run.save(1, LIKE, {}, f), run.finish):
+            with pytest.raises(KeyboardInterrupt):
+                write(interrupted)
+        assert run.checkpoints() == []
+        assert runs.verify(tmp_path / "x/final") is None
+        assert not [*(tmp_path / "x").rglob("tmp-*")]
+
+
+@pytest.mark.parametrize("k", range(2))
+def test_replacing_final_keeps_one_of_the_two(tmp_path, monkeypatch, k):
+    with open_run(tmp_path / "x") as run:
+        run.finish(model)
+        real, calls = os.rename, iter(range(99))
+
+        def rename(*paths):
+            if next(calls) == k:
+                raise KeyboardInterrupt
+            real(*paths)
+
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            run.finish(lambda directory: (directory / "adapter.txt").write_text("new"))
+        assert (tmp_path / "x/final/adapter.txt").read_text() == "adapter"
+        run.finish(lambda directory: (directory / "adapter.txt").write_text("new"))
+        assert (tmp_path / "x/final/adapter.txt").read_text() == "new"
+        assert {path.name for path in (tmp_path / "x").iterdir()} == {
+            ".lock",
+            "checkpoints",
+            "config.json",
+            "final",
+        }
+
+
+def test_second_process_is_refused(tmp_path):
+    code = "import runs, sys; runs.Run(sys.argv[1], {})"
+    with open_run(tmp_path / "x"):
+        second = run_python(code, tmp_path / "x")
+        _, err = second.communicate(timeout=30)
+    assert second.returncode == 1
+    assert err.splitlines() == [
+        f"{tmp_path}/x is in use by process {os.getpid()}: stop that one, "
+        "or choose another folder with --out"
+    ]
+    open_run(tmp_path / "x").close()
+
+
+def test_unwritable_output_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=f"cannot write {tmp_path}/file/x: .*--out"):
+        open_run(tmp_path / "file/x")
+
+
+def test_changed_config_is_refused(tmp_path):
+    config = Config(lr=3e-4)
+    open_run(tmp_path / "x", config).close()
+    train(tmp_path / "x")  # nothing was saved yet, so nothing is resumed
+    with pytest.raises(SystemExit) as stop:
+        open_run(tmp_path / "x", config)
+    assert str(stop.value) == (
+        f"--lr was 0.0001 when {tmp_path}/x was begun, now it is 0.0003: "
+        "put it back, or choose another --out"
+    )
+    with pytest.raises(SystemExit, match="--new-knob was 'absent'"):
+        open_run(tmp_path / "x", dataclasses.asdict(Config()) | {"new_knob": 1})
+    open_run(tmp_path / "x", Config(steps=9, out=tmp_path)).close()
+    saved = json.loads((tmp_path / "x/config.json").read_text())
+    assert saved["steps"] == 9 and saved["sizes"] == [1, 2]
+    assert saved["code"]["jax"] == jax.__version__
+
+
+# ------------------------------------------------------------------ arrays, retention, final
+
+
+def test_optimizer_state_comes_back_bitwise(tmp_path):
+    params = {"a": jnp.full((2, 3), 1 / 3), "b": {"c": jnp.ones((), jnp.bfloat16) / 3}}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    fortran = np.asfortranarray(np.arange(6, dtype=np.int8).reshape(2, 3))
+    arrays = {
+        "params": params,
+        "opt": opt_state,
+        "odd": [fortran, np.zeros((0, 2)), np.bool_(True), np.float32(np.nan), fortran.T[::2]],
+    }
+    with open_run(tmp_path / "x") as run:
+        run.restore(arrays)
+        run.log(1, {})
+        run.save(1, arrays, {"float": 0.1 + 0.2})
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arrays)
+        saved = run.restore(like)
+        assert saved.state == {"float": 0.1 + 0.2}
+        assert jax.tree.structure(saved.arrays) == jax.tree.structure(arrays)
+        for old, new in zip(jax.tree.leaves(arrays), jax.tree.leaves(saved.arrays), strict=True):
+            assert (old.dtype, old.shape) == (new.dtype, new.shape)
+            assert np.asarray(old).tobytes() == new.tobytes()
+        wrong = {**like, "params": {**like["params"], "a": jax.ShapeDtypeStruct((2, 4), "float32")}}
+        with pytest.raises(
+            ValueError,
+            match=r"params/a: expected \(2, 4\) float32, "
+            r"found \(2, 3\) float32",
+        ):
+            run.restore(wrong)
+        wrong = {**like, "params": {"a": like["params"]["a"]}}
+        with pytest.raises(ValueError, match=r"b/c: expected nothing, found \(\) bfloat16"):
+            run.restore(wrong)
+        with pytest.raises(ValueError, match=r"extra: expected \(3,\) float32, found nothing"):
+            run.restore({**like, "extra": jnp.zeros(3)})
+
+
+def test_retention_keeps_newest_and_best(tmp_path):
+    scores = {1: 0.1, 2: None, 3: 0.9, 4: np.float32(0.2), 5: float("nan"), 6: 0.9, 7: 0.3, 8: 0.3}
+    kept = {2: [1, 2], 5: [3, 4, 5], 6: [5, 6], 7: [6, 7], 8: [6, 7, 8]}
+    with open_run(tmp_path / "x") as run:
+        run.restore(LIKE)
+        for step, score in scores.items():
+            run.log(step, {})
+            run.save(step, LIKE, {}, score=score)
+            if step in kept:
+                assert [step for step, _ in run.checkpoints()] == kept[step]
+        assert run.best().name == "step_6"
+
+
+def test_saving_before_the_line_is_logged_is_an_error(tmp_path):
+    with open_run(tmp_path / "x") as run:
+        with pytest.raises(AssertionError, match="call restore"):
+            run.log(1, {})
+        run.restore(LIKE)
+        run.log(1, {})
+        with pytest.raises(AssertionError, match="log step 2 before saving it"):
+            run.save(2, LIKE, {})
+
+
+def test_log_writes_plain_json(tmp_path):
+    with open_run(tmp_path / "x") as run:
+        run.restore(LIKE)
+        run.log(1, {"loss": jnp.bfloat16(0.5), "n": np.int64(3), "kl": float("nan"), "note": None})
+        run.log_samples(1, [{"completion": "a\r\n\ud800é", "rewards": {"format": None, "n": [1]}}])
+    line = (tmp_path / "x/metrics.jsonl").read_text()
+    assert line == '{"step": 1, "loss": 0.5, "n": 3, "kl": null, "note": null}\n'
+    sample = json.loads((tmp_path / "x/samples.jsonl").read_text())
+    assert sample == {
+        "step": 1,
+        "completion": "a\r\n\ud800é",
+        "rewards": {"format": None, "n": [1]},
+    }
+
+
+# ------------------------------------------------------------------ time
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("8h45m", 31500),
+        ("90m", 5400),
+        ("30s", 30),
+        ("1h", 3600),
+        ("1h2m3s", 3723),
+        ("45", 45),
+        (5400, 5400),
+        (0.5, 0.5),
+        ("1.5h", 5400),
+        (None, None),
+    ],
+)
+def test_parse_time(text, seconds):
+    assert runs.parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "8h45", "h", "0", "-5m", "nan", "inf", "1d", "5 minutes", 0])
+def test_parse_time_refuses(text):
+    with pytest.raises(ValueError, match="--time-limit .*8h45m"):
+        runs.parse_time(text)
+
+
+class FakeClock:
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def test_steps_alone_ignore_the_clock():
+    clock = FakeClock()
+    budget = runs.Budget(steps=4, clock=clock)
+    shares = []
+    for step in range(6):
+        shares.append(budget.progress(step))
+        clock.now += 1e6
+    assert shares == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert budget.state() == {"p": 1}
+    longer = runs.Budget(steps=8)
+    longer.load(budget.state())
+    assert longer.progress(4) == 0.5  # more steps are a longer run
+
+
+def session(budget, clock, step_s, save_s=0.0, eval_s=0.0, compile_s=0.0):
+    """A training loop that takes as long as it is told; returns its shares."""
+    step, shares = 0, [budget.progress(0)]
+    while shares[-1] < 1:
+        clock.now += step_s + (compile_s if len(shares) == 1 else 0)
+        step += 1
+        shares.append(budget.progress(step))
+        if step % 10 == 0 or shares[-1] >= 1:
+            for kind, took in (("eval", eval_s), ("save", save_s)):
+                with budget.measure(kind):
+                    clock.now += took
+    with budget.measure("save"):
+        clock.now += save_s
+    return shares
+
+
+@pytest.mark.parametrize(
+    "step_s, save_s, eval_s, compile_s",
+    [(1, 0.1, 0, 0), (10, 30, 60, 300), (100, 20, 200, 600), (3, 0, 0, 0)],
+)
+def test_run_ends_before_its_limit(step_s, save_s, eval_s, compile_s):
+    clock = FakeClock()
+    budget = runs.Budget(limit_s=7200, clock=clock, start=940, needs=("step", "save", "eval"))
+    shares = session(budget, clock, step_s, save_s, eval_s, compile_s=compile_s)
+    assert shares == sorted(shares) and shares[0] == pytest.approx(60 / (0.95 * 7200))
+    used = clock.now - 940
+    tail = 2 * save_s + eval_s
+    assert 7200 - 1.25 * (step_s + tail) + tail <= used + 1e-6 and used <= 7200
+
+
+def test_before_anything_was_measured_five_percent_are_kept():
+    clock = FakeClock()
+    budget = runs.Budget(limit_s=1000, clock=clock)
+    clock.now += 95
+    assert budget.progress(0) == pytest.approx(95 / 950)
+    assert budget.eta_s() == pytest.approx(855)
+
+
+def test_clock_jumps():
+    clock = FakeClock()
+    budget = runs.Budget(limit_s=1000, clock=clock, needs=())
+    shares = [budget.progress(0)]
+    for jump in (100, -5000, 100, 0, 100, 10_000_000, -10_000_000):
+        clock.now += jump
+        shares.append(budget.progress(len(shares)))
+    assert shares[:2] == [0, 0.1] and shares[2] == 0.1  # set back: stands still, no more
+    assert shares[3] > 0.19 and shares[3:] == sorted(shares[3:])
+    assert shares[-2:] == [1, 1]
+
+
+def test_whichever_comes_first_ends_it():
+    clock = FakeClock()
+    assert len(session(runs.Budget(steps=5, limit_s=1000, clock=clock), clock, 1)) == 6
+    slow = session(runs.Budget(steps=500, limit_s=100, clock=clock), clock, 10)
+    assert slow[-1] == 1 and len(slow) < 12
+    budget = runs.Budget(steps=10, limit_s=1000, clock=clock, needs=())
+    clock.now += 500
+    assert budget.progress(2) == 0.5 and budget.progress(8) == 0.8
+
+
+def test_a_new_session_has_its_own_limit_and_repeats_exactly(tmp_path):
+    clock = FakeClock()
+
+    def start(limit_s):
+        clock.now = 5e6
+        budget = runs.Budget(limit_s=limit_s, clock=clock)
+        run = open_run(tmp_path / "x", budget=budget)
+        return run, budget, run.restore(LIKE)
+
+    run, budget, _ = start(1000)
+    with run:
+        for step in range(1, 6):
+            clock.now += 90
+            p = budget.progress(step)
+            run.log(step, {"p": p})
+        run.save(step, LIKE, {})
+    assert p == pytest.approx(450 / (1000 - 1.25 * 90))
+    again = []
+    for _ in range(2):
+        run, budget, saved = start(100)
+        with run:
+            assert saved.step == 5 and budget.p == p
+            again.append([budget.progress(5)])
+            clock.now += 40
+            again[-1].append(budget.progress(6))
+    assert again[0] == again[1]
+    assert again[0][0] == p and budget.reserve_s() == 1.25 * 90  # longer than the limit: at the end
+    assert again[0][1] == 1
+    run, budget, _ = start(10_000)
+    with run:
+        clock.now += 1000
+        assert budget.progress(5) == pytest.approx(p + (1 - p) * 1000 / (10_000 - 500))
+
+
+def test_steps_may_grow_after_a_finished_run_with_a_limit():
+    budget, clock = runs.Budget(steps=2, limit_s=100, clock=FakeClock()), FakeClock()
+    assert budget.progress(2) == 1
+    longer = runs.Budget(steps=4, limit_s=100, clock=clock)
+    longer.load(budget.state())
+    assert longer.progress(2) == 0.5
+    by_clock = runs.Budget(limit_s=100, clock=clock)
+    by_clock.load(budget.state())
+    assert by_clock.progress(2) == 1  # a finished run stays finished
+
+
+# ------------------------------------------------------------------ signals, NaN, progress
+
+
+def test_sigterm_saves_and_the_same_command_continues(tmp_path):
+    code = """
+        import sys, time, numpy as np, runs
+        like, budget = {"w": np.zeros(4, np.float32)}, runs.Budget(steps=int(sys.argv[2]))
+        with runs.Run(sys.argv[1], {}, budget=budget) as run:
+            saved = run.restore(like)
+            step = saved.step if saved else 0
+            p = budget.progress(step)
+            while p < 1:
+                time.sleep(0.05)
+                step += 1
+                run.log(step, {"loss": 1.0})
+                p = budget.progress(step)
+                if run.stopping or p == 1:
+                    run.save(step, like, {})
+                if run.stopping:
+                    run.stop()
+    """
+    process = run_python(code, tmp_path / "x", 10**6)
+    first = process.stderr.readline()
+    assert first.startswith("step 1/1000000  loss 1")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    lines = (tmp_path / "x/metrics.jsonl").read_text().splitlines()
+    assert "SIGTERM: finishing this step, then saving" in err
+    assert err.splitlines()[-1] == (
+        f"stopped by SIGTERM at step {len(lines)} of {tmp_path}/x: "
+        "the same command continues from there"
+    )
+    assert [path.name for path in (tmp_path / "x/checkpoints").iterdir()] == [f"step_{len(lines)}"]
+    again = run_python(code, tmp_path / "x", len(lines) + 2)
+    _, err = again.communicate(timeout=30)
+    assert again.returncode == 0, err
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "x/metrics.jsonl")]
+    assert steps == [*range(1, len(lines) + 3)]
+
+
+def test_second_interrupt_raises_and_handlers_come_back(tmp_path, capfd):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with open_run(tmp_path / "x") as run:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.stopping == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit, match="stopped by SIGTERM at step 0"):
+            run.stop()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_other_threads_leave_signals_alone(tmp_path):
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with open_run(tmp_path / "x"):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_failed_start_unlocks_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Run, "_check_config", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_run(tmp_path / "x")
+    monkeypatch.undo()
+    open_run(tmp_path / "x").close()
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_nan_stops_with_the_batch(tmp_path, name):
+    batch = {"tokens_BT": jnp.arange(6).reshape(2, 3), "rest": (np.ones(2, jnp.bfloat16), ["a"])}
+    with open_run(tmp_path / "x") as run:
+        run.check_finite(6, {"loss": 1.0, "kl": float("nan"), "grad_norm": None}, batch)
+        with pytest.raises(SystemExit, match=rf"step 7 of .*{name} is (nan|inf).*nan_step_7.npz"):
+            value = jnp.float32(jnp.nan if name == "loss" else jnp.inf)
+            run.check_finite(7, {"loss": 1.0, name: value}, batch)
+    with np.load(tmp_path / "x/nan_step_7.npz", allow_pickle=False) as saved:
+        assert saved["tokens_BT"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert saved["rest/0"].tolist() == [1, 1] and saved["rest/1/0"] == "a"
+
+
+def test_lines_now_and_then_without_a_terminal(tmp_path, capsys):
+    budget = runs.Budget(steps=100, clock=FakeClock())
+    with open_run(tmp_path / "x", budget=budget, every_s=3600) as run:
+        run.restore(LIKE)
+        for step in range(1, 6):
+            budget.clock.now += 10
+            budget.progress(step)
+            run.log(step, {"loss": 2.0, "tokens_per_s": 1e4, "other": 1})
+        run.every_s = 0
+        run.log(6, {"loss": 2.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "step 1/100  loss 2  tokens_per_s 1e+04",
+        "step 2/100  loss 2  tokens_per_s 1e+04",
+        "step 3/100  loss 2  tokens_per_s 1e+04  16:10 left",
+        "step 6/100  loss 2  15:49 left",
+    ]
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    budget = runs.Budget(limit_s=100, clock=FakeClock(), needs=())
+    with open_run(tmp_path / "x", budget=budget) as run:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        run.restore(LIKE)
+        budget.clock.now += 25
+        budget.progress(0)
+        run.log(1, {"loss": 2.0})
+        runs.say("a line")
+    err = capsys.readouterr().err
+    assert " 25%|" in err and "step 1  loss 2  01:15 left" in err
+
+
+# ------------------------------------------------------------------ loggers, environment
+
+
+def fake_module(tmp_path, monkeypatch, name, code):
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_hung_wandb_does_not_stall(tmp_path, monkeypatch):
+    fake_module(
+        tmp_path,
+        monkeypatch,
+        "wandb",
+        """
+        import time
+        def init(**options): time.sleep(3600)
+    """,
+    )
+    monkeypatch.setattr(runs._Reporter.close, "__defaults__", (0.2,))
+    begin = time.monotonic()
+    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+        run.restore(LIKE)
+        for step in range(1, 400):  # more than the queue holds
+            run.log(step, {"loss": 1.0})
+    assert time.monotonic() - begin < 3
+    assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 399
+
+
+def test_failing_wandb_is_reported_once(tmp_path, monkeypatch, capsys):
+    fake_module(
+        tmp_path,
+        monkeypatch,
+        "wandb",
+        """
+        def init(**options): pass
+        def log(metrics, step): raise RuntimeError("quota")
+    """,
+    )
+    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+        run.restore(LIKE)
+        for step in range(1, 400):
+            run.log(step, {"loss": 1.0})
+    assert capsys.readouterr().err.count("wandb is off for the rest of the run") == 1
+
+
+def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
+    fake_module(
+        tmp_path,
+        monkeypatch,
+        "wandb",
+        """
+        seen = []
+        def init(**options): seen.append(options["config"]["lr"])
+        def log(metrics, step): seen.append((step, metrics))
+        def finish(): seen.append("finish")
+    """,
+    )
+    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+        run.restore(LIKE)
+        run.log(1, {"loss": np.float32(0.5), "note": "text", "kl": None})
+    assert sys.modules["wandb"].seen == [1e-4, (1, {"loss": 0.5}), "finish"]
+
+
+def test_logger_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="--report-to mlflow: choose from wandb, tensorboard"):
+        open_run(tmp_path / "x", report_to=("mlflow",))
+    if runs.importlib.util.find_spec("wandb") is None:
+        with pytest.raises(SystemExit, match="pip install wandb"):
+            open_run(tmp_path / "x", report_to=("wandb",))
+
+
+@pytest.mark.parametrize(
+    "version, installed, command",
+    [
+        ("0.4.35", ["jax", "libtpu", "jaxlib"], 'pip install -U "jax[tpu]"'),
+        ("0.9.2", ["jax-cuda12-plugin"], 'pip install -U "jax[cuda12]"'),
+        ("0.9.2", ["jax_cuda13_plugin"], 'pip install -U "jax[cuda13]"'),
+        ("0.5", ["numpy"], "pip install -U jax"),
+        ("0.10.0", [], None),
+        ("0.12.1.dev3", [], None),
+        ("1.0", [], None),
+    ],
+)
+def test_old_jax_names_the_one_command(version, installed, command):
+    if command is None:
+        return runs.check_jax(version, installed)
+    with pytest.raises(SystemExit) as stop:
+        runs.check_jax(version, installed)
+    assert str(stop.value).startswith(f"JAX {version} is too old")
+    assert str(stop.value).endswith(": " + command)
+
+
+def test_compilation_cache(tmp_path, monkeypatch, capsys):
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file/cache"))
+        assert runs.compilation_cache() is None
+        assert "no compilation cache" in capsys.readouterr().err
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+        assert runs.compilation_cache() == str(tmp_path / "cache")
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+        jax.jit(lambda x: x * 1.2345 + 6)(jnp.ones(3)).block_until_ready()
+        assert [*(tmp_path / "cache").iterdir()]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()

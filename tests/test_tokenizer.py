@@ -1,0 +1,352 @@
+"""The tokenizer and chat template, against transformers and the official templates."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from make_tokenizer import TAGS, special_pieces, train_tokenizer
+
+from data import END, START, Tokenizer, fold_system
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = ("gemma2", "gemma3")
+
+
+def train(directory, family="gemma3"):
+    """Real text that is at hand: these sources."""
+    texts = [(ROOT / name).read_text() for name in ("data.py", "tests/test_tokenizer.py")]
+    return train_tokenizer(directory, texts, 512, family)
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory):
+    """{family: a directory written by Tokenizer.save}; only Gemma 2's has a config.json."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    for family in FAMILIES:
+        Tokenizer(train(root / "trained", family), family).save(root / family)
+    (root / "gemma2" / "config.json").write_text('{"model_type": "gemma2"}')
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def ours(directories):
+    return {family: Tokenizer(directories[family]) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def theirs(directories):
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    return {family: auto.from_pretrained(directories[family]) for family in FAMILIES}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+CONVERSATIONS = [
+    [user("What is 2+2?")],
+    [user("What is 2+2?"), assistant("4")],
+    [user("What is 2+2?"), {"role": "model", "content": "4"}],
+    [user("  spaces \n\n and\ttabs \n"), assistant("\n\n<b>4</b>\n  indented\n\n\n")],
+    [user("\u00a0\u3000 unicode white space \u2028"), assistant("\x1c4\x85")],
+    [user("a"), assistant("b"), user(" c"), assistant("d "), user("e")],
+    [user("a"), assistant(""), user(""), assistant("  ")],
+    [user("😀 ½ 中文 é e\u0301"), assistant("🏳️‍🌈")],
+]
+WITH_SYSTEM = [
+    [system("Be brief."), user("What is 2+2?")],
+    [system("\n  Not trimmed. \n"), user("  trimmed  "), assistant("4"), user("5")],
+    [system(""), user("Hi"), assistant("Ho")],
+]
+BAD_TURNS = [
+    [assistant("a")],
+    [user("a"), user("b")],
+    [user("a"), assistant("b"), assistant("c")],
+    [user("a"), assistant("b"), {"role": "tool", "content": "c"}],
+]
+UNKNOWN_ROLE = [[user("a"), system("b")]]  # the official templates print it, ours refuse
+
+# Building blocks of texts: what tokenizers stumble over, and whatever hypothesis thinks of.
+WORDS = ["the", "return", "def ", "12", "3.5", "1,042", "é", "e\u0301", "ﬁ", "½", "中", "😀"]
+MARKS = [*"\t\r\0\u00a0\u200b_'\"#\\⁇", "####", "<b>", "</b>", "<i", "<x>", "<0x41>", "🏳️‍🌈"]
+SPACE = [" ", "  ", "     ", "\n", "\n\n", "\n\n\n\n\n"]
+texts = st.lists(st.sampled_from(WORDS + MARKS + SPACE) | st.text(max_size=9), max_size=12)
+texts = texts.map("".join)
+STEERING = {p for f in FAMILIES for p in special_pieces(f) if p[0] in "<[" and p not in TAGS}
+HOSTILE = [*sorted(STEERING), "<bos>", "<eos>", "<pad>", "<unk>", "<image_soft_token>"]
+HOSTILE += ["<", "<<", ">", "<start_of_", "turn>", "end_of_turn>", "▁"]
+hostile_texts = st.lists(st.sampled_from(HOSTILE) | texts, max_size=9).map("".join)
+many = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+# --- against transformers and the official templates ---------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(text=texts)
+def test_ids_equal_transformers(ours, theirs, family, text):
+    # SentencePiece reads "▁" as a space, transformers not always; and that reads "<bos>" as BOS.
+    assume(not re.search("▁|<(bos|eos|pad|unk)>", text))
+    ids = ours[family].sp.encode(text)
+    assert theirs[family](text).input_ids == [ours[family].bos, *ids]
+    assert theirs[family](text, add_special_tokens=False).input_ids == ids
+    if not any(piece in text for piece in STEERING):
+        assert ours[family].encode(text) == ids
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\t"])
+def test_runs_of_white_space_equal_transformers(ours, theirs, run):
+    for n in range(1, 70):
+        text = f"a{run * n}the{run * n}"
+        ids = theirs["gemma3"](text, add_special_tokens=False).input_ids
+        assert ours["gemma3"].encode(text) == ids
+
+
+@pytest.mark.parametrize("generate", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_equals_transformers(ours, theirs, family, generate):
+    for messages in CONVERSATIONS + WITH_SYSTEM * (family == "gemma3"):
+        ids = theirs[family].apply_chat_template(
+            messages, add_generation_prompt=generate, return_dict=False
+        )
+        assert ours[family].chat(messages, generate) == ids
+
+
+@pytest.mark.parametrize("source", ["official", "saved"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_render_equals_the_jinja_templates(ours, theirs, family, source):
+    template = theirs[family].chat_template
+    if source == "official":
+        if (trl := importlib.util.find_spec("trl")) is None:
+            pytest.skip("trl, which ships the official templates, is not installed")
+        name = {"gemma2": "gemma.jinja", "gemma3": "gemma3.jinja"}[family]
+        template = (Path(trl.origin).parent / "chat_templates" / name).read_text()
+
+    def jinja(messages, generate=False):
+        return theirs[family].apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=generate, tokenize=False
+        )
+
+    for messages in CONVERSATIONS + WITH_SYSTEM * (family == "gemma3"):
+        for generate in (False, True):
+            assert ours[family].render(messages, generate) == jinja(messages, generate)
+    bad = BAD_TURNS + UNKNOWN_ROLE * (source == "saved") + WITH_SYSTEM * (family == "gemma2")
+    for messages in bad:
+        with pytest.raises(Exception, match="System role not supported|must alternate"):
+            jinja(messages)
+
+
+def test_transformers_drops_the_markers_and_nothing_else(theirs):
+    text = "a\n\nb  <b>c</b>"
+    ids = theirs["gemma3"](f"{START}{text}{END}").input_ids
+    assert theirs["gemma3"].decode(ids, skip_special_tokens=True) == text
+
+
+# --- conversations -------------------------------------------------------------------------------
+
+
+def test_render_by_hand(ours):
+    messages = [system("Be brief."), user(" 2+2?\n"), assistant("4 "), user("Sure?")]
+    expected = (
+        "<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
+        "<start_of_turn>model\n4<end_of_turn>\n"
+        "<start_of_turn>user\nSure?<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )
+    assert ours["gemma3"].render(messages) == expected
+    assert ours["gemma2"].render(fold_system(messages)) == expected
+    assert ours["gemma3"].render(messages[:3]) == expected.split("<start_of_turn>user\nSure")[0]
+
+
+def test_fold_system(ours):
+    messages = [system("Be brief."), user(" Hi "), assistant("Ho"), user("Hm")]
+    before = json.dumps(messages)
+    assert ours["gemma3"].chat(fold_system(messages)) == ours["gemma3"].chat(messages)
+    assert json.dumps(messages) == before
+    assert fold_system(messages[1:]) == messages[1:]
+    with pytest.raises(ValueError, match="followed by a user message"):
+        fold_system(messages[:1])
+
+
+@pytest.mark.parametrize("messages", BAD_TURNS + UNKNOWN_ROLE)
+def test_roles_must_alternate(ours, messages):
+    with pytest.raises(ValueError, match=r"roles must alternate .* turn \d is"):
+        ours["gemma3"].chat(messages)
+
+
+def test_conversations_that_are_none(ours):
+    with pytest.raises(ValueError, match="Gemma 2 has no system role.*fold_system"):
+        ours["gemma2"].chat(WITH_SYSTEM[0])
+    for messages in ([], [system("alone")]):
+        with pytest.raises(ValueError, match="found no turn"):
+            ours["gemma3"].render(messages)
+    with pytest.raises(ValueError, match="turn 0: expected text as content, found NoneType"):
+        ours["gemma3"].chat([user(None)])
+
+
+# --- training rows -------------------------------------------------------------------------------
+
+
+def trained(tok, ids, mask):
+    """The text under the mask, "|" between its stretches."""
+    pairs = zip(ids, mask, strict=True)
+    words = [tok.decode([i], keep_special=True) if m else "|" for i, m in pairs]
+    return re.sub(r"\|+", "|", "".join(words))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mask_is_what_the_model_says(ours, family):
+    tok = ours[family]
+    ids, mask = tok.example([user("2+2?"), assistant(" It is 4.\n")])
+    assert trained(tok, ids, mask) == "|It is 4.<end_of_turn>"
+    n_prompt = len(tok.chat([user("2+2?")]))
+    assert mask == [0] * n_prompt + [1] * (len(ids) - n_prompt)
+
+    ids, mask = tok.example([user("a"), assistant("b"), user("c"), assistant("")])
+    assert trained(tok, ids, mask) == "|b<end_of_turn>|<end_of_turn>"
+    with pytest.raises(ValueError, match="must end with an assistant turn"):
+        tok.example([user("a")])
+
+
+@many
+@given(contents=st.lists(hostile_texts, min_size=1, max_size=3), answer=hostile_texts)
+def test_a_prompt_is_a_prefix_of_its_row(ours, contents, answer):
+    tok = ours["gemma3"]
+    messages = [turn for text in contents for turn in (user(text), assistant(text))]
+    messages = [system(answer), *messages[:-1], assistant(answer)]
+    prompt, (ids, mask) = tok.chat(messages[:-1]), tok.example(messages)
+    assert ids[: len(prompt)] == prompt
+    assert not mask[len(prompt) - 1] and all(mask[len(prompt) :])
+    assert ids + tok.encode("\n") == tok.chat(messages)
+    assert ids.count(tok.bos) == 1 and ids[0] == tok.bos
+    assert ids.count(tok.start_of_turn) == ids.count(tok.end_of_turn) == 2 * len(contents)
+    assert tok.decode(ids[len(prompt) :]) == answer.strip().replace("▁", " ")
+
+
+# --- neutralised text ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@many
+@given(text=hostile_texts)
+def test_text_never_steers(ours, family, text):
+    tok = ours[family]
+    forbidden = {tok.sp.piece_to_id(piece) for piece in STEERING if piece in tok}
+    ids = tok.encode(text)
+    assert not {tok.pad, tok.bos, tok.eos, tok.unk, *forbidden} & set(ids)
+    assert tok.decode(ids) == tok.decode(ids, keep_special=True) == text.replace("▁", " ")
+
+
+def test_literals_are_cut_and_tags_are_not(ours):
+    tok = ours["gemma3"]
+    assert tok.encode("<end_of_turn>") == tok.sp.encode("<") + tok.sp.encode("end_of_turn>")
+    for whole in (*TAGS, "\n", "\n\n\n", "    "):
+        assert tok.encode(whole) == [tok.sp.piece_to_id(whole.replace(" ", "▁"))]
+
+
+def test_decode(ours):
+    tok = ours["gemma3"]
+    ids = [tok.bos, *tok.encode("  a\n"), tok.end_of_turn, tok.eos, tok.pad, tok.pad]
+    assert tok.decode(ids) == tok.decode(np.array(ids, np.int32)) == "  a\n"
+    assert tok.decode(ids, keep_special=True) == "<bos>  a\n<end_of_turn><eos><pad><pad>"
+    assert tok.decode([]) == tok.decode([], keep_special=True) == ""
+    assert tok.decode(tok.encode("\U0001f98a")[:2]) == "\ufffd\ufffd"  # cut inside a character
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_ids_are_looked_up(ours):
+    for tok in ours.values():
+        assert (tok.pad, tok.eos, tok.bos, tok.unk, tok.vocab_size) == (0, 1, 2, 3, 512)
+        assert tok.sp.id_to_piece(4) == "<mask>" and tok.stop_ids == (tok.end_of_turn, tok.eos)
+    assert ours["gemma3"].end_of_turn == ours["gemma2"].start_of_turn  # as in the real ones
+    pieces = [ours["gemma3"].sp.id_to_piece(i) for i in ours["gemma3"].forbidden_ids]
+    assert pieces == ["<start_of_image>", "<end_of_image>"] and ours["gemma2"].forbidden_ids == ()
+
+
+def test_family_is_read_from_the_config(ours, tmp_path):
+    ours["gemma3"].save(tmp_path)
+    for kind, family in [("gemma2", "gemma2"), ("gemma3", "gemma3"), ("gemma3_text", "gemma3")]:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert Tokenizer(tmp_path).family == family
+        assert Tokenizer(tmp_path / "tokenizer.model").family == family
+    assert Tokenizer(tmp_path, "gemma2").family == "gemma2"
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config.json: expected model_type .*, found 'llama'"):
+        Tokenizer(tmp_path)
+
+
+def test_save_keeps_the_file(tmp_path):
+    before = train(tmp_path / "trained").read_bytes()
+    Tokenizer(tmp_path / "trained").save(tmp_path / "new" / "folder")
+    Tokenizer(tmp_path / "new" / "folder").save(tmp_path / "new" / "folder")  # onto itself
+    assert (tmp_path / "new" / "folder" / "tokenizer.model").read_bytes() == before
+
+
+def refused(path, *words):
+    with pytest.raises(ValueError) as error:
+        Tokenizer(path)
+    message = str(error.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+def test_files_that_are_no_tokenizer(directories, tmp_path):
+    file = tmp_path / "tokenizer.model"
+    refused(tmp_path, file, "no such file", "--tokenizer DIR")
+    refused(tmp_path / "absent", tmp_path / "absent", "no such file", "--tokenizer DIR")
+    real = (directories["gemma3"] / "tokenizer.model").read_bytes()
+    lfs_pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    for junk in (b"", b"\0" * 99, b"garbage", lfs_pointer, real[:-99], real[:999]):
+        file.write_bytes(junk)
+        refused(tmp_path, file, "expected", "found")
+
+
+@pytest.mark.parametrize(
+    "symbols, message",
+    [
+        ({}, "found no <start_of_turn>, <end_of_turn>"),
+        ({"control_symbols": [START, END]}, "expected <start_of_turn> in a text as one piece"),
+    ],
+)
+def test_tokenizers_that_are_not_gemma(tmp_path, symbols, message):
+    file = tmp_path / "tokenizer.model"
+    with file.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["ab abc abcd"]),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=16,
+            **{f"{name}_id": n for n, name in enumerate(("pad", "eos", "bos", "unk"))},
+            **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **symbols,
+        )
+    refused(tmp_path, file, message)
+
+
+def test_training_is_deterministic(tmp_path):
+    assert train(tmp_path / "a").read_bytes() == train(tmp_path / "b").read_bytes()
+    command = [sys.executable, ROOT / "tests/make_tokenizer.py", tmp_path / "c", ROOT / "data.py"]
+    options = ["--vocab-size", "480", "--extra", "<answer>", "</answer>"]
+    subprocess.run([*command, *options], check=True)
+    tok = Tokenizer(tmp_path / "c")
+    assert tok.vocab_size == 480 and len(tok.encode("<answer></answer>")) == 2

@@ -1,0 +1,561 @@
+"""Supervised fine-tuning: the model learns to write the completions of its rows, LoRA or in full.
+
+    loss = - sum over completion tokens of log p(token | everything before it) / their number
+
+The sum and the number run over the whole update: every micro-batch, every device. The stop token
+is one of the completion's tokens, prompts and padding are not.
+
+    python train_sft.py                                    # the tiny model, CPU, three minutes
+    python train_sft.py --model gemma3-1b --data gsm8k     # a v5e-8, GPU, ...
+    python train_sft.py --model gemma3-1b --data a.jsonl,b.jsonl --mix 0.7,0.3 --time-limit 1h45m
+
+What departs from the usual, and why:
+
+1. Rows are packed best-fit into rows of --max-length; a token sees its own example only, and
+   positions restart, so packing changes no gradient (a test).
+2. The log-probs come from chunks of the hidden states with their gradient (gemma.token_logps):
+   logits [rows, length, vocabulary] never exist.
+3. The gradient of the *sum* is accumulated and divided once by the number of tokens. A mean of
+   means would weigh a short completion's tokens more.
+4. Batch n is a function of (seed, n): a resumed run sees the rows an uninterrupted one would.
+
+What to expect: the loss falls fast in the first tens of steps, then slowly; the tiny model says
+`<reasoning>…</reasoning>` from the start, because it ships trained.
+"""
+
+import dataclasses
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import data
+import gemma
+import lora
+import runs
+
+# ---------------------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+
+    # model
+    model: str = "tiny"
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    weights: str | None = None
+    """Folder of the weights (config.json, safetensors); default: looked for by name."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    adapter: str | None = None
+    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model."""
+    from_scratch: bool = False
+    """Start from random weights of the model's shape (implies training all of them)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+
+    # data
+    data: str | None = None
+    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    mix: str | None = None
+    """Weights of the sources of --data, as in 0.7,0.3; default: all rows of each."""
+    eval_data: str | None = None
+    """Held-out rows, as --data; default: the test split of a built-in set, else 2 % of --data."""
+    system: str | None = None
+    """System text put before every question; it travels with the run to the next stage."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    max_length: int | None = None
+    """Tokens in a packed row, and the longest example."""
+
+    # LoRA
+    lora_rank: int | None = None
+    """Rank of the adapter; 0 trains every weight of the model."""
+    lora_alpha: float | None = None
+    """The adapter's output is scaled by alpha / rank; default: twice the rank."""
+    lora_targets: str = "q,k,v,o,gate,up,down"
+    """Which matrices get an adapter."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+
+    # optimisation
+    steps: int | None = None
+    """Updates; with --time-limit, whichever ends first."""
+    time_limit: str | None = None
+    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    batch_rows: int | None = None
+    """Packed rows in one update, over all devices."""
+    micro_rows: int | None = None
+    """Packed rows that a device computes at a time; lower it when out of memory."""
+    learning_rate: float | None = None
+    """Peak of the schedule: linear warm-up, then cosine."""
+    warmup: float = 0.05
+    """Share of the run spent warming up."""
+    final_lr: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = 0.01
+    """AdamW's, on every trained array."""
+    adam_b2: float = 0.99
+    """AdamW's second decay; 0.999 suits runs of many thousand steps."""
+    clip_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
+    remat: Literal["none", "attention", "layer"] | None = None
+    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    shard: Literal["auto", "yes", "no"] = "auto"
+    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
+
+    # the run
+    out: str = "runs/sft"
+    """The run folder; the same command continues what is there."""
+    seed: int = 0
+    """Of the adapter, the data order and dropout."""
+    eval_every: int | None = None
+    """Steps between held-out losses; the best checkpoint is kept."""
+    eval_rows: int = 256
+    """Held-out examples."""
+    save_every: int | None = None
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, besides the best."""
+    report_to: str = ""
+    """wandb, tensorboard or both, comma-separated, if installed."""
+
+
+SYSTEM = (
+    "Think about the problem first and write your reasoning between <reasoning> and </reasoning>. "
+    "Then write only the final answer between <answer> and </answer>."
+)
+REAL = dict(
+    dtype="bfloat16", data="gsm8k", system=SYSTEM, max_length=1024, lora_rank=16, steps=500,
+    batch_rows=32, micro_rows=4, learning_rate=2e-4, remat="layer", eval_every=100, save_every=100,
+)  # fmt: skip
+DEFAULTS = {
+    "tiny": dict(
+        dtype="float32", data="problems", system="", max_length=256, lora_rank=16, steps=200,
+        batch_rows=16, micro_rows=16, learning_rate=2e-3, remat="none", eval_every=50,
+        save_every=50,
+    ),
+    "gemma2": REAL,
+    "gemma3": REAL,
+}  # fmt: skip
+MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every")
+
+
+def resolve(config: Config) -> Config:
+    """Fills the fields left at None from the model's defaults, and checks the rest."""
+    system = lora.read_prompt(config.adapter, config.system)
+    config = dataclasses.replace(config, system=system)
+    table = DEFAULTS[config.model if config.model in DEFAULTS else config.model[: len("gemma3")]]
+    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
+    if config.from_scratch:
+        filled["lora_rank"] = 0
+    if config.time_limit is not None and config.steps is None:
+        filled["steps"] = None  # the clock alone decides
+    config = dataclasses.replace(config, **filled)
+    if config.lora_alpha is None:
+        config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
+    if config.from_scratch and config.lora_rank:
+        raise ValueError(f"--lora-rank {config.lora_rank}: random weights are trained whole, not "
+                         "with --from-scratch and an adapter")  # fmt: skip
+    return config
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: str | None):
+    """Negative log-likelihood of the completion tokens of B packed rows -> (sum, count).
+
+    trained: {"a", "b"} of an adapter, or all parameters. Per-device sizes.
+    """
+    params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
+    if adapter is not None:
+        adapter = lora.with_dropout(adapter, config.lora_dropout, key)
+    x_BTD = gemma.hidden(params, cfg, batch["tokens"], batch["positions"], batch["segments"],
+                         lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
+    head_VD = gemma.head(params, cfg, fsdp)
+    # prompt [p p p] completion [c c] -> position 2 predicts the first c, position 3 the second
+    logp_BT, _ = gemma.token_logps(
+        x_BTD[:, :-1], head_VD, batch["tokens"][:, 1:], softcap=cfg.final_logit_softcapping
+    )
+    mask_BT = batch["mask"][:, 1:].astype(jnp.float32)
+    return -jnp.sum(logp_BT * mask_BT), jnp.sum(mask_BT)
+
+
+def join(trained, fixed, dtype) -> tuple[dict, dict | None]:
+    """(parameters, adapter or None) for a forward pass, in the compute dtype."""
+    if "base" in fixed:
+        return fixed["base"], trained | {"scale": fixed["scale"]}
+    return jax.tree.map(lambda x: x.astype(dtype), trained), None
+
+
+# ------------------------------------------------------------------------------------ train_step
+
+
+def vary(x):
+    """Makes a replicated value this device's own; its gradient is then this device's alone."""
+    return lax.pcast(x, "data", to="varying")
+
+
+def grads(trained, fixed, batch, key, *, specs, **kw):
+    """Gradient of the mean loss over one update; runs on each device (per-device sizes).
+
+    batch: arrays [micro-batches, B, T]. The gradient of the sum and the token count are added up
+    over micro-batches, summed over devices once and divided once.
+    """
+    key = jax.random.fold_in(key, lax.axis_index("data"))
+    replicated = jax.tree.map(lambda s: "data" not in s, specs)
+    # A replicated leaf is made varying, else its gradient would come already summed over devices.
+    trained = jax.tree.map(lambda r, x: vary(x) if r else x, replicated, trained)
+
+    def micro(carry, xs):
+        i, micro_batch = xs
+        f = jax.value_and_grad(partial(loss, **kw), has_aux=True)
+        (total, count), g = f(trained, fixed, micro_batch, jax.random.fold_in(key, i))
+        return jax.tree.map(jnp.add, carry, (g, total, count)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, trained), vary(jnp.zeros(())), vary(jnp.zeros(()))
+    n_micro = batch["tokens"].shape[0]
+    (g, total, count), _ = lax.scan(micro, zeros, (jnp.arange(n_micro), batch))
+    total, count = lax.psum((total, count), "data")
+    count = jnp.maximum(count, 1.0)
+    # g{unreduced} -> all-reduce; a sharded leaf was summed by the transpose of its all-gather
+    g = jax.tree.map(lambda r, x: (lax.psum(x, "data") if r else x) / count, replicated, g)
+    return g, {"loss": total / count, "n_tokens": count}
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW without the learning rate, which train_step is given because it follows the clock."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b2=config.adam_b2),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+def schedule(p: float, config: Config) -> float:
+    """Learning rate at share p of the run: linear warm-up, cosine to final_lr of the peak."""
+    if p < config.warmup:
+        return config.learning_rate * p / config.warmup
+    cosine = 0.5 * (1 + np.cos(np.pi * (p - config.warmup) / max(1e-9, 1 - config.warmup)))
+    return config.learning_rate * float(config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def trained_specs(cfg: gemma.Config, config: Config, sharded: bool):
+    """PartitionSpecs of what is trained: an adapter is replicated, whole weights may be split."""
+    if config.lora_rank:
+        names = lora.parse_targets(config.lora_targets)
+        return {k: {n: P() for n in names} for k in "ab"}
+    return gemma.pspecs(cfg, sharded)
+
+
+def fixed_specs(cfg: gemma.Config, config: Config, sharded: bool):
+    if not config.lora_rank:
+        return {}
+    names = lora.parse_targets(config.lora_targets)
+    return {"base": gemma.pspecs(cfg, sharded), "scale": {n: P() for n in names}}
+
+
+def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
+    """grads() under shard_map: (trained, fixed, batch, key) -> (gradient, metrics)."""
+    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    fsdp = "data" if sharded else None
+    return jax.shard_map(
+        partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
+        in_specs=(specs, fixed, P(None, "data"), P()), out_specs=(specs, P()), check_vma=check_vma,
+    )  # fmt: skip
+
+
+def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
+    """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(trained, opt, fixed, batch, lr, key):
+        g, metrics = mesh_grads(trained, fixed, batch, key)
+        metrics["grad_norm"] = optax.global_norm(g)
+        updates, opt = tx.update(g, opt, trained)  # outside shard_map: it must see global norms
+        trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
+        return trained, opt, metrics
+
+    def eval_sums(trained, fixed, batch):
+        quiet = dataclasses.replace(config, lora_dropout=0.0)
+        fsdp = "data" if sharded else None
+        sums = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
+        return lax.psum(sums, "data")
+
+    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    eval_step = jax.jit(jax.shard_map(
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P())
+    ))  # fmt: skip
+    return train_step, eval_step
+
+
+def programs(config: Config, mesh: Mesh) -> dict:
+    """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
+    config = resolve(config)
+    cfg = gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
+    sharded = is_sharded(cfg, config, mesh)
+    train_step, eval_step = make_steps(cfg, config, mesh, sharded)
+    dtype = jnp.dtype(config.dtype)
+
+    def on_mesh(tree, specs):
+        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+        return jax.tree.map(place, tree, specs)
+
+    if config.lora_rank:
+        adapter = jax.eval_shape(lambda: new_adapter(cfg, config))
+        trained, scale = lora.split(adapter)
+        base = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype))
+        fixed = {"base": base} | scale
+    else:
+        trained, fixed = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0))), {}
+    specs = trained_specs(cfg, config, sharded)
+    trained = on_mesh(trained, specs)
+    fixed = on_mesh(fixed, fixed_specs(cfg, config, sharded))
+    tx = optimizer(config)
+    opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
+    n_micro, rows = batch_shape(config, mesh)
+    shapes = lambda *lead: {
+        k: jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32,
+                                sharding=NamedSharding(mesh, P(*(None for _ in lead), "data")))
+        for k in ("tokens", "mask", "segments", "positions")
+    }  # fmt: skip
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {
+        "train_step": (train_step, (trained, opt, fixed, shapes(n_micro), scalar, key)),
+        "eval_step": (eval_step, (trained, fixed, shapes())),
+    }
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def base_name(config: Config) -> str:
+    return config.model.removesuffix("-it").removesuffix("-pt")
+
+
+def batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(micro-batches, rows of a micro-batch over all devices) of one update."""
+    rows = min(config.micro_rows * mesh.size, config.batch_rows)
+    if config.batch_rows % rows or rows % mesh.size:
+        raise ValueError(
+            f"--batch-rows {config.batch_rows} is not a multiple of --micro-rows "
+            f"{config.micro_rows} times {mesh.size} devices"
+        )
+    return config.batch_rows // rows, rows
+
+
+def is_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
+    """Whether the base is split over the mesh rather than copied to every device."""
+    if config.shard != "auto" or mesh.size == 1:
+        return config.shard == "yes" and mesh.size > 1
+    # Training all weights keeps a float32 master, two moments and a gradient of each.
+    per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
+    stats = mesh.devices.flat[0].memory_stats() if mesh.devices.flat[0].platform != "cpu" else None
+    limit = (stats or {}).get("bytes_limit", 16 * 2**30)
+    return cfg.n_params * per_weight > 0.4 * limit
+
+
+def new_adapter(cfg: gemma.Config, config: Config) -> dict:
+    key = jax.random.key(config.seed)
+    return lora.init(cfg, key, config.lora_rank, config.lora_alpha, config.lora_targets,
+                     config.rslora)  # fmt: skip
+
+
+def opt_specs(tx, trained, specs):
+    """PartitionSpecs of the optimizer state: moments lie where their weights lie."""
+    return optax.tree_map_params(
+        tx, lambda _, s: s, jax.eval_shape(tx.init, trained), specs,
+        transform_non_params=lambda _: P(),
+    )  # fmt: skip
+
+
+def place(tree, mesh: Mesh, specs):
+    """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
+    if isinstance(specs, P):
+        specs = jax.tree.map(lambda _: specs, tree)
+    put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
+    return jax.tree.map(put, tree, specs)
+
+
+def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
+    """The training batches and the held-out examples; says what was read and left out."""
+
+    def read(sources):
+        read_one = partial(data.load_examples, tok=tok, max_length=config.max_length,
+                           system=config.system, skip_bad_rows=config.skip_bad_rows)  # fmt: skip
+        sets = []
+        for source in filter(None, (s.strip() for s in sources.split(","))):
+            examples, bad = read_one(source)
+            left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
+            runs.say(f"data: {len(examples):,} rows of {source}{left_out}")
+            sets.append(examples)
+        return sets
+
+    sets = read(config.data)
+    weights = [float(w) for w in config.mix.split(",")] if config.mix else None
+    if weights and (len(weights) != len(sets) or min(weights) < 0 or not sum(weights)):
+        raise ValueError(
+            f"--mix {config.mix}: expected {len(sets)} weights for --data {config.data}"
+        )
+    built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
+    if config.eval_data or built_in:
+        held_out = [e for examples in read(config.eval_data or built_in) for e in examples]
+    else:
+        held_out = []
+        for i, examples in enumerate(sets):  # a fixed share of each source, out of training
+            order = np.random.default_rng((config.seed, i)).permutation(len(examples))
+            n = min(len(examples) // 50 + 1, len(examples) - 1)
+            held_out += [examples[j] for j in order[:n]]
+            sets[i] = [examples[j] for j in sorted(order[n:])]
+    batches = data.Packed(sets, config.max_length, config.batch_rows, config.seed, weights)
+    return batches, held_out[: config.eval_rows]
+
+
+def main(config: Config) -> Path:
+    """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
+    runs.check_jax()
+    runs.compilation_cache()
+    config = resolve(config)
+    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    n_micro, _ = batch_shape(config, mesh)
+
+    # load
+    start = lora.start(config.model, config.weights, config.adapter)
+    tok = data.Tokenizer(config.tokenizer or start.weights)
+    batches, held_out = load_data(config, tok)
+    cfg = gemma.read_config(start.weights)
+    sharded = is_sharded(cfg, config, mesh)
+    specs = trained_specs(cfg, config, sharded)
+    merged = None  # an adapter that went into the base and must come out again in final/
+    if config.from_scratch:
+        trained, fixed = gemma.init(cfg, jax.random.key(config.seed)), {}
+    else:
+        dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
+        cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
+        base, adapter, merged = lora.continue_from(
+            start.adapter, base, cfg, config.lora_rank, lora.parse_targets(config.lora_targets)
+        )
+        if config.lora_rank:
+            adapter = adapter or new_adapter(cfg, config)
+            runs.say(lora.describe(adapter))
+            trained, fixed = lora.split(adapter)
+            fixed = {"base": base} | place(fixed, mesh, P())
+        else:
+            trained, fixed = base, {}
+    trained = place(trained, mesh, specs)
+    runs.say(f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
+             f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+
+    # compile
+    train_step, eval_step = make_steps(cfg, config, mesh, sharded)
+    tx = optimizer(config)
+    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
+        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
+    key = jax.random.key(config.seed)
+    eval_rows = config.micro_rows * mesh.size
+    eval_set = data.eval_batches(held_out, config.max_length, eval_rows)
+
+    def evaluate():
+        sums = [eval_step(trained, fixed, place(b, mesh, P("data"))) for b in eval_set]
+        total, count = np.sum(jax.device_get(sums), axis=0)
+        return {"eval_loss": float(total / count)}
+
+    def write_model(folder: Path) -> None:
+        if config.lora_rank:
+            live = jax.device_get(trained | {"scale": fixed["scale"]})
+            live = live if merged is None else lora.stack(merged, live, cfg)
+            lora.save(folder, live, cfg, str(start.weights), config.lora_dropout)
+        else:
+            gemma.save(folder, cfg, trained)
+            tok.save(folder)
+        lora.write_prompt(folder, config.system)
+
+    # loop
+    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
+                         needs=("step", "save", "eval"))  # fmt: skip
+    report_to = filter(None, config.report_to.split(","))
+    with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to) as run:
+        saved = run.restore({"trained": trained, "opt": opt})
+        step = 0
+        if saved is not None:
+            step = saved.step
+            trained = place(saved.arrays["trained"], mesh, specs)
+            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
+        pending, began = None, time.perf_counter()
+
+        def log_pending():
+            """Waits for the newest step and writes its line."""
+            nonlocal pending, began
+            if pending is None:
+                return
+            (n, metrics, extra, batch), pending = pending, None
+            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | extra
+            run.check_finite(n, metrics, batch)
+            now = time.perf_counter()
+            n_real = int((batch["segments"] > 0).sum())
+            metrics |= {"tokens_per_s": n_real / (now - began), "step_s": now - began}
+            began = now
+            run.log(n, metrics)
+
+        def save(score=None):
+            log_pending()
+            run.save(step, {"trained": trained, "opt": opt}, {}, write_model, score)
+
+        while (p := budget.progress(step)) < 1 and not run.stopping:
+            batch = batches.batch(step)
+            # the share of the run at the end of this step, so that the first step moves
+            lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
+            micro = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
+            trained, opt, metrics = train_step(
+                trained, opt, fixed, place(micro, mesh, P(None, "data")), np.float32(lr),
+                jax.random.fold_in(key, step),
+            )  # fmt: skip
+            log_pending()  # of the step before: the device is busy with this one meanwhile
+            step += 1
+            pending = step, metrics, {"lr": lr, "p": p}, batch
+            ends = config.steps is not None and step >= config.steps
+            if config.eval_every and step % config.eval_every == 0 and not ends:
+                log_pending()
+                with budget.measure("eval"):
+                    pending_eval = evaluate()
+                run.log(step, pending_eval)
+                save(score=-pending_eval["eval_loss"])
+                began = time.perf_counter()
+            elif config.save_every and step % config.save_every == 0 and not ends:
+                save()
+                began = time.perf_counter()
+        log_pending()
+        if p < 1:
+            save()
+            run.stop()
+        result = evaluate()
+        if saved is None or step > saved.step:
+            run.log(step, result)
+            save(score=-result["eval_loss"])
+        runs.say(f"step {step}: held-out loss {result['eval_loss']:.4f}")
+        return run.finish(write_model)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as e:
+        sys.exit(f"error: {e}")
