@@ -117,7 +117,7 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
         raise ValueError(f"{source}: RoPE scaling is supported on Gemma 3's global layers only")
     theta = scaling.get("rope_theta", get("rope_theta", 1e6 if gemma3 else 1e4))
     local_theta = local.get("rope_theta", get("rope_local_base_freq", 1e4) if gemma3 else theta)
-    eos = hf.get("eos_token_id", get("eos_token_id", 1))
+    eos = hf.get("eos_token_id") or get("eos_token_id", 1)
     cfg = Config(
         model_type="gemma3_text" if gemma3 else "gemma2",
         vocab_size=get("vocab_size", 262208 if gemma3 else 256000),
@@ -873,20 +873,21 @@ def save(path: str | Path, cfg: Config, params: dict, shard_bytes: int = 4 * 2**
             size += n
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in ("model.safetensors*", "model-*-of-*.safetensors"):
-            for old in path.glob(name):  # or files of an earlier save would be read with these
-                old.unlink()
+        single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+        for old in [single, index, *path.glob("model-*-of-*.safetensors")]:
+            old.unlink(missing_ok=True)  # or files of an earlier save would be read with these
         weight_map = {}
         for g, group in enumerate(groups):
             file = f"model-{g + 1:05d}-of-{len(groups):05d}.safetensors"
-            file = "model.safetensors" if len(groups) == 1 else file
+            file = single.name if len(groups) == 1 else file
             tensors = {s.name.format(i=i): _export(s, cfg, leaf, i) for s, leaf, i in group}
             save_file(tensors, path / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
+            del tensors  # before the next file's come
         if len(groups) > 1:
             total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index.write_text(json.dumps(content, indent=1))
         (path / "config.json").write_text(json.dumps(config_to_dict(cfg, dtype.name), indent=2))
         eos = {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": list(cfg.eos_token_id)}
         (path / "generation_config.json").write_text(json.dumps(eos, indent=2))

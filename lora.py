@@ -160,8 +160,6 @@ def continue_from(path: Path | None, params: dict, cfg: Config, new_rank: int,
     adapter = load(path, cfg)
     if rank(adapter) == new_rank and list(adapter["a"]) == targets:
         return params, adapter, None
-    print(f"--adapter {path}: {describe(adapter)}; merged into the base, not rank {new_rank} on "
-          f"{','.join(t.removesuffix('_proj') for t in targets)}")  # fmt: skip
     return merge(params, adapter, cfg), None, adapter
 
 

@@ -45,7 +45,6 @@ import gemma
 STOPS = (None, "stop", "length", "repetition")
 BLOCK = 128  # words in a block of the vocabulary: the width of a TPU register
 LONGEST_PERIOD = 64  # of a repetition, in tokens: a sentence or two
-PREFILL_TOKENS = 512  # one pass of prefill: 1 prompt of 512 tokens, 2 of 256, 4 of 128, ...
 SHORTEST_BUCKET = 32
 
 
@@ -61,9 +60,9 @@ class Rollout:
 
 
 class Rules(NamedTuple):
-    """What is compiled in; the values themselves may change from call to call."""
+    """What is compiled in. Everything else about a call is data: no value of it recompiles."""
 
-    top_k: bool = False
+    top_k: int = 0
     top_p: bool = False
     min_p: bool = False
     repetition: bool = False
@@ -72,48 +71,62 @@ class Rules(NamedTuple):
 # ------------------------------------------------------------------------------------- one token
 
 
-def threshold(x_BV: jax.Array, weight_BV: jax.Array | int, need_B: jax.Array) -> jax.Array:
+def blocks(x_BV: jax.Array) -> jax.Array:
+    """[B, V] -> [B, J, I], padded with -inf."""
+    B, V = x_BV.shape
+    x_BV = jnp.pad(x_BV, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf)
+    return x_BV.reshape(B, -1, BLOCK)
+
+
+def largest(x_BV: jax.Array, k: int) -> jax.Array:
+    """The k largest values of each row, in order. They lie in the k blocks of largest maxima."""
+    x_BJI = blocks(x_BV)
+    B, J, _ = x_BJI.shape
+    if k < J:
+        j_Bk = lax.top_k(jnp.max(x_BJI, axis=-1), k)[1]
+        x_BJI = jnp.take_along_axis(x_BJI, j_Bk[:, :, None], axis=1)
+    return lax.top_k(x_BJI.reshape(B, -1), k)[0]
+
+
+def threshold(x_BV: jax.Array, weight_BV: jax.Array, need_B: jax.Array) -> jax.Array:
     """The largest t for which the weights of {x >= t} add up to `need` or more, exactly.
 
-    x [5 3 3 1], weights 1, need 2 -> 3 (which keeps three: ties are kept). Bisection over the
-    float32 numbers in their order, 32 passes; a need that all of x cannot meet gives -inf.
+    x [5 3 3 1], weights [.4 .2 .2 .2], need .5 -> 3 (which keeps three: ties stay together).
+    Bisection over the float32 numbers in their order: 32 passes and no sort.
     """
 
-    def to_float(i_B):  # int32 -> float32, increasing: negative floats order backwards
-        return lax.bitcast_convert_type(i_B ^ ((i_B >> 31) & 0x7FFFFFFF), jnp.float32)
-
-    def to_int(x_B):
-        i_B = lax.bitcast_convert_type(x_B, jnp.int32)
+    def flip(i_B):  # the bits of negative floats count backwards; its own inverse
         return i_B ^ ((i_B >> 31) & 0x7FFFFFFF)
 
     def halve(_, bounds):
         low_B, high_B = bounds  # enough at low, not enough at high
         middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)  # the mean, without overflow
-        above_BV = x_BV >= to_float(middle_B)[:, None]
-        enough_B = jnp.sum(jnp.where(above_BV, weight_BV, 0), axis=-1) >= need_B
+        t_B = lax.bitcast_convert_type(flip(middle_B), jnp.float32)
+        enough_B = jnp.sum(jnp.where(x_BV >= t_B[:, None], weight_BV, 0.0), axis=-1) >= need_B
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
-    top_B = to_int(jnp.max(x_BV, axis=-1))
-    low_B = jnp.full_like(top_B, to_int(jnp.float32(-jnp.inf)))
-    return to_float(lax.fori_loop(0, 32, halve, (low_B, top_B + 1))[0])
+    high_B = flip(lax.bitcast_convert_type(jnp.max(x_BV, axis=-1), jnp.int32)) + 1
+    low_B = flip(lax.bitcast_convert_type(jnp.full_like(need_B, -jnp.inf), jnp.int32))
+    low_B, _ = lax.fori_loop(0, 32, halve, (low_B, high_B))
+    return lax.bitcast_convert_type(flip(low_B), jnp.float32)
 
 
 def truncate(x_BV: jax.Array, rules: Rules, how: dict) -> jax.Array:
-    """Logits with -inf where top-k, then top-p, then min-p rule a token out."""
-    drop = lambda x_BV, keep_BV: jnp.where(keep_BV, x_BV, -jnp.inf)
+    """Logits with -inf where top-k, then top-p, then min-p rule a token out.
+
+    Each rule keeps what is not below some logit t; ties are kept.
+    """
+    top_B = jnp.max(x_BV, axis=-1)
+    t_B, candidates_BA = jnp.full_like(top_B, -jnp.inf), x_BV
     if rules.top_k:
-        t_B = threshold(x_BV, 1, how["top_k"])
-        x_BV = drop(x_BV, x_BV >= t_B[:, None])
-    if rules.top_p or rules.min_p:
-        p_BV = jnp.exp(x_BV - jnp.max(x_BV, axis=-1, keepdims=True))  # 1 = the likeliest
-        keep_BV = p_BV > 0
-        if rules.top_p:
-            t_B = threshold(p_BV, p_BV, how["top_p"] * jnp.sum(p_BV, axis=-1))
-            keep_BV &= p_BV >= t_B[:, None]
-        if rules.min_p:
-            keep_BV &= p_BV >= how["min_p"]
-        x_BV = drop(x_BV, keep_BV)
-    return x_BV
+        candidates_BA = largest(x_BV, min(rules.top_k, x_BV.shape[1]))
+        t_B = candidates_BA[:, -1]
+    if rules.top_p:
+        p_BA = jnp.exp(candidates_BA - top_B[:, None])
+        t_B = threshold(candidates_BA, p_BA, how["top_p"] * jnp.sum(p_BA, axis=-1))
+    if rules.min_p:
+        t_B = jnp.maximum(t_B, top_B + jnp.log(how["min_p"]))
+    return jnp.where(x_BV >= t_B[:, None], x_BV, -jnp.inf)
 
 
 def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, how: dict) -> tuple:
@@ -122,13 +135,12 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, how: dict) -> tup
     argmax(x + Gumbel noise) has the distribution softmax(x). A block of words has the weight
     logsumexp(x in the block), so: draw a block by Gumbel's argmax, then a word in it by another.
     """
-    B, V = logits_BV.shape
     greedy = how["temperature"] == 0
     logits_BV = logits_BV / jnp.where(greedy, 1.0, how["temperature"])
     x_BV = jnp.where(how["forbidden_V"][None], -jnp.inf, logits_BV)
-    x_BV = truncate(x_BV, rules, how)
-    x_BV = jnp.pad(x_BV, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf)
-    x_BJI = x_BV.reshape(B, -1, BLOCK)
+    if rules.top_k or rules.top_p or rules.min_p:
+        x_BV = truncate(x_BV, rules, how)
+    x_BJI = blocks(x_BV)
     J = x_BJI.shape[1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (J + BLOCK,)))(key_B)
     noise_BJ, noise_BI = jnp.split(jnp.where(greedy, 0.0, noise), [J], axis=1)
@@ -143,46 +155,48 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, how: dict) -> tup
 # --------------------------------------------------------------------------- what a device does
 
 
-def _copy_rows(caches: dict, row_R: jax.Array, source: dict) -> dict:
-    """Puts R rows of (shorter) caches into rows `row_R`; a row out of range is dropped.
-
-    Short and long rings agree on where a token lies: one that is shorter than the window is only
-    as short as all its tokens, and holds position p in slot p.
-    """
-
-    def one(old, new):
-        put = lambda k: old[k].at[:, row_R, :, : new[k].shape[3]].set(new[k], mode="drop")
-        spare = old["pos"].shape[1] - new["pos"].shape[1]
-        pos_RS = jnp.pad(new["pos"], ((0, 0), (0, spare)), constant_values=-1)
-        pos_BS = old["pos"].at[row_R].set(pos_RS, mode="drop")
-        return {"k": put("k"), "v": put("v"), "pos": pos_BS}
-
-    return {kind: one(caches[kind], source[kind]) for kind in caches}
-
-
-def _fill_shelf(cfg, params, lora, shelf, prompts):
-    """Prefills this device's share of prompts; the buckets differ in the length of their rows."""
+def _prefill(cfg, params, lora, shelf, prompts):
+    """Puts this device's share of new prompts on its shelf: one prompt a pass, in its bucket."""
     for bucket in prompts.values():
 
-        def one_pass(carry, bucket=bucket):
+        def one(carry, bucket=bucket):
             i, shelf = carry
-            tokens_RU, length_R, row_R = (bucket[k][i] for k in ("tokens", "length", "row"))
-            R, U = tokens_RU.shape
-            cache = gemma.init_cache(cfg, R, U, shelf["cache"]["local"]["k"].dtype)
-            positions_RU = jnp.broadcast_to(jnp.arange(U)[None], (R, U))
-            x_RUD, cache = gemma.extend(params, cfg, cache, tokens_RU, positions_RU,
-                                        positions_RU < length_R[:, None], lora=lora,
-                                        empty=True)  # fmt: skip
-            x_RD = jnp.take_along_axis(x_RUD, length_R[:, None, None] - 1, axis=1)[:, 0]
-            return i + 1, {
-                "cache": _copy_rows(shelf["cache"], row_R, cache),
-                "x_XD": shelf["x_XD"].at[row_R].set(x_RD, mode="drop"),
-                "length_X": shelf["length_X"].at[row_R].set(length_R, mode="drop"),
-            }
+            tokens_1U, n, x = bucket["tokens"][i][None], bucket["length"][i], bucket["place"][i]
+            positions_1U = jnp.arange(tokens_1U.shape[1])[None]
+            cache = gemma.init_cache(cfg, *tokens_1U.shape, shelf["x_XD"].dtype)
+            x_1UD, cache = gemma.extend(params, cfg, cache, tokens_1U, positions_1U,
+                                        positions_1U < n, lora=lora, empty=True)  # fmt: skip
+            # A bucket's ring may be shorter than the shelf's, but then nothing in it has wrapped.
+            put = lambda old, new: lax.dynamic_update_slice(old, new, (0, x, 0, 0, 0))
+            kv = {kind: {k: put(c[k], cache[kind][k]) for k in "kv"}
+                  for kind, c in shelf["kv"].items()}  # fmt: skip
+            x_D = lax.dynamic_index_in_dim(x_1UD[0], n - 1, keepdims=False)
+            return i + 1, {"kv": kv, "x_XD": shelf["x_XD"].at[x].set(x_D),
+                           "length_X": shelf["length_X"].at[x].set(n)}  # fmt: skip
 
         n = bucket["n"][0]  # differs between devices: no collective may be in this loop
-        _, shelf = lax.while_loop(lambda carry, n=n: carry[0] < n, one_pass, (n * 0, shelf))
+        _, shelf = lax.while_loop(lambda carry, n=n: carry[0] < n, one, (n * 0, shelf))
     return shelf
+
+
+def _turn(old, kv, b, x, length, now):
+    """Copies prompt x of the shelf into row b of a cache, turned: its last token to slot `now` - 1.
+
+    All rows write their next token into the same slot, `now` modulo the ring: so a write is one
+    slice of the cache, where a slot of each row's own is a scatter (on a TPU, a copy of the cache).
+    """
+    S = old["pos"].shape[1]
+    position_S = length - 1 - (now - 1 - jnp.arange(S)) % S  # below 0: nothing in this slot
+
+    def copy(old_LBKSH, kv_LXKSH):
+        row_L1KSH = lax.dynamic_slice_in_dim(kv_LXKSH, x, 1, axis=1)
+        spare = S - row_L1KSH.shape[3]
+        row_L1KSH = jnp.pad(row_L1KSH, ((0, 0), (0, 0), (0, 0), (0, spare), (0, 0)))
+        row_L1KSH = jnp.roll(row_L1KSH, now - length, axis=3)
+        return lax.dynamic_update_slice_in_dim(old_LBKSH, row_L1KSH, b, axis=1)
+
+    pos_BS = old["pos"].at[b].set(jnp.maximum(position_S, -1))
+    return {"k": copy(old["k"], kv["k"]), "v": copy(old["v"], kv["v"]), "pos": pos_BS}
 
 
 def _admit(shelf, todo, state):
@@ -192,25 +206,43 @@ def _admit(shelf, todo, state):
         return (state["next"][0] < todo["n"][0]) & ~jnp.all(state["active_B"])
 
     def one(state):
-        b, (row, x, prompt, rollout, limit) = (
-            jnp.argmin(state["active_B"]),
-            todo["what"][state["next"][0]],
-        )
-        prompt_cache = {
-            kind: {"k": lax.dynamic_slice_in_dim(c["k"], x, 1, 1),
-                   "v": lax.dynamic_slice_in_dim(c["v"], x, 1, 1), "pos": c["pos"][x][None]}
-            for kind, c in shelf["cache"].items()
-        }  # fmt: skip
-        new = {"active_B": True, "x_BD": shelf["x_XD"][x], "start_B": shelf["length_X"][x], "n_B": 0,
+        b = jnp.argmin(state["active_B"])
+        row, x, prompt, rollout, limit = todo["what"][state["next"][0]]
+        length = shelf["length_X"][x]
+        new = {"active_B": True, "x_BD": shelf["x_XD"][x], "position_B": length, "n_B": 0,
                "limit_B": limit, "row_B": row, "prompt_B": prompt, "rollout_B": rollout,
                "recent_BE": -1, "run_BE": 0}  # fmt: skip
-        return state | {k: state[k].at[b].set(v) for k, v in new.items()} | {
-            "cache": _copy_rows(state["cache"], b[None], prompt_cache),
-            "stop_W": state["stop_W"].at[row].set(0),
-            "next": state["next"] + 1,
-        }  # fmt: skip
+        new = {k: state[k].at[b].set(v) for k, v in new.items()}
+        turn = lambda kind: _turn(
+            state["cache"][kind], shelf["kv"][kind], b, x, length, state["steps"][0]
+        )
+        new["cache"] = {kind: turn(kind) for kind in state["cache"]}
+        new["stop_W"] = state["stop_W"].at[row].set(0)
+        return state | new | {"next": state["next"] + 1}
 
     return lax.while_loop(possible, one, state)
+
+
+def _feed(cfg, params, lora, cache, token_B, position_B, active_B, now):
+    """gemma.extend by one token a row, with every row's token in the same slot: see `_turn`."""
+    x_B1D = gemma._embed(params, cfg, token_B[:, None], None)
+    x_B1D, new = gemma._cached_layers(params, cfg, x_B1D, position_B[:, None], active_B[:, None],
+                                      lora, cache)  # fmt: skip
+    # XLA on a CPU copies a cache when its write could overtake the last read. So the write waits
+    # for x: this minimum is always `now`.
+    now = jnp.minimum(now, 2**30 + jnp.isnan(x_B1D[0, 0, 0]))
+    position_B = jnp.where(active_B, position_B, -1)
+
+    def write(old, k_LBK1H, v_LBK1H):
+        slot = now % old["pos"].shape[1]
+        put = lambda old, new, axis: lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), slot, axis
+        )
+        return {"k": put(old["k"], k_LBK1H, 3), "v": put(old["v"], v_LBK1H, 3),
+                "pos": put(old["pos"], position_B[:, None], 1)}  # fmt: skip
+
+    cache = cache | {kind: write(cache[kind], *kv) for kind, kv in new.items()}
+    return gemma.rms_norm(x_B1D[:, 0], params["norm"], cfg.rms_norm_eps), cache
 
 
 def _step(cfg, rules, params, lora, how, state):
@@ -236,11 +268,10 @@ def _step(cfg, rules, params, lora, how, state):
     new["stop_W"] = state["stop_W"].at[ended_B].set(stop_B, mode="drop")
     new["length_W"] = state["length_W"].at[ended_B].set(n_B + 1, mode="drop")
     active_B = active_B & (stop_B == 0)
-    position_B = state["start_B"] + n_B
-    x_B1D, cache = gemma.extend(params, cfg, state["cache"], token_B[:, None], position_B[:, None],
-                                active_B[:, None], lora=lora)  # fmt: skip
-    return state | new | {"cache": cache, "x_BD": x_B1D[:, 0], "active_B": active_B,
-                          "n_B": n_B + 1, "steps": state["steps"] + 1}  # fmt: skip
+    x_BD, cache = _feed(cfg, params, lora, state["cache"], token_B, state["position_B"], active_B,
+                        state["steps"][0])  # fmt: skip
+    return state | new | {"cache": cache, "x_BD": x_BD, "active_B": active_B, "n_B": n_B + 1,
+                          "position_B": state["position_B"] + 1, "steps": state["steps"] + 1}  # fmt: skip
 
 
 def _decode_chunk(cfg, rules, params, lora, how, shelf, todo, state):
@@ -323,13 +354,13 @@ class Sampler:
             B, W, X, D = self.slots, 2 * self.slots, self.shelf, self.cfg.hidden_size
             cache = functools.partial(gemma.init_cache, self.cfg, dtype=self.dtype)
             ints = lambda *shape: jnp.zeros(shape, jnp.int32)
-            shelf = {"cache": cache(X, self.max_prompt), "x_XD": jnp.zeros((X, D), self.dtype),
-                     "length_X": ints(X)}  # fmt: skip
+            kv = {kind: {k: c[k] for k in "kv"} for kind, c in cache(X, self.max_prompt).items()}
+            shelf = {"kv": kv, "x_XD": jnp.zeros((X, D), self.dtype), "length_X": ints(X)}
             state = {
                 "cache": cache(B, self.max_prompt + self.max_new),
                 "x_BD": jnp.zeros((B, D), self.dtype),  # from which the next token is drawn
                 "active_B": jnp.zeros(B, bool),
-                "start_B": ints(B),  # prompt tokens
+                "position_B": ints(B),  # of the next token
                 "n_B": ints(B),  # completion tokens so far
                 "limit_B": ints(B),
                 "row_B": ints(B),  # of ids_WC
@@ -342,7 +373,7 @@ class Sampler:
                 "length_W": ints(W),
                 "stop_W": ints(W),  # index into STOPS, 0 while decoding
                 "next": ints(1),  # how many of todo have been given a slot
-                "steps": ints(1),
+                "steps": ints(1),  # the clock that says which slot is written
             }
             return shelf, state
 
@@ -353,7 +384,7 @@ class Sampler:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
     def prefill(self, params, lora, shelf, prompts):
-        body = functools.partial(_fill_shelf, self.cfg)
+        body = functools.partial(_prefill, self.cfg)
         return jax.shard_map(body, mesh=self.mesh, out_specs=_specs(shelf),
                              in_specs=(P(), P(), _specs(shelf), P("data")))(
             params, lora, shelf, prompts)  # fmt: skip
@@ -412,7 +443,7 @@ class Sampler:
         self._check(prompts, n, max_new, params["norm"].dtype)
         how = self._how(temperature, top_k, top_p, min_p, stop, forbidden, vocab_size, repetition,
                         seed, step)  # fmt: skip
-        rules = Rules(top_k > 0, top_p < 1, min_p > 0, repetition > 0)
+        rules = Rules(top_k, top_p < 1, min_p > 0, repetition > 0)
         stats = {} if stats is None else stats
         return self._run(params, lora, prompts, n, max_new, how, rules, stats)
 
@@ -501,23 +532,21 @@ class Sampler:
         return finished
 
     def _pack_prompts(self, new, texts) -> dict:
-        """{bucket: passes of R prompts of up to U tokens}, for all devices, padded to a fixed size."""
+        """{bucket: prompts of up to U tokens, how many on each device}, padded to a fixed size."""
         packed = {}
         for U in self.buckets:
-            R = min(self.shelf, max(1, PREFILL_TOKENS // U))
-            shape = len(new), -(-self.shelf // R), R
-            tokens, length = np.zeros((*shape, U), np.int32), np.ones(shape, np.int32)
-            row = np.full(shape, self.shelf, np.int32)  # out of range: dropped
-            n_passes = np.zeros(len(new), np.int32)
+            shape = len(new), self.shelf
+            tokens, n = np.zeros((*shape, U), np.int32), np.zeros(len(new), np.int32)
+            length, place = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
             for d, prompts in enumerate(new):
-                mine = [(t, x) for t, x in prompts if self._bucket(len(texts[t])) == U]
-                n_passes[d] = -(-len(mine) // R)
-                for i, (text, x) in enumerate(mine):
-                    at = d, *divmod(i, R)
-                    length[at], row[at] = len(texts[text]), x
-                    tokens[at][: length[at]] = texts[text]
-            flat = [z.reshape(-1, *z.shape[2:]) for z in (tokens, length, row)]
-            packed[U] = dict(zip(("tokens", "length", "row", "n"), (*flat, n_passes), strict=True))
+                for text, x in prompts:
+                    if self._bucket(len(texts[text])) == U:
+                        at = d, n[d]
+                        length[at], place[at] = len(texts[text]), x
+                        tokens[at][: length[at]] = texts[text]
+                        n[d] += 1
+            packed[U] = {"tokens": tokens.reshape(-1, U), "length": length.ravel(),
+                         "place": place.ravel(), "n": n}  # fmt: skip
         return packed
 
     def _bucket(self, n_tokens: int) -> int:
@@ -586,7 +615,6 @@ class Sampler:
         # The default generator is a user's setting (on a TPU often one whose numbers depend on
         # the shape of the batch): this one gives a key the same numbers everywhere.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-        numbers = {"temperature": np.float32(temperature), "top_k": np.int32(top_k),
-                   "top_p": np.float32(top_p), "min_p": np.float32(min_p),
-                   "repetition": np.int32(repetition)}  # fmt: skip
+        numbers = {"temperature": np.float32(temperature), "top_p": np.float32(top_p),
+                   "min_p": np.float32(min_p), "repetition": np.int32(repetition)}  # fmt: skip
         return masks | numbers | {"key": key}

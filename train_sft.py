@@ -451,6 +451,8 @@ def main(config: Config) -> Path:
         base, adapter, merged = lora.continue_from(
             start.adapter, base, cfg, config.lora_rank, lora.parse_targets(config.lora_targets)
         )
+        if merged is not None:
+            runs.say(f"--adapter {start.adapter} merged into the base: {lora.describe(merged)}")
         if config.lora_rank:
             adapter = adapter or new_adapter(cfg, config)
             runs.say(lora.describe(adapter))
@@ -482,7 +484,8 @@ def main(config: Config) -> Path:
             live = live if merged is None else lora.stack(merged, live, cfg)
             lora.save(folder, live, cfg, str(start.weights), config.lora_dropout)
         else:
-            gemma.save(folder, cfg, trained)
+            stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
+            gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), trained)
             tok.save(folder)
         lora.write_prompt(folder, config.system)
 

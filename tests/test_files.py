@@ -188,7 +188,9 @@ def test_shards_are_small_and_indexed(hf, tmp_path):
 
 
 def test_saving_over_a_model_leaves_nothing_of_it(tmp_path):
-    cfg = TINY["gemma3"]
+    cfg, kept = TINY["gemma3"], ("model.safetensors.bak", "tokenizer.model", "model.py")
+    for name in kept:
+        (tmp_path / name).write_text(name)
     for seed, shard_bytes in enumerate([30_000, 2**30, 60_000, 30_000, 2**30]):
         params = random_params(cfg, seed=seed)
         gemma.save(tmp_path, cfg, params, shard_bytes)
@@ -196,6 +198,7 @@ def test_saving_over_a_model_leaves_nothing_of_it(tmp_path):
         n_files = len(list(tmp_path.glob("*.safetensors")))
         assert (n_files == 1) == (shard_bytes == 2**30)
         assert (tmp_path / "model.safetensors.index.json").exists() == (n_files > 1)
+    assert all((tmp_path / name).read_text() == name for name in kept)
 
 
 def test_a_single_file_comes_before_an_index_as_in_transformers(hf, folder, tmp_path):
@@ -753,14 +756,21 @@ def test_a_model_that_reads_english_passes(tokenizers, tmp_path, monkeypatch, ca
 
 
 def test_an_untrained_model_fails_by_its_perplexity(tokenizers, tmp_path):
-    path = save_both(tmp_path, TINY["gemma3"], random_params(TINY["gemma3"]), tokenizers["gemma3"])
+    cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
+    params = random_params(cfg)
+    path = save_both(tmp_path, cfg, params, tok)
     command = [sys.executable, str(ROOT / "gemma.py"), "--weights", path]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=quick)
     assert done.returncode == 1 and done.stderr == "", done.stderr
     found = lines_of(done.stdout)
     assert [what for what, (mark, _) in found.items() if mark == "FAIL"] == ["perplexity"]
-    assert float(found["perplexity"][1].split()[0]) > 100
+    ids_BT = jnp.asarray([[tok.bos, *tok.encode(gemma.PARAGRAPH)]])
+    loss_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logits(params, cfg, ids_BT)[:, :-1], ids_BT[:, 1:]
+    )
+    expected = float(jnp.exp(loss_BT.mean()))
+    assert abs(float(found["perplexity"][1].split()[0]) - expected) < 0.02 and expected > 100
     assert done.stdout.splitlines()[-1].startswith("FAIL")
 
 

@@ -63,6 +63,15 @@ def test_merge_equals_the_live_adapter(family):
     np.testing.assert_allclose(merged, live, atol=2e-5)
 
 
+def test_stacked_adapters_do_what_both_do():
+    cfg, params = base()
+    one, two = random_adapter(cfg, 4, 6.0), random_adapter(cfg, 3, 2.0, "q,down", seed=5)
+    both = lora.stack(one, two, cfg)
+    assert lora.rank(both) == 7
+    live = gemma.logits(lora.merge(params, one, cfg), cfg, TOKENS, lora=two)
+    np.testing.assert_allclose(gemma.logits(params, cfg, TOKENS, lora=both), live, atol=2e-5)
+
+
 def test_merge_adds_in_float32_and_rounds_once():
     cfg, params = base(dtype=jnp.bfloat16)
     adapter = random_adapter(cfg)

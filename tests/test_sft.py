@@ -1,7 +1,9 @@
 """train_sft.py: gradients that no layout changes, a frozen base, and runs that survive a kill."""
 
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -172,27 +174,199 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
 
 # --------------------------------------------------------------------------------- whole runs
 
+KILLER = """
+import os, runpy, signal, sys
+left = int(sys.argv[1])
+def deadly(real):
+    def call(*a):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a)
+    return call
+os.fsync, os.rename, os.replace = map(deadly, (os.fsync, os.rename, os.replace))
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
-def run(folder, *flags, kill_at=None, expect=0):
-    """train_sft.py as a command; kill_at: kill -9 itself after so many calls of os.replace."""
-    script = ROOT / "train_sft.py"
-    small = ["--steps", "6", "--batch-rows", "8", "--micro-rows", "4", "--max-length", "224",
-             "--save-every", "2", "--eval-every", "3", "--eval-rows", "8", "--keep", "9"]  # fmt: skip
-    command = [sys.executable, str(script), *small, "--out", str(folder), *flags]
-    if kill_at is not None:
-        killer = (
-            "import os, runpy, signal, sys\n"
-            "real, left = os.replace, [int(sys.argv[1])]\n"
-            "def replace(*a):\n"
-            "    left[0] -= 1\n"
-            "    if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    return real(*a)\n"
-            "os.replace = replace\n"
-            "sys.argv = sys.argv[2:]\n"
-            "sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        )
-        command = [sys.executable, "-c", killer, str(kill_at), *command[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
-    assert done.returncode == expect, done.stderr[-3000:]
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with a random model, the shipped tokenizer, and 40 rows of data."""
+    folder = tmp_path_factory.mktemp("small")
+    tok = data.Tokenizer(ROOT / "tiny")
+    cfg = dataclasses.replace(CFG, vocab_size=tok.vocab_size, eos_token_id=tok.stop_ids)
+    gemma.save(folder, cfg, gemma.init(cfg, jax.random.key(0)))
+    tok.save(folder)
+    rows = [json.dumps(data.word_problem("train", i)) for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def sft(small, out, *flags, kill_at=None, code=0):
+    """Runs train_sft.py as a user would; returns what it printed."""
+    command = [str(ROOT / "train_sft.py"), "--weights", str(small), "--out", str(out),
+               "--data", str(small / "rows.jsonl"), "--steps", "6", "--batch-rows", "4",
+               "--micro-rows", "2", "--max-length", "176", "--save-every", "2", "--eval-every", "3",
+               "--eval-rows", "8", "--keep", "9", "--lora-dropout", "0.1", *flags]  # fmt: skip
+    run = [sys.executable] if kill_at is None else [sys.executable, "-c", KILLER, str(kill_at)]
+    env = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run([*run, *command], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == code, done.stderr[-3000:]
     return done.stderr
+
+
+def contents(run) -> dict:
+    """Everything a run leaves but timings, and the record of where it ran."""
+    timing = lambda k: k.endswith("_s") or "per_s" in k
+    found = {}
+    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name != ".lock"):
+        name = str(file.relative_to(run))
+        if file.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            found[name] = [{k: v for k, v in m.items() if not timing(k)} for m in lines]
+        elif file.name == "config.json":
+            found[name] = {k: v for k, v in json.loads(file.read_text()).items() if k != "out"}
+        else:
+            found[name] = file.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="session")
+def whole(small, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    sft(small, out)
+    return out
+
+
+# Seeded fault points: calls of fsync, rename and replace, the moments that decide what is on disk.
+FAULTS = sorted(np.random.default_rng(2026).choice(np.arange(8, 60), 3, replace=False).tolist())
+
+
+@pytest.mark.parametrize("kill_at", FAULTS)
+def test_killed_and_resumed_equals_uninterrupted(small, whole, tmp_path, kill_at):
+    sft(small, tmp_path, kill_at=kill_at, code=-9)
+    assert not (tmp_path / "final").exists()
+    sft(small, tmp_path)
+    one, other = contents(whole), contents(tmp_path)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == other[name], name
+    assert len(one["metrics.jsonl"]) == 8  # six steps, held-out loss at 3 and at the end
+
+
+def test_torn_checkpoint_is_refused_by_name_and_the_one_before_used(small, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "final")
+    newest = tmp_path / "checkpoints" / "step_6" / "adapter_model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    said = sft(small, tmp_path)
+    assert "step_6" in said and "at step 4" in said
+    assert contents(tmp_path)["metrics.jsonl"] == contents(whole)["metrics.jsonl"]
+    for name in ("final/adapter_model.safetensors", "checkpoints/step_6/resume/arrays.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_stages_chain_and_a_full_fine_tune_is_the_next_base(small, whole, tmp_path):
+    """LoRA 16 -> LoRA 4 on top (merged, stacked again in final/) -> all weights -> LoRA."""
+    cfg, params = gemma.load(small)
+    first = lora.load(whole / "final", cfg)
+    said = sft(small, tmp_path / "b", "--adapter", str(whole), "--lora-rank", "4")
+    assert "merged into the base" in said
+    both = lora.load(tmp_path / "b" / "final", cfg)
+    assert lora.rank(both) == 20
+    tokens = np.arange(3, 23)[None]
+    live = lambda a: gemma.logits(params, cfg, tokens, lora=a)
+    assert np.abs(live(both) - live(first)).max() > 1e-4
+    sft(small, tmp_path / "c", "--adapter", str(tmp_path / "b"), "--lora-rank", "0")
+    _, full = gemma.load(tmp_path / "c" / "final")
+    close_to = gemma.logits(full, cfg, tokens)
+    assert 1e-4 < np.abs(close_to - live(both)).max() < 2.0
+    sft(small, tmp_path / "d", "--adapter", str(tmp_path / "c"), "--steps", "1")
+
+
+def test_system_text_travels_and_a_mismatch_is_an_error(small, tmp_path):
+    sft(small, tmp_path / "a", "--system", "Think.", "--steps", "1")
+    assert json.loads((tmp_path / "a/final/prompt.json").read_text()) == {"system": "Think."}
+    more = ["--adapter", str(tmp_path / "a"), "--steps", "1"]
+    said = sft(small, tmp_path / "b", *more, "--system", "Do not think.", code=1)
+    assert said.splitlines()[-1].startswith("error: --system 'Do not think.'")
+    sft(small, tmp_path / "b", *more)
+    assert json.loads((tmp_path / "b/final/prompt.json").read_text()) == {"system": "Think."}
+
+
+def test_nan_in_the_weights_stops_with_step_and_batch(small, tmp_path):
+    cfg, params = gemma.load(small)
+    gemma.save(tmp_path / "model", cfg, params | {"norm": params["norm"].at[0].set(jnp.nan)})
+    data.Tokenizer(small).save(tmp_path / "model")
+    said = sft(small, tmp_path / "a", "--weights", str(tmp_path / "model"), code=1)
+    assert "step 1 of" in said.splitlines()[-1] and "loss is nan" in said
+    batch = np.load(tmp_path / "a" / "nan_step_1.npz", allow_pickle=False)
+    assert any(v.shape == (4, 176) for v in batch.values())
+
+
+BAD_ROWS = [
+    (b'{"question": "Q?", "reasoning": "r"}', "'answer'"),
+    (b'{"prompt": "P", "completion": ""}', "'completion'"),
+    (b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}',
+     "empty"),
+    (b'{"question": "Q?", "answer": "no end mark"}', "####"),
+    (b"not json", "Expecting value"),
+    (b'["a", "list"]', "JSON object"),
+    (b'{"prompt": "caf\xe9", "completion": "x"}', "utf-8"),
+    (b'{"text": "x"}', "text"),
+    (b'{"prompt": "x", "completion": "' + b"12345 " * 40 + b'"}', "more than --max-length 176"),
+]  # fmt: skip
+
+
+def test_bad_rows_are_named_with_file_and_line_fatal_or_counted(tmp_path):
+    tok = data.Tokenizer(ROOT / "tiny")
+    good = b'{"prompt": "Hi", "completion": "Hello"}'
+    file = tmp_path / "rows.jsonl"
+    for bad, why in BAD_ROWS:
+        file.write_bytes(good + b"\n\n" + bad + b"\n" + good)
+        with pytest.raises(ValueError) as e:
+            data.load_examples(str(file), tok, 176)
+        assert f"{file}:3: " in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
+        examples, left_out = data.load_examples(str(file), tok, 176, skip_bad_rows=True)
+        assert len(examples) == 2 and len(left_out) == 1 and f"{file}:3: " in left_out[0]
+    file.write_bytes(b"\n".join(bad for bad, _ in BAD_ROWS))
+    with pytest.raises(ValueError, match="no usable row"):
+        data.load_examples(str(file), tok, 176, skip_bad_rows=True)
+    with pytest.raises(ValueError, match="no such file"):
+        data.load_examples("absent.jsonl", tok, 176)
+
+
+def test_every_config_field_is_documented_and_read():
+    page = subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--help"],
+                          capture_output=True, text=True, timeout=120).stdout  # fmt: skip
+    source = (ROOT / "train_sft.py").read_text()
+    for field in dataclasses.fields(train_sft.Config):
+        assert "--" + field.name.replace("_", "-") in page, field.name
+        assert f"config.{field.name}" in source, f"{field.name} is never read"
+        doc = source.split(f"    {field.name}: ", 1)[1].split("\n")[1].strip()
+        assert doc.startswith('"""') and len(doc) > 20, field.name
+
+
+@pytest.mark.parametrize(
+    "flags,why",
+    [
+        (["--batch-rows", "3"], "--batch-rows 3"),
+        (["--mix", "0.5,0.5"], "--mix 0.5,0.5"),
+        (["--lora-targets", "qkv"], "--lora-targets"),
+        (["--adapter", "nowhere"], "--adapter nowhere"),
+        (["--time-limit", "soon"], "--time-limit soon"),
+        (["--data", "gsm8k:dev"], "--data gsm8k:dev"),
+    ],
+)
+def test_a_users_mistake_is_one_line(small, tmp_path, flags, why):
+    config = dict(weights=str(small), out=str(tmp_path), data=str(small / "rows.jsonl"), steps=1,
+                  batch_rows=8, micro_rows=1, max_length=176)  # fmt: skip
+    config |= {k[2:].replace("-", "_"): v for k, v in zip(flags[::2], flags[1::2], strict=True)}
+    config["batch_rows"] = int(config["batch_rows"])
+    with pytest.raises(ValueError) as e:
+        train_sft.main(train_sft.Config(**config))
+    assert why in str(e.value) and "\n" not in str(e.value)

@@ -1,0 +1,149 @@
+"""data.py: rows as conversations, packing, and batches that are functions of their number."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+
+TURN = lambda role, text: {"role": role, "content": text}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Q", "reasoning": "r", "answer": "4"},
+        {"question": "Q", "reasoning": "r", "answer": 4},
+        {"question": "Q", "answer": "r\n#### 4"},
+        {"prompt": "Q", "completion": "<reasoning>r</reasoning>\n<answer>4</answer>"},
+        {
+            "prompt": [TURN("user", "Q")],
+            "completion": [TURN("assistant", "<reasoning>r</reasoning>\n<answer>4</answer>")],
+        },
+        {
+            "messages": [
+                TURN("user", "Q"),
+                TURN("assistant", "<reasoning>r</reasoning>\n<answer>4</answer>"),
+            ]
+        },
+    ],
+)
+def test_every_row_shape_is_the_same_conversation(row):
+    assert data.messages(row, "Be brief.") == [
+        TURN("user", "Be brief.\n\nQ"),
+        TURN("assistant", "<reasoning>r</reasoning>\n<answer>4</answer>"),
+    ]
+
+
+def test_a_row_keeps_its_own_system_text():
+    row = {"messages": [TURN("system", "Mine."), TURN("user", "Q"), TURN("assistant", "A")]}
+    assert data.messages(row, "Yours.")[0] == TURN("user", "Mine.\n\nQ")
+
+
+@given(st.lists(st.integers(1, 32), max_size=60))
+def test_pack_places_every_item_once_and_overfills_nothing(lengths):
+    bins = data.pack(lengths, 32)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in b) for b in bins]
+    assert all(0 < s <= 32 for s in sums)
+    # two bins that fit into one would mean that the later one was opened for nothing
+    assert sum(s <= 16 for s in sums) <= 1
+
+
+def test_pack_is_best_fit():
+    assert data.pack([3, 5, 2, 4], 7) == [[1, 2], [3, 0]]
+    # 4 goes where it leaves nothing, though the first bin has room too
+    assert data.pack([10, 11, 4], 15) == [[1, 2], [0]]
+
+
+def test_packing_wastes_little():
+    tok = data.Tokenizer(ROOT / "tiny")
+    ids = [tok.example(data.messages(data.word_problem("train", i)))[0] for i in range(500)]
+    bins = data.pack([len(i) for i in ids], 256)
+    assert sum(map(len, ids)) / (256 * len(bins)) > 0.93  # 198 rows where 186 would hold it all
+
+
+def test_assemble_worked_example():
+    rows = [[(np.array([7, 8]), np.array([0, 1])), (np.array([7, 9, 8]), np.array([0, 0, 1]))]]
+    out = data.assemble(rows, 2, 6)
+    assert out["tokens"].tolist() == [[7, 8, 7, 9, 8, 0], [0] * 6]
+    assert out["mask"].tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6]
+    assert out["segments"].tolist() == [[1, 1, 2, 2, 2, 0], [0] * 6]
+    assert out["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0] * 6]
+
+
+def source(n, first):
+    """n examples, each of one token id of its own."""
+    return [(np.full(5, first + i), np.ones(5)) for i in range(n)]
+
+
+def seen(packed, batches):
+    """Every example of these batches, by token id, in order."""
+    out = []
+    for n in batches:
+        b = packed.batch(n)
+        for tokens, segments in zip(b["tokens"], b["segments"], strict=True):
+            out += [int(tokens[segments == s][0]) for s in range(1, segments.max() + 1)]
+    return out
+
+
+def test_batches_depend_on_seed_and_number_alone():
+    make = lambda seed: data.Packed([source(23, 10), source(9, 100)], 12, 3, seed)
+    straight = [make(1).batch(n) for n in range(20)]
+    packed = make(1)
+    for n in (17, 3, 19, 0, 4):
+        for key, value in packed.batch(n).items():
+            np.testing.assert_array_equal(value, straight[n][key])
+    assert (make(2).batch(0)["tokens"] != straight[0]["tokens"]).any()
+
+
+def test_an_epoch_has_every_row_once_and_the_next_another_order():
+    packed = data.Packed([source(24, 10)], 12, 3, 0)  # two a row: an epoch is 4 batches
+    first, second = seen(packed, range(4)), seen(packed, range(4, 8))
+    assert sorted(first) == sorted(second) == list(range(10, 34))
+    assert first != second
+
+
+def test_mixing_weights_set_the_shares_and_no_row_repeats_before_all_were_seen():
+    packed = data.Packed([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
+    epoch = seen(packed, range(5))
+    assert sum(i < 100 for i in epoch) == 45 and len(epoch) == 60
+    small = [i for i in seen(packed, range(10)) if i >= 100]  # two epochs: 2 x 15 of 30
+    assert sorted(small) == list(range(100, 130))
+
+
+def test_eval_batches_hold_every_example_once():
+    batches = data.eval_batches(source(7, 10), 10, 3)
+    assert {b["tokens"].shape for b in batches} == {(3, 10)}
+    ids = {int(i) for b in batches for i in np.unique(b["tokens"]) if i}
+    assert ids == set(range(10, 17))
+
+
+def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
+    monkeypatch.setenv("GSM8K", str(tmp_path))
+    monkeypatch.setattr(data.Path, "home", lambda: tmp_path / "home")
+
+    def refuse(*a, **k):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+    with pytest.raises(ValueError, match="no network") as e:
+        list(data.read_rows("gsm8k"))
+    assert str(tmp_path) in str(e.value) and "$GSM8K" in str(e.value)
+
+    class Tampered:
+        read = lambda self: b"{}"
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *a: None
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: Tampered())
+    with pytest.raises(ValueError, match=data.GSM8K["train"]) as e:
+        list(data.read_rows("gsm8k"))
+    assert hashlib.sha256(b"{}").hexdigest() in str(e.value)
+    (tmp_path / "test.jsonl").write_text('{"question": "Q", "answer": "r #### 4"}\n')
+    [(where, row)] = data.read_rows("gsm8k:test")
+    assert where.endswith("test.jsonl:1") and row["question"] == "Q"
