@@ -42,7 +42,7 @@ def parse_targets(targets: str) -> list[str]:
     return sorted(set(names), key=list(LINEARS).index)
 
 
-def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = "q,k,v,o,gate,up,down",
+def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",".join(LINEARS),
          rslora: bool = False) -> dict:  # fmt: skip
     """A fresh adapter: A uniform(+-1/sqrt(fan in)) as PEFT's, B zero, so it changes nothing yet."""
     if rank < 1:

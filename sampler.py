@@ -120,7 +120,7 @@ def truncate(x_BV: jax.Array, rules: Rules, how: dict) -> jax.Array:
     t_B, candidates_BA = jnp.full_like(top_B, -jnp.inf), x_BV
     if rules.top_k:
         candidates_BA = largest(x_BV, min(rules.top_k, x_BV.shape[1]))
-        t_B = candidates_BA[:, -1]
+        t_B = jnp.min(candidates_BA, axis=-1)  # not [:, -1]: XLA on a CPU would sort them all
     if rules.top_p:
         p_BA = jnp.exp(candidates_BA - top_B[:, None])
         t_B = threshold(candidates_BA, p_BA, how["top_p"] * jnp.sum(p_BA, axis=-1))
