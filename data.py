@@ -507,9 +507,7 @@ GSM8K = {  # sha256 of grade_school_math/data/*.jsonl in github.com/openai/grade
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
-GSM8K_URL = (
-    "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
-)
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/"
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict | ValueError]]:
@@ -557,7 +555,7 @@ def _gsm8k(split: str) -> Path:
         for file in (folder / f"{split}.jsonl", folder / "main" / f"{split}.jsonl"):
             if file.is_file():
                 return file
-    url = f"{GSM8K_URL}/data/{split}.jsonl"
+    url = f"{GSM8K_URL}grade_school_math/data/{split}.jsonl"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()

@@ -53,7 +53,7 @@ def parse(completion: str) -> tuple[str | None, str | None, bool]:
 
 _PLAIN = str.maketrans("−–﹣－⁄", "----/")
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_DECIMAL = r"(?:(?:\d{1,3}(?:[,\u00a0\u202f]\d{3}){1,66}+(?!\d)|\d++)(?:\.\d++)?+|\.\d++)"
+_DECIMAL = r"(?:(?:\d{1,3}(?:[,\u00a0\u202f]\d{3}(?!\d))++|\d++)(?:\.\d++)?+|\.\d++)"
 _NUMBER = re.compile(
     rf"""(?<![a-z0-9_^])                       # not inside a word or a number; no power
     (?P<sign>-?(?:[$€£¥][ ]?)?-?)
@@ -112,9 +112,8 @@ def number(text: str) -> int | float | None:
 
 # ------------------------------------------------------------------------------- all other answers
 
-_DROP = dict.fromkeys(map(ord, "'’‘ʼ"), "") | dict.fromkeys(
-    map(ord, '.,;:!?"`´“”()[]{}…–—-_*~¿¡'), " "
-)
+_MINUS = str.maketrans("−–", "--", "'’‘ʼ")
+_DROP = re.compile(r"""[,;:!?"`´“”()\[\]{}…—_*~¿¡]|\.(?!\d)|-(?!\.?\d)|(?<=\w)-""")
 _BOOLEANS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _CUE = re.compile(r"\banswers?(?:\s{1,3}(?:is|are)\b|\s{0,3}[:=])|####|\\boxed\{", re.IGNORECASE)
 _LETTER = re.compile(
@@ -126,12 +125,12 @@ _COMMA = re.compile(r"(?<!\d),|,(?!\d{3}(?!\d))|[;\n]|\band\b", re.IGNORECASE)
 
 
 def _words(text: str) -> list[str]:
-    """Words without case, punctuation and markup; signs that carry meaning (+ % # / < =) stay."""
-    return text.casefold().translate(_DROP).split()
+    """Words without case, punctuation and markup; what carries meaning stays: -1, 0.5, C++, 5 %."""
+    return _DROP.sub(" ", text.casefold().translate(_MINUS)).split()
 
 
 def _same(text: str) -> str:
-    """What must be equal in two texts: their words, or the text itself where it has none ("+")."""
+    """What must be equal in two texts: their words, or the text itself where it has none ("?")."""
     return " ".join(_words(text)) or text.strip()
 
 
@@ -177,7 +176,7 @@ def _items(text: str) -> list[str]:
 
 def _item(part: str) -> str:
     value, before, after = _find(part)
-    return _same(part) if value is None or before or after else f"{value:.12g}"
+    return " ".join(_words(part)) if value is None or before or after else f"{value:.12g}"
 
 
 def kind_of(gold: str, choices: tuple[str, ...] = ()) -> str:
@@ -225,11 +224,9 @@ def correct(guess: str | None, gold: Any, kind: str = "auto",
         return False
     if _same(gold) in (_same(guess), _same(_line(guess))):
         return True
-    if kind == "text":
-        return False
     if kind != "number":
         said = vote(guess, kind, choices)
-        return said is not None and said == vote(gold, kind, choices)
+        return kind != "text" and said is not None and said == vote(gold, kind, choices)
     where = _line(guess) if number(_line(guess)) is not None else guess
     (a, _, unit), (b, _, wanted) = _find(where), _find(gold)
     if a is None or b is None:

@@ -88,27 +88,24 @@ def largest(x_BV: jax.Array, k: int) -> jax.Array:
     return lax.top_k(x_BJI.reshape(B, -1), k)[0]
 
 
-def threshold(x_BV: jax.Array, weight_BV: jax.Array, need_B: jax.Array) -> jax.Array:
-    """The largest t for which the weights of {x >= t} add up to `need` or more, exactly.
+def nucleus(p_BV: jax.Array, need_B: jax.Array) -> jax.Array:
+    """The largest t of which {p >= t} still adds up to `need`: exact and without a sort.
 
-    x [5 3 3 1], weights [.4 .2 .2 .2], need .5 -> 3 (which keeps three: ties stay together).
-    Bisection over the float32 numbers in their order: 32 passes and no sort.
+    p [1 .5 .5 .2], need 1.2 -> .5 (which keeps three: ties stay together). p is between 0 and 1,
+    where floats are ordered like their bits: 30 halvings of [0, bits of 1] leave one number.
     """
-
-    def flip(i_B):  # the bits of negative floats count backwards; its own inverse
-        return i_B ^ ((i_B >> 31) & 0x7FFFFFFF)
+    as_float = lambda i_B: lax.bitcast_convert_type(i_B, jnp.float32)
 
     def halve(_, bounds):
         low_B, high_B = bounds  # enough at low, not enough at high
-        middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)  # the mean, without overflow
-        t_B = lax.bitcast_convert_type(flip(middle_B), jnp.float32)
-        enough_B = jnp.sum(jnp.where(x_BV >= t_B[:, None], weight_BV, 0.0), axis=-1) >= need_B
+        middle_B = (low_B + high_B) // 2
+        keep_BV = p_BV >= as_float(middle_B)[:, None]
+        enough_B = jnp.sum(jnp.where(keep_BV, p_BV, 0.0), axis=-1) >= need_B
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
-    high_B = flip(lax.bitcast_convert_type(jnp.max(x_BV, axis=-1), jnp.int32)) + 1
-    low_B = flip(lax.bitcast_convert_type(jnp.full_like(need_B, -jnp.inf), jnp.int32))
-    low_B, _ = lax.fori_loop(0, 32, halve, (low_B, high_B))
-    return lax.bitcast_convert_type(flip(low_B), jnp.float32)
+    low_B = jnp.zeros_like(need_B, jnp.int32)
+    high_B = lax.bitcast_convert_type(jnp.ones_like(need_B), jnp.int32) + 1
+    return as_float(lax.fori_loop(0, 30, halve, (low_B, high_B))[0])
 
 
 def truncate(x_BV: jax.Array, rules: Rules, how: dict) -> jax.Array:
@@ -122,8 +119,9 @@ def truncate(x_BV: jax.Array, rules: Rules, how: dict) -> jax.Array:
         candidates_BA = largest(x_BV, min(rules.top_k, x_BV.shape[1]))
         t_B = jnp.min(candidates_BA, axis=-1)  # not [:, -1]: XLA on a CPU would sort them all
     if rules.top_p:
-        p_BA = jnp.exp(candidates_BA - top_B[:, None])
-        t_B = threshold(candidates_BA, p_BA, how["top_p"] * jnp.sum(p_BA, axis=-1))
+        p_BA = jnp.exp(candidates_BA - top_B[:, None])  # 1 = the likeliest
+        p_B = nucleus(p_BA, how["top_p"] * jnp.sum(p_BA, axis=-1))
+        t_B = jnp.min(candidates_BA, axis=-1, where=p_BA >= p_B[:, None], initial=jnp.inf)
     if rules.min_p:
         t_B = jnp.maximum(t_B, top_B + jnp.log(how["min_p"]))
     return jnp.where(x_BV >= t_B[:, None], x_BV, -jnp.inf)
@@ -378,9 +376,7 @@ class Sampler:
             return shelf, state
 
         shapes = jax.eval_shape(body)
-        everywhere = jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=_specs(shapes),
-                                   check_vma=False)  # nothing is reduced  # fmt: skip
-        return everywhere()
+        return jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=_specs(shapes))()
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
     def prefill(self, params, lora, shelf, prompts):

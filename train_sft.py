@@ -3,7 +3,7 @@
     loss = - sum over completion tokens of log p(token | everything before it) / their number
 
 The sum and the number run over the whole update: every micro-batch, every device. The stop token
-is one of the completion's tokens, prompts and padding are not.
+is one of the completion's tokens, prompts (unless --prompt-loss) and padding are not.
 
     python train_sft.py                                    # the tiny model, CPU, three minutes
     python train_sft.py --model gemma3-1b --data gsm8k     # a v5e-8, GPU, ...
@@ -75,6 +75,8 @@ class Config:
     """System text put before every question; it travels with the run to the next stage."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    prompt_loss: float = 0.0
+    """Weight of the prompts' tokens in the loss; from scratch 0.1 teaches the language sooner."""
     max_length: int | None = None
     """Tokens in a packed row, and the longest example."""
 
@@ -190,8 +192,9 @@ def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: st
     logp_BT, _ = gemma.token_logps(
         x_BTD[:, :-1], head_VD, batch["tokens"][:, 1:], softcap=cfg.final_logit_softcapping
     )
-    mask_BT = batch["mask"][:, 1:].astype(jnp.float32)
-    return -jnp.sum(logp_BT * mask_BT), jnp.sum(mask_BT)
+    in_prompt_BT = (batch["positions"][:, 1:] > 0) * config.prompt_loss  # not padding, not a BOS
+    weight_BT = jnp.where(batch["mask"][:, 1:] > 0, 1.0, in_prompt_BT)
+    return -jnp.sum(logp_BT * weight_BT), jnp.sum(weight_BT)
 
 
 def join(trained, fixed, dtype) -> tuple[dict, dict | None]:
@@ -485,7 +488,8 @@ def main(config: Config) -> Path:
             lora.save(folder, live, cfg, str(start.weights), config.lora_dropout)
         else:
             stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
-            gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), trained)
+            weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)  # as published
+            gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
             tok.save(folder)
         lora.write_prompt(folder, config.system)
 

@@ -700,6 +700,9 @@ def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypa
 # ------------------------------------------------------------------------------------- self-check
 
 
+PARAGRAPH = [{"role": "user", "content": gemma.PARAGRAPH}]
+
+
 def lines_of(output):
     """{what: (mark, detail)} of a self-check."""
     rows = [
@@ -715,8 +718,8 @@ def save_both(path, cfg, params, tok):
 
 
 def overfitted(cfg, tok, steps=20):
-    """A model that knows gemma.PARAGRAPH by heart."""
-    ids_BT = jnp.asarray([[tok.bos, *tok.encode(gemma.PARAGRAPH)]])
+    """A model that knows gemma.PARAGRAPH, said by a user, by heart."""
+    ids_BT = jnp.asarray([tok.chat(PARAGRAPH, generate=False)])
     opt = optax.adam(3e-3)
 
     def loss(params):
@@ -755,6 +758,26 @@ def test_a_model_that_reads_english_passes(tokenizers, tmp_path, monkeypatch, ca
         assert lines_of(capsys.readouterr().out)["golden"][0] == mark
 
 
+def test_the_shipped_model_passes_and_opens_in_transformers(capsys):
+    assert gemma.self_check(str(ROOT / "tiny"))
+    found = lines_of(capsys.readouterr().out)
+    assert found["parameters"][0] == "ok" and "the size of tiny" in found["parameters"][1]
+    assert sum(f.stat().st_size for f in (ROOT / "tiny").iterdir()) < 2.5e6
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny", dtype=torch.float32)
+    their_tok = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny")
+    cfg, params = gemma.load(ROOT / "tiny")
+    tok, turn = data.Tokenizer(ROOT / "tiny"), [{"role": "user", "content": gemma.QUESTION}]
+    assert their_tok.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] == tok.chat(
+        turn
+    )
+    ids = np.array([tok.chat(turn)])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(gemma.logits(params, cfg, ids), expected, atol=5e-5)
+
+
 def test_an_untrained_model_fails_by_its_perplexity(tokenizers, tmp_path):
     cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
     params = random_params(cfg)
@@ -765,11 +788,13 @@ def test_an_untrained_model_fails_by_its_perplexity(tokenizers, tmp_path):
     assert done.returncode == 1 and done.stderr == "", done.stderr
     found = lines_of(done.stdout)
     assert [what for what, (mark, _) in found.items() if mark == "FAIL"] == ["perplexity"]
-    ids_BT = jnp.asarray([[tok.bos, *tok.encode(gemma.PARAGRAPH)]])
+    ids_BT = jnp.asarray([tok.chat(PARAGRAPH, generate=False)])
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(
         logits(params, cfg, ids_BT)[:, :-1], ids_BT[:, 1:]
     )
-    expected = float(jnp.exp(loss_BT.mean()))
+    n = len(tok.encode(gemma.PARAGRAPH))
+    assert tok.decode(ids_BT[0, -2 - n : -2]) == gemma.PARAGRAPH
+    expected = float(jnp.exp(loss_BT[0, -2 - n : -2].mean()))
     assert abs(float(found["perplexity"][1].split()[0]) - expected) < 0.02 and expected > 100
     assert done.stdout.splitlines()[-1].startswith("FAIL")
 

@@ -66,8 +66,8 @@ NUMBERS = [
     ("4.2e1", 42), ("4.2E+1", 42), ("420e-1", 42), ("3 × 10^8", 3e8), ("3 x 10⁸ m/s", 3e8),
     ("3 \\times 10^{-2}", 0.03), ("4.2 million", 4200000), ("½", 0.5), ("-½", -0.5), ("3½", 3.5),
     ("⅓", 1 / 3), ("1/2", 0.5), ("1⁄2", 0.5), ("3 1/2", 3.5), ("-3 1/2", -3.5), ("10 / 4", 2.5),
-    ("\\frac{1}{2}", 0.5), (".5", 0.5), ("The answer is 42", 42), ("12 + 7 = 19", 19), ("10-15", 15),
-    ("10 m²", 10), ("٤٢", 42), ("４２", 42), ("答案是42", 42), ("4\n2", 2),
+    ("\\frac{1}{2}", 0.5), (".5", 0.5), ("The answer is 42", 42), ("12 + 7 = 19", 19),
+    ("10-15", 15), ("10 m²", 10), ("٤٢", 42), ("４２", 42), ("答案是42", 42), ("4\n2", 2),
     ("", None), ("none", None), ("nan", None), ("inf", None), ("-Infinity", None), ("H2O", None),
     ("²", None), ("2^10", None), ("1/0", None), ("1e999", None), ("1e-99999", None),
     ("9" * 10_000, None), ("1" + ",000" * 9_999, None), ("-", None), ("$", None), ("1e", 1),
@@ -102,7 +102,8 @@ RIGHT = [
 WRONG = [
     ("", "42"), (" ", "42"), (".", "42"), ("", ""), ("...", "..!"), ("x", ""), (None, "42"),
     ("4", "42"), ("142", "42"), ("42 or 43", "42"), ("42.001", "42"), ("1234567", "1234568"),
-    ("-42", "42"), ("42 m", "42 km"), ("0.33", "1/3"), ("nan", "nan or inf"), ("forty", "42"),
+    ("-42", "42"), (".5", "5"), ("1, -2", "1, 2"), ("(-3, 4)", "(3, 4)"),
+    ("42 m", "42 km"), ("0.33", "1/3"), ("nan", "nan or inf"), ("forty", "42"),
     ("9" * 400, "9" * 399 + "8"), ("1e999", "42"), ("2^10", "10"),
     ("Par", "Paris"), ("Paris, France", "Paris"), ("not Paris", "Paris"), ("C", "C++"),
     ("(4, 3)", "(3, 4)"), ("It is Paris or Rome", "Paris"),
@@ -151,12 +152,18 @@ def test_kinds():
 
 
 def test_equal_votes_are_equal_answers():
-    same = [("number", "42", "It is 42.0"), ("number", "½", "1/2"), ("choice", "(B)", "B. Oslo"),
-            ("boolean", "Yes.", "true"), ("list", "a, b", "b and a"), ("text", "Oslo!", "oslo")]  # fmt: skip
+    same = [
+        ("number", "42", "It is 42.0"),
+        ("number", "½", "1/2"),
+        ("choice", "(B)", "B. Oslo"),
+        ("boolean", "Yes.", "true"),
+        ("list", "a, b", "b and a"),
+        ("text", "Oslo!", "oslo"),
+    ]
     for kind, a, b in same:
         assert vote(a, kind) == vote(b, kind) is not None
     for kind in rewards.KINDS[1:]:
-        assert vote(None, kind) is vote("", kind) is vote(" .\n", kind) or kind == "text"
+        assert vote(None, kind) is vote("", kind) is vote(" \n", kind) is None
     assert vote("no number", "number") is None
 
 
@@ -203,8 +210,8 @@ def test_whole_numbers_survive_their_spellings(n, spelling):
 
 
 HOSTILE = ["9", ",000", "1,", "1 ", "1/", "1e", "1.", "-", "$", "1^", "3 x 10^", " ", "\n", "a",
-           "<answer>", "<reasoning>", "answer is ", "answer", "####", "½", "²", "٤", "A) ", "(", "B,",
-           "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{"]  # fmt: skip
+           "<answer>", "<reasoning>", "answer is ", "answer", "####", "½", "²", "٤", "A) ", "(",
+           "B,", "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{"]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
@@ -223,4 +230,4 @@ def test_time_grows_with_the_text_and_no_faster(piece):
             best = min(best, time.process_time() - began)
         return best
 
-    assert cost(32_000) < 9 * cost(8_000) + 0.02
+    assert cost(16_000) < 9 * cost(4_000) + 0.02

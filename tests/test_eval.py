@@ -1,0 +1,382 @@
+"""eval.py: the statistics by hand and by scipy, every kind of row, and runs that survive a kill."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import data
+import eval as evaluation
+import gemma
+import lora
+import rewards
+from sampler import Rollout
+
+TINY = gemma.Config(
+    "gemma3_text", 768, 32, 48, 2, 4, 2, 16, 16, 16, (False, True), 1e4, 1e6,
+    max_position_embeddings=256, eos_token_id=(1, 11),
+)  # fmt: skip
+TOK = data.Tokenizer(ROOT / "tiny")
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    assert evaluation.pass_at_k(4, 1, 2) == 0.5
+    assert evaluation.pass_at_k(5, 0, 3) == 0.0 and evaluation.pass_at_k(5, 3, 3) == 1.0
+    for n, c in itertools.product(range(1, 7), range(7)):
+        for k in range(1, n + 1) if c <= n else ():
+            draws = [any(i < c for i in draw) for draw in itertools.combinations(range(n), k)]
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(np.mean(draws))
+    with pytest.raises(ValueError, match="pass@5 of 4"):
+        evaluation.pass_at_k(4, 1, 5)
+
+
+def test_ties_of_a_vote_count_as_the_share_that_is_right():
+    vote = evaluation.majority
+    assert vote(["a", "a", "b"], [True, True, False]) == 1.0
+    assert vote(["a", "b", "b"], [True, False, False]) == 0.0
+    assert vote(["a", "b", "b", "a", "c"], [True, False, False, True, False]) == 0.5
+    assert vote(["a", "b", "c"], [False, False, True]) == pytest.approx(1 / 3)
+    assert vote(["a", None, None], [True, False, False]) == 1.0  # no answer, no vote
+    assert vote([None, None], [False, False]) == 0.0
+
+
+def test_intervals_by_hand():
+    np.testing.assert_allclose(evaluation.wilson(8, 10), (0.490163, 0.943318), atol=1e-6)
+    assert evaluation.wilson(0, 10)[0] == 0.0 and evaluation.wilson(10, 10)[1] == 1.0
+    values = np.random.default_rng(1).random(400)
+    half = 1.96 * values.std(ddof=1) / 20
+    low, high = evaluation.bootstrap(values)
+    np.testing.assert_allclose((low, high), (values.mean() - half, values.mean() + half), atol=4e-3)
+    assert evaluation.bootstrap(values) == (low, high)
+
+
+def test_mcnemar_by_hand():
+    assert evaluation.mcnemar(0, 0) == 1.0 and evaluation.mcnemar(3, 3) == 1.0
+    assert evaluation.mcnemar(6, 1) == evaluation.mcnemar(1, 6) == 2 * (1 + 7) / 2**7
+
+
+def test_intervals_and_mcnemar_are_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for c, n in ((0, 7), (3, 7), (7, 7), (500, 1319)):
+        ci = stats.binomtest(c, n).proportion_ci(method="wilson")
+        np.testing.assert_allclose(evaluation.wilson(c, n), (ci.low, ci.high), atol=1e-12)
+    for wins, losses in ((5, 0), (10, 4), (3, 9), (120, 80)):
+        p = stats.binomtest(wins, wins + losses).pvalue
+        assert evaluation.mcnemar(wins, losses) == pytest.approx(p)
+
+
+# -------------------------------------------------------------------------------------- problems
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_the_prompt_is_the_one_of_training(system):
+    row = data.word_problem("test", 0)
+    problem = evaluation.read_problem(row, TOK, system)
+    assert list(problem.prompt) == TOK.chat(data.messages(row, system)[:-1])
+    assert (problem.gold, problem.kind, problem.domain) == (row["answer"], "number", "math")
+    assert problem.id == evaluation.read_problem(row, TOK).id  # whatever the system text
+
+
+GSM8K = {"question": "How many?", "answer": "He has 2 * 3 = <<2*3=6>>6.\n#### 6"}
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+@pytest.mark.parametrize(
+    "row, gold, kind",
+    [
+        (GSM8K, "6", "number"),
+        ({"question": "How many?", "answer": 6}, "6", "number"),
+        ({"question": "Where?", "answer": "Oslo"}, "Oslo", "text"),
+        ({"question": "Who?", "answer": ["Ann", "Bo"]}, "Ann, Bo", "list"),
+        ({"question": "Who?", "answer": "42", "kind": "text"}, "42", "text"),
+        ({"question": "?", "choices": ["Rome", "Oslo"], "answer": "B"}, "B", "choice"),
+        ({"question": "?", "choices": ["Rome", "Oslo"], "answer": "Oslo"}, "B", "choice"),
+        ({"question": "?", "choices": [4, 5], "answer": 1}, "B", "choice"),
+        ({"prompt": "Write a poem.", "rubrics": ["It rhymes."]}, None, "auto"),
+        ({"question": "Why?", "reference": "Because."}, None, "auto"),
+        ({"prompt": "2?", "completion": data.format_completion("1+1", "2")}, "2", "number"),
+        ({"prompt": CHAT[:1], "completion": "Ho"}, None, "auto"),
+        ({"messages": CHAT}, None, "auto"),
+        ({"messages": CHAT[:1], "answer": "yes"}, "yes", "boolean"),
+    ],
+)
+def test_rows_of_every_shape(row, gold, kind):
+    problem = evaluation.read_problem(row, TOK, source="file")
+    assert (problem.gold, problem.kind, problem.domain) == (gold, kind, "file")
+    assert problem.prompt[-1] == TOK.encode("\n")[-1] and TOK.decode(problem.prompt)
+
+
+def test_choices_are_shown():
+    row = {"question": "Where is it?", "choices": ["Rome", "Oslo"], "answer": "B", "domain": "geo"}
+    problem = evaluation.read_problem(row, TOK)
+    assert problem.question == "Where is it?\nA) Rome\nB) Oslo" and problem.domain == "geo"
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ({"text": "?"}, "expected messages, prompt or question"),
+        ({"question": ""}, "expected a text"),
+        ({"question": "?", "answer": " "}, "the answer is empty"),
+        ({"question": "?", "choices": ["a", "b"], "answer": "Z"}, "none of the 2 choices"),
+        ({"question": "?", "choices": "ab", "answer": "a"}, "expected a list of choices"),
+        ({"messages": []}, "list of messages"),
+        ({"question": "?", "answer": "1", "kind": "maths"}, "kind 'maths'"),
+        ({"question": "many " * 99, "answer": "1"}, "more than --max-prompt 64"),
+    ],
+)
+def test_bad_rows_are_named_or_counted(row, complaint, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    good = {"question": "How many?", "answer": "1"}
+    file.write_text("".join(json.dumps(r) + "\n" for r in (good, row, good)))
+    with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{complaint}"):
+        evaluation.load_problems(str(file), TOK, max_prompt=64)
+    problems, bad = evaluation.load_problems(str(file), TOK, max_prompt=64, skip_bad_rows=True)
+    assert len(problems) == 2 and len({p.id for p in problems}) == 2 and len(bad) == 1
+
+
+# ---------------------------------------------------------------------------------------- grading
+
+
+class Parrot:
+    """Stands in for a Sampler: says what it is told, in an order of its own."""
+
+    def __init__(self, greedy, sampled):
+        self.texts = {0.0: greedy, 1.0: sampled}
+
+    def sample(self, params, prompts, n, *, temperature, **_):
+        for p in reversed(list(prompts)):
+            texts = self.texts[temperature][p]
+            for i in reversed(range(n)):
+                ids = np.array([*TOK.encode(texts[i]), TOK.end_of_turn])
+                yield Rollout(
+                    p, i, ids, np.zeros(len(ids)), "length" if "cut" in texts[i] else "stop"
+                )
+
+
+def said(answer):
+    return data.format_completion("So", answer)
+
+
+ROWS = [
+    {"question": "How many?", "answer": "6", "task_type": "math"},
+    {"question": "How much?", "answer": "7", "task_type": "math"},
+    {"question": "Where?", "choices": ["Rome", "Oslo"], "answer": "B", "task_type": "geo"},
+    {"prompt": "A poem.", "rubrics": ["It rhymes."], "task_type": "poems"},
+]
+PROBLEMS = [evaluation.read_problem(row, TOK) for row in ROWS]
+PARROT = Parrot(
+    [[said("6")], ["It is 7."], [said("A")], [said("Roses")]],
+    [
+        [said("6"), said("6.0"), said("5"), "6, cut"],
+        [said("7"), said("8"), said("8"), said("7")],
+        ["Oslo", "Rome", "cut", "Oslo"],
+        ["Roses"] * 4,
+    ],
+)
+
+
+@pytest.mark.smoke
+def test_every_metric_by_hand():
+    results, rows = evaluation.evaluate(PARROT, None, TOK, PROBLEMS, samples=4, every_s=None)
+    assert [(r["problem"], r["mode"], r["sample"]) for r in rows[:6]] == [
+        (0, "greedy", 0), *((0, "sampled", i) for i in range(4)), (1, "greedy", 0)
+    ]  # fmt: skip
+    expected = {
+        "n": 4, "n_graded": 3, "pass@1": 2 / 3, "pass@1_tags": 1 / 3, "format": 3 / 4,
+        "pass@1_sampled": (3 + 2 + 2) / 12, "pass@1_sampled_tags": (2 + 2 + 0) / 12,
+        "pass@2": (1 + 5 / 6 + 5 / 6) / 3, "pass@4": 1.0, "pass@4_tags": 2 / 3,
+        "maj@4": (1 + 0.5 + 1) / 3, "maj@4_tags": (1 + 0.5) / 3,
+        "format_sampled": 7 / 16, "stop_stop": 1.0, "stop_length": 0.0,
+        "stop_length_sampled": 2 / 16, "stop_repetition": 0.0,
+        "length": np.mean([r["n_tokens"] for r in rows if r["mode"] == "greedy"]),
+    }  # fmt: skip
+    assert {k: results[k] for k in expected} == pytest.approx(expected)
+    assert results["intervals"]["pass@1"] == evaluation.wilson(2, 3)
+    low, high = results["intervals"]["pass@2"]
+    assert low <= results["pass@2"] <= high
+    math, geo, poems = (results["domains"][d] for d in ("math", "geo", "poems"))
+    assert (math["n"], math["pass@1"], geo["pass@1"]) == (2, 1.0, 0.0)
+    assert poems["n_graded"] == 0 and "pass@1" not in poems and poems["format_sampled"] == 0.0
+    text = evaluation.table(results)
+    assert "66.7  [" in text and "poems" in text
+
+
+def test_accuracy_and_format_are_two_questions():
+    """The same answers, with tags and without."""
+    bare = Parrot([["It is 6."], ["so 7"], ["B"], ["x"]], None)
+    full = Parrot([[said("6")], [said("7")], [said("B")], [said("x")]], None)
+    (a, _), (b, _) = (
+        evaluation.evaluate(p, None, TOK, PROBLEMS, every_s=None) for p in (bare, full)
+    )
+    assert (a["pass@1"], a["format"], a["pass@1_tags"]) == (1.0, 0.0, 0.0)
+    assert (b["pass@1"], b["format"], b["pass@1_tags"]) == (1.0, 1.0, 1.0)
+
+
+def test_without_greedy_the_samples_are_pass_at_1_and_without_gold_there_is_none():
+    results, _ = evaluation.evaluate(
+        PARROT, None, TOK, PROBLEMS, greedy=False, samples=4, every_s=None
+    )
+    assert results["pass@1"] == pytest.approx(7 / 12) and "pass@1_sampled" not in results
+    results, _ = evaluation.evaluate(PARROT, None, TOK, PROBLEMS[3:], every_s=None)
+    assert (results["pass@1"], results["n"], results["n_graded"]) == (None, 1, 0)
+
+
+def test_a_comparison_pairs_the_problems_both_have():
+    better = Parrot([[said("6")], ["It is 7."], [said("B")], [said("Roses")]], PARROT.texts[1.0])
+    _, ours = evaluation.evaluate(better, None, TOK, PROBLEMS, every_s=None)
+    # the other run saw the problems in another order, one of them not at all, and sampled too
+    shuffled = Parrot([PARROT.texts[0.0][i] for i in (2, 0, 3)],
+                      [PARROT.texts[1.0][i] for i in (2, 0, 3)])  # fmt: skip
+    problems = [PROBLEMS[i] for i in (2, 0, 3)]
+    _, theirs = evaluation.evaluate(shuffled, None, TOK, problems, samples=4, every_s=None)
+    pairs = evaluation.compare(ours, theirs)
+    assert pairs["n"] == 3
+    expected = {
+        "n": 2,
+        "this": 1.0,
+        "other": 0.5,
+        "difference": 0.5,
+        "wins": 1,
+        "losses": 0,
+        "p": 1,
+    }
+    assert {k: pairs["pass@1"][k] for k in expected} == expected
+    assert (
+        pairs["format"]["difference"] == 0 and "p" not in pairs["length"] and "maj@4" not in pairs
+    )
+    assert "1 won, 0 lost" in evaluation.table(evaluation.summarize(ours) | {"compare": pairs})
+    with pytest.raises(ValueError, match="none of its 1 problems"):
+        evaluation.compare(ours, theirs[:0] + [theirs[0] | {"id": "another"}])
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random tiny model, an adapter trained under a system text, and rows of two domains."""
+    folder = tmp_path_factory.mktemp("model")
+    noise = lambda shape: np.random.default_rng(0).normal(0, 0.2, shape).astype("f4")
+    params = jax.tree.map(lambda spec: noise(spec.shape(TINY)), gemma.specs(TINY))
+    gemma.save(folder / "base", TINY, params)
+    TOK.save(folder / "base")
+    a_shape, b_shape = lora._shapes(gemma.LINEARS["q_proj"], TINY, 2)
+    adapter = {"a": noise(a_shape), "b": noise(b_shape), "scale": np.full(2, 0.5, "f4")}
+    adapter = {part: {"q_proj": array} for part, array in adapter.items()}
+    lora.save(folder / "adapter", adapter, TINY)
+    lora.write_prompt(folder / "adapter", "Be brief.")
+    rows = [data.word_problem("test", i) for i in range(4)] + ROWS[2:]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return evaluation.Config(
+        weights=str(folder / "base"), data=str(folder / "rows.jsonl"), out=str(tmp_path / "out"),
+        samples=2, max_new=8, max_prompt=128, slots=1, top_k=40,
+    )  # fmt: skip
+
+
+@pytest.mark.smoke
+def test_end_to_end_and_after_a_kill(config, tmp_path, monkeypatch, capsys):
+    results = evaluation.main(config)
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {"pass@1", "format", "n"} <= results.keys() and results["n"] == 6
+    assert "6 problems, 5 with an answer to check" in printed and "poems" in printed
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * 3 and results == evaluation.summarize(rows)
+    assert len({r["completion"] for r in rows}) > 10
+
+    # the same, killed after some problems by a progress line that raises
+    class Killed(Exception):
+        pass
+
+    calls, kill_at = [], [13]
+
+    def show(n_done, n_all, s_each):
+        calls.append(n_done)
+        assert n_all == 18 and s_each > 0
+        if n_done in kill_at:
+            raise Killed
+
+    killed = dataclasses.replace(config, out=str(tmp_path / "killed"))
+    real = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "show", show)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **kw: real(*a, **kw, every_s=0.0))
+    with pytest.raises(Killed):
+        evaluation.main(killed)
+    journal = tmp_path / "killed" / "samples.jsonl"
+    n_written = len(journal.read_text().splitlines())
+    assert 6 <= n_written < 18 and not (tmp_path / "killed" / "results.json").exists()
+    with journal.open("a") as f:
+        f.write('{"problem": 5, "id": "to')  # a torn line
+    calls.clear()
+    kill_at.clear()
+    again = evaluation.main(killed)
+    assert calls[0] == n_written + 1 and calls[-1] == 18  # what was finished stayed
+    assert again == results
+    assert journal.read_bytes() == (out / "samples.jsonl").read_bytes()
+    calls.clear()
+    assert evaluation.main(killed) == results and not calls  # nothing is left to sample
+
+
+def test_an_adapter_brings_its_system_text_and_can_be_compared(config, folder, tmp_path):
+    config = dataclasses.replace(config, samples=0, rows=2)
+    evaluation.main(config)
+    tuned = dataclasses.replace(
+        config, adapter=str(folder / "adapter"), out=str(tmp_path / "tuned"), compare=config.out
+    )
+    results = evaluation.main(tuned)
+    assert results["compare"]["n"] == 2 and "p" in results["compare"]["pass@1"]
+    assert json.loads((tmp_path / "tuned/config.json").read_text())["system"] == "Be brief."
+    with pytest.raises(ValueError, match="trained under"):
+        evaluation.main(dataclasses.replace(tuned, system="Be long."))
+    # the folder belongs to what it was begun with
+    with pytest.raises(ValueError, match="checksum of the weights was"):
+        evaluation.main(dataclasses.replace(config, adapter=tuned.adapter))
+    with pytest.raises(ValueError, match="--max-new was 8 .* now it is 4"):
+        evaluation.main(dataclasses.replace(config, max_new=4))
+    with pytest.raises(ValueError, match="no samples.jsonl"):
+        evaluation.main(dataclasses.replace(config, compare=str(tmp_path)))
+
+
+def test_defaults_and_bad_flags():
+    config = evaluation.resolve(evaluation.Config(model="gemma3-1b", samples=8))
+    assert (config.samples, config.data, config.dtype) == (8, "gsm8k:test", "bfloat16")
+    for config in (evaluation.Config(samples=-1), evaluation.Config(samples=0, greedy=False)):
+        with pytest.raises(ValueError, match="--samples"):
+            evaluation.resolve(config)
+    with pytest.raises(ValueError, match="--model llama"):
+        evaluation.resolve(evaluation.Config(model="llama"))
+
+
+def test_the_system_text_is_that_of_training():
+    import train_sft
+
+    assert evaluation.SYSTEM == train_sft.SYSTEM
+    assert all(tag in evaluation.SYSTEM for tag in rewards.TAGS)
+
+
+def test_help_says_a_sentence_about_every_field():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for field in dataclasses.fields(evaluation.Config):
+        assert "--" + field.name.replace("_", "-") in done.stdout, field.name

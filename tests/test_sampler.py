@@ -1,0 +1,395 @@
+"""Rollouts against transformers, against the trainer's log-probs, and against themselves.
+
+Lengths are made long-tailed by temperature and stop ids: at temperature 50 the tiny models are
+nearly uniform over 96 words, so k stop ids end a rollout with probability k/96 at every token.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_gemma import TINY, random_params
+
+import gemma
+import lora
+from sampler import BLOCK, Rollout, Rules, Sampler, draw
+
+FAMILIES = ("gemma2", "gemma3")
+CONTEXT = 100  # shorter than the longest prompt plus the longest completion
+CFG = {k: dataclasses.replace(c, max_position_embeddings=CONTEXT) for k, c in TINY.items()}
+params_of = functools.cache(lambda family: random_params(CFG[family], seed=3))
+
+
+def mesh(n_devices):
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((n_devices,), ("data",), axis_types=axis_types,
+                         devices=jax.devices()[:n_devices])  # fmt: skip
+
+
+def sampler(family="gemma3", n_devices=1, slots=4, **sizes):
+    """Equal samplers share what is compiled: the tests use few different ones."""
+    sizes = {"max_prompt": 40, "max_new": 64, "shelf": 3, "chunk": 8} | sizes
+    return Sampler(CFG[family], mesh(n_devices), slots, dtype=jnp.float32, **sizes)
+
+
+def random_prompts(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 96, n).tolist() for n in lengths]
+
+
+def by_number(rollouts) -> dict[tuple, Rollout]:
+    rollouts = list(rollouts)
+    found = {(r.prompt, r.index): r for r in rollouts}
+    assert len(found) == len(rollouts), "a rollout was handed out twice"
+    return found
+
+
+def tokens(rollouts) -> dict[tuple, list]:
+    return {k: [*r.ids.tolist(), r.stop] for k, r in by_number(rollouts).items()}
+
+
+def long_tailed(**more):
+    return {"temperature": 50.0, "stop": (5, 9), **more}
+
+
+# ---------------------------------------------------------------------------------- which tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_generate(tmp_path, family):
+    """64 tokens after prompts of mixed lengths: a cached window of 5 turns many times over."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    gemma.save(tmp_path, CFG[family], params_of(family))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    ).eval()
+    model.generation_config.eos_token_id = None
+    prompts = random_prompts(1, 3, 9, 17, 31, 36)
+    ours = by_number(
+        sampler(family).sample(params_of(family), prompts, n=2, temperature=0, stop=())
+    )
+    assert len(ours) == 12
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64,
+                                    do_sample=False)[0, len(prompt) :].tolist()  # fmt: skip
+        assert ours[i, 0].ids.tolist() == ours[i, 1].ids.tolist() == theirs, f"prompt {i}"
+        assert ours[i, 0].stop == "length"
+
+
+def reference_distribution(logits_V, temperature, top_k=0, top_p=1.0, min_p=0.0, forbidden=()):
+    """Sorts, in float64: what transformers' four warpers do one after the other."""
+    x_V = np.float64(logits_V) / temperature
+    x_V[list(forbidden)] = -np.inf
+    if top_k:
+        x_V[x_V < np.sort(x_V)[-top_k]] = -np.inf
+    p_V = np.exp(x_V - x_V.max())
+    if top_p < 1:
+        order = np.argsort(-p_V)
+        before = np.cumsum(p_V[order]) - p_V[order]
+        p_V[order[before >= top_p * p_V.sum()]] = 0
+    p_V[p_V < min_p * p_V.max()] = 0
+    return p_V / p_V.sum()
+
+
+@pytest.mark.parametrize("rules", [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.7, "forbidden": (0, 3, 299)},
+    {"top_k": 1},
+    {"top_k": 7, "temperature": 1.3},
+    {"top_k": 200},
+    {"top_p": 0.3},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 1.5, "forbidden": (17,)},
+], ids=str)  # fmt: skip
+def test_frequencies_of_100k_draws_match_the_softmax(rules, n=100_000, V=300):
+    """Chi-square over 300 words (three blocks, the last one short), and the exact support."""
+    stats = pytest.importorskip("scipy.stats")
+    rules = {"temperature": 1.0} | rules
+    logits_V = np.random.default_rng(1).normal(0, 2, V).astype(np.float32)
+    expected_V = n * reference_distribution(logits_V, **rules)
+    forbidden_V = np.zeros(V, bool)
+    forbidden_V[list(rules.pop("forbidden", ()))] = True
+    how = {"top_p": 1.0, "min_p": 0.0, "forbidden_V": forbidden_V} | rules
+    compiled = Rules(rules.get("top_k", 0), "top_p" in rules, "min_p" in rules)
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), n).reshape(10, -1)
+    rows = jnp.broadcast_to(logits_V, (n // 10, V))
+    how = {k: jnp.float32(v) if np.ndim(v) == 0 else v for k, v in how.items()}
+    one = jax.jit(lambda key_B: draw(rows, key_B, compiled, how))
+    token_B, logp_B = (np.concatenate(z) for z in zip(*map(one, keys), strict=True))
+    counts_V = np.bincount(token_B, minlength=V)
+    assert not counts_V[expected_V == 0].any(), "drew a token that was ruled out"
+    common = expected_V >= 5
+    assert counts_V[expected_V >= 20].all(), "never drew a token that is allowed"
+    seen = [*counts_V[common], counts_V[~common].sum()]
+    wanted = [*expected_V[common], expected_V[~common].sum()]
+    if wanted[-1] < 5:
+        seen[-2:], wanted[-2:] = [sum(seen[-2:])], [sum(wanted[-2:])]
+    if len(wanted) > 1:
+        assert stats.chisquare(seen, wanted).pvalue > 1e-3
+    untruncated_V = jax.nn.log_softmax(logits_V / rules["temperature"])
+    np.testing.assert_allclose(logp_B, untruncated_V[token_B], atol=1e-5)
+
+
+def test_rollouts_have_noise_of_their_own():
+    """The first two tokens of 3000 rollouts: each right, and independent of each other."""
+    stats = pytest.importorskip("scipy.stats")
+    family, prompt = "gemma3", random_prompts(6)[0]
+    make = functools.partial(sampler(family, slots=64).sample, params_of(family))
+    rollouts = list(make([prompt], n=3000, max_new=2, temperature=0.7, stop=()))
+    first, second = np.array([r.ids for r in rollouts]).T
+    logits_BTV = gemma.logits(params_of(family), CFG[family], jnp.asarray([prompt]))
+    expected_V = 3000 * np.asarray(jax.nn.softmax(logits_BTV[0, -1] / 0.7), np.float64)
+    common = expected_V >= 5
+    seen = [*np.bincount(first, minlength=96)[common], sum(~common[first])]
+    wanted = [*expected_V[common], expected_V[~common].sum()]
+    assert stats.chisquare(seen, np.array(wanted) * 3000 / sum(wanted)).pvalue > 1e-3
+    assert np.mean(first == second) < 0.5
+    few = functools.partial(make, [prompt, prompt], n=4, max_new=16, temperature=2.0, stop=())
+    calls = [few(seed=0, step=0), few(seed=0, step=0), few(seed=0, step=1), few(seed=1, step=0)]
+    a, again, *others = map(tokens, calls)
+    assert a == again
+    streams = [tuple(ids) for call in (a, *others) for ids in call.values()]
+    assert len(set(streams)) == 3 * 8, "two of (seed, step, prompt, rollout) share their noise"
+    renamed = tokens(make({7: prompt, 1: prompt}, n=4, max_new=16, temperature=2.0, stop=()))
+    assert {k: v for k, v in renamed.items() if k[0] == 1} == {k: a[k] for k in a if k[0] == 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_do_not_depend_on_devices_slots_or_order(family):
+    prompts = random_prompts(5, 40, 23, 1, 12, 33, 2, 30, 8, 19, 27)
+    numbered = dict(enumerate(prompts))
+    params, settings = params_of(family), {"n": 5, "temperature": 1.3, "stop": range(3, 8), "top_k": 30}
+    expected = tokens(sampler(family).sample(params, prompts, **settings))
+    assert len(expected) == 55 and len({len(ids) for ids in expected.values()}) > 10
+    others = [sampler(family, slots=64), sampler(family, n_devices=8)]
+    for s in others:
+        assert tokens(s.sample(params, prompts, **settings)) == expected
+    backwards = dict(reversed(numbered.items()))
+    assert tokens(sampler(family).sample(params, backwards, **settings)) == expected
+    sharded = jax.tree.map(
+        lambda w, spec: jax.device_put(w, NamedSharding(mesh(8), spec)),
+        params, gemma.pspecs(CFG[family], True),
+    )  # fmt: skip
+    assert tokens(others[1].sample(sharded, backwards, **settings)) == expected
+
+
+# --------------------------------------------------------------------------------- log-probs, ends
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logps_are_the_trainers(family):
+    """With an adapter, a temperature and every truncation: gemma.hidden on the whole sequence."""
+    cfg, params = CFG[family], params_of(family)
+    adapter = lora.init(cfg, jax.random.key(0), rank=4, alpha=8.0)
+    adapter["b"] = jax.tree.map(
+        lambda b: 0.3 * jax.random.normal(jax.random.key(1), b.shape), adapter["b"]
+    )
+    prompts = random_prompts(3, 40, 14)
+    for temperature in (0.6, 0):
+        rollouts = sampler(family).sample(
+            params, prompts, n=3, lora=adapter, temperature=temperature, top_k=20, top_p=0.95,
+            min_p=0.01, stop=(5, 9),
+        )  # fmt: skip
+        for r in rollouts:
+            row = np.zeros(CONTEXT + 4, int)  # one shape, and padding cannot be seen from before
+            row[: len(prompts[r.prompt]) + len(r.ids)] = [*prompts[r.prompt], *r.ids]
+            x_BTD = hidden(params, cfg, row[None], lora=adapter)
+            logp_BT, _ = gemma.token_logps(
+                x_BTD[:, :-1], gemma.head(params, cfg), jnp.asarray(row[None, 1:]),
+                temperature=temperature or 1.0, softcap=cfg.final_logit_softcapping,
+            )  # fmt: skip
+            start = len(prompts[r.prompt]) - 1
+            np.testing.assert_allclose(r.logps, logp_BT[0, start : start + len(r.ids)], atol=1e-5)
+            assert r.logps.dtype == np.float32 and r.ids.dtype == np.int32
+
+
+hidden = jax.jit(gemma.hidden, static_argnames="cfg")
+
+
+def test_each_rollout_says_why_it_ended():
+    stop = (5, 9, 11)
+    prompts = random_prompts(4, 40)
+    make = functools.partial(sampler().sample, params_of("gemma3"), prompts, temperature=3.0)
+    rollouts = by_number(make(n=30, stop=stop))
+    assert len(rollouts) == 60
+    for r in rollouts.values():
+        n, limit = len(r.ids), min(64, CONTEXT - len(prompts[r.prompt]))
+        assert n == len(r.logps) and not np.isin(r.ids[:-1], stop).any()
+        assert (r.stop == "stop") == (r.ids[-1] in stop), "the stop token is part of the rollout"
+        assert r.stop == "stop" or (r.stop == "length" and n == limit)
+    assert {r.stop for r in rollouts.values()} == {"stop", "length"}
+    shorter = by_number(make(n=30, stop=stop, max_new=7))
+    for k, r in rollouts.items():
+        assert shorter[k].ids.tolist() == r.ids[:7].tolist()
+    default = by_number(make(n=30))  # the config's stop id is 1
+    assert any(r.ids[-1] == 1 for r in default.values())
+
+
+def test_forbidden_tokens_are_never_drawn():
+    allowed = {0, 7, 20, 31}
+    forbidden = set(range(40)) - allowed
+    make = functools.partial(sampler().sample, params_of("gemma3"), random_prompts(4, 9),
+                             forbidden=forbidden, vocab_size=40, stop=())  # fmt: skip
+    for temperature in (0, 5.0):
+        rollouts = list(make(n=4, temperature=temperature))
+        drawn = set(np.concatenate([r.ids for r in rollouts]).tolist())
+        assert drawn == allowed if temperature else drawn <= allowed
+    # They still count in the log-probs, which are the trainer's.
+    assert all(np.exp(r.logps).mean() < 0.2 for r in make(n=4, temperature=50.0))
+
+
+def first_repetition(ids, limit):
+    """Length at which, for some period p <= 64, `limit` tokens in a row equal the one p before."""
+    for n in range(1, len(ids) + 1):
+        for p in range(1, 65):
+            if n >= limit + p and ids[n - limit : n] == ids[n - limit - p : n - p]:
+                return n
+    return None
+
+
+def test_repetition_is_a_stop_reason_of_its_own_and_off_by_default():
+    make = functools.partial(sampler().sample, params_of("gemma3"), random_prompts(4, 9), n=20,
+                             forbidden=range(3), vocab_size=6, temperature=4.0, stop=())  # fmt: skip
+    free = by_number(make())
+    assert {r.stop for r in free.values()} == {"length"}
+    ended = by_number(make(repetition=8))
+    assert {r.stop for r in ended.values()} == {"length", "repetition"}
+    for k, r in ended.items():
+        n = first_repetition(free[k].ids.tolist(), 8)
+        assert r.ids.tolist() == free[k].ids[:n].tolist()
+        assert r.stop == ("repetition" if n else "length")
+
+
+# ------------------------------------------------------------------------------------ work and flow
+
+
+@pytest.mark.parametrize("n_devices, slots, n", [(1, 8, 4), (8, 4, 16)])
+def test_slots_refill(n_devices, slots, n):
+    """Long-tailed lengths (mean 34 of at most 64), a queue of ten times the slots."""
+    n_prompts, stats = 10 * slots * n_devices // n, {}
+    prompts = random_prompts(*[1 + i % 30 for i in range(n_prompts)])
+    s = sampler(n_devices=n_devices, slots=slots, shelf=4)
+    rollouts = list(s.sample(params_of("gemma3"), prompts, n, stats=stats, **long_tailed()))
+    lengths = np.array([len(r.ids) for r in rollouts])
+    assert len(rollouts) == n_prompts * n and stats["tokens"] == lengths.sum()
+    assert lengths.std() > 20
+    assert stats["slot_steps"] <= 1.15 * lengths.sum(), f"{stats['slot_steps'] / lengths.sum():.3f}"
+    assert n_prompts <= stats["prefills"] <= (1 if n_devices == 1 else 1.2) * n_prompts
+
+
+def test_a_prompt_is_prefilled_once_however_often_it_is_given():
+    stats = {}
+    prompts = random_prompts(4, 9) * 3
+    list(sampler().sample(params_of("gemma3"), prompts, 3, stats=stats, **long_tailed()))
+    assert stats["prefills"] == 2
+    one = random_prompts(5)  # wanted on every device at once
+    rollouts = list(sampler(n_devices=8).sample(params_of("gemma3"), one, 64, stats=stats,
+                                                **long_tailed()))  # fmt: skip
+    assert len(rollouts) == 64 and stats["prefills"] == 8
+
+
+def test_rollouts_are_handed_out_while_others_decode():
+    stats, seen = {}, []
+    s, prompts = sampler(), random_prompts(4, 9, 13)
+    for r in s.sample(params_of("gemma3"), prompts, 8, stats=stats, **long_tailed()):
+        seen.append((stats["rounds"], len(r.ids)))
+    rounds = [n for n, _ in seen]
+    assert rounds[0] <= 3 and rounds[-1] > 10 and len(set(rounds)) > 5
+    # One that is dropped half way leaves nothing behind.
+    again = functools.partial(s.sample, params_of("gemma3"), prompts, 8, **long_tailed())
+    next(again())
+    one, other = again(), again()
+    mixed = [next(one), next(other)]
+    assert tokens([mixed[0], *one]) == tokens([mixed[1], *other])
+
+
+def test_nothing_is_compiled_after_the_first_call():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    for n_devices in (1, 8):
+        make = functools.partial(sampler(n_devices=n_devices).sample, params_of("gemma3"))
+        list(make(random_prompts(3), 2))
+        before = len(compiled)
+        list(make(random_prompts(40, 1, 33), 3, temperature=0.5, seed=3))
+        list(make(random_prompts(2, 8, seed=1), 5, temperature=0, step=2, max_new=9))
+        list(make(random_prompts(*range(1, 30)), 1, stop=(7, 8), forbidden=(1, 2)))
+        list(make({5: [1, 2]}, 1, temperature=7.0, vocab_size=90))
+        assert len(compiled) == before
+    assert before
+
+
+def test_caches_are_updated_in_place():
+    """No operation of a compiled step copies a cache, and no temporary is as large as they are."""
+    s = sampler(slots=7, max_prompt=11)
+    function, args = s.programs(params_of("gemma3"))["decode"]
+    compiled = function.lower(*args).compile()
+    caches = [c[k] for c in args[-1]["cache"].values() for k in "kv"]
+    shapes = {"f32[" + ",".join(map(str, c.shape)) + "]" for c in caches}
+    text = compiled.as_text()
+    assert all(shape in text for shape in shapes)
+    copies = [x for x in text.splitlines() if " copy(" in x and any(f"= {s}" in x for s in shapes)]
+    assert not copies, copies[0]
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[-1]))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
+
+
+def test_shapes_of_programs_are_those_of_a_call():
+    """What an ahead-of-time compilation is given is what a call then uses."""
+    s = sampler()
+    list(s.sample(params_of("gemma3"), random_prompts(3), max_new=2))
+    for name, (function, args) in s.programs(params_of("gemma3")).items():
+        before = function._cache_size()
+        assert before, name
+        function.lower(*args)
+        assert function._cache_size() == before
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def test_what_cannot_be_sampled_is_said_in_one_line():
+    make = functools.partial(sampler().sample, params_of("gemma3"))
+    cases = [
+        (([[]],), {}, "prompt 0 has 0 tokens, expected 1 to 40"),
+        (([[1], [1] * 41],), {}, "prompt 1 has 41 tokens, expected 1 to 40"),
+        (([[1, 96]],), {}, "prompt 0 has ids from 1 to 96, expected 0 to 95"),
+        (([[1]], 0), {}, "n=0: expected 1 or more"),
+        (([[1]],), {"temperature": -0.5}, "temperature=-0.5: expected 0"),
+        (([[1]],), {"temperature": float("nan")}, "temperature=nan"),
+        (([[1]],), {"top_k": -1}, "top_k=-1"),
+        (([[1]],), {"top_p": 0.0}, "top_p=0.0"),
+        (([[1]],), {"top_p": 1.5}, "top_p=1.5"),
+        (([[1]],), {"min_p": 2.0}, "min_p=2.0"),
+        (([[1]],), {"max_new": 65}, "max_new=65: expected 1 to 64"),
+        (([[1]],), {"repetition": -1}, "repetition=-1"),
+        (([[1]],), {"stop": (96,)}, "stop: id 96"),
+        (([[1]],), {"forbidden": (-1,)}, "forbidden: id -1"),
+        (([[1]],), {"vocab_size": 0}, "no token is left"),
+    ]
+    for args, settings, message in cases:  # at the call, not at the first rollout
+        with pytest.raises(ValueError) as error:
+            make(*args, **settings)
+        assert message in str(error.value) and "\n" not in str(error.value), error.value
+    bf16 = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params_of("gemma3"))
+    with pytest.raises(ValueError, match="the parameters are bfloat16"):
+        sampler().sample(bf16, [[1]])
+    with pytest.raises(ValueError, match="slots=0: expected 1 or more"):
+        sampler(slots=0)
+    short = dataclasses.replace(CFG["gemma3"], max_position_embeddings=20)
+    with pytest.raises(ValueError, match="prompt 0 has 20 tokens, expected 1 to 19"):
+        Sampler(short, dtype=jnp.float32).sample(params_of("gemma3"), [[1] * 20])
+    assert list(make([])) == []
+    assert BLOCK == 128
