@@ -441,6 +441,12 @@ def _name(rng: random.Random, nouns: list, lines: list) -> list:
 # --- rows ----------------------------------------------------------------------------------------
 
 
+SYSTEM = (
+    "Think about the problem first and write your reasoning between <reasoning> and </reasoning>. "
+    "Then write only the final answer between <answer> and </answer>."
+)
+
+
 def format_completion(reasoning: str, answer: str) -> str:
     """The completion every stage trains on and rewards."""
     return f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"

@@ -109,12 +109,8 @@ class Config:
     """Folder of an earlier evaluation, to compare with on the problems both have."""
 
 
-SYSTEM = (
-    "Think about the problem first and write your reasoning between <reasoning> and </reasoning>. "
-    "Then write only the final answer between <answer> and </answer>."
-)
 REAL = dict(
-    dtype="bfloat16", data="gsm8k:test", rows=0, system=SYSTEM, samples=4, max_prompt=512,
+    dtype="bfloat16", data="gsm8k:test", rows=0, system=data.SYSTEM, samples=4, max_prompt=512,
     max_new=768, slots=64,
 )  # fmt: skip
 DEFAULTS = {

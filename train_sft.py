@@ -41,7 +41,10 @@ from jax.sharding import PartitionSpec as P
 import data
 import gemma
 import lora
+import rewards
 import runs
+from eval import Problem, evaluate
+from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -127,6 +130,13 @@ class Config:
     """Steps between held-out losses; the best checkpoint is kept."""
     eval_rows: int = 256
     """Held-out examples."""
+    eval_accuracy: int = 0
+    """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
+    accurate one, not the one of least loss."""
+    show: int = 2
+    """Completions of held-out prompts shown at each evaluation and kept in samples.jsonl."""
+    max_new: int | None = None
+    """Tokens of such a completion."""
     save_every: int | None = None
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -135,19 +145,16 @@ class Config:
     """wandb, tensorboard or both, comma-separated, if installed."""
 
 
-SYSTEM = (
-    "Think about the problem first and write your reasoning between <reasoning> and </reasoning>. "
-    "Then write only the final answer between <answer> and </answer>."
-)
 REAL = dict(
-    dtype="bfloat16", data="gsm8k", system=SYSTEM, max_length=1024, lora_rank=16, steps=500,
+    dtype="bfloat16", data="gsm8k", system=data.SYSTEM, max_length=1024, lora_rank=16, steps=500,
     batch_rows=32, micro_rows=4, learning_rate=2e-4, remat="layer", eval_every=100, save_every=100,
+    max_new=512,
 )  # fmt: skip
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", system="", max_length=256, lora_rank=16, steps=200,
         batch_rows=16, micro_rows=16, learning_rate=2e-3, remat="none", eval_every=50,
-        save_every=50,
+        save_every=50, max_new=128,
     ),
     "gemma2": REAL,
     "gemma3": REAL,
@@ -157,9 +164,11 @@ MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    system = lora.read_prompt(config.adapter, config.system)
+    system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, system=system)
-    table = DEFAULTS[config.model if config.model in DEFAULTS else config.model[: len("gemma3")]]
+    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
+    if table is None:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
     if config.from_scratch:
         filled["lora_rank"] = 0
@@ -429,6 +438,19 @@ def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
     return batches, held_out[: config.eval_rows]
 
 
+def problem(ids, mask, tok: data.Tokenizer) -> Problem:
+    """A held-out example as a question to answer: its prompt, and the answer in its completion."""
+    first = int(np.argmax(mask))
+    length = int(np.argmin(np.append(mask[first:], 0)))  # of the first turn that is trained on
+    question = tok.decode(ids[:first], keep_special=True).rsplit("<start_of_turn>user\n", 1)[-1]
+    question = question.split("<end_of_turn>")[0]
+    _, gold, strict = rewards.parse(tok.decode(ids[first : first + length]))
+    gold = gold if strict else None
+    kind = "auto" if gold is None else rewards.kind_of(gold)
+    prompt = tuple(ids[:first].tolist())
+    return Problem(question, prompt, question, gold, kind, (), "held-out")
+
+
 def main(config: Config) -> Path:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
@@ -476,10 +498,30 @@ def main(config: Config) -> Path:
     eval_rows = config.micro_rows * mesh.size
     eval_set = data.eval_batches(held_out, config.max_length, eval_rows)
 
-    def evaluate():
+    problems = [problem(*e, tok) for e in held_out[: max(config.eval_accuracy, config.show)]]
+    longest = max((len(p.prompt) for p in problems), default=1)
+    sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
+                      max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+
+    def measure(run, step) -> float:
+        """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
         sums = [eval_step(trained, fixed, place(b, mesh, P("data"))) for b in eval_set]
         total, count = np.sum(jax.device_get(sums), axis=0)
-        return {"eval_loss": float(total / count)}
+        metrics = {"eval_loss": float(total / count)}
+        rows = []
+        if problems:
+            params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
+            results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
+            if config.eval_accuracy:
+                metrics |= {"eval_accuracy": results["pass@1"], "eval_format": results["format"]}
+        run.log(step, metrics)
+        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
+                for row in rows[: config.show]]  # fmt: skip
+        run.log_samples(step, keep)
+        for row in keep:
+            runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
+        return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
 
     def write_model(folder: Path) -> None:
         if config.lora_rank:
@@ -540,9 +582,8 @@ def main(config: Config) -> Path:
             if config.eval_every and step % config.eval_every == 0 and not ends:
                 log_pending()
                 with budget.measure("eval"):
-                    pending_eval = evaluate()
-                run.log(step, pending_eval)
-                save(score=-pending_eval["eval_loss"])
+                    score = measure(run, step)
+                save(score)
                 began = time.perf_counter()
             elif config.save_every and step % config.save_every == 0 and not ends:
                 save()
@@ -551,11 +592,8 @@ def main(config: Config) -> Path:
         if p < 1:
             save()
             run.stop()
-        result = evaluate()
         if saved is None or step > saved.step:
-            run.log(step, result)
-            save(score=-result["eval_loss"])
-        runs.say(f"step {step}: held-out loss {result['eval_loss']:.4f}")
+            save(measure(run, step))
         return run.finish(write_model)
 
 

@@ -366,8 +366,9 @@ def test_defaults_and_bad_flags():
 def test_the_system_text_is_that_of_training():
     import train_sft
 
-    assert evaluation.SYSTEM == train_sft.SYSTEM
-    assert all(tag in evaluation.SYSTEM for tag in rewards.TAGS)
+    for module in (evaluation, train_sft):
+        assert module.DEFAULTS["gemma3"]["system"] is data.SYSTEM
+    assert all(tag in data.SYSTEM for tag in rewards.TAGS)
 
 
 def test_help_says_a_sentence_about_every_field():

@@ -33,6 +33,10 @@ TINY = {  # 5 = 2*2 + 1 and 7 = 2*3 + 1 layers: whole periods and a rest
 }  # fmt: skip
 # Compiling is most of this file's time: these two options take three quarters off it.
 PLAIN = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+try:
+    jax.jit(lambda: 0, compiler_options=PLAIN).lower().compile()
+except jax.errors.JaxRuntimeError:  # JAX 0.12 no longer has the second
+    del PLAIN["xla_cpu_use_fusion_emitters"]
 jit = functools.partial(jax.jit, compiler_options=PLAIN)
 hidden = jit(gemma.hidden, static_argnames="cfg")
 logits = jit(gemma.logits, static_argnames="cfg")
@@ -64,7 +68,7 @@ def random_tokens(cfg, *shape, seed=0):
 def assert_close(ours, theirs, tol, what=""):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape and np.isfinite(ours).all()
-    worst = np.abs(ours - theirs).max()
+    worst = np.abs(ours - theirs).max(initial=0.0)
     assert worst <= tol, f"{what} differ by {worst:.2e} > {tol:.0e}"
 
 
@@ -73,7 +77,7 @@ def assert_same_trees(ours, theirs, tol):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
     ):
-        assert_close(a, b, tol * float(jnp.abs(b).max()), jax.tree_util.keystr(path))
+        assert_close(a, b, tol * float(jnp.abs(b).max(initial=0.0)), jax.tree_util.keystr(path))
 
 
 # ------------------------------------------------------------------------------------- transformers
