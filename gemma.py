@@ -93,17 +93,18 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
     kind = hf.get("model_type")
     if kind not in ("gemma2", "gemma3", "gemma3_text"):
         raise ValueError(f"{source}: model_type {kind!r}, expected gemma2, gemma3 or gemma3_text")
-    raw = hf.get("text_config", hf)
+    raw = hf.get("text_config") or hf
     get = {k: v for k, v in raw.items() if v is not None}.get
     gemma3 = kind != "gemma2"
     if get("attention_bias") or get("use_bidirectional_attention"):
         raise ValueError(f"{source}: attention_bias and bidirectional attention are not supported")
-    if "gelu" not in (act := get("hidden_activation", get("hidden_act", "gelu_pytorch_tanh"))):
+    act = get("hidden_activation", get("hidden_act", "gelu_pytorch_tanh"))
+    if act not in ("gelu_pytorch_tanh", "gelu", "gelu_new"):  # Gemma's is tanh in any spelling
         raise ValueError(f"{source}: hidden_activation is {act!r}, expected gelu_pytorch_tanh")
     n = get("num_hidden_layers", 26)
     every = get("sliding_window_pattern", get("_sliding_window_pattern", 6 if gemma3 else 2))
     kinds = get("layer_types") or [
-        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(n)
+        "sliding_attention" if (i + 1) % max(every, 1) else "full_attention" for i in range(n)
     ]
     if len(kinds) != n or not set(kinds) <= {"sliding_attention", "full_attention"}:
         raise ValueError(f"{source}: layer_types {kinds} do not describe {n} layers")
@@ -163,6 +164,8 @@ def config_to_dict(cfg: Config, dtype: str = "float32") -> dict:
         "pad_token_id": 0,
         "torch_dtype": dtype,
     }
+    if all(g == ((i + 1) % cfg.period == 0) for i, g in enumerate(cfg.is_global)):
+        hf["sliding_window_pattern"] = cfg.period  # all that transformers 4.50 to 4.52 read
     if cfg.rope_factor != 1.0:
         hf["rope_scaling"] = {"factor": cfg.rope_factor, "rope_type": "linear"}
     return hf
@@ -307,7 +310,10 @@ def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
 
 
 def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_H: jax.Array) -> jax.Array:
-    """Rotary embedding, half-split: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """Rotary embedding, half-split: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    freq_H and the angles are half as wide as H.
+    """
     angle_BTNH = positions_BT[:, :, None, None].astype(jnp.float32) * freq_H[None, None, None]
     sin, cos = jnp.sin(angle_BTNH), jnp.cos(angle_BTNH)
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -322,14 +328,13 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
     """
     B, T, N, H = q_BTNH.shape
     K = cfg.num_key_value_heads
-    q_BTKMH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(
-        cfg.query_pre_attn_scalar**-0.5, q_BTNH.dtype
-    )
+    q_BTKMH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = []
     for k_BKSH, _, mask_BTS in parts:
         s_BKMTS = jnp.einsum(
             "BTKMH,BKSH->BKMTS", q_BTKMH, k_BKSH, preferred_element_type=jnp.float32
         )
+        s_BKMTS *= cfg.query_pre_attn_scalar**-0.5
         if cap := cfg.attn_logit_softcapping:
             s_BKMTS = cap * jnp.tanh(s_BKMTS / cap)
         scores.append(jnp.where(mask_BTS[:, None, None], s_BKMTS, -1e30))

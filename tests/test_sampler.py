@@ -21,8 +21,11 @@ from sampler import BLOCK, Rollout, Rules, Sampler, draw
 
 FAMILIES = ("gemma2", "gemma3")
 CONTEXT = 100  # shorter than the longest prompt plus the longest completion
-CFG = {k: dataclasses.replace(c, max_position_embeddings=CONTEXT) for k, c in TINY.items()}
-params_of = functools.cache(lambda family: random_params(CFG[family], seed=3))
+CFG = {  # with a head of its own: a tied random model mostly repeats its last token
+    family: dataclasses.replace(cfg, max_position_embeddings=CONTEXT, tie_word_embeddings=False)
+    for family, cfg in TINY.items()
+}
+params_of = functools.cache(lambda family: random_params(CFG[family], seed=4))
 
 
 def mesh(n_devices):
@@ -64,6 +67,7 @@ def long_tailed(**more):
 def test_greedy_equals_transformers_generate(tmp_path, family):
     """64 tokens after prompts of mixed lengths: a cached window of 5 turns many times over."""
     torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     gemma.save(tmp_path, CFG[family], params_of(family))
@@ -76,13 +80,15 @@ def test_greedy_equals_transformers_generate(tmp_path, family):
         sampler(family).sample(params_of(family), prompts, n=2, temperature=0, stop=())
     )
     assert len(ours) == 12
-    for i, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64,
-                                    do_sample=False)[0, len(prompt) :].tolist()  # fmt: skip
-        assert ours[i, 0].ids.tolist() == ours[i, 1].ids.tolist() == theirs, f"prompt {i}"
-        assert ours[i, 0].stop == "length"
+    padded = np.array([[0] * (36 - len(p)) + p for p in prompts])  # on the left, masked
+    with torch.no_grad():
+        theirs = model.generate(
+            torch.tensor(padded), attention_mask=torch.tensor(padded > 0).long(), do_sample=False,
+            max_new_tokens=64,
+        )[:, 36:].tolist()  # fmt: skip
+    for i, ids in enumerate(theirs):
+        assert ours[i, 0].ids.tolist() == ours[i, 1].ids.tolist() == ids, f"prompt {i}"
+        assert ours[i, 0].stop == "length" and len(set(ids)) > 15
 
 
 def reference_distribution(logits_V, temperature, top_k=0, top_p=1.0, min_p=0.0, forbidden=()):
@@ -125,8 +131,9 @@ def test_frequencies_of_100k_draws_match_the_softmax(rules, n=100_000, V=300):
     keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), n).reshape(10, -1)
     rows = jnp.broadcast_to(logits_V, (n // 10, V))
     how = {k: jnp.float32(v) if np.ndim(v) == 0 else v for k, v in how.items()}
-    one = jax.jit(lambda key_B: draw(rows, key_B, compiled, how))
-    token_B, logp_B = (np.concatenate(z) for z in zip(*map(one, keys), strict=True))
+    one = jax.jit(lambda rows, key_B, how: draw(rows, key_B, compiled, how))  # no constants to fold
+    drawn = [one(rows, key_B, how) for key_B in keys]
+    token_B, logp_B = (np.concatenate(z) for z in zip(*drawn, strict=True))
     counts_V = np.bincount(token_B, minlength=V)
     assert not counts_V[expected_V == 0].any(), "drew a token that was ruled out"
     common = expected_V >= 5
@@ -285,7 +292,7 @@ def test_slots_refill(n_devices, slots, n):
     assert len(rollouts) == n_prompts * n and stats["tokens"] == lengths.sum()
     assert lengths.std() > 20
     assert stats["slot_steps"] <= 1.15 * lengths.sum(), f"{stats['slot_steps'] / lengths.sum():.3f}"
-    assert n_prompts <= stats["prefills"] <= (1 if n_devices == 1 else 1.2) * n_prompts
+    assert n_prompts <= stats["prefills"] <= (1 if n_devices == 1 else 1.5) * n_prompts
 
 
 def test_a_prompt_is_prefilled_once_however_often_it_is_given():
@@ -319,16 +326,17 @@ def test_nothing_is_compiled_after_the_first_call():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
+    jax.jit(lambda x: x + len(compiled))(1)
+    assert compiled
     for n_devices in (1, 8):
         make = functools.partial(sampler(n_devices=n_devices).sample, params_of("gemma3"))
         list(make(random_prompts(3), 2))
         before = len(compiled)
-        list(make(random_prompts(40, 1, 33), 3, temperature=0.5, seed=3))
+        list(make(random_prompts(40, 1, 33), 3, temperature=0.5, seed=4))
         list(make(random_prompts(2, 8, seed=1), 5, temperature=0, step=2, max_new=9))
         list(make(random_prompts(*range(1, 30)), 1, stop=(7, 8), forbidden=(1, 2)))
         list(make({5: [1, 2]}, 1, temperature=7.0, vocab_size=90))
         assert len(compiled) == before
-    assert before
 
 
 def test_caches_are_updated_in_place():
