@@ -348,18 +348,24 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
 
 
 def linear(w: dict, lora: dict | None, name: str, x: jax.Array) -> jax.Array:
-    """x W, plus LoRA's scale * (x A) B where an adapter has this matrix (arXiv 2106.09685)."""
-    inp, out = LINEARS[name].inp, LINEARS[name].out
-    y = jnp.einsum(f"BT{inp},{inp}{out}->BT{out}", x, w[name])
-    if lora is None or name not in lora["a"]:
-        return y
-    if "dropout" in lora:  # see lora.with_dropout
-        key = jax.random.fold_in(lora["dropout"]["key"], list(LINEARS).index(name))
-        keep = lora["dropout"]["keep"]
-        x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
-    a, b = lora["a"][name].astype(x.dtype), lora["b"][name].astype(x.dtype)
-    xa_BTR = jnp.einsum(f"BT{inp},{inp}R->BTR", x, a) * lora["scale"][name].astype(x.dtype)
-    return y + jnp.einsum(f"BTR,R{out}->BT{out}", xa_BTR, b)
+    """x W, plus LoRA's scale * (x A) B where an adapter has this matrix (arXiv 2106.09685).
+
+    x [B, T, *inp] -> [B, T, *out], by products of two-dimensional arrays: for the gradient of the
+    same einsum on three axes XLA's CPU backend transposes whole activations (LOG.md).
+    """
+    B, T, inner = *x.shape[:2], len(LINEARS[name].inp)
+    out = w[name].shape[inner:]
+    flat = lambda z: z.reshape(math.prod(z.shape[:inner]), -1)  # [*inp, *out] -> [in, out]
+    x = x.reshape(B * T, -1)
+    y = x @ flat(w[name])
+    if lora is not None and name in lora["a"]:
+        if "dropout" in lora:  # see lora.with_dropout
+            key = jax.random.fold_in(lora["dropout"]["key"], list(LINEARS).index(name))
+            keep = lora["dropout"]["keep"]
+            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
+        a, b = (lora[k][name].astype(x.dtype) for k in "ab")
+        y += (x @ flat(a) * lora["scale"][name].astype(x.dtype)) @ b.reshape(b.shape[0], -1)
+    return y.reshape(B, T, *out)
 
 
 def layer(cfg, w, lora, x_BTD, positions_BT, freq_H, mask_BTT, past=(), remat_attention=False):

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,7 +46,6 @@ import gemma
 STOPS = (None, "stop", "length", "repetition")
 BLOCK = 128  # words in a block of the vocabulary: the width of a TPU register
 LONGEST_PERIOD = 64  # of a repetition, in tokens: a sentence or two
-SHORTEST_BUCKET = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,16 @@ class Rules(NamedTuple):
     top_p: bool = False
     min_p: bool = False
     repetition: bool = False
+
+
+class Job(NamedTuple):
+    """One rollout to do, on its way to a slot: five integers, on the host and on the device."""
+
+    row: int  # of ids_WC, where its tokens go
+    place: int  # of its prompt on the shelf
+    prompt: int
+    rollout: int
+    limit: int  # of completion tokens
 
 
 # ------------------------------------------------------------------------------------- one token
@@ -150,47 +160,48 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, how: dict) -> tup
     return token_B.astype(jnp.int32), logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-# --------------------------------------------------------------------------- what a device does
+# ----------------------------------------------------------------------------- what a device does
 
 
-def _prefill(cfg, params, lora, shelf, prompts):
-    """Puts this device's share of new prompts on its shelf: one prompt a pass, in its bucket."""
-    for bucket in prompts.values():
+def _prefill(cfg, buckets, params, lora, prompts, shelf):
+    """Puts new prompts on the shelf of this device, one a pass, the shortest first."""
 
-        def one(carry, bucket=bucket):
-            i, shelf = carry
-            tokens_1U, n, x = bucket["tokens"][i][None], bucket["length"][i], bucket["place"][i]
-            positions_1U = jnp.arange(tokens_1U.shape[1])[None]
-            cache = gemma.init_cache(cfg, *tokens_1U.shape, shelf["x_XD"].dtype)
-            x_1UD, cache = gemma.extend(params, cfg, cache, tokens_1U, positions_1U,
-                                        positions_1U < n, lora=lora, empty=True)  # fmt: skip
-            # A bucket's ring may be shorter than the shelf's, but then nothing in it has wrapped.
-            put = lambda old, new: lax.dynamic_update_slice(old, new, (0, x, 0, 0, 0))
-            kv = {kind: {k: put(c[k], cache[kind][k]) for k in "kv"}
-                  for kind, c in shelf["kv"].items()}  # fmt: skip
-            x_D = lax.dynamic_index_in_dim(x_1UD[0], n - 1, keepdims=False)
-            return i + 1, {"kv": kv, "x_XD": shelf["x_XD"].at[x].set(x_D),
-                           "length_X": shelf["length_X"].at[x].set(n)}  # fmt: skip
+    def one(U, carry):
+        i, shelf = carry
+        tokens_1U, n, x = prompts["tokens_XU"][i, None, :U], prompts["n_X"][i], prompts["place_X"][i]
+        positions_1U = jnp.arange(U)[None]
+        cache = gemma.init_cache(cfg, 1, U, shelf["x_XD"].dtype)
+        x_1UD, cache = gemma.extend(params, cfg, cache, tokens_1U, positions_1U, positions_1U < n,
+                                    lora=lora, empty=True)  # fmt: skip
+        # A bucket's ring may be shorter than the shelf's, but then nothing in it has wrapped.
+        put = lambda old, new: lax.dynamic_update_slice(old, new, (0, x, 0, 0, 0))
+        kv = {kind: {k: put(old[k], cache[kind][k]) for k in "kv"}
+              for kind, old in shelf["kv"].items()}  # fmt: skip
+        x_D = lax.dynamic_index_in_dim(x_1UD[0], n - 1, keepdims=False)
+        return i + 1, {"kv": kv, "x_XD": shelf["x_XD"].at[x].set(x_D),
+                       "n_X": shelf["n_X"].at[x].set(n)}  # fmt: skip
 
-        n = bucket["n"][0]  # differs between devices: no collective may be in this loop
-        _, shelf = lax.while_loop(lambda carry, n=n: carry[0] < n, one, (n * 0, shelf))
-    return shelf
+    carry = jnp.zeros_like(prompts["n"][0]), shelf
+    for U in buckets:  # each goes on where the last one stopped; no collective may be in here
+        here = lambda carry, U=U: (carry[0] < prompts["n"][0]) & (prompts["n_X"][carry[0]] <= U)
+        carry = lax.while_loop(here, functools.partial(one, U), carry)
+    return carry[1]
 
 
-def _turn(old, kv, b, x, length, now):
+def _turn(old, kv, b, x, n, now):
     """Copies prompt x of the shelf into row b of a cache, turned: its last token to slot `now` - 1.
 
     All rows write their next token into the same slot, `now` modulo the ring: so a write is one
     slice of the cache, where a slot of each row's own is a scatter (on a TPU, a copy of the cache).
     """
     S = old["pos"].shape[1]
-    position_S = length - 1 - (now - 1 - jnp.arange(S)) % S  # below 0: nothing in this slot
+    position_S = n - 1 - (now - 1 - jnp.arange(S)) % S  # below 0: nothing in this slot
 
     def copy(old_LBKSH, kv_LXKSH):
         row_L1KSH = lax.dynamic_slice_in_dim(kv_LXKSH, x, 1, axis=1)
         spare = S - row_L1KSH.shape[3]
         row_L1KSH = jnp.pad(row_L1KSH, ((0, 0), (0, 0), (0, 0), (0, spare), (0, 0)))
-        row_L1KSH = jnp.roll(row_L1KSH, now - length, axis=3)
+        row_L1KSH = jnp.roll(row_L1KSH, now - n, axis=3)
         return lax.dynamic_update_slice_in_dim(old_LBKSH, row_L1KSH, b, axis=1)
 
     pos_BS = old["pos"].at[b].set(jnp.maximum(position_S, -1))
@@ -204,18 +215,18 @@ def _admit(shelf, todo, state):
         return (state["next"][0] < todo["n"][0]) & ~jnp.all(state["active_B"])
 
     def one(state):
-        b = jnp.argmin(state["active_B"])
-        row, x, prompt, rollout, limit = todo["what"][state["next"][0]]
-        length = shelf["length_X"][x]
-        new = {"active_B": True, "x_BD": shelf["x_XD"][x], "position_B": length, "n_B": 0,
-               "limit_B": limit, "row_B": row, "prompt_B": prompt, "rollout_B": rollout,
-               "recent_BE": -1, "run_BE": 0}  # fmt: skip
+        b, now = jnp.argmin(state["active_B"]), state["steps"][0]
+        job_5 = todo["jobs_W5"][state["next"][0]]
+        job = Job(*job_5)
+        x, n = job.place, shelf["n_X"][job.place]
+        new = {"job_B5": job_5, "active_B": True, "x_BD": shelf["x_XD"][x], "position_B": n,
+               "n_B": 0, "recent_BE": -1, "run_BE": 0}  # fmt: skip
         new = {k: state[k].at[b].set(v) for k, v in new.items()}
-        turn = lambda kind: _turn(
-            state["cache"][kind], shelf["kv"][kind], b, x, length, state["steps"][0]
-        )
-        new["cache"] = {kind: turn(kind) for kind in state["cache"]}
-        new["stop_W"] = state["stop_W"].at[row].set(0)
+        new["cache"] = {
+            kind: _turn(old, shelf["kv"][kind], b, x, n, now)
+            for kind, old in state["cache"].items()
+        }
+        new["end_W2"] = state["end_W2"].at[job.row].set(0)
         return state | new | {"next": state["next"] + 1}
 
     return lax.while_loop(possible, one, state)
@@ -226,35 +237,32 @@ def _feed(cfg, params, lora, cache, token_B, position_B, active_B, now):
     x_B1D = gemma._embed(params, cfg, token_B[:, None], None)
     x_B1D, new = gemma._cached_layers(params, cfg, x_B1D, position_B[:, None], active_B[:, None],
                                       lora, cache)  # fmt: skip
-    # XLA on a CPU copies a cache when its write could overtake the last read. So the write waits
-    # for x: this minimum is always `now`.
+    # XLA on a CPU copies a cache whose write could overtake the last read, so the write waits for
+    # x: this minimum is always `now`. On a TPU it likes to write in another layout than it was
+    # given, and copies the caches of every call twice, so the layout is held.
     now = jnp.minimum(now, 2**30 + jnp.isnan(x_B1D[0, 0, 0]))
-    position_B = jnp.where(active_B, position_B, -1)
 
-    def write(old, k_LBK1H, v_LBK1H):
-        slot = now % old["pos"].shape[1]
-        put = lambda old, new, axis: lax.dynamic_update_slice_in_dim(
-            old, new.astype(old.dtype), slot, axis
-        )
-        return {"k": put(old["k"], k_LBK1H, 3), "v": put(old["v"], v_LBK1H, 3),
-                "pos": put(old["pos"], position_B[:, None], 1)}  # fmt: skip
+    def put(old, new, axis):
+        slot = now % old.shape[axis]
+        old = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis)
+        return with_layout_constraint(old, Layout(tuple(range(old.ndim))))
 
-    cache = cache | {kind: write(cache[kind], *kv) for kind, kv in new.items()}
+    pos_B1 = jnp.where(active_B, position_B, -1)[:, None]
+    cache = {kind: {"k": put(old["k"], new[kind][0], 3), "v": put(old["v"], new[kind][1], 3),
+                    "pos": put(old["pos"], pos_B1, 1)}
+             if kind in new else old for kind, old in cache.items()}  # fmt: skip
     return gemma.rms_norm(x_B1D[:, 0], params["norm"], cfg.rms_norm_eps), cache
 
 
 def _step(cfg, rules, params, lora, how, state):
     """Draws a token in every active slot, notes it, and feeds it to the model."""
-    active_B, n_B, row_B = state["active_B"], state["n_B"], state["row_B"]
+    active_B, n_B, job_B = state["active_B"], state["n_B"], Job(*state["job_B5"].T)
     fold = jax.vmap(lambda *ints: functools.reduce(jax.random.fold_in, ints, how["key"]))
-    key_B = fold(state["prompt_B"], state["rollout_B"], n_B)
+    key_B = fold(job_B.prompt, job_B.rollout, n_B)
     logits_BV = gemma.read_logits(cfg, gemma.head(params, cfg), state["x_BD"])
     token_B, logp_B = draw(logits_BV, key_B, rules, how)
-    n_out = state["stop_W"].shape[0]
-    here_B = jnp.where(active_B, row_B, n_out)  # out of range: dropped
-    put = lambda name, value_B: state[name].at[here_B, n_B].set(value_B, mode="drop")
-    new = {"ids_WC": put("ids_WC", token_B), "logp_WC": put("logp_WC", logp_B)}
-    stop_B = jnp.where(n_B + 1 >= state["limit_B"], STOPS.index("length"), 0)
+    new = {"n_B": n_B + 1, "position_B": state["position_B"] + 1, "steps": state["steps"] + 1}
+    stop_B = jnp.where(n_B + 1 >= job_B.limit, STOPS.index("length"), 0)
     if rules.repetition:
         same_BE = state["recent_BE"] == token_B[:, None]
         new["run_BE"] = jnp.where(same_BE, state["run_BE"] + 1, 0)
@@ -262,17 +270,19 @@ def _step(cfg, rules, params, lora, how, state):
         looping_B = jnp.max(new["run_BE"], axis=1) >= how["repetition"]
         stop_B = jnp.where(looping_B, STOPS.index("repetition"), stop_B)
     stop_B = jnp.where(how["stop_V"][token_B], STOPS.index("stop"), stop_B)
-    ended_B = jnp.where(active_B & (stop_B > 0), row_B, n_out)
-    new["stop_W"] = state["stop_W"].at[ended_B].set(stop_B, mode="drop")
-    new["length_W"] = state["length_W"].at[ended_B].set(n_B + 1, mode="drop")
-    active_B = active_B & (stop_B == 0)
-    x_BD, cache = _feed(cfg, params, lora, state["cache"], token_B, state["position_B"], active_B,
-                        state["steps"][0])  # fmt: skip
-    return state | new | {"cache": cache, "x_BD": x_BD, "active_B": active_B, "n_B": n_B + 1,
-                          "position_B": state["position_B"] + 1, "steps": state["steps"] + 1}  # fmt: skip
+    row_B = jnp.where(active_B, job_B.row, 2 * len(n_B))  # out of range: dropped
+    for name, value_B in (("ids_WC", token_B), ("logp_WC", logp_B)):
+        new[name] = state[name].at[row_B, n_B].set(value_B, mode="drop")
+    end_B2 = jnp.stack([stop_B, n_B + 1], axis=1)
+    new["end_W2"] = state["end_W2"].at[row_B].set(end_B2, mode="drop")
+    new["active_B"] = active_B & (stop_B == 0)
+    new["x_BD"], new["cache"] = _feed(cfg, params, lora, state["cache"], token_B,
+                                      state["position_B"], new["active_B"],
+                                      state["steps"][0])  # fmt: skip
+    return state | new
 
 
-def _decode_chunk(cfg, rules, params, lora, how, shelf, todo, state):
+def _decode(cfg, rules, params, lora, how, shelf, todo, state):
     """Up to todo["steps"] steps; fewer when all is done or too many slots wait for the host."""
     admit = functools.partial(_admit, shelf, todo)
     state = admit(state | {"next": jnp.zeros_like(state["next"])})
@@ -286,47 +296,44 @@ def _decode_chunk(cfg, rules, params, lora, how, shelf, todo, state):
     return lax.while_loop(more, lambda s: admit(_step(cfg, rules, params, lora, how, s)), state)
 
 
-def _spec(path, _) -> P:
-    """Caches are [layers, rows, ...], everything else has its rows first."""
-    return P(None, "data") if path[-1].key in ("k", "v") else P("data")
-
-
-_specs = functools.partial(jax.tree_util.tree_map_with_path, _spec)
-
-
-def one_device() -> Mesh:
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((1,), ("data",), axis_types=axis_types, devices=jax.devices()[:1])
+def _specs(tree):
+    """Everything on a device has its rows first, but for the caches: [layers, rows, ...]."""
+    one = lambda path, _: P(None, "data") if path[-1].key in ("k", "v") else P("data")
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 # ---------------------------------------------------------------------------- what the host does
 
 
 @dataclasses.dataclass
-class _Desk:
+class _Device:
     """What the host knows of one device."""
 
-    rows: list[int]  # of ids_WC, that are free
-    shelf: dict[int, int]  # text -> its place
-    live: dict[int, tuple]  # row -> (prompt, rollout), decoding
-    given: list[tuple]  # (row, place, text, prompt, rollout, limit), in the order of admission
+    rows: list[int]  # free rows of ids_WC
+    shelf: dict = dataclasses.field(default_factory=dict)  # text -> its place
+    given: list = dataclasses.field(default_factory=list)  # (text, job), waiting in this order
+    live: dict = dataclasses.field(default_factory=dict)  # row -> job that has a slot
+
+    @property
+    def n_jobs(self) -> int:
+        return len(self.given) + len(self.live)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The sizes that are compiled. Caches live only while `sample` runs: training has the memory.
+    """The sizes that are compiled. Caches exist only while `sample` runs: training has the memory.
 
-    All sizes are per device. A smaller `shelf` saves memory; with n=1 it limits how many rollouts
+    All sizes are of one device. A smaller `shelf` saves memory; with n=1 it is how many rollouts
     may start at a time. A shorter `chunk` hands rollouts out sooner and talks more to the host.
     """
 
     cfg: gemma.Config
-    mesh: Mesh = dataclasses.field(default_factory=one_device)
+    mesh: Mesh  # with an axis "data"
     slots: int = 64  # rollouts decoding at a time
     max_prompt: int = 512  # tokens
     max_new: int = 512  # tokens
-    shelf: int = 16  # prompts whose caches are kept while their rollouts wait
-    chunk: int = 32  # decode steps
+    shelf: int = 16  # prompts whose caches are kept while rollouts of theirs wait
+    chunk: int = 32  # decode steps before the host looks
     dtype: Any = jnp.bfloat16  # of the caches: the parameters' own
 
     def __post_init__(self):
@@ -336,14 +343,6 @@ class Sampler:
 
     # -- compiled
 
-    @property
-    def buckets(self) -> list[int]:
-        """Row lengths of prefill: powers of two below max_prompt, and max_prompt."""
-        lengths = [SHORTEST_BUCKET]
-        while lengths[-1] < self.max_prompt:
-            lengths.append(2 * lengths[-1])
-        return lengths[:-1] + [self.max_prompt]
-
     @functools.partial(jax.jit, static_argnums=0)
     def empty(self) -> tuple[dict, dict]:
         """The shelf and the state of all devices, with nothing in them."""
@@ -352,68 +351,70 @@ class Sampler:
             B, W, X, D = self.slots, 2 * self.slots, self.shelf, self.cfg.hidden_size
             cache = functools.partial(gemma.init_cache, self.cfg, dtype=self.dtype)
             ints = lambda *shape: jnp.zeros(shape, jnp.int32)
-            kv = {kind: {k: c[k] for k in "kv"} for kind, c in cache(X, self.max_prompt).items()}
-            shelf = {"kv": kv, "x_XD": jnp.zeros((X, D), self.dtype), "length_X": ints(X)}
+            prompts = cache(X, self.max_prompt)
+            shelf = {
+                "kv": {kind: {k: c[k] for k in "kv"} for kind, c in prompts.items()},
+                "x_XD": jnp.zeros((X, D), self.dtype),  # of the last token
+                "n_X": ints(X),  # tokens
+            }
             state = {
                 "cache": cache(B, self.max_prompt + self.max_new),
                 "x_BD": jnp.zeros((B, D), self.dtype),  # from which the next token is drawn
                 "active_B": jnp.zeros(B, bool),
-                "position_B": ints(B),  # of the next token
+                "position_B": ints(B),  # of the next token in its sequence
                 "n_B": ints(B),  # completion tokens so far
-                "limit_B": ints(B),
-                "row_B": ints(B),  # of ids_WC
-                "prompt_B": ints(B),
-                "rollout_B": ints(B),
+                "job_B5": ints(B, len(Job._fields)),
                 "recent_BE": ints(B, LONGEST_PERIOD),  # the last tokens, latest first
                 "run_BE": ints(B, LONGEST_PERIOD),  # tokens in a row equal to the one E+1 before
                 "ids_WC": ints(W, self.max_new),
                 "logp_WC": jnp.zeros((W, self.max_new)),
-                "length_W": ints(W),
-                "stop_W": ints(W),  # index into STOPS, 0 while decoding
-                "next": ints(1),  # how many of todo have been given a slot
-                "steps": ints(1),  # the clock that says which slot is written
+                "end_W2": ints(W, 2),  # index into STOPS (0 = decoding), tokens
+                "next": ints(1),  # how many jobs of this call have been given a slot
+                "steps": ints(1),  # since the start: the clock that says which slot is written
             }
             return shelf, state
 
-        shapes = jax.eval_shape(body)
-        return jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=_specs(shapes))()
+        specs = _specs(jax.eval_shape(body))
+        return jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=specs)()
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-    def prefill(self, params, lora, shelf, prompts):
-        body = functools.partial(_prefill, self.cfg)
-        return jax.shard_map(body, mesh=self.mesh, out_specs=_specs(shelf),
-                             in_specs=(P(), P(), _specs(shelf), P("data")))(
-            params, lora, shelf, prompts)  # fmt: skip
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+    def prefill(self, params, lora, prompts, shelf) -> dict:
+        buckets = [n for n in (2**i for i in range(5, 30)) if n < self.max_prompt]
+        body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt))
+        specs = P(), P(), P("data"), _specs(shelf)
+        return jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=specs[-1])(
+            params, lora, prompts, shelf)  # fmt: skip
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
-    def decode(self, rules, params, lora, how, shelf, todo, state):
-        body = functools.partial(_decode_chunk, self.cfg, rules)
+    def decode(self, rules, params, lora, how, shelf, todo, state) -> dict:
+        body = functools.partial(_decode, self.cfg, rules)
         specs = P(), P(), P(), _specs(shelf), P("data"), _specs(state)
         return jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=specs[-1])(
             params, lora, how, shelf, todo, state)  # fmt: skip
 
-    def programs(self, params, lora=None, rules: Rules = Rules()) -> dict[str, tuple]:
+    def programs(self, params, lora=None, rules: Rules | None = None) -> dict[str, tuple]:
         """The jitted functions, each with arguments to compile it for: {name: (function, args)}.
 
         params, lora: arrays or `ShapeDtypeStruct`s. Then `function.lower(*args).compile()`.
         """
-        same = lambda tree: jax.tree.map(lambda _: P(), tree)
-        rows = lambda tree: jax.tree.map(lambda _: P("data"), tree)
 
         def shapes(tree, specs):
             one = lambda x, spec: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)
             )
-            return jax.tree.map(one, tree, specs(tree))
+            return jax.tree.map(one, tree, specs)
 
-        shelf, state = (shapes(tree, _specs) for tree in jax.eval_shape(self.empty))
-        desks = [_Desk(list(range(2 * self.slots)), {}, {}, []) for _ in range(self.mesh.size)]
-        prompts, todo = self._pack_prompts([[]] * len(desks), {}), self._pack_todo(desks, {})
-        prompts, todo = shapes(prompts, rows), shapes(todo, rows)
-        params, lora, how = shapes(params, same), shapes(lora, same), shapes(self._how(), same)
+        shelf, state = (shapes(tree, _specs(tree)) for tree in jax.eval_shape(self.empty))
+        given = self._pack([_Device([])] * self.mesh.size, [[]] * self.mesh.size, {})
+        prompts, todo = (shapes(tree, _specs(tree)) for tree in given)
+        same = (params, lora, self._how())
+        params, lora, how = shapes(same, jax.tree.map(lambda _: P(), same))
         return {
-            "prefill": (Sampler.prefill, (self, params, lora, shelf, prompts)),
-            "decode": (Sampler.decode, (self, rules, params, lora, how, shelf, todo, state)),
+            "prefill": (Sampler.prefill, (self, params, lora, prompts, shelf)),
+            "decode": (
+                Sampler.decode,
+                (self, rules or Rules(), params, lora, how, shelf, todo, state),
+            ),
         }
 
     # -- on the host
@@ -445,129 +446,107 @@ class Sampler:
 
     def _run(self, params, lora, prompts, n, max_new, how, rules, stats):
         stats.update(prefills=0, rounds=0, tokens=0, slot_steps=0)
-        everywhere = NamedSharding(self.mesh, P())
-        params, lora, how = jax.device_put((params, lora, how), everywhere)
+        params, lora, how = jax.device_put((params, lora, how), NamedSharding(self.mesh, P()))
         texts, waiting = {}, {}  # equal prompts are one text, prefilled once
         for p, ids in prompts.items():
             text = texts.setdefault(tuple(ids), len(texts))
             limit = min(max_new, self.cfg.max_position_embeddings - len(ids))
             waiting.setdefault(text, deque()).extend((p, g, limit) for g in range(n))
         texts = list(texts)
-        desks = [_Desk(list(range(2 * self.slots)), {}, {}, []) for _ in range(self.mesh.size)]
+        devices = [_Device(list(range(2 * self.slots))) for _ in range(self.mesh.size)]
         shelf, state = self.empty()
         finished = []
-        while waiting or any(desk.live for desk in desks):
-            new = self._share_out(desks, waiting)
+        while waiting or any(device.live for device in devices):
+            new = self._share_out(devices, waiting)
+            given = self._pack(devices, [[(texts[t], x) for t, x in ts] for ts in new], waiting)
+            prompts, todo = jax.device_put(given, NamedSharding(self.mesh, P("data")))
             if any(new):
-                stats["prefills"] += sum(map(len, new))
-                prompts = self._to_devices(self._pack_prompts(new, texts))
-                shelf = self.prefill(params, lora, shelf, prompts)
-            todo = self._to_devices(self._pack_todo(desks, waiting))
+                shelf = self.prefill(params, lora, prompts, shelf)
             state = self.decode(rules, params, lora, how, shelf, todo, state)
             yield from finished  # of the round before, while the devices are at work
-            finished = self._collect(desks, waiting, state)
+            finished = self._collect(devices, waiting, state)
+            stats["prefills"] += sum(map(len, new))
             stats["rounds"] += 1
             stats["tokens"] += sum(len(r.ids) for r in finished)
         stats["slot_steps"] = self.slots * int(np.sum(state["steps"]))
         yield from finished
 
-    def _share_out(self, desks, waiting) -> list[list[tuple[int, int]]]:
+    def _share_out(self, devices, waiting) -> list[list[tuple[int, int]]]:
         """Gives every device what its free slots need, then as much again in case more get free.
 
         A device goes on with prompts on its shelf, else starts one that no device has, else (only
         for a slot that is free now) helps with one of another device. Returns, for each device,
         the (text, place on the shelf) that it must prefill.
         """
-        for desk in desks:  # a prompt leaves the shelf when none of its rollouts waits any more
-            desk.shelf = {text: x for text, x in desk.shelf.items() if text in waiting}
-        begun = set().union(*(desk.shelf for desk in desks))
+        for device in devices:  # a prompt leaves the shelf when no rollout of it waits any more
+            device.shelf = {text: x for text, x in device.shelf.items() if text in waiting}
+        begun = set().union(*(device.shelf for device in devices))
         fresh = deque(text for text in waiting if text not in begun)
-        new = [[] for _ in desks]
-        for ahead in (0, self.slots):
-            need = lambda d, n=self.slots + ahead: n - len(desks[d].live) - len(desks[d].given)
-            can = list(range(len(desks)))
-            while can and need(d := max(can, key=need)) > 0:
-                desk = desks[d]
-                text = next((text for text in desk.shelf if text in waiting), None)
-                if text is None and len(desk.shelf) < self.shelf:
+        new = [[] for _ in devices]
+        for n_jobs in (self.slots, 2 * self.slots):
+            for d, device in list(enumerate(devices)) * n_jobs:
+                if device.n_jobs >= n_jobs or not waiting:
+                    continue
+                text = next((text for text in device.shelf if text in waiting), None)
+                if text is None and len(device.shelf) < self.shelf:
                     if fresh:
                         text = fresh.popleft()
-                    elif waiting and not ahead:
+                    elif n_jobs == self.slots:
                         text = max(waiting, key=lambda text: len(waiting[text]))
-                if text is None:
-                    can.remove(d)
-                    continue
-                if text not in desk.shelf:
-                    desk.shelf[text] = min(set(range(self.shelf)) - set(desk.shelf.values()))
-                    new[d].append((text, desk.shelf[text]))
-                desk.given.append(
-                    (desk.rows.pop(), desk.shelf[text], text, *waiting[text].popleft())
-                )
-                if not waiting[text]:
-                    del waiting[text]
+                    if text is not None:
+                        place = min(set(range(self.shelf)) - set(device.shelf.values()))
+                        device.shelf[text] = place
+                        new[d].append((text, place))
+                if text is not None:
+                    job = Job(device.rows.pop(), device.shelf[text], *waiting[text].popleft())
+                    device.given.append((text, job))
+                    if not waiting[text]:
+                        del waiting[text]
         return new
 
-    def _collect(self, desks, waiting, state) -> list[Rollout]:
-        """Waits for the round to end; what got no slot goes back to the queue for any device."""
-        names = "next", "stop_W", "length_W", "ids_WC", "logp_WC"
-        out = jax.device_get({name: state[name] for name in names})
-        out = {k: v.reshape(len(desks), -1, *v.shape[1:]) for k, v in out.items()}
-        finished = []
-        for d, desk in enumerate(desks):
-            n_begun = out["next"][d, 0]
-            for row, _, text, *ticket in reversed(desk.given[n_begun:]):
-                waiting.setdefault(text, deque()).appendleft(tuple(ticket))
-                desk.rows.append(row)
-            desk.live |= {row: (p, g) for row, _, _, p, g, _ in desk.given[:n_begun]}
-            desk.given = []
-            for row in [row for row in desk.live if out["stop_W"][d, row]]:
-                C, stop = out["length_W"][d, row], STOPS[out["stop_W"][d, row]]
-                ids_C, logp_C = (out[k][d, row, :C].copy() for k in ("ids_WC", "logp_WC"))
-                finished.append(Rollout(*desk.live.pop(row), ids_C, logp_C, stop))
-                desk.rows.append(row)
-        return finished
-
-    def _pack_prompts(self, new, texts) -> dict:
-        """{bucket: prompts of up to U tokens, how many on each device}, padded to a fixed size."""
-        packed = {}
-        for U in self.buckets:
-            shape = len(new), self.shelf
-            tokens, n = np.zeros((*shape, U), np.int32), np.zeros(len(new), np.int32)
-            length, place = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-            for d, prompts in enumerate(new):
-                for text, x in prompts:
-                    if self._bucket(len(texts[text])) == U:
-                        at = d, n[d]
-                        length[at], place[at] = len(texts[text]), x
-                        tokens[at][: length[at]] = texts[text]
-                        n[d] += 1
-            packed[U] = {"tokens": tokens.reshape(-1, U), "length": length.ravel(),
-                         "place": place.ravel(), "n": n}  # fmt: skip
-        return packed
-
-    def _bucket(self, n_tokens: int) -> int:
-        return next(U for U in self.buckets if n_tokens <= U)
-
-    def _pack_todo(self, desks, waiting) -> dict:
-        """What each device is given, padded to a fixed size, and when to come back."""
-        W, D = 2 * self.slots, len(desks)
-        what, n = np.zeros((D, W, 5), np.int32), np.zeros(D, np.int32)
-        for d, desk in enumerate(desks):
-            n[d] = len(desk.given)
-            what[d, : n[d]] = np.reshape(
-                [(row, *rest) for row, x, _, *t in desk.given for rest in [(x, *t)]], (-1, 5)
-            )
+    def _pack(self, devices, new, waiting) -> tuple[dict, dict]:
+        """What each device gets to prefill and to do, padded to a fixed size for all."""
+        D, X, W = len(devices), self.shelf, 2 * self.slots
+        tokens, n_new = np.zeros((D, X, self.max_prompt), np.int32), np.zeros((D, X), np.int32)
+        place, jobs = np.zeros((D, X), np.int32), np.zeros((D, W, len(Job._fields)), np.int32)
+        for d, device in enumerate(devices):
+            for i, (ids, x) in enumerate(sorted(new[d], key=lambda prompt: len(prompt[0]))):
+                tokens[d, i, : len(ids)], n_new[d, i], place[d, i] = ids, len(ids), x
+            for i, (_, job) in enumerate(device.given):
+                jobs[d, i] = job
         # A free slot that got nothing though there is a queue: its shelf is full of prompts that
         # have yet to be admitted. So only admit, and come back with more at once.
-        unfilled = any(len(desk.live) + len(desk.given) < self.slots for desk in desks)
+        unfilled = any(device.n_jobs < self.slots for device in devices)
         steps = 0 if waiting and unfilled else self.chunk
         # One device comes back early for more. Of several, the others would have to wait.
         leave_at = max(1, self.slots // 8) if waiting and D == 1 else self.slots + 1
-        return {"what": what.reshape(D * W, 5), "n": n, "steps": np.full(D, steps, np.int32),
-                "leave_at": np.full(D, leave_at, np.int32)}  # fmt: skip
+        each = lambda values: np.broadcast_to(np.int32(values), D)
+        flat = lambda z: z.reshape(-1, *z.shape[2:])
+        prompts = {"tokens_XU": flat(tokens), "n_X": flat(n_new), "place_X": flat(place),
+                   "n": each([len(prompts) for prompts in new])}  # fmt: skip
+        return prompts, {"jobs_W5": flat(jobs), "n": each([len(device.given) for device in devices]),
+                         "steps": each(steps), "leave_at": each(leave_at)}  # fmt: skip
 
-    def _to_devices(self, tree):
-        return jax.device_put(tree, NamedSharding(self.mesh, P("data")))
+    def _collect(self, devices, waiting, state) -> list[Rollout]:
+        """Waits for the round to end; what got no slot goes back to the queue for any device."""
+        out = jax.device_get({k: state[k] for k in ("next", "end_W2", "ids_WC", "logp_WC")})
+        out = {k: v.reshape(len(devices), -1, *v.shape[1:]) for k, v in out.items()}
+        finished = []
+        for d, device in enumerate(devices):
+            n_begun = out["next"][d, 0]
+            device.live |= {job.row: job for _, job in device.given[:n_begun]}
+            for text, job in reversed(device.given[n_begun:]):
+                waiting.setdefault(text, deque()).appendleft(job[2:])
+                device.rows.append(job.row)
+            device.given = []
+            for row, job in list(device.live.items()):
+                stop, n = out["end_W2"][d, row]
+                if stop:
+                    ids_C, logp_C = (out[k][d, row, :n].copy() for k in ("ids_WC", "logp_WC"))
+                    finished.append(Rollout(job.prompt, job.rollout, ids_C, logp_C, STOPS[stop]))
+                    device.rows.append(row)
+                    del device.live[row]
+        return finished
 
     def _check(self, prompts, n, max_new, dtype) -> None:
         """Raises ValueError for what cannot be sampled."""
