@@ -93,7 +93,7 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
     kind = hf.get("model_type")
     if kind not in ("gemma2", "gemma3", "gemma3_text"):
         raise ValueError(f"{source}: model_type {kind!r}, expected gemma2, gemma3 or gemma3_text")
-    raw = hf.get("text_config") or hf
+    raw = hf.get("text_config", hf)
     get = {k: v for k, v in raw.items() if v is not None}.get
     gemma3 = kind != "gemma2"
     if get("attention_bias") or get("use_bidirectional_attention"):
@@ -1019,8 +1019,8 @@ TOKENIZERS = {  # sha256 of tokenizer.model -> name, a chat, its ids as several 
 }  # fmt: skip
 QUESTION = "Mia has 12 cards. She buys 7 more. How many cards does she have?"
 PARAGRAPH = (
-    "Tom has 12 cards. He buys 7 more. Mia gives him 3 more. He puts the cards in 2 boxes. How many "
-    "cards does each box hold?"
+    "Tom has 12 cards. He buys 7 more. Mia gives him 3 more. He puts the cards in 2 boxes. "
+    "How many cards does each box hold?"
 )
 MAX_PERPLEXITY = 50.0  # random weights score about the vocabulary's size; no BOS, millions
 

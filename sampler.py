@@ -2,14 +2,14 @@
 
     sampler = Sampler(cfg, mesh, slots=64, max_prompt=256, max_new=768)
     for r in sampler.sample(params, prompts, n=8, lora=adapter, seed=0, step=17):
-        r.prompt, r.index, r.ids, r.logps, r.stop   # as they finish, while the device decodes on
+        r.prompt, r.index, r.ids, r.logps, r.stop   # as they finish, while the devices decode on
 
 One round of the loop in `_run`, on each device of the mesh by itself:
 
 1. the host shares out what is waiting: enough for the free slots, and as much again to refill from;
-2. `prefill` reads prompts that are new to a device into its *shelf*, a small cache of prompts;
-3. `decode` runs up to `chunk` steps in one loop on the device. A slot whose rollout ends takes the
-   next waiting one in the same step: its prompt's keys and values are copied from the shelf;
+2. `_prefill` puts prompts that are new to a device on its *shelf*, a small cache of prompts;
+3. `_decode` runs up to `chunk` steps in one loop on the device. Where a rollout has ended, `_admit`
+   copies the keys and values of the next one's prompt from the shelf before the next step;
 4. the host hands out what has ended while the next round is on its way.
 
 What to know when comparing with other implementations:
@@ -19,9 +19,10 @@ What to know when comparing with other implementations:
 2. Noise is a function of (seed, step, prompt, rollout, token number), so neither devices, slots nor
    the order of the queue change a rollout. Gumbel's argmax is taken in two levels, over blocks and
    inside the winner: the same distribution from V/128 + 128 random numbers instead of V.
-3. top-k, top-p and min-p each keep the tokens above a threshold; it is found by bisection over the
-   bits of a float32, exact and without a sort. They apply in this order, as in transformers.
+3. top-k, top-p and min-p, applied in this order as in transformers, each keep the tokens above
+   some logit, ties included. It is found exactly and without sorting the vocabulary.
 4. The stop token is part of a rollout, with its log-prob: it is what teaches a model to stop.
+5. All rows write into the same slot of a cache, the step's number modulo the ring: see `_admit`.
 
 Beyond the axes of gemma.py: W rollouts in hand of a device (decoding or waiting), X prompts on its
 shelf, I words in a block of the vocabulary, J blocks, E periods that a repetition may have.
@@ -168,18 +169,19 @@ def _prefill(cfg, buckets, params, lora, prompts, shelf):
 
     def one(U, carry):
         i, shelf = carry
-        tokens_1U, n, x = prompts["tokens_XU"][i, None, :U], prompts["n_X"][i], prompts["place_X"][i]
-        positions_1U = jnp.arange(U)[None]
+        tokens_1U, n, x = (prompts[k][i] for k in ("tokens_X1U", "n_X", "place_X"))
+        tokens_1U, positions_1U = tokens_1U[:, :U], jnp.arange(U)[None]
         cache = gemma.init_cache(cfg, 1, U, shelf["x_XD"].dtype)
         x_1UD, cache = gemma.extend(params, cfg, cache, tokens_1U, positions_1U, positions_1U < n,
                                     lora=lora, empty=True)  # fmt: skip
-        # A bucket's ring may be shorter than the shelf's, but then nothing in it has wrapped.
-        put = lambda old, new: lax.dynamic_update_slice(old, new, (0, x, 0, 0, 0))
-        kv = {kind: {k: put(old[k], cache[kind][k]) for k in "kv"}
-              for kind, old in shelf["kv"].items()}  # fmt: skip
-        x_D = lax.dynamic_index_in_dim(x_1UD[0], n - 1, keepdims=False)
-        return i + 1, {"kv": kv, "x_XD": shelf["x_XD"].at[x].set(x_D),
-                       "n_X": shelf["n_X"].at[x].set(n)}  # fmt: skip
+        new = {"x_XD": lax.dynamic_slice_in_dim(x_1UD[0], n - 1, 1), "n_X": n[None]}
+        for k in "kv":  # by kind -> by layer; a ring shorter than the shelf's has not wrapped yet
+            by_kind = [iter(cache[kind][k]) for kind in ("local", "global")]
+            new[k] = [next(by_kind[is_global]) for is_global in cfg.is_global]
+        return i + 1, jax.tree.map(
+            lambda old, row: lax.dynamic_update_slice(old, row, (x,) + (0,) * (old.ndim - 1)),
+            shelf, new,
+        )  # fmt: skip
 
     carry = jnp.zeros_like(prompts["n"][0]), shelf
     for U in buckets:  # each goes on where the last one stopped; no collective may be in here
@@ -188,58 +190,65 @@ def _prefill(cfg, buckets, params, lora, prompts, shelf):
     return carry[1]
 
 
-def _turn(old, kv, b, x, n, now):
-    """Copies prompt x of the shelf into row b of a cache, turned: its last token to slot `now` - 1.
-
-    All rows write their next token into the same slot, `now` modulo the ring: so a write is one
-    slice of the cache, where a slot of each row's own is a scatter (on a TPU, a copy of the cache).
-    """
-    S = old["pos"].shape[1]
-    position_S = n - 1 - (now - 1 - jnp.arange(S)) % S  # below 0: nothing in this slot
-
-    def copy(old_LBKSH, kv_LXKSH):
-        row_L1KSH = lax.dynamic_slice_in_dim(kv_LXKSH, x, 1, axis=1)
-        spare = S - row_L1KSH.shape[3]
-        row_L1KSH = jnp.pad(row_L1KSH, ((0, 0), (0, 0), (0, 0), (0, spare), (0, 0)))
-        row_L1KSH = jnp.roll(row_L1KSH, now - n, axis=3)
-        return lax.dynamic_update_slice_in_dim(old_LBKSH, row_L1KSH, b, axis=1)
-
-    pos_BS = old["pos"].at[b].set(jnp.maximum(position_S, -1))
-    return {"k": copy(old["k"], kv["k"]), "v": copy(old["v"], kv["v"]), "pos": pos_BS}
-
-
 def _admit(shelf, todo, state):
-    """Gives free slots what is waiting, one at a time; most steps have nothing to give."""
+    """Gives free slots what is waiting, one at a time; most steps have nothing to give.
+
+    All rows write their next token into the same slot of their caches, the number of the step
+    modulo the ring: a write is then one slice, where a slot of each row's own would be a scatter
+    (on a TPU, a copy of the cache). So a prompt is turned: its last token to the slot before.
+    """
 
     def possible(state):
         return (state["next"][0] < todo["n"][0]) & ~jnp.all(state["active_B"])
 
     def one(state):
-        b, now = jnp.argmin(state["active_B"]), state["steps"][0]
-        job_5 = todo["jobs_W5"][state["next"][0]]
+        b, job_5 = jnp.argmin(state["active_B"]), todo["jobs_W5"][state["next"][0]]
         job = Job(*job_5)
         x, n = job.place, shelf["n_X"][job.place]
+
+        def turn(old_BKSH, shelf_XKSH):
+            S, n_held = old_BKSH.shape[2], shelf_XKSH.shape[2]
+            row_1KSH = lax.dynamic_slice_in_dim(shelf_XKSH, x, 1)[:, :, position(S) % n_held]
+            return lax.dynamic_update_slice_in_dim(old_BKSH, row_1KSH, b, axis=0)
+
+        def position(S):  # that a slot holds; below 0: none
+            return n - 1 - (state["steps"][0] - 1 - jnp.arange(S)) % S
+
+        old = state["cache"]
+        cache = {k: jax.tree.map(turn, old[k], shelf[k]) for k in "kv"}
+        cache["pos"] = [
+            pos_BS.at[b].set(jnp.maximum(position(pos_BS.shape[1]), -1)) for pos_BS in old["pos"]
+        ]
         new = {"job_B5": job_5, "active_B": True, "x_BD": shelf["x_XD"][x], "position_B": n,
                "n_B": 0, "recent_BE": -1, "run_BE": 0}  # fmt: skip
         new = {k: state[k].at[b].set(v) for k, v in new.items()}
-        new["cache"] = {
-            kind: _turn(old, shelf["kv"][kind], b, x, n, now)
-            for kind, old in state["cache"].items()
-        }
         new["end_W2"] = state["end_W2"].at[job.row].set(0)
-        return state | new | {"next": state["next"] + 1}
+        return state | new | {"cache": cache, "next": state["next"] + 1}
 
     return lax.while_loop(possible, one, state)
 
 
 def _feed(cfg, params, lora, cache, token_B, position_B, active_B, now):
-    """gemma.extend by one token a row, with every row's token in the same slot: see `_turn`."""
-    x_B1D = gemma._embed(params, cfg, token_B[:, None], None)
-    x_B1D, new = gemma._cached_layers(params, cfg, x_B1D, position_B[:, None], active_B[:, None],
-                                      lora, cache)  # fmt: skip
+    """One more token for every row: final hidden states and the grown caches.
+
+    gemma.layer as in training, unrolled, each with caches of its own: a scan over stacked ones
+    slices every layer's weights and caches out of the stack, at every step.
+    """
+    x_B1D, new = gemma._embed(params, cfg, token_B[:, None], None), []
+    for i, is_global in enumerate(cfg.is_global):
+        w, lora_l = (_layer(tree, i) for tree in (params["layers"], lora))
+        pos_BS = cache["pos"][is_global]
+        age_BS = position_B[:, None] - pos_BS
+        seen_BS = (pos_BS >= 0) & (age_BS < gemma._window(cfg, is_global))
+        freq_H = jnp.asarray(gemma._frequencies(cfg, is_global))
+        x_B1D, kv = gemma.layer(
+            cfg, w, lora_l, x_B1D, position_B[:, None], freq_H, active_B[:, None, None],
+            past=[(cache["k"][i], cache["v"][i], seen_BS[:, None])],
+        )  # fmt: skip
+        new.append(kv)
     # XLA on a CPU copies a cache whose write could overtake the last read, so the write waits for
-    # x: this minimum is always `now`. On a TPU it likes to write in another layout than it was
-    # given, and copies the caches of every call twice, so the layout is held.
+    # x: this minimum is always `now`. On a TPU it may write in another layout than it was given,
+    # and copy all caches when a call begins and ends: so the layout is held.
     now = jnp.minimum(now, 2**30 + jnp.isnan(x_B1D[0, 0, 0]))
 
     def put(old, new, axis):
@@ -248,10 +257,22 @@ def _feed(cfg, params, lora, cache, token_B, position_B, active_B, now):
         return with_layout_constraint(old, Layout(tuple(range(old.ndim))))
 
     pos_B1 = jnp.where(active_B, position_B, -1)[:, None]
-    cache = {kind: {"k": put(old["k"], new[kind][0], 3), "v": put(old["v"], new[kind][1], 3),
-                    "pos": put(old["pos"], pos_B1, 1)}
-             if kind in new else old for kind, old in cache.items()}  # fmt: skip
+    cache = {
+        "k": [put(old, k_BK1H, 2) for old, (k_BK1H, _) in zip(cache["k"], new, strict=True)],
+        "v": [put(old, v_BK1H, 2) for old, (_, v_BK1H) in zip(cache["v"], new, strict=True)],
+        "pos": [put(old, pos_B1, 1) for old in cache["pos"]],
+    }
     return gemma.rms_norm(x_B1D[:, 0], params["norm"], cfg.rms_norm_eps), cache
+
+
+def _layer(tree, i):
+    """Layer i of what is stacked, or already a list of layers."""
+    return tree[i] if isinstance(tree, list) else jax.tree.map(lambda a: a[i], tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack(layers, n_layers):
+    return [_layer(layers, i) for i in range(n_layers)]
 
 
 def _step(cfg, rules, params, lora, how, state):
@@ -282,24 +303,20 @@ def _step(cfg, rules, params, lora, how, state):
     return state | new
 
 
-def _decode(cfg, rules, params, lora, how, shelf, todo, state):
-    """Up to todo["steps"] steps; fewer when all is done or too many slots wait for the host."""
-    admit = functools.partial(_admit, shelf, todo)
-    state = admit(state | {"next": jnp.zeros_like(state["next"])})
-    end = state["steps"][0] + todo["steps"][0]
+def _decode(cfg, rules, chunk, params, lora, how, shelf, todo, state):
+    """Up to `chunk` steps; fewer when all is done or too many slots wait for the host."""
+    state |= {"next": jnp.zeros_like(state["next"])}
+    end = state["steps"][0] + chunk
 
     def more(state):
-        n_idle = jnp.sum(~state["active_B"])
-        starved = (state["next"][0] >= todo["n"][0]) & (n_idle >= todo["leave_at"][0])
-        return (state["steps"][0] < end) & jnp.any(state["active_B"]) & ~starved
+        waiting, active_B = state["next"][0] < todo["n"][0], state["active_B"]
+        starved = ~waiting & (jnp.sum(~active_B) >= todo["leave_at"][0])
+        return (state["steps"][0] < end) & (waiting | jnp.any(active_B)) & ~starved
 
-    return lax.while_loop(more, lambda s: admit(_step(cfg, rules, params, lora, how, s)), state)
+    def step(state):
+        return _step(cfg, rules, params, lora, how, _admit(shelf, todo, state))
 
-
-def _specs(tree):
-    """Everything on a device has its rows first, but for the caches: [layers, rows, ...]."""
-    one = lambda path, _: P(None, "data") if path[-1].key in ("k", "v") else P("data")
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return lax.while_loop(more, step, state)
 
 
 # ---------------------------------------------------------------------------- what the host does
@@ -348,18 +365,25 @@ class Sampler:
         """The shelf and the state of all devices, with nothing in them."""
 
         def body():
-            B, W, X, D = self.slots, 2 * self.slots, self.shelf, self.cfg.hidden_size
-            cache = functools.partial(gemma.init_cache, self.cfg, dtype=self.dtype)
+            B, W, X, cfg = self.slots, 2 * self.slots, self.shelf, self.cfg
             ints = lambda *shape: jnp.zeros(shape, jnp.int32)
-            prompts = cache(X, self.max_prompt)
-            shelf = {
-                "kv": {kind: {k: c[k] for k in "kv"} for kind, c in prompts.items()},
-                "x_XD": jnp.zeros((X, D), self.dtype),  # of the last token
+
+            def caches(n_rows, n_tokens):
+                """One [B, K, S, H] for each layer; local layers keep a ring of their window."""
+                sizes = [min(cfg.sliding_window, n_tokens), n_tokens]
+                shape = lambda g: (n_rows, cfg.num_key_value_heads, sizes[g], cfg.head_dim)
+                kv = {k: [jnp.zeros(shape(g), self.dtype) for g in cfg.is_global] for k in "kv"}
+                return kv, [jnp.full((n_rows, S), -1, jnp.int32) for S in sizes]
+
+            kv, _ = caches(X, self.max_prompt)
+            shelf = kv | {
+                "x_XD": jnp.zeros((X, cfg.hidden_size), self.dtype),  # of the last token
                 "n_X": ints(X),  # tokens
             }
+            kv, pos = caches(B, self.max_prompt + self.max_new)
             state = {
-                "cache": cache(B, self.max_prompt + self.max_new),
-                "x_BD": jnp.zeros((B, D), self.dtype),  # from which the next token is drawn
+                "cache": kv | {"pos": pos},  # pos: the position in a slot, -1 = empty
+                "x_BD": jnp.zeros((B, cfg.hidden_size), self.dtype),  # the next token is drawn from
                 "active_B": jnp.zeros(B, bool),
                 "position_B": ints(B),  # of the next token in its sequence
                 "n_B": ints(B),  # completion tokens so far
@@ -374,23 +398,22 @@ class Sampler:
             }
             return shelf, state
 
-        specs = _specs(jax.eval_shape(body))
-        return jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=specs)()
+        return jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=P("data"))()
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
     def prefill(self, params, lora, prompts, shelf) -> dict:
         buckets = [n for n in (2**i for i in range(5, 30)) if n < self.max_prompt]
         body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt))
-        specs = P(), P(), P("data"), _specs(shelf)
-        return jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=specs[-1])(
-            params, lora, prompts, shelf)  # fmt: skip
+        specs = P(), P(), P("data"), P("data")
+        body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
+        return body(params, lora, prompts, shelf)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
     def decode(self, rules, params, lora, how, shelf, todo, state) -> dict:
-        body = functools.partial(_decode, self.cfg, rules)
-        specs = P(), P(), P(), _specs(shelf), P("data"), _specs(state)
-        return jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=specs[-1])(
-            params, lora, how, shelf, todo, state)  # fmt: skip
+        body = functools.partial(_decode, self.cfg, rules, self.chunk)
+        specs = P(), P(), P(), P("data"), P("data"), P("data")
+        body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
+        return body(params, lora, how, shelf, todo, state)
 
     def programs(self, params, lora=None, rules: Rules | None = None) -> dict[str, tuple]:
         """The jitted functions, each with arguments to compile it for: {name: (function, args)}.
@@ -398,24 +421,27 @@ class Sampler:
         params, lora: arrays or `ShapeDtypeStruct`s. Then `function.lower(*args).compile()`.
         """
 
-        def shapes(tree, specs):
-            one = lambda x, spec: jax.ShapeDtypeStruct(
+        def shapes(tree, spec):
+            one = lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)
             )
-            return jax.tree.map(one, tree, specs)
+            return jax.tree.map(one, tree)
 
-        shelf, state = (shapes(tree, _specs(tree)) for tree in jax.eval_shape(self.empty))
         given = self._pack([_Device([])] * self.mesh.size, [[]] * self.mesh.size, {})
-        prompts, todo = (shapes(tree, _specs(tree)) for tree in given)
-        same = (params, lora, self._how())
-        params, lora, how = shapes(same, jax.tree.map(lambda _: P(), same))
+        prompts, todo, shelf, state = shapes((*given, *jax.eval_shape(self.empty)), P("data"))
+        layered = jax.eval_shape(self._unstacked, params)
+        params, layered, lora, how = shapes((params, layered, lora, self._how()), P())
+        decode = self, rules or Rules(), layered, lora, how, shelf, todo, state
         return {
             "prefill": (Sampler.prefill, (self, params, lora, prompts, shelf)),
-            "decode": (
-                Sampler.decode,
-                (self, rules or Rules(), params, lora, how, shelf, todo, state),
-            ),
+            "decode": (Sampler.decode, decode),
         }
+
+    def _unstacked(self, params):
+        """XLA on a CPU copies each layer's weights out of the stack at every step: here, once."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return params
+        return params | {"layers": _unstack(params["layers"], self.cfg.num_hidden_layers)}
 
     # -- on the host
 
@@ -454,7 +480,7 @@ class Sampler:
             waiting.setdefault(text, deque()).extend((p, g, limit) for g in range(n))
         texts = list(texts)
         devices = [_Device(list(range(2 * self.slots))) for _ in range(self.mesh.size)]
-        shelf, state = self.empty()
+        layered, (shelf, state) = self._unstacked(params), self.empty()
         finished = []
         while waiting or any(device.live for device in devices):
             new = self._share_out(devices, waiting)
@@ -462,7 +488,7 @@ class Sampler:
             prompts, todo = jax.device_put(given, NamedSharding(self.mesh, P("data")))
             if any(new):
                 shelf = self.prefill(params, lora, prompts, shelf)
-            state = self.decode(rules, params, lora, how, shelf, todo, state)
+            state = self.decode(rules, layered, lora, how, shelf, todo, state)
             yield from finished  # of the round before, while the devices are at work
             finished = self._collect(devices, waiting, state)
             stats["prefills"] += sum(map(len, new))
@@ -507,25 +533,22 @@ class Sampler:
     def _pack(self, devices, new, waiting) -> tuple[dict, dict]:
         """What each device gets to prefill and to do, padded to a fixed size for all."""
         D, X, W = len(devices), self.shelf, 2 * self.slots
-        tokens, n_new = np.zeros((D, X, self.max_prompt), np.int32), np.zeros((D, X), np.int32)
+        tokens, n_new = np.zeros((D, X, 1, self.max_prompt), np.int32), np.zeros((D, X), np.int32)
         place, jobs = np.zeros((D, X), np.int32), np.zeros((D, W, len(Job._fields)), np.int32)
         for d, device in enumerate(devices):
             for i, (ids, x) in enumerate(sorted(new[d], key=lambda prompt: len(prompt[0]))):
-                tokens[d, i, : len(ids)], n_new[d, i], place[d, i] = ids, len(ids), x
+                tokens[d, i, 0, : len(ids)], n_new[d, i], place[d, i] = ids, len(ids), x
             for i, (_, job) in enumerate(device.given):
                 jobs[d, i] = job
-        # A free slot that got nothing though there is a queue: its shelf is full of prompts that
-        # have yet to be admitted. So only admit, and come back with more at once.
-        unfilled = any(device.n_jobs < self.slots for device in devices)
-        steps = 0 if waiting and unfilled else self.chunk
-        # One device comes back early for more. Of several, the others would have to wait.
-        leave_at = max(1, self.slots // 8) if waiting and D == 1 else self.slots + 1
+        # Slots that are idle while others wait in the queue: so many and the device comes back.
+        leave_at = max(1, self.slots // 8) if waiting else self.slots + 1
         each = lambda values: np.broadcast_to(np.int32(values), D)
         flat = lambda z: z.reshape(-1, *z.shape[2:])
-        prompts = {"tokens_XU": flat(tokens), "n_X": flat(n_new), "place_X": flat(place),
+        prompts = {"tokens_X1U": flat(tokens), "n_X": flat(n_new), "place_X": flat(place),
                    "n": each([len(prompts) for prompts in new])}  # fmt: skip
-        return prompts, {"jobs_W5": flat(jobs), "n": each([len(device.given) for device in devices]),
-                         "steps": each(steps), "leave_at": each(leave_at)}  # fmt: skip
+        todo = {"jobs_W5": flat(jobs), "n": each([len(device.given) for device in devices]),
+                "leave_at": each(leave_at)}  # fmt: skip
+        return prompts, todo
 
     def _collect(self, devices, waiting, state) -> list[Rollout]:
         """Waits for the round to end; what got no slot goes back to the queue for any device."""
@@ -543,6 +566,8 @@ class Sampler:
                 stop, n = out["end_W2"][d, row]
                 if stop:
                     ids_C, logp_C = (out[k][d, row, :n].copy() for k in ("ids_WC", "logp_WC"))
+                    if not np.isfinite(logp_C).all():
+                        raise FloatingPointError(f"prompt {job.prompt}: the logits are not finite")
                     finished.append(Rollout(job.prompt, job.rollout, ids_C, logp_C, STOPS[stop]))
                     device.rows.append(row)
                     del device.live[row]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import data
 
+pytestmark = pytest.mark.smoke
 TURN = lambda role, text: {"role": role, "content": text}
 
 

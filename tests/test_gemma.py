@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import gemma
 
+pytestmark = pytest.mark.smoke
 LOGITS_TOL = 2e-5
 N_CONFIGS = 12  # random configurations of each family
 FAMILIES = ("gemma2", "gemma3")

@@ -171,11 +171,13 @@ def test_rollouts_have_noise_of_their_own():
     assert {k: v for k, v in renamed.items() if k[0] == 1} == {k: a[k] for k in a if k[0] == 1}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_do_not_depend_on_devices_slots_or_order(family):
     prompts = random_prompts(5, 40, 23, 1, 12, 33, 2, 30, 8, 19, 27)
     numbered = dict(enumerate(prompts))
-    params, settings = params_of(family), {"n": 5, "temperature": 1.3, "stop": range(3, 8), "top_k": 30}
+    params = params_of(family)
+    settings = {"n": 5, "temperature": 1.3, "stop": range(3, 8), "top_k": 30}
     expected = tokens(sampler(family).sample(params, prompts, **settings))
     assert len(expected) == 55 and len({len(ids) for ids in expected.values()}) > 10
     others = [sampler(family, slots=64), sampler(family, n_devices=8)]
@@ -199,7 +201,7 @@ def test_logps_are_the_trainers(family):
     cfg, params = CFG[family], params_of(family)
     adapter = lora.init(cfg, jax.random.key(0), rank=4, alpha=8.0)
     adapter["b"] = jax.tree.map(
-        lambda b: 0.3 * jax.random.normal(jax.random.key(1), b.shape), adapter["b"]
+        lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape), adapter["b"]
     )
     prompts = random_prompts(3, 40, 14)
     for temperature in (0.6, 0):
@@ -265,8 +267,9 @@ def first_repetition(ids, limit):
 
 
 def test_repetition_is_a_stop_reason_of_its_own_and_off_by_default():
+    settings = {"forbidden": range(3), "vocab_size": 6, "temperature": 4.0, "stop": ()}
     make = functools.partial(sampler().sample, params_of("gemma3"), random_prompts(4, 9), n=20,
-                             forbidden=range(3), vocab_size=6, temperature=4.0, stop=())  # fmt: skip
+                             **settings)  # fmt: skip
     free = by_number(make())
     assert {r.stop for r in free.values()} == {"length"}
     ended = by_number(make(repetition=8))
@@ -290,7 +293,7 @@ def test_slots_refill(n_devices, slots, n):
     lengths = np.array([len(r.ids) for r in rollouts])
     assert len(rollouts) == n_prompts * n and stats["tokens"] == lengths.sum()
     assert lengths.std() > 20
-    assert stats["slot_steps"] <= 1.15 * lengths.sum(), f"{stats['slot_steps'] / lengths.sum():.3f}"
+    assert stats["slot_steps"] <= 1.15 * lengths.sum()
     assert n_prompts <= stats["prefills"] <= (1 if n_devices == 1 else 1.5) * n_prompts
 
 
@@ -343,11 +346,12 @@ def test_caches_are_updated_in_place():
     s = sampler(slots=7, max_prompt=11)
     function, args = s.programs(params_of("gemma3"))["decode"]
     compiled = function.lower(*args).compile()
-    caches = [c[k] for c in args[-1]["cache"].values() for k in "kv"]
+    caches = args[-1]["cache"]["k"] + args[-1]["cache"]["v"]
     shapes = {"f32[" + ",".join(map(str, c.shape)) + "]" for c in caches}
     text = compiled.as_text()
     assert all(shape in text for shape in shapes)
-    copies = [x for x in text.splitlines() if " copy(" in x and any(f"= {s}" in x for s in shapes)]
+    copied = [f"= {shape}" for shape in shapes]
+    copies = [x for x in text.splitlines() if " copy(" in x and any(c in x for c in copied)]
     assert not copies, copies[0]
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[-1]))
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
@@ -397,6 +401,6 @@ def test_what_cannot_be_sampled_is_said_in_one_line():
         sampler(slots=0)
     short = dataclasses.replace(CFG["gemma3"], max_position_embeddings=20)
     with pytest.raises(ValueError, match="prompt 0 has 20 tokens, expected 1 to 19"):
-        Sampler(short, dtype=jnp.float32).sample(params_of("gemma3"), [[1] * 20])
+        Sampler(short, mesh(1), dtype=jnp.float32).sample(params_of("gemma3"), [[1] * 20])
     assert list(make([])) == []
     assert BLOCK == 128
