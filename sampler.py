@@ -190,6 +190,15 @@ def _prefill(cfg, buckets, params, lora, prompts, shelf):
     return carry[1]
 
 
+def _write(old, new, start, axis):
+    """A slice of a cache, replaced where it is.
+
+    Left to itself, XLA on a TPU may do so in another layout, and copy the caches there and back.
+    """
+    old = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
+    return with_layout_constraint(old, Layout(tuple(range(old.ndim))))
+
+
 def _admit(shelf, todo, state):
     """Gives free slots what is waiting, one at a time; most steps have nothing to give.
 
@@ -209,7 +218,7 @@ def _admit(shelf, todo, state):
         def turn(old_BKSH, shelf_XKSH):
             S, n_held = old_BKSH.shape[2], shelf_XKSH.shape[2]
             row_1KSH = lax.dynamic_slice_in_dim(shelf_XKSH, x, 1)[:, :, position(S) % n_held]
-            return lax.dynamic_update_slice_in_dim(old_BKSH, row_1KSH, b, axis=0)
+            return _write(old_BKSH, row_1KSH, b, axis=0)
 
         def position(S):  # that a slot holds; below 0: none
             return n - 1 - (state["steps"][0] - 1 - jnp.arange(S)) % S
@@ -247,15 +256,9 @@ def _feed(cfg, params, lora, cache, token_B, position_B, active_B, now):
         )  # fmt: skip
         new.append(kv)
     # XLA on a CPU copies a cache whose write could overtake the last read, so the write waits for
-    # x: this minimum is always `now`. On a TPU it may write in another layout than it was given,
-    # and copy all caches when a call begins and ends: so the layout is held.
+    # x: this minimum is always `now`.
     now = jnp.minimum(now, 2**30 + jnp.isnan(x_B1D[0, 0, 0]))
-
-    def put(old, new, axis):
-        slot = now % old.shape[axis]
-        old = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis)
-        return with_layout_constraint(old, Layout(tuple(range(old.ndim))))
-
+    put = lambda old, new, axis: _write(old, new, now % old.shape[axis], axis)
     pos_B1 = jnp.where(active_B, position_B, -1)[:, None]
     cache = {
         "k": [put(old, k_BK1H, 2) for old, (k_BK1H, _) in zip(cache["k"], new, strict=True)],

@@ -546,7 +546,7 @@ def main(config: Config) -> Path:
             step = saved.step
             trained = place(saved.arrays["trained"], mesh, specs)
             opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
-        pending, began = None, time.perf_counter()
+        pending, measured, began = None, None, time.perf_counter()
 
         def log_pending():
             """Waits for the newest step and writes its line."""
@@ -584,6 +584,7 @@ def main(config: Config) -> Path:
                 with budget.measure("eval"):
                     score = measure(run, step)
                 save(score)
+                measured = step
                 began = time.perf_counter()
             elif config.save_every and step % config.save_every == 0 and not ends:
                 save()
@@ -592,7 +593,7 @@ def main(config: Config) -> Path:
         if p < 1:
             save()
             run.stop()
-        if saved is None or step > saved.step:
+        if step != measured and (saved is None or step > saved.step):
             save(measure(run, step))
         return run.finish(write_model)
 
