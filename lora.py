@@ -158,7 +158,7 @@ def continue_from(path: Path | None, params: dict, cfg: Config, new_rank: int,
     if path is None:
         return params, None, None
     adapter = load(path, cfg)
-    if rank(adapter) == new_rank and list(adapter["a"]) == targets:
+    if rank(adapter) == new_rank and set(adapter["a"]) == set(targets):
         return params, adapter, None
     return merge(params, adapter, cfg), None, adapter
 
@@ -214,7 +214,10 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         "lora_alpha": common,
         "alpha_pattern": {m: alpha for m, alpha in alphas.items() if alpha != common},
         "rank_pattern": {},
-        "target_modules": list(adapter["a"]),
+        # a list would name the matrices of the vision tower too
+        "target_modules": rf".*language_model.*\.({'|'.join(adapter['a'])})"
+        if multimodal
+        else list(adapter["a"]),
         "lora_dropout": dropout,
         "bias": "none",
         "use_rslora": False,  # folded into lora_alpha

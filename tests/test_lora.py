@@ -1,6 +1,7 @@
 """lora.py: PEFT's files and logits both ways, merging, dropout, and what is refused."""
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,69 @@ def test_peft_loads_ours(tmp_path, family, targets, rslora):
     ours = gemma.logits(params, cfg, TOKENS, lora=adapter)
     assert np.abs(ours - gemma.logits(params, cfg, TOKENS)).max() > 0.1
     np.testing.assert_allclose(peft_logits(model), ours, atol=2e-5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
+    """PEFT on Gemma3ForConditionalGeneration, as 4b and larger are published: our logits.
+
+    A name without its place is only a warning there, and the adapter would do nothing.
+    """
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers as hf
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    text = dict(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
+        sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)  # fmt: skip
+    special = dict(image_token_index=95, boi_token_index=94, eoi_token_index=93)
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
+                             **special)  # fmt: skip
+    model = hf.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    cfg, params = gemma.load(tmp_path / "base")
+    tokens = TOKENS % 90
+    if own:
+        adapter = random_adapter(cfg)
+        lora.save(tmp_path / "adapter", adapter, cfg, multimodal=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys")
+            model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    else:
+        pattern = r".*language_model.*\.(q_proj|o_proj|down_proj)"
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=pattern))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+        adapter = lora.load(tmp_path / "adapter", cfg)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    plain = gemma.logits(params, cfg, tokens)
+    assert np.abs(theirs - plain).max() > 0.05
+    np.testing.assert_allclose(gemma.logits(params, cfg, tokens, lora=adapter), theirs, atol=2e-5)
+
+
+def test_the_same_rank_is_continued_and_another_merged(tmp_path):
+    """Whatever order the matrices are named in; at its own rank nothing is stacked in final/."""
+    cfg, params = base()
+    adapter = random_adapter(cfg)
+    lora.save(tmp_path, adapter, cfg)
+    for names in (lora.parse_targets(ALL), lora.parse_targets(ALL)[::-1]):
+        same, live, merged = lora.continue_from(tmp_path, params, cfg, 4, names)
+        assert same is params and merged is None
+        for x, y in zip(jax.tree.leaves(live), jax.tree.leaves(adapter), strict=True):
+            np.testing.assert_array_equal(x, y)
+    for rank, names in ((5, lora.parse_targets(ALL)), (4, ["q_proj"])):
+        other, live, merged = lora.continue_from(tmp_path, params, cfg, rank, names)
+        assert live is None and lora.rank(merged) == 4
+        assert (other["layers"]["q_proj"] != params["layers"]["q_proj"]).any()
 
 
 PEFT_CONFIGS = [
