@@ -1,14 +1,28 @@
 """rewards.py: what a person would say of an answer, for kind and for hostile text."""
 
 import math
+import random
 import time
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import correct, kind_of, number, parse, vote
+from rewards import (
+    Mix,
+    Reward,
+    TfIdf,
+    correct,
+    kind_of,
+    number,
+    parse,
+    prepare,
+    read_mix,
+    score,
+    vote,
+)
 
 GOOD = "<reasoning>12 + 7 = 19</reasoning>\n<answer>19</answer>"
 
@@ -167,6 +181,470 @@ def test_equal_votes_are_equal_answers():
     assert vote("no number", "number") is None
 
 
+# ---------------------------------------------------------------------------------------- rewards
+
+
+def scored(text, completion, row=None, traces=("a trace",), **more):
+    """score() of a mix given as the flag would give it."""
+    mix = read_mix(text, more.get("reward_file"))
+    return score(mix, prepare(mix, traces, **more), completion, row or {})
+
+
+def part(name, completion, row=None, **more):
+    return scored(name, completion, row, **more).parts[name]
+
+
+def tagged(answer, trace="I see"):
+    return f"<reasoning>{trace}</reasoning>\n<answer>{answer}</answer>"
+
+
+R, A = "<reasoning>", "<answer>"
+R_, A_ = "</reasoning>", "</answer>"
+COMPLETIONS = [  # (completion, format, answer), where 42 is right
+    *((tagged(text), 1, 1) for text in [
+        "42", "42.", "42.0", "+42", "$42", "42€", "42%", "42 apples", "4.2e1", "4.2E+1", "0.42e2",
+        "420e-1", "84/2", "84 / 2", "41 2/2", "\\frac{84}{2}", "٤٢", "４２", "四: 42", "**42**",
+        "\\boxed{42}", "x = 42", "The answer is 42", "41 or rather 42", "\n42\n", "42km", "\\$42",
+        "6 * 7 = 42", "Answer: 42.\nI am sure!", "0.042 thousand", "4.2 × 10^1", "4.2 x 10¹"]),
+    *((tagged(text), 1, 0) for text in [
+        "1,042", "-42", "−42", "-$42", "42.001", "4", "2", "½", "42½", "0", "nan", "inf", "-inf",
+        "NaN", "1e999", "1/0", "42/0", "9" * 10_000, "42" + "0" * 10_000, "42" * 200, "forty-two",
+        "四十二", "сорок два", "...", "?", "42^2", "2^42", "42 or 43", "4 2", "\ud800", "\x00"]),
+    (f"{R}I see{R_}{A}42", 0, 1),  # unclosed
+    (f"{R}I see{A}42{A_}", 0, 1),
+    (f"{R}I see{R_}42{A_}", 0, 1),  # missing
+    (f"{R}I see, 42", 0, 1), ("42", 0, 1), ("It is 42.", 0, 1),
+    (f"{A}42{A_}{R}so{R_}", 0, 1),  # reversed
+    (f"{R_}I see{R}{A_}42{A}", 0, 0),
+    (f"{R}I {R}see{R_}{R_}{A}42{A_}", 0, 1),  # nested
+    (f"{R}I see{A}42{A_}{R_}", 0, 1),
+    (f"{R}{A}41{A_}{R_}{A}42{A_}", 0, 1),
+    (tagged(f"{A}42{A_}"), 0, 1),
+    (tagged("42") * 2, 0, 1),  # repeated
+    (tagged("41") + tagged("42"), 0, 1), (tagged("42") + tagged("41"), 0, 0),
+    (tagged("42") + A * 1000, 0, 1), (A * 1000 + "42", 0, 1),
+    (tagged("42") + "!", 0, 1), ("So: " + tagged("42"), 0, 1),
+    (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 1),
+    (tagged("42", ""), 0, 1), (tagged(""), 0, 0), (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0),
+    ("", 0, 0), (" \n", 0, 0), ("\x00", 0, 0), ("nan", 0, 0), ("<", 0, 0), (A_, 0, 0),
+]  # fmt: skip
+
+
+def test_the_table_is_long_enough():
+    assert len({completion for completion, *_ in COMPLETIONS}) == len(COMPLETIONS) >= 60
+
+
+@pytest.mark.parametrize("completion, strict, right", COMPLETIONS)
+def test_format_and_answer_of_a_completion(completion, strict, right):
+    row = {"answer": "42", "kind": "number"}
+    assert scored("format:1,answer:3", completion, row) == (
+        strict + 3 * right, {"format": strict, "answer": right}, {})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "said, gold, kind, choices, right",
+    [
+        ("(B)", "B", "choice", (), 1), ("Oslo", "B", "choice", ("Rome", "Oslo"), 1),
+        ("A or B", "B", "choice", (), 0), ("True", "yes", "boolean", (), 1),
+        ("yes and no", "yes", "boolean", (), 0), ("b, a", "a, b", "list", (), 1),
+        ("a, b, b", "a, b", "list", (), 0), (" paris.", "Paris", "text", (), 1),
+        ("Paris, France", "Paris", "text", (), 0), ("42", "Paris", "text", (), 0),
+        ("0.333333333", "1/3", None, None, 1), ("0.333", "1/3", None, None, 0),
+    ],
+)  # fmt: skip
+def test_an_answer_of_any_kind(said, gold, kind, choices, right):
+    row = {"answer": gold, "kind": kind, "choices": choices}
+    assert part("answer", tagged(said), row) == right
+
+
+def test_tags_are_graded_one_by_one():
+    for n in range(16):
+        there = [tag for i, tag in enumerate(rewards.TAGS) if n >> i & 1]
+        text = " x ".join(there)
+        assert part("tags", text) == pytest.approx((2 * len(there) - 4) / 4)
+        shares = dict(zip(rewards.TAGS, (0.3, 0.3, 0.2, 0.2), strict=True))
+        assert part("tags_pinocchio", text) == pytest.approx(sum(shares[tag] for tag in there))
+    assert part("tags", tagged("42") + A) == 0.5  # twice is not once
+    assert part("tags", tagged("42").upper()) == -1
+    assert 5 * part("tags_pinocchio", tagged("42")) == 5
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        (tagged("100"), 3), (tagged("\n100 "), 1.5), (tagged("100.0"), 0.5), (tagged("110"), 0.5),
+        (tagged("90"), 0.5), (tagged("111"), 0.25), (tagged("120"), 0.25), (tagged("80"), 0.25),
+        (tagged("121"), -1), (tagged("-100"), -1), (tagged("1"), -1), (tagged("1e999"), -0.5),
+        (tagged("many"), -0.5), (tagged("nan"), -0.5), ("100", 0), (f"{A}100{A_}", 0), ("", 0),
+        (tagged("100") + "!", 0),
+    ],
+)  # fmt: skip
+def test_tunix_answers(completion, expected):
+    assert part("answer_tunix", completion, {"answer": "100"}) == expected
+
+
+def test_tunix_answers_without_a_number_to_divide_by():
+    assert part("answer_tunix", tagged("-9"), {"answer": "-10"}) == 0.5
+    assert part("answer_tunix", tagged("0.0"), {"answer": "0"}) == 0.5
+    assert part("answer_tunix", tagged("1"), {"answer": "0"}) == -1
+    assert part("answer_tunix", tagged("1"), {"answer": "Oslo"}) == -0.5
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        (tagged("42"), 1), (tagged("It is 42, not 43"), 1), (tagged("$42.00"), 1),
+        (tagged("84/2"), 1), (tagged("43, not 42"), 0), (tagged("Oslo"), 0), (tagged(""), 0),
+        ("42", 0), (f"{R}42{R_}", 0), (f"{A}42{A_}", 1), (tagged("1" * 10_000), 0),
+    ],
+)  # fmt: skip
+def test_first_number(completion, right):
+    assert part("first_number", completion, {"answer": "42"}) == right
+    assert part("first_number", tagged("10000000000001"), {"answer": "10000000000000"}) == 0
+
+
+@pytest.mark.parametrize(
+    "said, gold, expected",
+    [
+        ("100", "100", 4), ("100.0", "100", 3.5), ("$100", "100", 3.5), ("105", "100", 2.5),
+        ("95", "100", 2.5), ("106", "100", 1.25), ("110", "100", 1.25), ("111", "100", 0),
+        ("100 or 200", "100", 2.5), ("many", "100", 0), ("", "100", 0), ("1000", "100", 0),
+        ("(b)", "B", 3.5), ("A", "B", 0), ("True", "yes", 3.5), ("no", "yes", 0),
+        ("Oslo", "Oslo", 4), ("It is Oslo.", "Oslo", 2.5), ("oslo", "Oslo", 2.5), ("Os", "Oslo", 0),
+        ("Oslomet", "Oslo", 0),
+    ],
+)  # fmt: skip
+def test_ideae_answers(said, gold, expected):
+    assert part("answer_ideae", tagged(said), {"answer": gold}) == expected
+    assert part("answer_ideae", said, {"answer": gold}) == 0  # a recipe reads its own tags
+
+
+def test_markers_are_paid_in_the_scaffold_phase():
+    full = tagged("42", "[I] a [D] b [E] c [A] d [E] e [E]")
+    count = lambda completion, p=0.0: part("markers", completion, {"progress": p})
+    assert count(full) == 5 and count(full, 0.49) == 5 and count(full, 0.5) == count(full, 1) == 0
+    assert count(tagged("42", "[E] [A] [A]")) == 2 and count(tagged("[I]")) == count("[I]") == 0
+
+
+def test_overlong_is_the_published_table():
+    """Maximum 100, buffer 20, penalty 10; 110 is the paper's -10, not the -15 of an open ramp."""
+    for n, expected in zip([70, 80, 90, 100, 110], [0, 0, -5, -10, -10], strict=True):
+        row = {"n_tokens": n, "max_new": 100, "overlong_buffer": 20}
+        assert scored("overlong:10", "x", row).total == expected
+    row = {"n_tokens": 99, "max_new": 100, "overlong_buffer": 0}
+    assert part("overlong", "x", row) == 0 and part("overlong", "x", row | {"n_tokens": 100}) == -1
+    assert part("length", "x", row | {"n_tokens": 25}) == -0.25
+    assert part("length", "x", row | {"n_tokens": 500}) == -1
+
+
+def test_repetition_falls_with_every_repeated_run():
+    once = "one two three four five six seven"
+    assert part("repetition", once) == part("repetition", "") == part("repetition", "a a a") == 0
+    # 14 words make 11 fours, of which the last 4 are those of the beginning
+    assert part("repetition", once + " " + once.upper()) == pytest.approx(-4 / 11)
+    for loop in ("so " * 500, "哈" * 500, "a" * 5000, "-" * 500, "1 + 1 = 2\n" * 100):
+        assert -1 < part("repetition", loop) < -0.9
+    assert part("repetition", once, {"stop": "repetition"}) == -1
+
+
+def test_language_is_the_share_of_letters_in_a_script():
+    share = lambda completion, script=None: part("language", completion, {"script": script})
+    assert share("All in Latin, même ça: 42 %") == share("") == share("42") == 1
+    assert share("Да") == share(tagged("四", "二")) == 0
+    assert share("ab Да") == 0.5 and share(tagged("да", "да"), "Cyrillic") == 1
+    assert share("日本のカメラ", "CJK HIRAGANA KATAKANA") == 1
+    assert share("日本のカメラ", "CJK") == pytest.approx(2 / 6)
+
+
+def test_reasoning_is_there_and_more_than_the_answer():
+    for trace in ("3 + 4 = 7", "3+4=7", "first we add them up", "三加四等于七"):
+        assert part("reasoning", tagged("7", trace)) == 1
+    for trace in ("", " ", "7", "so so so so so so", "3 + 4 =", "-----", "=" * 99):
+        assert part("reasoning", tagged("7", trace)) == 0
+    assert part("reasoning", tagged("first we add them up", "First, we add them up.")) == 0
+    assert part("reasoning", "first we add them up") == part("reasoning", "") == 0
+
+
+# ----------------------------------------------------------------------------------------- TF-IDF
+
+TRACES = [
+    "First we add 12 and 7, which makes 19 apples.",
+    "The train covers 120 km in 2 hours, so its speed is 60 km per hour.",
+    "Straße, straße, ÉTÉ été: naïve İstanbul, it's x_1 and x_1 don't",
+    "We divide the apples among the children; the the the of apples.",
+]
+
+
+def check_tfidf(texts, others, max_features):
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    theirs = text.TfidfVectorizer(stop_words="english", max_features=max_features)
+    try:
+        theirs.fit(texts)
+    except ValueError:  # it refuses texts without words; ours then has no features
+        assert not TfIdf(texts, max_features).idf
+        return
+    ours = TfIdf(texts, max_features)
+    assert sorted(ours.idf) == list(theirs.get_feature_names_out())
+    pairs = [(a, b) for a in [*texts, *others] for b in [*texts, *others]]
+    a, b = (theirs.transform(column) for column in zip(*pairs, strict=True))
+    expected = np.asarray(a.multiply(b).sum(axis=1)).ravel()
+    np.testing.assert_allclose([ours.cosine(*pair) for pair in pairs], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("max_features", [1, 5, 500])
+def test_tfidf_is_scikit_learns(max_features):
+    check_tfidf(TRACES, ["", "zebra", "the of and", "apples " * 50, "SPEED km hours"], max_features)
+
+
+def test_tfidf_is_scikit_learns_where_most_words_are_equally_frequent():
+    rng = random.Random(0)
+    texts = [" ".join(f"w{rng.randrange(1500)}" for _ in range(60)) for _ in range(60)]
+    check_tfidf(texts, ["w1 w2 w3", ""], 500)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("aàbBéſİ_1² \n.-哈", max_size=30), min_size=1, max_size=5),
+       st.text(max_size=20), st.integers(1, 4))  # fmt: skip
+def test_tfidf_is_scikit_learns_on_any_text(texts, other, max_features):
+    check_tfidf(texts, [other], max_features)
+
+
+def test_the_stop_words_are_scikit_learns():
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    assert rewards._STOP_WORDS == text.ENGLISH_STOP_WORDS
+
+
+def test_both_readings_of_tfidf():
+    row = {"reasoning": TRACES[0]}
+    get = lambda name, completion: part(name, completion, row, traces=TRACES)
+    same, other = tagged("19", TRACES[0]), tagged("19", "we divide the apples")
+    assert get("tfidf", same) == pytest.approx(1) and 0 < get("tfidf", other) < 0.5
+    for text in (
+        TRACES[0],
+        R + TRACES[0],
+        TRACES[0] + R_,
+        tagged(TRACES[0]),
+        tagged("19", "zebra"),
+    ):
+        assert get("tfidf", text) == 0
+    assert "tfidf" not in scored("tfidf", same, {"reasoning": None}, TRACES).parts  # no such thing
+    # the other reading: a trace that is not the answer said early
+    assert get("contrast", tagged("Paris", TRACES[0])) == 1
+    assert get("contrast", tagged(TRACES[0], TRACES[0])) == pytest.approx(0)
+    assert 0.4 < get("contrast", tagged("19 apples", TRACES[0])) < 0.6
+    for text in (TRACES[0], tagged("", TRACES[0]), tagged("19", "zebra"), f"{R}apples{R_}{A}19"):
+        assert get("contrast", text) == 0
+
+
+# ---------------------------------------------------------------------------------- mixes and sums
+
+
+def test_read_mix():
+    assert read_mix("format:1,answer:3,tfidf:2.25").weights == {
+        "format": 1, "answer": 3, "tfidf": 2.25}  # fmt: skip
+    assert read_mix(" format , overlong : -1e-1 ").weights == {"format": 1, "overlong": -0.1}
+    assert read_mix("tunix") == rewards.PRESETS["tunix"]
+    assert read_mix("grar,judge:2,repetition") == Mix(
+        {"format": 0.2, "answer": 0.2, "judge": 2, "repetition": 1}, 0, 1
+    )
+    assert read_mix("format:0.5", "my.py:mine").weights == {"mine": 1, "format": 0.5}
+    assert (
+        read_mix("mine:2", "a/my.py:mine") == read_mix("mine:2", "my.py:mine") == Mix({"mine": 2})
+    )
+    assert read_mix("", "my.py:mine").weights == {"mine": 1}
+    assert rewards.PRESETS["tunix"].weights["format"] == 3  # none of this changed a preset
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "empty"), (" ", "empty"), (",", "expected one of"), ("format,", "expected one of"),
+        ("formt:1", "'formt:1'.*tunix.*format.*tfidf.*judge"), ("format:1,format:2", "already"),
+        ("format:", "number"), ("format:x", "'format:x'.*number"), ("format:nan", "number"),
+        ("answer:inf", "number"), ("format:1:2", "number"), ("tunix,tunix", "preset"),
+        ("format,tunix", "preset"), ("tunix:2", "preset"), ("mine", "expected one of"),
+    ],
+)  # fmt: skip
+def test_a_mix_that_cannot_be_read_says_so_in_a_line(text, reason):
+    with pytest.raises(ValueError, match=f"^--rewards .*{reason}[^\n]*$"):
+        read_mix(text)
+
+
+def test_prepare_gives_what_the_mix_names():
+    functions = prepare(read_mix("tunix,contrast:0"), iter(TRACES))
+    assert list(functions) == ["format", "tags", "answer_tunix", "first_number", "contrast"]
+    unread = prepare(read_mix("tunix"), (1 / 0 for _ in "x"))  # not fitted where not asked for
+    assert list(unread) == list(rewards.PRESETS["tunix"].weights)
+    for traces in ([], ["", "the of"]):
+        with pytest.raises(ValueError, match="--rewards tfidf: .*reasoning"):
+            prepare(read_mix("ideae"), traces)
+    for preset, name in {"grar": "judge", "pinocchio": "judge_correctness"}.items():
+        with pytest.raises(ValueError, match=f"--rewards {name}: needs --judge"):
+            prepare(read_mix(preset), [])
+
+
+def judged(**values):
+    return {name: Reward(lambda c, r, v=v: v, "") for name, v in values.items()}
+
+
+GOLD = {"answer": "42", "reasoning": "apples and pears", "progress": 0.1}
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        (tagged("42"), 3 + 2 + 3 + 1.5), (tagged(" 42 "), 3 + 2 + 1.5 + 1.5),
+        (tagged("42 or 45"), 3 + 2 + 0.5 + 1.5), (tagged("45"), 3 + 2 + 0.5),
+        (tagged("50"), 3 + 2 + 0.25), (tagged("99"), 3 + 2 - 1), (tagged("many"), 3 + 2 - 0.5),
+        (tagged("42") + "!", 2 + 1.5), ("42", -2), ("", -2), (f"{A}42{A_}", 2 - 2 * 1 + 1.5),
+        (f"{R}I see{R_}{A}42", 1.5 - 0.5), ((R + R_ + A + A_) * 2, -2),
+    ],
+)  # fmt: skip
+def test_the_sum_of_tunix(completion, expected):
+    """Its range is -2 (no tag once) to 9.5: what has no format has no answer that could cost -1."""
+    assert scored("tunix", completion, GOLD).total == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        (tagged("42", "apples pears [I] [D] [E] [A] [E]"), 0.75 + 0.25 + 0.5 + 2.25 + 4),
+        (tagged("42", "apples pears [I]"), 0.75 + 0.25 + 0.1 + 2.25 + 4),
+        (tagged("$42", "apples"), 0.75 + 0.25 + 2.25 / math.sqrt(2) + 3.5),
+        (tagged("43", "zebra"), 0.75 + 0.25 + 2.5), (tagged("46", "zebra"), 0.75 + 0.25 + 1.25),
+        (f"{A}42{A_}", 4), ("42", -0.25),
+    ],
+)  # fmt: skip
+def test_the_sum_of_ideae(completion, expected):
+    assert scored("ideae", completion, GOLD, ["apples pears"]).total == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "completion, correctness, quality, penalty, expected",
+    [
+        (tagged("42"), 1, 5, 0, 5 + 5 + 5), (tagged("42"), 0.5, 3, 2, 2.5 + 3 + 5 - 2),
+        (f"{R}a{R_}{A}42", 1, 4, 3, 5 + 4 + 5 * 0.8 - 3), (R_ + R, 0, 0, 5, 5 * 0.6 - 5),
+        ("", 0, 0, 6, -6), ("", 0, 0, 17, -10),
+    ],
+)  # fmt: skip
+def test_the_sum_of_pinocchio(completion, correctness, quality, penalty, expected):
+    judge = judged(judge_correctness=correctness, judge_reasoning=quality, judge_penalty=penalty)
+    assert scored("pinocchio", completion, {}, judge=judge).total == pytest.approx(expected)
+
+
+def test_the_sum_of_grar():
+    total = lambda completion, judge: (
+        scored("grar", completion, GOLD, judge=judged(judge=judge)).total
+    )
+    assert total(tagged("42"), 1) == 1 and total("", 0) == 0
+    assert total(tagged("42"), 0.25) == pytest.approx(0.2 + 0.2 + 0.6 * 0.25)
+    assert total(tagged("41"), 0.25) == pytest.approx(0.2 + 0.6 * 0.25)
+    assert total("42", 0.25) == pytest.approx(0.2 + 0.6 * 0.25)
+    assert total(tagged("42"), 3) == 1 and total("", -1) == 0
+    assert total(tagged("42"), None) is None  # a lost judgement is no bad one
+
+
+def test_what_does_not_apply_is_no_part():
+    both = "format:1,answer:1,tfidf:1"
+    for nothing in ({}, {"answer": None}, {"answer": " "}, {"answer": [], "reasoning": ""}):
+        assert scored(both, tagged("42"), nothing) == (1, {"format": 1}, {})
+    assert scored(both, tagged("0"), {"answer": 0}).parts == {"format": 1, "answer": 1}
+    assert scored(both, tagged("no"), {"answer": False}).parts == {"format": 1, "answer": 1}
+    total, parts, errors = scored("answer:1,format:0", tagged("42"))
+    assert total is None and parts == {"format": 1} and list(errors) == ["total"]
+
+
+def fails(_, row):
+    raise RuntimeError("line one\nline \033[2Jtwo " + "x" * 1000)
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [(None, "returned None"), (math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"),
+     ("1", "str"),
+     (np.float32("nan"), "nan"), (10**400, "Overflow"), ([1.0], "list"), ({}, "dict"),
+     (1j, "complex"), (lambda: 1, "function")],
+)  # fmt: skip
+def test_what_is_no_number_is_missing_and_says_why(value, reason):
+    functions = {"format": rewards.REWARDS["format"], "odd": Reward(lambda c, r: value)}
+    total, parts, errors = score(Mix({"format": 1, "odd": 2}), functions, tagged("42"), {})
+    assert (total, parts) == (None, {"format": 1, "odd": None})
+    assert list(errors) == ["odd"] and reason in errors["odd"]
+    # of weight 0 it is still reported, but spoils nothing
+    total, _, again = score(Mix({"format": 1, "odd": 0}), functions, tagged("42"), {})
+    assert total == 1 and again == errors
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, np.float32(1), np.int64(1), np.array(1.0)])
+def test_any_kind_of_number_is_a_score(value):
+    total, parts, errors = score(Mix({"a": 2}), {"a": Reward(lambda c, r: value)}, "", {})
+    assert (total, parts, errors) == (2, {"a": 1}, {}) and type(parts["a"]) is float
+
+
+def test_an_exception_is_a_short_line_with_the_sample():
+    functions = {"mine": Reward(fails), "format": rewards.REWARDS["format"]}
+    total, parts, errors = score(Mix({"mine": 1, "format": 1}), functions, tagged("42"), {})
+    assert (total, parts) == (None, {"mine": None, "format": 1})
+    assert errors["mine"].startswith("RuntimeError: line one line \\x1b[2Jtwo xxx")
+    assert len(errors["mine"]) < 250 and errors["mine"].isprintable()
+    assert part("overlong", "x", {"max_new": 1}) is None  # a field that the trainer owes
+    huge = {"a": Reward(lambda c, r: 1e308), "b": Reward(lambda c, r: 1e308)}
+    assert score(Mix({"a": 1, "b": 1}), huge, "", {})[::2] == (None, {"total": "the sum is inf"})
+
+    def stopped(completion, row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(Mix({"a": 1}), {"a": Reward(stopped)}, "", {})
+
+
+def test_a_reward_file(tmp_path):
+    file = tmp_path / "my.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Limit:\n    n: int = 10\n"
+        "def brief(completion, row):\n    return len(completion) <= row.get('n', Limit().n)\n"
+        "def broken(completion, row):\n    return 1 / 0\nnumber = 3\n"
+    )
+    at = f"{file}:brief"
+    assert scored("format:1", "short", reward_file=at) == (1, {"format": 0, "brief": 1}, {})
+    assert scored("brief:-2", "short", {"n": 3}, reward_file=at).total == 0
+    total, parts, errors = scored("format:1", "x", reward_file=f"{file}:broken")
+    assert (total, parts["broken"]) == (None, None) and "ZeroDivisionError" in errors["broken"]
+
+
+@pytest.mark.parametrize(
+    "where, reason",
+    [("none.py:score", "no file .*none.py"), ("my.py:none", "no function none"),
+     ("my.py:number", "no function number"), ("bad.py:score", "SyntaxError"),
+     ("my.py", "expected my.py:score"), ("my.py:", "expected"), ("my.txt:score", "expected"),
+     ("my.py:a b", "expected"), (":score", "expected"), ("my.py:format", "rename"),
+     ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh")],
+)  # fmt: skip
+def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text("number = 3\ndef score(completion, row): return 1\n")
+    (tmp_path / "bad.py").write_text("def score(\n")
+    (tmp_path / "raises.py").write_text("raise RuntimeError('oh')\n")
+    with pytest.raises(ValueError, match=f"^--reward-file .*{reason}"):
+        prepare(read_mix("format:1", where), [], where)
+
+
+# --------------------------------------------------------------------------------------- terminal
+
+
+def test_colour_shows_the_parts_and_nothing_drives_the_terminal():
+    assert rewards.colour(GOOD) == (
+        "<reasoning>\033[36m12 + 7 = 19\033[0m</reasoning>\n<answer>\033[1;32m19\033[0m</answer>"
+    )
+    assert rewards.colour("plain\n\ttext, 哈 é 👩‍💻") == "plain\n\ttext, 哈 é 👩‍💻"
+    hostile = "".join(map(chr, [*range(32), *range(127, 160), 0x202E, 0x2066, 0x200F, 0xD800]))
+    shown = rewards.colour(f"{hostile}<answer>{hostile}\033[0m\033]0;title\a\r")
+    ours = shown.replace("\033[1;32m", "").replace("\033[0m", "", 1)
+    assert all(c.isprintable() or c in "\n\t" for c in ours) and shown.encode()
+    assert "\\x1b]0;title\\x07\\r" in shown and "\\u202e" in shown and "\\ud800" in shown
+
+
 # ----------------------------------------------------------------------------------- hostile text
 
 HARD = st.text(
@@ -197,6 +675,32 @@ def test_any_text_gets_an_answer_of_the_right_type(completion, gold, kind):
         assert said is None or isinstance(said, str) and said
 
 
+EVERY = read_mix(",".join([*rewards.REWARDS, *rewards.FITTED]))
+FUNCTIONS = prepare(EVERY, TRACES)
+FIELDS = {"max_new": 100, "overlong_buffer": 20, "progress": 0.1, "stop": "stop"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(COMPLETION, HARD, HARD, st.sampled_from(rewards.KINDS), st.integers(0, 200))
+@example("<answer>" + "9" * 10_000, "9" * 10_000, "9", "number", 0)
+@example(f"{R}a{R_}{A}1e300{A_}", "1e-300", "", "number", 1)
+@example(f"{R}a{R_}{A}\ud800{A_}", "\ud800", "\ud800", "auto", 1)
+def test_every_reward_of_any_text_is_a_finite_number(completion, gold, trace, kind, n):
+    row = FIELDS | {"answer": gold, "reasoning": trace, "kind": kind, "n_tokens": n}
+    total, parts, errors = score(EVERY, FUNCTIONS, completion, row)
+    assert errors == {} and math.isfinite(total)
+    assert ("answer" in parts) == bool(gold.strip())
+    low = {"tags": -1, "answer_tunix": -1, "overlong": -1, "length": -1, "repetition": -1}
+    high = {"answer_tunix": 3, "answer_ideae": 4, "markers": 5, "overlong": 0, "length": 0,
+            "repetition": 0}  # fmt: skip
+    for name, value in parts.items():
+        assert type(value) is float and low.get(name, 0) <= value <= high.get(name, 1)
+    assert score(EVERY, FUNCTIONS, completion, row) == (total, parts, errors)
+    assert all(
+        c.isprintable() or c in "\n\t\033" or ord(c) > 159 for c in rewards.colour(completion)
+    )
+
+
 @settings(max_examples=200, deadline=None)
 @given(HARD)
 def test_an_answer_is_right_when_it_is_the_gold_itself(text):
@@ -211,23 +715,28 @@ def test_whole_numbers_survive_their_spellings(n, spelling):
 
 HOSTILE = ["9", ",000", "1,", "1 ", "1/", "1e", "1.", "-", "$", "1^", "3 x 10^", " ", "\n", "a",
            "<answer>", "<reasoning>", "answer is ", "answer", "####", "½", "²", "٤", "A) ", "(",
-           "B,", "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{"]  # fmt: skip
+           "B,", "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{", "word ", "哈",
+           "<", "</answer>", "<reasoning></answer>", GOOD, "[E]", "\x1b[", "İ", "_"]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_time_grows_with_the_text_and_no_faster(piece):
-    """Four times the text in less than nine times the CPU time; what is quadratic takes sixteen."""
+    """Eight times the text in less than 24 times the CPU time; what is quadratic takes 64."""
 
     def cost(n):
         text = piece * (n // len(piece))
         best = math.inf
         for _ in range(3):
             began = time.process_time()
+            for completion in (text, f"{R}{text}{R_}{A}{text}{A_}"):
+                row = FIELDS | {"answer": text[:n], "reasoning": text, "n_tokens": 9}
+                assert not score(EVERY, FUNCTIONS, completion, row).errors
+                rewards.colour(completion)
             _, answer, _ = parse(text)
             for kind in rewards.KINDS:
                 correct(answer or text, "1 apple", kind)
-                correct("1", text[:n], kind)
+                correct("1", text, kind)
             best = min(best, time.process_time() - began)
         return best
 
-    assert cost(16_000) < 9 * cost(4_000) + 0.02
+    assert cost(16_000) < 24 * cost(2_000) + 0.02
