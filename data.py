@@ -495,6 +495,24 @@ def messages(row: dict, system: str = "") -> list[dict]:
     return fold_system(chat)
 
 
+def pair(row: dict, system: str = "") -> list[list[dict]]:
+    """A preference row as two conversations, the chosen one and the rejected one.
+
+    {"prompt", "chosen", "rejected"}, each a text or a message list; lists under "chosen" and
+    "rejected" that start with the user bring the prompt themselves.
+    """
+    chats = []
+    for key in ("chosen", "rejected"):
+        turns = _turns_of(_text(row, key), "assistant")
+        whole = isinstance(turns[0], dict) and turns[0].get("role") in ("user", "system")
+        prompt = [] if whole else _turns_of(_text(row, "prompt"), "user")
+        try:
+            chats.append(messages({"messages": prompt + turns}, system))
+        except ValueError as e:
+            raise ValueError(f"{key}: {e}") from None
+    return chats
+
+
 def _text(row: dict, key: str):
     value = row.get(key)
     if isinstance(value, int | float) and key == "answer":
@@ -581,22 +599,60 @@ def _gsm8k(split: str) -> Path:
 # --- packed batches ------------------------------------------------------------------------------
 
 
+def read_example(row: dict, tok: Tokenizer, system: str = "") -> tuple:
+    """A row as (ids, mask)."""
+    ids, mask = tok.example(messages(row, system))
+    return np.array(ids, np.int32), np.array(mask, np.int8)
+
+
+def read_pair(row: dict, tok: Tokenizer, system: str = "") -> tuple:
+    """A preference row as two examples, chosen and rejected; 1 on what the two don't share.
+
+    prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1]. What the assistant
+    says in the prompt is 0 too.
+    """
+    chats = pair(row, system)
+    examples = [tok.example(chat) for chat in chats]
+    if examples[0][0] == examples[1][0]:
+        raise ValueError("chosen and rejected are the same")
+    n = 0
+    while n < min(map(len, chats)) and chats[0][n] == chats[1][n]:
+        n += 1
+    if n % 2 == 0 or n == min(map(len, chats)):  # not before an assistant turn of both
+        raise ValueError("chosen and rejected must answer the same prompt")
+    first = len(tok.chat(chats[0][:n]))
+    return tuple(
+        (np.array(ids, np.int32), np.array([0] * first + mask[first:], np.int8))
+        for ids, mask in examples
+    )
+
+
+def sequences(item: tuple) -> tuple:
+    """The (ids, mask) of what is packed as one: an example alone, or the two of a pair."""
+    return item if isinstance(item[0], tuple) else (item,)
+
+
+def n_tokens(item: tuple) -> int:
+    return sum(len(ids) for ids, _ in sequences(item))
+
+
 def load_examples(source: str, tok: Tokenizer, max_length: int, system: str = "",
-                  skip_bad_rows: bool = False) -> tuple[list, list[str]]:  # fmt: skip
+                  skip_bad_rows: bool = False,
+                  read=read_example) -> tuple[list, list[str]]:  # fmt: skip
     """Training rows [(ids, mask), ...] of one source, and what was wrong with the rows left out.
 
     A bad row (not JSON, a field missing, an empty completion, more than max_length tokens) raises
-    ValueError with its file and line, unless skip_bad_rows.
+    ValueError with its file and line, unless skip_bad_rows. `read=read_pair` reads pairs instead.
     """
     examples, bad = [], []
     for where, row in read_rows(source):
         try:
             if isinstance(row, ValueError):
                 raise row
-            ids, mask = tok.example(messages(row, system))
-            if len(ids) > max_length:
-                raise ValueError(f"{len(ids)} tokens, more than --max-length {max_length}")
-            examples.append((np.array(ids, np.int32), np.array(mask, np.int8)))
+            example = read(row, tok, system)
+            if (n := n_tokens(example)) > max_length:
+                raise ValueError(f"{n} tokens, more than --max-length {max_length}")
+            examples.append(example)
         except (ValueError, KeyError) as e:
             bad.append(f"{where}: {e}")
             if not skip_bad_rows:
@@ -629,6 +685,12 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
                 bisect.insort(spaces, left)
             room[left].append(b)
     return bins
+
+
+def fill(items: list, size: int) -> list[list[tuple]]:
+    """Packed rows, each a list of (ids, mask); the two of a pair share a row, chosen first."""
+    bins = pack([n_tokens(item) for item in items], size)
+    return [[example for i in b for example in sequences(items[i])] for b in bins]
 
 
 def assemble(rows: list[list[tuple]], n_rows: int, size: int) -> dict[str, np.ndarray]:
@@ -675,9 +737,9 @@ class Packed:
                 if at == 0 or k == epoch * take:
                     order = np.random.default_rng((self.seed, i, lap)).permutation(len(source))
                 chosen.append(source[order[at]])
-        bins = pack([len(ids) for ids, _ in chosen], self.size)
-        order = np.random.default_rng((self.seed, 10**6, epoch)).permutation(len(bins))
-        rows = [[chosen[i] for i in bins[b]] for b in order]
+        rows = fill(chosen, self.size)
+        order = np.random.default_rng((self.seed, 10**6, epoch)).permutation(len(rows))
+        rows = [rows[r] for r in order]
         self._rows = (epoch, rows)
         return rows
 
@@ -697,6 +759,6 @@ class Packed:
 
 def eval_batches(examples: list, size: int, n_rows: int) -> list[dict[str, np.ndarray]]:
     """Every example once, packed; the last batch is filled up with empty rows."""
-    rows = [[examples[i] for i in b] for b in pack([len(ids) for ids, _ in examples], size)]
+    rows = fill(examples, size)
     chunks = [rows[i : i + n_rows] for i in range(0, len(rows), n_rows)]
     return [assemble(chunk, n_rows, size) for chunk in chunks]

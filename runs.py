@@ -407,8 +407,9 @@ class Run:
     """One open run folder, locked against a second process; a context manager.
 
     `may_change` names the config fields a resumed run may give anew. `keep` checkpoints stay, and
-    the one with the best score. `show` are the metrics on the progress line, `every_s` its period
-    where stderr is no terminal. Where the main thread opens it, SIGTERM or Ctrl-C sets `stopping`.
+    the one with the best score. `show` are the metrics on the progress line (a dict: with labels),
+    `every_s` its period where stderr is no terminal; 0: a line for every step, anywhere. Where the
+    main thread opens it, SIGTERM or Ctrl-C sets `stopping`.
     """
 
     def __init__(
@@ -419,11 +420,12 @@ class Run:
         budget: Budget | None = None,
         keep: int = 2,
         report_to: Iterable[str] = (),
-        show: tuple[str, ...] = ("loss", "reward", "tokens_per_s"),
+        show: dict[str, str] | tuple[str, ...] = ("loss", "tokens_per_s"),
         every_s: float = 30.0,
     ):
         self.folder, self.budget = Path(out), budget or Budget()
-        self.keep, self.show, self.every_s = keep, show, every_s
+        self.keep, self.every_s = keep, every_s
+        self.show = show if isinstance(show, dict) else {name: name for name in show}
         self.step: int | None = None  # of the last line logged; None until restore()
         self.stopping, self.bar, self.refused = "", None, set()
         self.shown, self.shown_at = 0, 0.0
@@ -536,18 +538,21 @@ class Run:
 
     def _show(self, step, metrics):
         steps, eta = self.budget.steps, self.budget.eta_s()
-        parts = [f"step {step}" + (f"/{steps}" if steps else "")]
-        parts += [f"{name} {metrics[name]:.4g}" for name in self.show if name in metrics]
-        parts += [] if eta is None else [f"{tqdm.format_interval(eta)} left"]
-        self.shown += 1
-        if sys.stderr.isatty():
+        shown = [f"{label} {metrics[k]:.4g}" for k, label in self.show.items() if k in metrics]
+        head = f"step {step}" + (f"/{steps}" if steps else "")
+        left = "" if eta is None else f"{tqdm.format_interval(eta)} left"
+        line = "  ".join(filter(None, [head, *shown, left]))
+        terminal = sys.stderr.isatty()
+        if terminal:
             if self.bar is None:
                 self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
                 self._stack.callback(self.bar.close)
             self.bar.n = 100 * self.budget.p
-            self.bar.set_description_str("  ".join(parts))
-        elif self.shown <= 3 or time.monotonic() - self.shown_at >= self.every_s:
-            say("  ".join(parts))
+            self.bar.set_description_str(f"{head}  {left}" if self.every_s == 0 else line)
+        self.shown += 1
+        due = self.shown <= 3 or time.monotonic() - self.shown_at >= self.every_s
+        if shown and (self.every_s == 0 or (due and not terminal)):
+            say(line)
             self.shown_at = time.monotonic()
 
     def check_finite(self, step: int, metrics: dict, batch: Any) -> None:

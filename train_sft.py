@@ -28,7 +28,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -404,6 +404,63 @@ def place(tree, mesh: Mesh, specs):
     return jax.tree.map(put, tree, specs)
 
 
+class Model(NamedTuple):
+    """What a stage begins with, on the mesh."""
+
+    cfg: gemma.Config
+    tok: data.Tokenizer
+    weights: Path  # the folder they came from
+    trained: dict  # {"a", "b"} of the adapter, or all weights in float32
+    fixed: dict  # {"base", "scale"}, or nothing
+    specs: dict  # PartitionSpecs of what is trained
+    sharded: bool
+    merged: dict | None  # an adapter that went into the base and must come out again in final/
+
+
+def load_model(config: Config, mesh: Mesh) -> Model:
+    """The weights and the adapter that a stage starts from, and says what they are."""
+    start = lora.start(config.model, config.weights, config.adapter)
+    tok = data.Tokenizer(config.tokenizer or start.weights)
+    cfg, merged, adapter = gemma.read_config(start.weights), None, None
+    sharded = is_sharded(cfg, config, mesh)
+    if getattr(config, "from_scratch", False):
+        base = gemma.init(cfg, jax.random.key(config.seed))
+    else:
+        dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
+        cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
+        base, adapter, merged = lora.continue_from(
+            start.adapter, base, cfg, config.lora_rank, lora.parse_targets(config.lora_targets)
+        )
+    if merged is not None:
+        runs.say(f"--adapter {start.adapter} merged into the base: {lora.describe(merged)}")
+    trained, fixed = base, {}
+    if config.lora_rank:
+        adapter = adapter or new_adapter(cfg, config)
+        runs.say(lora.describe(adapter))
+        trained, scale = lora.split(adapter)
+        fixed = {"base": base} | place(scale, mesh, P())
+    specs = trained_specs(cfg, config, sharded)
+    runs.say(f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
+             f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+    trained = place(trained, mesh, specs)
+    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
+
+
+def write_model(folder: Path, config: Config, model: Model, trained: dict) -> None:
+    """What --adapter of the next stage takes: a PEFT adapter, or a whole model in bfloat16."""
+    cfg, tok = model.cfg, model.tok
+    if config.lora_rank:
+        live = jax.device_get(trained | {"scale": model.fixed["scale"]})
+        live = live if model.merged is None else lora.stack(model.merged, live, cfg)
+        lora.save(folder, live, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
+    else:
+        stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
+        weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)  # as published
+        gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
+        tok.save(folder)
+    lora.write_prompt(folder, config.system)
+
+
 def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
     """The training batches and the held-out examples; says what was read and left out."""
 
@@ -461,36 +518,12 @@ def main(config: Config) -> Path:
     n_micro, _ = batch_shape(config, mesh)
 
     # load
-    start = lora.start(config.model, config.weights, config.adapter)
-    tok = data.Tokenizer(config.tokenizer or start.weights)
+    model = load_model(config, mesh)
+    cfg, tok, trained, fixed, specs = model.cfg, model.tok, model.trained, model.fixed, model.specs
     batches, held_out = load_data(config, tok)
-    cfg = gemma.read_config(start.weights)
-    sharded = is_sharded(cfg, config, mesh)
-    specs = trained_specs(cfg, config, sharded)
-    merged = None  # an adapter that went into the base and must come out again in final/
-    if config.from_scratch:
-        trained, fixed = gemma.init(cfg, jax.random.key(config.seed)), {}
-    else:
-        dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
-        cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
-        base, adapter, merged = lora.continue_from(
-            start.adapter, base, cfg, config.lora_rank, lora.parse_targets(config.lora_targets)
-        )
-        if merged is not None:
-            runs.say(f"--adapter {start.adapter} merged into the base: {lora.describe(merged)}")
-        if config.lora_rank:
-            adapter = adapter or new_adapter(cfg, config)
-            runs.say(lora.describe(adapter))
-            trained, fixed = lora.split(adapter)
-            fixed = {"base": base} | place(fixed, mesh, P())
-        else:
-            trained, fixed = base, {}
-    trained = place(trained, mesh, specs)
-    runs.say(f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
-             f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
 
     # compile
-    train_step, eval_step = make_steps(cfg, config, mesh, sharded)
+    train_step, eval_step = make_steps(cfg, config, mesh, model.sharded)
     tx = optimizer(config)
     opt = jax.jit(tx.init, out_shardings=jax.tree.map(
         lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
@@ -523,17 +556,8 @@ def main(config: Config) -> Path:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
         return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
 
-    def write_model(folder: Path) -> None:
-        if config.lora_rank:
-            live = jax.device_get(trained | {"scale": fixed["scale"]})
-            live = live if merged is None else lora.stack(merged, live, cfg)
-            lora.save(folder, live, cfg, str(start.weights), config.lora_dropout)
-        else:
-            stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
-            weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)  # as published
-            gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
-            tok.save(folder)
-        lora.write_prompt(folder, config.system)
+    def write(folder: Path) -> None:
+        write_model(folder, config, model, trained)
 
     # loop
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
@@ -564,7 +588,7 @@ def main(config: Config) -> Path:
 
         def save(score=None):
             log_pending()
-            run.save(step, {"trained": trained, "opt": opt}, {}, write_model, score)
+            run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
 
         while (p := budget.progress(step)) < 1 and not run.stopping:
             batch = batches.batch(step)
@@ -595,7 +619,7 @@ def main(config: Config) -> Path:
             run.stop()
         if step != measured and (saved is None or step > saved.step):
             save(measure(run, step))
-        return run.finish(write_model)
+        return run.finish(write)
 
 
 if __name__ == "__main__":

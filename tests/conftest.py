@@ -1,5 +1,6 @@
 """Eight CPU devices, float32, no silent broadcasting; two families of tiny random models."""
 
+import json
 import os
 import sys
 from importlib import metadata
@@ -29,3 +30,56 @@ def golden() -> Path:
     if not (SHARED / "golden").exists():
         pytest.skip("../shared/golden is absent")
     return SHARED / "golden"
+
+
+KILLER = """
+import os, runpy, signal, sys
+left = int(sys.argv[1])
+def deadly(real):
+    def call(*a):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a)
+    return call
+os.fsync, os.rename, os.replace = map(deadly, (os.fsync, os.rename, os.replace))
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with a random model, the shipped tokenizer, and 40 rows of data."""
+    folder = tmp_path_factory.mktemp("small")
+    import data
+    import gemma
+
+    tok = data.Tokenizer(ROOT / "tiny")
+    cfg = gemma.Config(
+        "gemma3_text", tok.vocab_size, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
+        max_position_embeddings=64, eos_token_id=tok.stop_ids,
+    )  # fmt: skip
+    gemma.save(folder, cfg, gemma.init(cfg, jax.random.key(0)))
+    tok.save(folder)
+    rows = [json.dumps(data.word_problem("train", i)) for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def contents(run) -> dict:
+    """Everything a run leaves but timings, and the record of where it ran."""
+    timing = lambda k: k.endswith("_s") or "per_s" in k
+    found = {}
+    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name != ".lock"):
+        name = str(file.relative_to(run))
+        if file.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            found[name] = [{k: v for k, v in m.items() if not timing(k)} for m in lines]
+        elif file.name == "config.json":
+            found[name] = {k: v for k, v in json.loads(file.read_text()).items() if k != "out"}
+        else:
+            found[name] = file.read_bytes()
+    return found

@@ -1,6 +1,7 @@
 """data.py: rows as conversations, packing, and batches that are functions of their number."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -75,6 +76,95 @@ def test_assemble_worked_example():
     assert out["mask"].tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6]
     assert out["segments"].tolist() == [[1, 1, 2, 2, 2, 0], [0] * 6]
     assert out["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0] * 6]
+
+
+# ---------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "chosen": "Yes", "rejected": "No way"},
+        {
+            "prompt": [TURN("user", "Q")],
+            "chosen": [TURN("assistant", "Yes")],
+            "rejected": [TURN("assistant", "No way")],
+        },
+        {
+            "prompt": "Q",  # and again in the lists
+            "chosen": [TURN("user", "Q"), TURN("assistant", "Yes")],
+            "rejected": [TURN("user", "Q"), TURN("assistant", "No way")],
+        },
+        {
+            "chosen": [TURN("user", "Q"), TURN("assistant", "Yes")],
+            "rejected": [TURN("user", "Q"), TURN("assistant", "No way")],
+        },
+    ],
+)
+def test_every_pair_shape_is_the_same_two_examples(row):
+    tok = data.Tokenizer(ROOT / "tiny")
+    prompt = tok.chat([TURN("user", "Be brief.\n\nQ")])
+    pair = data.read_pair(row, tok, "Be brief.")
+    for (ids, mask), text in zip(pair, ("Yes", "No way"), strict=True):
+        completion = [*tok.encode(text), tok.end_of_turn]
+        assert ids.tolist() == prompt + completion
+        assert mask.tolist() == [0] * len(prompt) + [1] * len(completion)
+
+
+def test_what_a_pair_shares_is_its_prompt():
+    """Earlier answers of the assistant are not compared."""
+    tok = data.Tokenizer(ROOT / "tiny")
+    shared = [TURN("user", "Q"), TURN("assistant", "A"), TURN("user", "Sure?")]
+    row = {"prompt": shared, "chosen": "Yes", "rejected": "No"}
+    for ids, mask in data.read_pair(row, tok):
+        assert int(np.argmax(mask)) == len(tok.chat(shared)) and mask[-1] == 1
+        assert mask.sum() == len(ids) - len(tok.chat(shared))
+
+
+BAD_PAIRS = [
+    ({"prompt": "Q", "chosen": "a"}, "'rejected'"),
+    ({"prompt": "Q", "chosen": "", "rejected": "b"}, "'chosen'"),
+    ({"prompt": "Q", "chosen": "a", "rejected": " "}, "rejected: the completion is empty"),
+    ({"chosen": "a", "rejected": "b"}, "'prompt'"),
+    ({"prompt": "Q", "chosen": "a", "rejected": "a "}, "the same"),
+    ({"chosen": [TURN("user", "Q"), TURN("assistant", "a")],
+      "rejected": [TURN("user", "R"), TURN("assistant", "b")]}, "the same prompt"),
+    ({"prompt": "Q", "chosen": "a", "rejected": [TURN("assistant", "a"), TURN("user", "Why?"),
+                                                 TURN("assistant", "b")]}, "the same prompt"),
+    ({"prompt": "Q", "chosen": "a", "rejected": [TURN("user", "b")]}, "must end with an assistant"),
+    ({"prompt": "Q", "chosen": "a", "rejected": ["b"]}, "rejected: expected a list of messages"),
+    ({"prompt": "Q", "chosen": [{"role": "assistant"}], "rejected": "b"}, "chosen"),
+    ({"prompt": "Q", "chosen": 4, "rejected": "b"}, "'chosen'"),
+    ({"prompt": "Q", "chosen": "12345 " * 16, "rejected": "12345 " * 15}, "more than --max-length"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad,why", BAD_PAIRS)
+def test_bad_pairs_are_named_with_file_and_line_fatal_or_counted(tmp_path, bad, why):
+    tok = data.Tokenizer(ROOT / "tiny")
+    good = json.dumps({"prompt": "Hi", "chosen": "Hello", "rejected": "No"})
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join([good, "", json.dumps(bad), good]))
+    with pytest.raises(ValueError) as e:
+        data.load_examples(str(file), tok, 176, read=data.read_pair)
+    assert f"{file}:3: " in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
+    pairs, left_out = data.load_examples(str(file), tok, 176, "", True, data.read_pair)
+    assert len(pairs) == 2 and len(left_out) == 1 and f"{file}:3: " in left_out[0]
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.integers(1, 16)), max_size=30))
+def test_the_two_of_a_pair_share_a_row_chosen_first(sizes):
+    one = lambda n, token: (np.full(n, token), np.ones(n))
+    pairs = [(one(a, 2 * i), one(b, 2 * i + 1)) for i, (a, b) in enumerate(sizes)]
+    rows = data.fill(pairs, 32)
+    assert sum(map(len, rows)) == 2 * len(pairs)
+    for row in rows:
+        assert sum(len(ids) for ids, _ in row) <= 32
+        first = [int(ids[0]) for ids, _ in row]
+        assert all(w % 2 == 0 and r == w + 1 for w, r in zip(first[::2], first[1::2], strict=True))
+
+
+# -------------------------------------------------------------------------------------- batches
 
 
 def source(n, first):

@@ -240,6 +240,8 @@ def test_each_rollout_says_why_it_ended():
     shorter = by_number(make(n=30, stop=stop, max_new=7))
     for k, r in rollouts.items():
         assert shorter[k].ids.tolist() == r.ids[:7].tolist()
+        assert shorter[k].stop == ("stop" if shorter[k].ids[-1] in stop else "length")
+    assert any(len(r.ids) == 7 and r.stop == "stop" for r in shorter.values())
     default = by_number(make(n=30))  # the config's stop id is 1
     assert any(r.ids[-1] == 1 for r in default.values())
 
@@ -283,12 +285,15 @@ def test_repetition_is_a_stop_reason_of_its_own_and_off_by_default():
 # ------------------------------------------------------------------------------------ work and flow
 
 
-@pytest.mark.parametrize("n_devices, slots, n", [(1, 8, 4), (8, 4, 16)])
-def test_slots_refill(n_devices, slots, n):
-    """Long-tailed lengths (mean 34 of at most 64), a queue of ten times the slots."""
+@pytest.mark.parametrize("n_devices, slots, n, chunk", [(1, 8, 4, 8), (8, 4, 16, 8), (1, 8, 1, 64)])
+def test_slots_refill(n_devices, slots, n, chunk):
+    """Long-tailed lengths (mean 34 of at most 64), a queue of ten times the slots.
+
+    In the last case the shelf holds fewer prompts than slots get free while the host is away.
+    """
     n_prompts, stats = 10 * slots * n_devices // n, {}
     prompts = random_prompts(*[1 + i % 30 for i in range(n_prompts)])
-    s = sampler(n_devices=n_devices, slots=slots, shelf=4)
+    s = sampler(n_devices=n_devices, slots=slots, shelf=4, chunk=chunk)
     rollouts = list(s.sample(params_of("gemma3"), prompts, n, stats=stats, **long_tailed()))
     lengths = np.array([len(r.ids) for r in rollouts])
     assert len(rollouts) == n_prompts * n and stats["tokens"] == lengths.sum()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import KILLER, ROOT, contents
 from jax.sharding import AxisType
 
 import data
@@ -174,37 +174,6 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
 
 # --------------------------------------------------------------------------------- whole runs
 
-KILLER = """
-import os, runpy, signal, sys
-left = int(sys.argv[1])
-def deadly(real):
-    def call(*a):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*a)
-    return call
-os.fsync, os.rename, os.replace = map(deadly, (os.fsync, os.rename, os.replace))
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A folder with a random model, the shipped tokenizer, and 40 rows of data."""
-    folder = tmp_path_factory.mktemp("small")
-    tok = data.Tokenizer(ROOT / "tiny")
-    cfg = dataclasses.replace(CFG, vocab_size=tok.vocab_size, eos_token_id=tok.stop_ids)
-    gemma.save(folder, cfg, gemma.init(cfg, jax.random.key(0)))
-    tok.save(folder)
-    rows = [json.dumps(data.word_problem("train", i)) for i in range(40)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    return folder
-
-
 def sft(small, out, *flags, kill_at=None, code=0):
     """Runs train_sft.py as a user would; returns what it printed."""
     command = [str(ROOT / "train_sft.py"), "--weights", str(small), "--out", str(out),
@@ -216,22 +185,6 @@ def sft(small, out, *flags, kill_at=None, code=0):
     done = subprocess.run([*run, *command], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stderr
-
-
-def contents(run) -> dict:
-    """Everything a run leaves but timings, and the record of where it ran."""
-    timing = lambda k: k.endswith("_s") or "per_s" in k
-    found = {}
-    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name != ".lock"):
-        name = str(file.relative_to(run))
-        if file.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = [{k: v for k, v in m.items() if not timing(k)} for m in lines]
-        elif file.name == "config.json":
-            found[name] = {k: v for k, v in json.loads(file.read_text()).items() if k != "out"}
-        else:
-            found[name] = file.read_bytes()
-    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,594 @@
+"""Preference optimisation: the model learns to prefer the better of two completions of a prompt.
+
+    SimPO   - log σ(β (l̄_w - l̄_l) - γ)                                  arXiv 2405.14734
+    DPO     - log σ(β ((l_w - r_w) - (l_l - r_l)))                       arXiv 2305.18290
+    IPO     (d̄_w - d̄_l - 1 / 2β)²,  d̄ = (l - r) / tokens                arXiv 2310.12036
+    ORPO    - l̄_w - λ log σ(o_w - o_l),  o = log p / (1 - p), p = exp l̄   arXiv 2403.07691
+
+w is the chosen completion and l the rejected one; l is a completion's log-prob, summed over its
+tokens, l̄ the same divided by their number, r the sum under the reference: the model as this run
+found it (base and --adapter). With label smoothing ε, SimPO and DPO are (1 - ε) L(z) + ε L(-z).
+
+    python train_simpo.py --data pairs.jsonl               # the tiny model, CPU
+    python train_simpo.py --model gemma3-1b --adapter runs/sft --data pairs.jsonl   # a v5e-8, ...
+    python train_simpo.py --adapter runs/sft --data pairs.jsonl --loss dpo
+
+A line of pairs.jsonl: {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, or message lists.
+
+What departs from the papers, and why:
+
+1. γ is set as γ/β (--gamma-ratio), the margin of l̄ to reach whatever β is. Where γ is written
+   inside, σ(β (l̄_w - l̄_l - γ)), that γ is our γ/β.
+2. The two sequences of a pair are packed into one row, as one item: no split of a batch over
+   micro-batches or devices parts them, and the loss needs no communication.
+3. The gradient of the *sum* over pairs is accumulated and divided once by their number.
+4. DPO and IPO read the reference in the same step; SimPO and ORPO run no second forward pass.
+5. IPO's log-ratios are per token, as in TRL: sums would ask less of long completions.
+6. ORPO's likelihood is each chosen completion's mean over its tokens, not its prompt's.
+
+What to expect: pair_accuracy rises above 0.5 and margin above 0. logp_chosen may fall, but slowly:
+when it dives, or completions get longer, the learning rate is too high.
+"""
+
+import dataclasses
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import data
+import gemma
+import lora
+import runs
+from eval import evaluate
+from sampler import Sampler
+from train_sft import (
+    base_name,
+    batch_shape,
+    fixed_specs,
+    is_sharded,
+    join,
+    load_model,
+    new_adapter,
+    opt_specs,
+    optimizer,
+    place,
+    problem,
+    schedule,
+    trained_specs,
+    vary,
+    write_model,
+)
+
+# ---------------------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+
+    # model
+    model: str = "tiny"
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    weights: str | None = None
+    """Folder of the weights (config.json, safetensors); default: looked for by name."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    adapter: str | None = None
+    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model; it is
+    the reference of DPO and IPO."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+
+    # data
+    data: str | None = None
+    """Comma-separated JSONL files of {"prompt", "chosen", "rejected"}: texts or message lists."""
+    mix: str | None = None
+    """Weights of the sources of --data, as in 0.7,0.3; default: all rows of each."""
+    eval_data: str | None = None
+    """Held-out pairs, as --data; default: those of 2 % of the prompts of --data."""
+    system: str | None = None
+    """System text put before every question; it travels with the run to the next stage."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    max_length: int | None = None
+    """Tokens in a packed row, and in the longest pair: both completions, each with the prompt."""
+
+    # preference
+    loss: Literal["simpo", "dpo", "ipo", "orpo"] = "simpo"
+    """What is minimised (see above); each reads only its own of the knobs below."""
+    beta: float | None = None
+    """Scale of the log-probs that are compared: simpo 2, dpo and ipo 0.1."""
+    gamma_ratio: float | None = None
+    """SimPO's γ/β: the margin, in log-prob per token, that a pair should reach; 0.5."""
+    label_smoothing: float | None = None
+    """Share of the pairs taken to be labelled the wrong way round, for simpo and dpo; 0."""
+    orpo_lambda: float | None = None
+    """Weight of ORPO's odds ratio beside the likelihood of the chosen completion; 0.1."""
+
+    # LoRA
+    lora_rank: int | None = None
+    """Rank of the adapter; 0 trains every weight of the model."""
+    lora_alpha: float | None = None
+    """The adapter's output is scaled by alpha / rank; default: twice the rank."""
+    lora_targets: str = "q,k,v,o,gate,up,down"
+    """Which matrices get an adapter."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training, never in the reference."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+
+    # optimisation
+    steps: int | None = None
+    """Updates; with --time-limit, whichever ends first."""
+    time_limit: str | None = None
+    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    batch_rows: int | None = None
+    """Packed rows in one update, over all devices."""
+    micro_rows: int | None = None
+    """Packed rows that a device computes at a time; lower it when out of memory."""
+    learning_rate: float | None = None
+    """Peak of the schedule: linear warm-up, then cosine."""
+    warmup: float = 0.1
+    """Share of the run spent warming up."""
+    final_lr: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's, on every trained array."""
+    adam_b2: float = 0.99
+    """AdamW's second decay; 0.999 suits runs of many thousand steps."""
+    clip_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
+    remat: Literal["none", "attention", "layer"] | None = None
+    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    shard: Literal["auto", "yes", "no"] = "auto"
+    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
+
+    # the run
+    out: str = "runs/simpo"
+    """The run folder; the same command continues what is there."""
+    seed: int = 0
+    """Of the adapter, the data order and dropout."""
+    eval_every: int | None = None
+    """Steps between held-out losses; the best checkpoint is kept."""
+    eval_rows: int = 256
+    """Held-out pairs."""
+    eval_accuracy: int = 0
+    """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
+    accurate one, not the one of least loss."""
+    show: int = 2
+    """Completions of held-out prompts shown at each evaluation and kept in samples.jsonl."""
+    max_new: int | None = None
+    """Tokens of such a completion."""
+    save_every: int | None = None
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, besides the best."""
+    report_to: str = ""
+    """wandb, tensorboard or both, comma-separated, if installed."""
+
+
+REAL = dict(
+    dtype="bfloat16", system=data.SYSTEM, max_length=2048, lora_rank=16, steps=200, batch_rows=64,
+    micro_rows=2, learning_rate=1e-6, remat="layer", eval_every=50, save_every=50, max_new=512,
+)  # fmt: skip
+DEFAULTS = {
+    "tiny": dict(
+        dtype="float32", system="", max_length=512, lora_rank=16, steps=60, batch_rows=8,
+        micro_rows=4, learning_rate=1e-4, remat="none", eval_every=20, save_every=20, max_new=128,
+    ),
+    "gemma2": REAL,
+    "gemma3": REAL,
+}  # fmt: skip
+KNOBS = {  # the fields that each loss reads, with their defaults
+    "simpo": dict(beta=2.0, gamma_ratio=0.5, label_smoothing=0.0),
+    "dpo": dict(beta=0.1, label_smoothing=0.0),
+    "ipo": dict(beta=0.1),
+    "orpo": dict(orpo_lambda=0.1),
+}
+MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every")
+
+
+def resolve(config: Config) -> Config:
+    """Fills the fields left at None from the model's and the loss's defaults; checks the rest."""
+    system = lora.read_prompt(config.adapter or config.weights, config.system)
+    config = dataclasses.replace(config, system=system)
+    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
+    if table is None:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    knobs = KNOBS[config.loss]
+    for name in sorted({k for some in KNOBS.values() for k in some} - set(knobs)):
+        if getattr(config, name) is not None:
+            raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
+                             f"{', '.join(knobs)}".replace("_", "-"))  # fmt: skip
+    filled = {k: v for k, v in (table | knobs).items() if getattr(config, k) is None}
+    if config.time_limit is not None and config.steps is None:
+        filled["steps"] = None  # the clock alone decides
+    config = dataclasses.replace(config, **filled)
+    if config.lora_alpha is None:
+        config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
+    if config.beta is not None and config.beta <= 0:
+        raise ValueError(f"--beta {config.beta}: expected more than 0")
+    if not 0 <= (config.label_smoothing or 0.0) < 0.5:
+        raise ValueError(f"--label-smoothing {config.label_smoothing}: expected 0 to below 0.5")
+    return config
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+METRICS = ("pair_accuracy", "margin", "logp_chosen", "logp_rejected", "n_chosen", "n_rejected")
+
+
+def preference(logp_BQG, n_BQG, ref_BQG, config: Config):
+    """From log-prob sums, token counts and reference sums of pairs to (sum, count, metrics).
+
+    G = 2: chosen, rejected. A pair of no tokens is not there. ref_BQG is None but for DPO and IPO.
+    Metrics are sums over pairs: margin is between the rewards (what the loss compares), logp_ is
+    per token.
+    """
+    real_BQ = n_BQG[..., 0] > 0
+    logp_BQG = jnp.where(real_BQ[..., None], logp_BQG, -1.0)  # where there is no pair: finite
+    n_BQG = jnp.maximum(n_BQG, 1.0)
+    mean_BQG = logp_BQG / n_BQG
+    gap = lambda x_BQG: x_BQG[..., 0] - x_BQG[..., 1]
+
+    def smoothed(z_BQ):
+        eps = config.label_smoothing
+        return -(1 - eps) * jax.nn.log_sigmoid(z_BQ) - eps * jax.nn.log_sigmoid(-z_BQ)
+
+    if config.loss == "simpo":
+        reward_BQG = config.beta * mean_BQG
+        loss_BQ = smoothed(gap(reward_BQG) - config.beta * config.gamma_ratio)
+    elif config.loss == "dpo":
+        reward_BQG = config.beta * (logp_BQG - ref_BQG)
+        loss_BQ = smoothed(gap(reward_BQG))
+    elif config.loss == "ipo":
+        ratio_BQG = (logp_BQG - ref_BQG) / n_BQG
+        reward_BQG = config.beta * ratio_BQG
+        loss_BQ = (gap(ratio_BQG) - 1 / (2 * config.beta)) ** 2
+    else:
+        reward_BQG = config.orpo_lambda * mean_BQG
+        p_BQG = jnp.minimum(mean_BQG, -1e-6)  # p = 1 has no odds
+        odds_BQ = gap(p_BQG - jnp.log(-jnp.expm1(p_BQG)))
+        loss_BQ = -mean_BQG[..., 0] - config.orpo_lambda * jax.nn.log_sigmoid(odds_BQ)
+
+    margin_BQ = gap(reward_BQG)
+    of_each = (margin_BQ > 0, margin_BQ, mean_BQG[..., 0], mean_BQG[..., 1], n_BQG[..., 0],
+               n_BQG[..., 1])  # fmt: skip
+    total = lambda x_BQ: jnp.sum(jnp.where(real_BQ, x_BQ, 0.0))
+    metrics = dict(zip(METRICS, map(total, of_each), strict=True))
+    return total(loss_BQ), jnp.sum(real_BQ, dtype=jnp.float32), metrics
+
+
+def pair_sums(x_BT, segments_BT) -> jax.Array:
+    """Sums over the sequences of packed rows [B, Q, 2]: pair q is segments 2q + 1 and 2q + 2.
+
+    segments [1 1 2 2 2 3 4 0], x all ones -> [[[2, 3], [1, 1]]]
+    """
+    n_pairs = (segments_BT.shape[1] + 1) // 4  # a prompt's token and a completion's, twice each
+    one_hot_BTS = jax.nn.one_hot(segments_BT - 1, 2 * n_pairs)  # of padding, -1: all zeros
+    sums_BS = jnp.einsum("BT,BTS->BS", x_BT, one_hot_BTS, precision="highest")
+    return sums_BS.reshape(-1, n_pairs, 2)
+
+
+def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: str | None):
+    """The loss of the pairs in B packed rows -> (sum, (count, metrics)).
+
+    trained: {"a", "b"} of an adapter, or all parameters; fixed["reference"] is shaped like it and
+    there for DPO and IPO only. Per-device sizes.
+    """
+    dtype = jnp.dtype(config.dtype)
+    mask_BT, segments_BT = batch["mask"][:, 1:], batch["segments"][:, 1:]
+
+    def read(params, adapter):
+        x_BTD = gemma.hidden(params, cfg, batch["tokens"], batch["positions"], batch["segments"],
+                             lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
+        # prompt [p p p] completion [c c] -> position 2 predicts the first c, position 3 the second
+        logp_BT, _ = gemma.token_logps(
+            x_BTD[:, :-1], gemma.head(params, cfg, fsdp), batch["tokens"][:, 1:],
+            softcap=cfg.final_logit_softcapping,
+        )  # fmt: skip
+        return pair_sums(jnp.where(mask_BT > 0, logp_BT, 0.0), segments_BT)
+
+    params, adapter = join(trained, fixed, dtype)
+    if adapter is not None:
+        adapter = lora.with_dropout(adapter, config.lora_dropout, key)
+    ref_BQG = read(*join(fixed["reference"], fixed, dtype)) if "reference" in fixed else None
+    n_BQG = pair_sums(mask_BT.astype(jnp.float32), segments_BT)
+    total, count, metrics = preference(read(params, adapter), n_BQG, ref_BQG, config)
+    return total, (count, metrics)
+
+
+# ------------------------------------------------------------------------------------ train_step
+
+
+def grads(trained, fixed, batch, key, *, specs, **kw):
+    """Gradient of the mean loss over one update; runs on each device (per-device sizes).
+
+    batch: arrays [micro-batches, B, T]. The gradient of the sum and the number of pairs are added
+    up over micro-batches, summed over devices once and divided once.
+    """
+    key = jax.random.fold_in(key, lax.axis_index("data"))
+    replicated = jax.tree.map(lambda s: "data" not in s, specs)
+    # A replicated leaf is made varying, else its gradient would come already summed over devices.
+    trained = jax.tree.map(lambda r, x: vary(x) if r else x, replicated, trained)
+
+    def micro(carry, xs):
+        i, micro_batch = xs
+        f = jax.value_and_grad(partial(loss, **kw), has_aux=True)
+        (total, (count, metrics)), g = f(trained, fixed, micro_batch, jax.random.fold_in(key, i))
+        sums = {"loss": total, "n_pairs": count} | metrics
+        return jax.tree.map(jnp.add, carry, (g, sums)), None
+
+    sums = {k: vary(jnp.zeros(())) for k in ("loss", "n_pairs", *METRICS)}
+    zeros = jax.tree.map(jnp.zeros_like, trained), sums
+    n_micro = batch["tokens"].shape[0]
+    (g, sums), _ = lax.scan(micro, zeros, (jnp.arange(n_micro), batch))
+    sums = lax.psum(sums, "data")
+    count = jnp.maximum(sums.pop("n_pairs"), 1.0)
+    # g{unreduced} -> all-reduce; a sharded leaf was summed by the transpose of its all-gather
+    g = jax.tree.map(lambda r, x: (lax.psum(x, "data") if r else x) / count, replicated, g)
+    return g, {k: x / count for k, x in sums.items()} | {"n_pairs": count}
+
+
+def specs_of(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
+    """PartitionSpecs of what is trained and of what is fixed; a reference lies like the former."""
+    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    return specs, fixed | ({"reference": specs} if config.loss in ("dpo", "ipo") else {})
+
+
+def with_reference(trained, fixed, config: Config):
+    """What stays fixed, for DPO and IPO with a copy of what is trained before it is."""
+    if config.loss not in ("dpo", "ipo"):
+        return fixed
+    dtype = jnp.float32 if config.lora_rank else jnp.dtype(config.dtype)
+    copy = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trained)  # x itself is donated
+    return fixed | {"reference": copy}
+
+
+def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
+    """grads() under shard_map: (trained, fixed, batch, key) -> (gradient, metrics)."""
+    specs, fixed = specs_of(cfg, config, sharded)
+    fsdp = "data" if sharded else None
+    return jax.shard_map(
+        partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
+        in_specs=(specs, fixed, P(None, "data"), P()), out_specs=(specs, P()), check_vma=check_vma,
+    )  # fmt: skip
+
+
+def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
+    """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(trained, opt, fixed, batch, lr, key):
+        g, metrics = mesh_grads(trained, fixed, batch, key)
+        metrics["grad_norm"] = optax.global_norm(g)
+        updates, opt = tx.update(g, opt, trained)  # outside shard_map: it must see global norms
+        trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
+        return trained, opt, metrics
+
+    def eval_sums(trained, fixed, batch):
+        quiet = dataclasses.replace(config, lora_dropout=0.0)
+        fsdp = "data" if sharded else None
+        out = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
+        total, (count, metrics) = out
+        return lax.psum({"loss": total, "n_pairs": count} | metrics, "data")
+
+    specs, fixed = specs_of(cfg, config, sharded)
+    eval_step = jax.jit(jax.shard_map(
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P()
+    ))  # fmt: skip
+    return train_step, eval_step
+
+
+def programs(config: Config, mesh: Mesh) -> dict:
+    """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
+    config = resolve(config)
+    cfg = gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
+    sharded = is_sharded(cfg, config, mesh)
+    train_step, eval_step = make_steps(cfg, config, mesh, sharded)
+    dtype = jnp.dtype(config.dtype)
+
+    def on_mesh(tree, specs):
+        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+        return jax.tree.map(place, tree, specs)
+
+    def weights():
+        base = gemma.init(cfg, jax.random.key(0), dtype if config.lora_rank else jnp.float32)
+        trained, scale = lora.split(new_adapter(cfg, config)) if config.lora_rank else (base, {})
+        fixed = {"base": base} | scale if config.lora_rank else {}
+        return trained, with_reference(trained, fixed, config)
+
+    specs = trained_specs(cfg, config, sharded)
+    trained, fixed = on_mesh(jax.eval_shape(weights), specs_of(cfg, config, sharded))
+    tx = optimizer(config)
+    opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
+    n_micro, rows = batch_shape(config, mesh)
+    shapes = lambda *lead: {
+        k: jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32,
+                                sharding=NamedSharding(mesh, P(*(None for _ in lead), "data")))
+        for k in ("tokens", "mask", "segments", "positions")
+    }  # fmt: skip
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {
+        "train_step": (train_step, (trained, opt, fixed, shapes(n_micro), scalar, key)),
+        "eval_step": (eval_step, (trained, fixed, shapes())),
+    }
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
+    """The training batches and the held-out pairs; says what was read and left out."""
+    if not config.data:
+        raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
+                         '"4", "rejected": "5"} lines')  # fmt: skip
+
+    def read(sources):
+        sets = []
+        for source in filter(None, (s.strip() for s in sources.split(","))):
+            pairs, bad = data.load_examples(source, tok, config.max_length, config.system,
+                                            config.skip_bad_rows, data.read_pair)  # fmt: skip
+            left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
+            runs.say(f"data: {len(pairs):,} pairs of {source}{left_out}")
+            sets.append(pairs)
+        return sets
+
+    sets = read(config.data)
+    weights = [float(w) for w in config.mix.split(",")] if config.mix else None
+    if weights and (len(weights) != len(sets) or min(weights) < 0 or not sum(weights)):
+        raise ValueError(
+            f"--mix {config.mix}: expected {len(sets)} weights for --data {config.data}"
+        )
+    if config.eval_data:
+        held_out = [pair for pairs in read(config.eval_data) for pair in pairs]
+    else:  # a share of the prompts, so that no prompt is on both sides
+        prompt = lambda pair: pair[0][0][: np.argmax(pair[0][1])].tobytes()
+        prompts = list(dict.fromkeys(prompt(pair) for pairs in sets for pair in pairs))
+        order = np.random.default_rng(config.seed).permutation(len(prompts))
+        out = {prompts[i] for i in order[: len(prompts) // 50 + 1]}
+        held_out = [pair for pairs in sets for pair in pairs if prompt(pair) in out]
+        sets = [[pair for pair in pairs if prompt(pair) not in out] for pairs in sets]
+        if not all(sets):
+            raise ValueError(f"--data {config.data}: {len(prompts)} prompts are too few to hold "
+                             "some out; --eval-data names other held-out pairs")  # fmt: skip
+    batches = data.Packed(sets, config.max_length, config.batch_rows, config.seed, weights)
+    return batches, held_out[: config.eval_rows]
+
+
+def main(config: Config) -> Path:
+    """Runs the training and returns the folder that --adapter of the next stage takes."""
+    runs.check_jax()
+    runs.compilation_cache()
+    config = resolve(config)
+    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    n_micro, _ = batch_shape(config, mesh)
+
+    # load
+    model = load_model(config, mesh)
+    cfg, tok, trained, specs = model.cfg, model.tok, model.trained, model.specs
+    fixed = with_reference(trained, model.fixed, config)
+    batches, held_out = load_data(config, tok)
+
+    # compile
+    train_step, eval_step = make_steps(cfg, config, mesh, model.sharded)
+    tx = optimizer(config)
+    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
+        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
+    key = jax.random.key(config.seed)
+    eval_rows = config.micro_rows * mesh.size
+    eval_set = data.eval_batches(held_out, config.max_length, eval_rows)
+
+    problems = [problem(*w, tok) for w, _ in held_out[: max(config.eval_accuracy, config.show)]]
+    longest = max((len(p.prompt) for p in problems), default=1)
+    sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
+                      max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+
+    def measure(run, step) -> float:
+        """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
+        sums = [eval_step(trained, fixed, place(b, mesh, P("data"))) for b in eval_set]
+        sums = jax.tree.map(lambda *x: float(np.sum(x)), *jax.device_get(sums))
+        metrics = {f"eval_{k}": sums[k] / sums["n_pairs"] for k in ("loss", *METRICS)}
+        rows = []
+        if problems:
+            params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
+            results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
+            if config.eval_accuracy:
+                metrics |= {"eval_accuracy": results["pass@1"], "eval_format": results["format"]}
+        run.log(step, metrics)
+        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
+                for row in rows[: config.show]]  # fmt: skip
+        run.log_samples(step, keep)
+        for row in keep:
+            runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
+        return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
+
+    def write(folder: Path) -> None:
+        write_model(folder, config, model, trained)
+
+    # loop
+    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
+                         needs=("step", "save", "eval"))  # fmt: skip
+    report_to = filter(None, config.report_to.split(","))
+    shown = ("loss", "pair_accuracy", "margin", "tokens_per_s")
+    with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, shown) as run:
+        saved = run.restore({"trained": trained, "opt": opt})
+        step = 0
+        if saved is not None:
+            step = saved.step
+            trained = place(saved.arrays["trained"], mesh, specs)
+            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
+        pending, measured, began = None, None, time.perf_counter()
+
+        def log_pending():
+            """Waits for the newest step and writes its line."""
+            nonlocal pending, began
+            if pending is None:
+                return
+            (n, metrics, extra, batch), pending = pending, None
+            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | extra
+            run.check_finite(n, metrics, batch)
+            now = time.perf_counter()
+            n_real = int((batch["segments"] > 0).sum())
+            metrics |= {"tokens_per_s": n_real / (now - began), "step_s": now - began}
+            began = now
+            run.log(n, metrics)
+
+        def save(score=None):
+            log_pending()
+            run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
+
+        while (p := budget.progress(step)) < 1 and not run.stopping:
+            batch = batches.batch(step)
+            # the share of the run at the end of this step, so that the first step moves
+            lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
+            micro = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
+            trained, opt, metrics = train_step(
+                trained, opt, fixed, place(micro, mesh, P(None, "data")), np.float32(lr),
+                jax.random.fold_in(key, step),
+            )  # fmt: skip
+            log_pending()  # of the step before: the device is busy with this one meanwhile
+            step += 1
+            pending = step, metrics, {"lr": lr, "p": p}, batch
+            ends = config.steps is not None and step >= config.steps
+            if config.eval_every and step % config.eval_every == 0 and not ends:
+                log_pending()
+                with budget.measure("eval"):
+                    score = measure(run, step)
+                save(score)
+                measured = step
+                began = time.perf_counter()
+            elif config.save_every and step % config.save_every == 0 and not ends:
+                save()
+                began = time.perf_counter()
+        log_pending()
+        if p < 1:
+            save()
+            run.stop()
+        if step != measured and (saved is None or step > saved.step):
+            save(measure(run, step))
+        return run.finish(write)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as e:
+        sys.exit(f"error: {e}")
