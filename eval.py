@@ -158,6 +158,7 @@ class Problem:
     kind: str  # how to check it, one of rewards.KINDS
     choices: tuple[str, ...]
     domain: str
+    row: dict = dataclasses.field(default_factory=dict, compare=False)  # all that the data said
 
 
 def load_problems(source: str, tok: data.Tokenizer, system: str = "", rows: int = 0,
@@ -194,6 +195,8 @@ def load_problems(source: str, tok: data.Tokenizer, system: str = "", rows: int 
 
 def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str = "") -> Problem:
     """A row of any known shape; the prompt is what training on it would have shown the model."""
+    if isinstance(row.get("answer"), str) and "####" in row["answer"]:
+        row = row | data.gsm8k_row(row)
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple):
         raise ValueError(f"expected a list of choices, found {choices!r:.60}")
@@ -227,14 +230,13 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         kind=rewards.kind_of(gold, choices) if gold is not None and kind == "auto" else kind,
         choices=choices,
         domain=str(row.get("task_type") or row.get("domain") or source),
+        row=row,
     )
 
 
 def _gold(row: dict, completion, choices: tuple[str, ...]) -> str | None:
     """The right answer of a row, where it has one: of a completion only what is in its tags."""
     gold = row.get("answer")
-    if isinstance(gold, str) and "####" in gold:
-        return data.gsm8k_row(row)["answer"]
     if choices and isinstance(gold, int) and 0 <= gold < len(choices):
         return chr(ord("A") + gold)
     if gold is None and isinstance(completion, str):

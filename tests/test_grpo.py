@@ -1,0 +1,635 @@
+"""train_grpo.py: golden losses, layouts that change no gradient, runs that survive a kill."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+from conftest import KILLER, ROOT, contents
+from jax.sharding import AxisType
+
+import gemma
+import lora
+import rewards
+import train_grpo
+from eval import Problem
+from sampler import Rollout
+from train_grpo import Prompts, Sample, advantages, pack, policy_loss, token_weights
+from train_sft import fixed_specs, new_adapter, optimizer, place, trained_specs
+
+CFG = gemma.Config(
+    "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
+    max_position_embeddings=64,
+)  # fmt: skip
+CONFIG = train_grpo.resolve(train_grpo.Config(
+    lora_rank=4, prompts=4, group=4, max_prompt=8, max_new=12, pack_length=32, micro_rows=1,
+    slots=8, steps=4,
+))  # fmt: skip
+LEVELS, NORMS = ("token", "sequence", "sequence-token"), ("sequence", "token", "constant")
+
+
+def change(**fields):
+    return dataclasses.replace(CONFIG, **fields)
+
+
+def mesh_of(n):
+    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
+
+
+def sample(prompt, ids, total=0.0, stop="stop", logps=None, group=0, advantage=0.0, parts=None):
+    problem = Problem("id", tuple(prompt), "question", "1", "number", (), "math")
+    logps = np.zeros(len(ids), np.float32) if logps is None else np.asarray(logps, np.float32)
+    rollout = Rollout(0, 0, np.asarray(ids, np.int32), logps, stop)
+    scored = rewards.Scored(total, parts or {}, {})
+    return Sample(problem, group, rollout, "", None, False, scored, advantage)
+
+
+# ---------------------------------------------------------------------------- golden values
+
+
+def golden_case(golden, name):
+    grpo = json.loads((golden / "losses.json").read_text())["grpo"]
+    case = next(c for c in grpo["cases"] if c["name"] == name)
+    inputs = {k: np.array(v) for k, v in (grpo["inputs"] | case["override_inputs"]).items()}
+    return inputs | {"mask": inputs.pop("completion_mask", inputs["mask"])}, case
+
+
+NORM_OF = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "cispo": "token",
+           "dr_grpo": "constant"}  # fmt: skip
+GOLDEN = ["grpo_beta0", "bnpo_beta0.04_plainKL", "dr_grpo_beta0", "dapo_beta0.04_plainKL",
+          "grpo_onpolicy_beta0", "dapo_onpolicy_beta0", "dapo_clip_higher", "gspo_beta0",
+          "gspo_eps0.05_beta0", "cispo_epshigh1.4", "grpo_accum2", "dr_grpo_accum2",
+          "grpo_row1_masked", "bnpo_row1_masked"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_loss_and_gradient_are_those_of_trl(golden, name):
+    x, case = golden_case(golden, name)
+    c, mask = case["config"], x["mask"].astype(np.float32)
+    high = c["epsilon"] if c["epsilon_high"] is None else c["epsilon_high"]
+    cispo = c["loss_type"] == "cispo"
+    config = change(
+        clip_low=c["epsilon"], clip_high=high, cispo_cap=high if cispo else 0.0,
+        ratio_level=c["importance_sampling_level"], loss_norm=NORM_OF[c["loss_type"]],
+        kl_coef=c["beta"], max_new=c["max_completion_length"], is_cap=0.0, mask_truncated=True,
+    )  # fmt: skip
+    # a row whose mask is empty is one cut at its length, and masked for it
+    rows = [sample([3], [4] * max(1, int(n)), stop="stop" if n else "length") for n in mask.sum(1)]
+    weight = np.array(token_weights(rows, config))[:, None] * mask
+    on_policy = "old_logps" in case["override_inputs"]  # TRL is given none
+    old = np.full(mask.shape, 7.0) if on_policy else x["old_logps"]
+    b = {"weight": weight, "advantage": np.broadcast_to(x["advantages"][:, None], mask.shape),
+         "mask": mask, "segments": np.ones(mask.shape, int), "old": old, "ref": x["ref_logps"],
+         "sampler": old, "on_policy": on_policy}  # fmt: skip
+    b = {k: jnp.asarray(v, jnp.float32) for k, v in b.items()}
+    f = jax.value_and_grad(lambda logp: policy_loss(logp, b, config), has_aux=True)
+    (loss, metrics), grad = f(jnp.asarray(x["logps"], jnp.float32))
+    share = 1 / c.get("gradient_accumulation_steps", 1)
+    np.testing.assert_allclose(loss * share, case["out"]["loss"], atol=1e-6)
+    np.testing.assert_allclose(grad * share, case["out"]["grad_logps"], atol=1e-6)
+    expected = case["out"]["metrics"]
+    if "kl" in expected:
+        np.testing.assert_allclose(metrics["kl"] / mask.sum(), expected["kl"], atol=1e-6)
+    if "clip_ratio/region_mean" in expected and config.ratio_level == "token":
+        for end in ("low_mean", "high_mean", "region_mean"):
+            got = metrics["clip_ratio/" + end] / mask.sum()
+            np.testing.assert_allclose(got, expected["clip_ratio/" + end], atol=1e-6)
+
+
+def test_gspo_token_has_the_value_of_gspo_and_each_tokens_own_gradient(golden):
+    x, case = golden_case(golden, "gspo_eps0.05_beta0")
+    mask = x["mask"].astype(np.float32)
+    weight = np.broadcast_to(1 / mask.sum(1, keepdims=True) / 4, mask.shape) * mask
+    b = {"weight": weight, "advantage": np.broadcast_to(x["advantages"][:, None], mask.shape),
+         "mask": mask, "segments": np.ones(mask.shape, int), "old": x["old_logps"],
+         "sampler": x["old_logps"], "on_policy": False}  # fmt: skip
+    out = {}
+    for level in ("sequence", "sequence-token"):
+        config = change(ratio_level=level, clip_low=0.05, clip_high=0.05, kl_coef=0.0)
+        f = jax.value_and_grad(lambda logp, c=config: policy_loss(logp, b, c)[0])
+        out[level] = f(jnp.asarray(x["logps"], jnp.float32))
+    np.testing.assert_allclose(out["sequence"][0], case["out"]["loss"], atol=1e-6)
+    np.testing.assert_allclose(out["sequence-token"][0], out["sequence"][0], atol=1e-6)
+    # the same advantage for all tokens: a sequence's gradients are equal either way
+    np.testing.assert_allclose(out["sequence-token"][1], out["sequence"][1], atol=1e-6)
+    uneven = b | {"advantage": b["advantage"] * np.arange(1, 6)}
+    grads = []
+    for level in ("sequence", "sequence-token"):
+        config = change(ratio_level=level, clip_low=9.0, clip_high=9.0)
+        f = jax.grad(lambda logp, c=config: policy_loss(logp, uneven, c)[0])
+        grads.append(f(jnp.asarray(x["logps"], jnp.float32)))
+    assert np.ptp(np.asarray(grads[0])[0]) < 1e-6 < np.ptp(np.asarray(grads[1])[0])
+
+
+def test_advantages_are_those_of_trl(golden):
+    cases = json.loads((golden / "losses.json").read_text())["advantages"]["cases"]
+    for case in cases:
+        r = np.array(case["rewards_per_func"])
+        r = r.reshape(-1, case["num_generations"], r.shape[-1])
+        weights = np.array(case["config"].get("reward_weights", [1.0]))
+        config = change(scale=case["config"]["scale_rewards"], per_reward="GDPO" in case["note"])
+        got = advantages(r @ weights, config, r, weights).reshape(-1)
+        np.testing.assert_allclose(got, case["advantages"], atol=1e-6)
+
+
+def test_advantages_other_projects_expect():
+    r = np.array([[0.5745004, 0.099686, 0.7419659], [0.8941783, 0.5965666, 0.4532518]])
+    close = lambda got, expected: np.testing.assert_allclose(got.reshape(-1), expected, atol=1e-3)
+    grpo = [0.307498, -1.117636, 0.810138, 1.094526, -0.228671, -0.865855]
+    close(advantages(r, change(scale="group")), grpo)
+    dr_grpo = [0.10245, -0.372365, 0.269915, 0.246179, -0.051432, -0.194747]
+    close(advantages(r, change(scale="none")), dr_grpo)
+    ranks = np.arange(1.0, 7).reshape(2, 3)
+    rloo = advantages(ranks, change(scale="none", baseline="loo"))
+    close(rloo, [-1.5, 0, 1.5, -1.5, 0, 1.5])
+    batch = advantages(ranks, change(scale="batch"))
+    close(batch, np.array([-1, 0, 1] * 2) / (ranks.std(ddof=1) + 1e-4))
+
+
+def test_equal_rewards_have_no_advantage_and_missing_ones_are_in_no_mean():
+    for config in [change(scale=s, baseline=b) for s in ("group", "batch", "none")
+                   for b in ("mean", "loo")] + [change(per_reward=True)]:  # fmt: skip
+        for value in (0.0, 0.1, -7.3, 1e6):
+            r = np.full((2, 7), value)
+            r[1, 0] += 1.0  # so that the batch has a spread
+            a = advantages(r, config, r[..., None], np.ones(1))
+            if not config.per_reward:  # GDPO subtracts the mean of the batch, here of 0 too
+                assert (a[0] == 0).all(), (config.scale, value, a)
+            assert a[1, 0] > 0 and np.isfinite(a).all()
+    r = np.array([[1.0, np.nan, 3.0], [2.0, np.nan, np.nan]])
+    np.testing.assert_allclose(advantages(r, change(scale="none")), [[-1, 0, 1], [0, 0, 0]])
+    np.testing.assert_allclose(advantages(r, change(scale="none", baseline="loo")),
+                               [[-2, 0, 2], [0, 0, 0]])  # fmt: skip
+    assert (advantages(np.full((2, 3), np.nan), change(scale="batch")) == 0).all()
+
+
+def test_kl_estimators_and_aggregations_other_projects_expect():
+    one = lambda x: jnp.full((1, 1), x)
+    b = {"weight": one(1.0), "advantage": one(0.0), "mask": one(1.0), "segments": one(1),
+         "old": one(0.9673288), "sampler": one(0.0), "ref": one(0.5824639),
+         "on_policy": False}  # fmt: skip
+    loss, m = policy_loss(one(0.9673288), b, change(kl_coef=1.0))
+    np.testing.assert_allclose([m["kl_k1"], m["kl_k2"], m["kl"]], [0.3848649, 0.0740605, 0.0654075],
+                               atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(loss, m["kl"], atol=1e-7)
+    # [[.1,.2,.3],[.4,.5,.6]], mask [[1,1,0],[1,1,1]]; constant 3 = max_new, over 2 rows
+    x = [np.array([0.1, 0.2]), np.array([0.4, 0.5, 0.6])]
+    rows = [sample([3], [4] * len(v)) for v in x]
+    for norm, expected in (("token", 0.36), ("sequence", 0.325), ("constant", 1.8 / 6)):
+        w = token_weights(rows, change(loss_norm=norm, max_new=3))
+        np.testing.assert_allclose(sum(wi * v.sum() for wi, v in zip(w, x, strict=True)), expected)
+    # packed rows: advantage 1.5 x 3 tokens and 3.0 x 1 token -> -2.25, not -1.875
+    w = token_weights([sample([3], [4] * 3), sample([3], [4])], change(loss_norm="sequence"))
+    np.testing.assert_allclose(-(w[0] * 3 * 1.5 + w[1] * 3.0), -2.25)
+
+
+def test_masked_and_missing_completions(golden):
+    """Truncated ones keep their place in the baseline and among the rows; missing ones neither."""
+    g = json.loads((golden / "losses.json").read_text())["mask_truncated"]
+    lengths = [sum(m) or len(ids) for m, ids in zip(g["completion_mask"], g["completion_ids"],
+                                                    strict=True)]  # fmt: skip
+    stops = ["stop" if g["eos"] in ids or g["pad"] in ids else "length" for ids in
+             g["completion_ids"]]  # fmt: skip
+    rows = [sample([3], [4] * n, total=r, stop=stop)
+            for n, r, stop in zip(lengths, [1.0, 0, 0, 1.0], stops, strict=True)]  # fmt: skip
+    config = change(mask_truncated=True, loss_norm="token")
+    mix = rewards.read_mix("format:1")
+    train_grpo.set_advantages([rows], mix, config)
+    np.testing.assert_allclose([s.advantage for s in rows], g["advantages"], atol=1e-6)
+    assert token_weights(rows, config) == [0, 1 / g["num_items"], 0, 1 / g["num_items"]]
+    assert token_weights(rows, change(mask_truncated=True, loss_norm="sequence"))[1] == 1 / 3 / 4
+    rows[1].scored = rewards.Scored(None, {"format": None}, {"format": "ValueError: no"})
+    train_grpo.set_advantages([rows], mix, config)
+    assert rows[1].advantage == 0 and rows[0].advantage > 0 > rows[2].advantage
+    assert token_weights(rows, config) == [0, 0, 0, 1 / 2]
+    assert token_weights(rows, change(loss_norm="sequence"))[3] == 1 / 2 / 3
+
+
+# ------------------------------------------------------------------------- layouts of an update
+
+
+def samples_of(n=16, seed=0, zeros=0):
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        prompt, ids = (rng.integers(3, 97, rng.integers(1, top)) for top in (9, 13))
+        out.append(sample(prompt.tolist(), ids, logps=-rng.random(len(ids)) * 4,
+                          advantage=0.0 if i < zeros else rng.normal()))  # fmt: skip
+    return out
+
+
+def weights_for(config, seed=0):
+    params = gemma.init(CFG, jax.random.key(seed))
+    if not config.lora_rank:
+        return params, {}
+    adapter = new_adapter(CFG, config)
+    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
+    trained, fixed = lora.split(adapter | {"b": jax.tree.map(noise, adapter["b"])})
+    return trained, {"base": params} | fixed
+
+
+def one_each(samples, config):
+    """The same update unpacked: one sequence a row, all rows in one micro-batch."""
+    weights = token_weights(samples, config)
+    rows = [pack([s], [w], config, 1)[0] for s, w in zip(samples, weights, strict=True)]
+    return {k: np.stack([r[k].reshape(-1, r[k].shape[-1])[0] for r in rows])[None]
+            for k in rows[0]}  # fmt: skip
+
+
+def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False):
+    mesh = mesh_of(devices)
+    trained, fixed = weights_for(config)
+    trained = place(trained, mesh, trained_specs(CFG, config, sharded))
+    fixed = place(fixed, mesh, fixed_specs(CFG, config, sharded))
+    f = jax.jit(train_grpo.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
+    return jax.device_get(f(trained, fixed, batch, np.int32(n_micro), np.bool(on_policy)))
+
+
+def close(got, expected, rtol=1e-5):
+    """Relative to the size of each array's largest entry."""
+    for path, x in jax.tree_util.tree_leaves_with_path(expected[0]):
+        y = dict(jax.tree_util.tree_leaves_with_path(got[0]))[path]
+        assert np.abs(x).max() > 0, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(y, x, atol=rtol * np.abs(x).max(), rtol=0)
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(got[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def off_policy(samples):
+    """Old and reference log-probs that are near the sampler's, as a later epoch has them."""
+
+    def fill(batch):
+        rng = np.random.default_rng(7)
+        by_token = {t: rng.normal() * 0.1 for t in range(97)}  # the same in every layout
+        noise = np.vectorize(by_token.get)(batch["tokens"]).astype(np.float32)
+        old = (batch["sampler"] + noise) * batch["mask"]
+        return batch | {"old": old, "ref": (old - noise / 2) * batch["mask"]}
+
+    return fill
+
+
+@pytest.mark.parametrize("loss_norm", NORMS)
+@pytest.mark.parametrize("ratio_level", LEVELS)
+def test_packed_is_unpacked(ratio_level, loss_norm):
+    config = change(ratio_level=ratio_level, loss_norm=loss_norm, kl_coef=0.1, is_cap=2.0,
+                    clip_low=2.0, clip_high=4.0)  # fmt: skip
+    samples = samples_of()
+    fill = off_policy(samples)
+    packed, n, spans = pack(samples, token_weights(samples, config), config, 1)
+    assert packed["segments"].max() > 1 and len(spans) == 16 and n < packed["tokens"].shape[0]
+    got = gradient(fill(packed), n, config)
+    close(got, gradient(fill(one_each(samples, config)), 1, config))
+    assert got[1]["kl"] > 0 and np.abs(got[1]["loss"]) > 0
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("rank,sharded", [(4, False), (4, True), (0, False), (0, True)])
+def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
+    config = change(lora_rank=rank, kl_coef=0.1)
+    samples = samples_of()
+    fill, weights = off_policy(samples), token_weights(samples, config)
+    one, n_one, _ = pack(samples, weights, config, 1)
+    all_, n_all, _ = pack(samples, weights, config, 8)
+    assert n_one > n_all >= 1
+    close(gradient(fill(all_), n_all, config, 8, sharded, check_vma),
+          gradient(fill(one), n_one, config), 2e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_rows", [2, 4, 8])
+def test_micro_batches_change_no_gradient(micro_rows):
+    samples = samples_of()
+    out = []
+    for config in (change(), change(micro_rows=micro_rows)):
+        batch, n, _ = pack(samples, token_weights(samples, config), config, 1)
+        out.append(gradient(batch, n, config, on_policy=True))
+    close(out[1], out[0])
+
+
+def test_a_varying_number_of_micro_batches_compiles_nothing_new():
+    mesh = mesh_of(8)
+    trained, fixed = weights_for(CONFIG)
+    f = jax.jit(train_grpo.grads_on_mesh(CFG, CONFIG, mesh, False))
+    counts = set()
+    for n in (0, 1, 5, 16):
+        samples = samples_of(n)
+        batch, n_micro, _ = pack(samples, token_weights(samples, CONFIG), CONFIG, 8)
+        g, metrics, _ = f(trained, fixed, batch, np.int32(n_micro), np.bool(True))
+        counts.add(n_micro)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((g, metrics)))
+    assert len(counts) > 1 and f._cache_size() == 1
+
+
+def test_what_has_no_gradient_is_not_computed():
+    samples = samples_of(zeros=9)
+    config = change(kl_coef=0.0)
+    everything = [dataclasses.replace(s, advantage=s.advantage or 1e-30) for s in samples]
+    out = []
+    for rows in (samples, everything):
+        batch, n, spans = pack(rows, token_weights(rows, config), config, 1)
+        out.append((gradient(batch, n, config, on_policy=True), len(spans), n))
+    (less, n_less, micro_less), (more, n_more, micro_more) = out
+    assert (n_less, n_more) == (7, 16) and micro_less < micro_more
+    for x, y in zip(jax.tree.leaves(less[0]), jax.tree.leaves(more[0]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max(), rtol=0)
+    with_kl = change(kl_coef=0.1)
+    assert len(pack(samples, token_weights(samples, with_kl), with_kl, 1)[2]) == 16
+
+
+@pytest.mark.parametrize("n_devices", [1, 8])
+def test_packing_wastes_little_and_never_overflows(n_devices):
+    """Under 10 % padding for lengths as GSM8K's; every shape of lengths fits the fixed arrays."""
+    rng = np.random.default_rng(0)
+    config = change(prompts=32, group=8, max_prompt=256, max_new=768, pack_length=2048)
+    lengths = {
+        "long tail": np.minimum(768, rng.lognormal(5.2, 0.5, 256).astype(int) + 1),
+        "all full": np.full(256, 768), "all short": np.full(256, 1),
+        "just over a third": np.full(256, 683 - 256),
+    }  # fmt: skip
+    for name, sizes in lengths.items():
+        n_prompt = rng.integers(60, 257, 256) if name == "long tail" else np.full(256, 256)
+        rows = [sample([3] * p, [4] * n, advantage=1.0)
+                for p, n in zip(n_prompt, sizes, strict=True)]  # fmt: skip
+        batch, n_micro, spans = pack(rows, token_weights(rows, config), config, n_devices)
+        used = batch["segments"][:n_micro]
+        assert len(spans) == 256 and not batch["segments"][n_micro:].any()
+        assert (used > 0).sum() == sizes.sum() + n_prompt.sum()
+        if name == "long tail":
+            assert (used == 0).mean() < 0.1
+
+
+def test_packed_arrays_hold_the_sampled_tokens():
+    a = sample([5, 6], [7, 8], logps=[-1, -2], advantage=2.0)
+    b = sample([9], [10], logps=[-3], advantage=-1.0)
+    batch, n, spans = pack([a, b], [0.25, 0.5], change(pack_length=20), 1)
+    row = {k: v[0, 0, :7].tolist() for k, v in batch.items()}
+    assert n == 1 and spans == [(0, 0, slice(2, 4)), (1, 0, slice(5, 6))]
+    assert row["tokens"] == [5, 6, 7, 8, 9, 10, 0] and row["segments"] == [1, 1, 1, 1, 2, 2, 0]
+    assert row["positions"] == [0, 1, 2, 3, 0, 1, 0] and row["mask"] == [0, 0, 1, 1, 0, 1, 0]
+    assert row["advantage"] == [0, 0, 2, 2, 0, -1, 0] and row["sampler"] == [0, 0, -1, -2, 0, -3, 0]
+    assert row["weight"] == [0, 0, 0.25, 0.25, 0, 0.5, 0]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("inner_epochs", [1, 2])
+def test_one_step_moves_b_and_leaves_base_and_reference_bit_identical(sharded, inner_epochs):
+    mesh, config = mesh_of(8), change(dtype="bfloat16", kl_coef=0.1)
+    base = gemma.init(CFG, jax.random.key(0), jnp.bfloat16)
+    trained, scale = lora.split(new_adapter(CFG, config))
+    before = jax.device_get((base, trained))
+    fixed = place({"base": base} | scale, mesh, fixed_specs(CFG, config, sharded))
+    trained = place(trained, mesh, trained_specs(CFG, config, sharded))
+    reference = jax.tree.map(jnp.copy, trained)
+    train_step, ref_step = train_grpo.make_steps(CFG, config, mesh, sharded)
+    opt = optimizer(config).init(trained)
+    samples = samples_of()
+    batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
+    batch["ref"] = first_ref = ref_step(reference, fixed, batch, np.int32(n))
+    for epoch in range(2 * inner_epochs):  # A has no gradient until B has moved
+        trained, opt, metrics, logp = train_step(
+            trained, opt, fixed, batch, np.int32(n), np.bool(epoch % inner_epochs == 0),
+            np.float32(1e-3),
+        )  # fmt: skip
+        if epoch == 0:  # B is zero: the policy is the reference, and its own forward says so
+            np.testing.assert_array_equal(logp, batch["ref"])
+            assert float(metrics["kl"]) == 0 and float(metrics["clip_ratio/region_mean"]) == 0
+        if epoch % inner_epochs == 0:
+            batch["old"] = logp
+    assert float(metrics["grad_norm"]) > 0 and float(metrics["kl"]) > 0
+    for x, y in zip(jax.tree.leaves(before[0]), jax.tree.leaves(fixed["base"]), strict=True):
+        np.testing.assert_array_equal(x, y)
+    for x, y in zip(jax.tree.leaves(before[1]), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(ref_step(reference, fixed, batch, np.int32(n)), first_ref)
+    for part in "ab":
+        for name, x in trained[part].items():
+            assert x.dtype == jnp.float32 and (np.asarray(x) != before[1][part][name]).any(), name
+
+
+def test_temperature_and_softcap_are_in_the_trainers_log_probs():
+    """Equal to whole logits, capped and then divided by the temperature."""
+    cfg = dataclasses.replace(CFG, final_logit_softcapping=5.0)
+    config = change(temperature=0.7)
+    trained, fixed = weights_for(config)
+    samples = samples_of(4)
+    batch, n, spans = pack(samples, token_weights(samples, config), config, 1)
+    b = {k: v[0] for k, v in batch.items()}
+    logp, entropy = train_grpo.token_logps(trained, fixed, b, cfg, config, None)
+    for i, r, span in [s for s in spans if s[1] == 0]:
+        ids = np.array([*samples[i].problem.prompt, *samples[i].rollout.ids])[None]
+        z = gemma.logits(fixed["base"], cfg, ids, lora=trained | {"scale": fixed["scale"]})
+        z = jax.nn.log_softmax(z[0, :-1] / 0.7)[-len(samples[i].rollout.ids) :]
+        expected = np.take_along_axis(np.asarray(z), samples[i].rollout.ids[:, None], 1)[:, 0]
+        np.testing.assert_allclose(logp[r, span], expected, atol=2e-5)
+        np.testing.assert_allclose(entropy[r, span], -(np.exp(z) * z).sum(-1), atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+def problems_of(difficulties):
+    return [dataclasses.replace(sample([3], [4]).problem, id=str(i), row={"difficulty": d})
+            for i, d in enumerate(difficulties)]  # fmt: skip
+
+
+def test_prompts_are_a_function_of_what_was_drawn():
+    prompts = Prompts(problems_of([1] * 10), "", seed=3)
+    flat = prompts.take(0, 25, 0.0)
+    assert flat == sum((prompts.take(i, 5, 0.0) for i in range(0, 25, 5)), [])
+    assert sorted(flat[:10]) == list(range(10)) == sorted(flat[10:20]) != flat[:10]
+    assert flat[:10] != flat[10:20] and flat != Prompts(problems_of([1] * 10), "", 4).take(0, 25, 0)
+
+
+def test_curriculum():
+    problems = problems_of([3, 1, 2] * 20)
+    phases = Prompts(problems, "0:1,0.5:1-2,0.8:3", 0)
+    of = lambda p: {problems[i].row["difficulty"] for i in phases.take(0, 30, p)}
+    assert (of(0.0), of(0.49), of(0.5), of(0.9)) == ({1}, {1}, {1, 2}, {3})
+    ordered = Prompts(problems, "ordered", 0)
+    walk = [problems[i].row["difficulty"] for p in np.linspace(0, 1, 10)
+            for i in ordered.take(0, 6, p)]  # fmt: skip
+    assert walk == sorted(walk) and set(walk) == {1, 2, 3}
+    for wrong, why in (("0.2:1", "start at 0"), ("0:9", "no problem"), ("x", "expected ordered"),
+                       ("0:1,0.9:2,0.5:3", "start at 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            Prompts(problems, wrong, 0)
+    with pytest.raises(ValueError, match="no difficulty"):
+        Prompts([sample([3], [4]).problem], "ordered", 0)
+
+
+def test_resampling_replaces_groups_without_spread():
+    """Rewards of problem j: all equal where j is even."""
+    config, mix = change(prompts=4, resample=3), rewards.read_mix("format:1")
+    calls = []
+
+    def play(chosen, first):
+        calls.append((len(chosen), first))
+        spread = lambda j, g: float(j % 2 == 1 and g == 0)
+        groups = [[sample([j + 3], [4], total=spread(j, g), group=first + i) for g in range(4)]
+                  for i, j in enumerate(chosen)]  # fmt: skip
+        return groups, 1.0, 0.5
+
+    prompts = Prompts(problems_of([1] * 40), "", seed=0)
+    used, seen, times = train_grpo.collect(play, prompts, 0, 0.0, mix, config)
+    assert len(used) == 4 and all(any(s.advantage for s in g) for g in used)
+    assert len(seen) == sum(n for n, _ in calls) > 4 and times["rollout_s"] == len(calls)
+    assert [first for _, first in calls] == np.cumsum([0] + [n for n, _ in calls])[:-1].tolist()
+    everything = train_grpo.collect(play, prompts, 0, 0.0, mix, change(prompts=4))
+    assert len(everything[0]) == len(everything[1]) == 4
+    flat = summary = train_grpo.summarize(everything[1], mix)
+    assert 0 < flat["frac_reward_zero_std"] < 1 and summary["reward"] > 0
+
+
+# --------------------------------------------------------------------------------- whole runs
+
+OWN = '''
+def score(completion, row):
+    """Fails in every way a reward can, for about one completion in four."""
+    n = sum(map(ord, completion)) + len(row["question"])
+    if n % 16 == 0:
+        raise ValueError("no luck")
+    if n % 16 == 1:
+        return float("nan")
+    if n % 16 == 2:
+        return None
+    return (n % 7) / 7
+
+
+def broken(completion, row):
+    return row["no such field"]
+'''
+
+
+def grpo(out, *flags, kill_at=None, code=0):
+    """Runs train_grpo.py as a user would, on the tiny model; returns what it printed."""
+    command = [str(ROOT / "train_grpo.py"), "--out", str(out), "--steps", "4", "--prompts", "3",
+               "--group", "4", "--max-new", "40", "--rows", "40", "--slots", "8", "--save-every",
+               "1", "--eval-every", "2", "--eval-rows", "8", "--keep", "9", *flags]  # fmt: skip
+    run = [sys.executable] if kill_at is None else [sys.executable, "-c", KILLER, str(kill_at)]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run([*run, *command], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """An uninterrupted run with everything on that keeps state, and its command's flags."""
+    folder = tmp_path_factory.mktemp("grpo")
+    (folder / "own.py").write_text(OWN)
+    flags = ["--inner-epochs", "2", "--kl-coef", "0.05", "--is-cap", "2", "--resample", "1",
+             "--rewards", "answer:1,format:0.2,score:0.1", "--reward-file",
+             str(folder / "own.py:score"), "--curriculum", "0:1-2,0.5:1-5"]  # fmt: skip
+    return folder / "run", flags, grpo(folder / "run", *flags)
+
+
+FAULTS = sorted(np.random.default_rng(2026).choice(np.arange(12, 70), 3, replace=False).tolist())
+
+
+@pytest.mark.parametrize("kill_at", FAULTS)
+def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, kill_at):
+    out, flags, _ = whole
+    grpo(tmp_path, *flags, kill_at=kill_at, code=-9)
+    assert not (tmp_path / "final").exists()
+    grpo(tmp_path, *flags)
+    one, other = contents(out), contents(tmp_path)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == other[name], name
+    assert len(one["metrics.jsonl"]) == 7  # four steps; held-out before, in the middle, at the end
+
+
+def test_what_a_run_leaves(whole):
+    out, _, said = whole
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in metrics if "reward" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4]
+    for m in steps:
+        for name in ("reward_std", "rewards/answer/mean", "rewards/format/std", "kl", "kl_k1",
+                     "kl_k2", "entropy", "frac_reward_zero_std", "completions/mean_length",
+                     "completions/clipped_ratio", "clip_ratio/region_mean", "grad_norm",
+                     "learning_rate", "num_tokens", "padding", "rollout_s", "reward_s",
+                     "reference_s", "update_s", "tokens_per_s"):  # fmt: skip
+            assert isinstance(m[name], float | int), name
+        assert 0 < m["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert m["sampling/sampling_logp_difference/p99"] < 1e-3
+    assert any(m["rewards/score/missing"] > 0 for m in steps)
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    failed = [r for r in rows if r["errors"]]
+    assert failed and all(r["reward"] is None and r["rewards"]["score"] is None for r in failed)
+    assert all(r["advantage"] == 0 for r in failed) and any(r["advantage"] for r in rows)
+    assert {"no luck" in str(r["errors"]) for r in failed} == {True, False}
+    assert said.count("reward ") > 4 and "</reasoning>" in said
+    final = json.loads((out / "final/adapter_config.json").read_text())
+    assert final["r"] == 16
+
+
+def test_a_reward_that_always_fails_stops_the_first_step(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    flags = ["--reward-file", str(tmp_path / "own.py:broken"), "--rewards", "broken:1"]
+    said = grpo(tmp_path / "run", *flags, code=1)
+    assert "no such field" in said.splitlines()[-1] and "broken" in said.splitlines()[-1]
+
+
+def test_the_reference_is_the_starting_adapter(whole, tmp_path):
+    """A run that goes on from another one: its first policy is its reference, its second not."""
+    flags = ["--adapter", str(whole[0]), "--kl-coef", "0.1", "--steps", "2", "--eval-every", "0"]
+    said = grpo(tmp_path, *flags)
+    assert "merged" not in said
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kl = [m["kl"] for m in steps if "kl" in m]
+    assert kl[0] == 0 < kl[1]
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--group", "1"], "--group 1"),
+    (["--rewards", "answre:1"], "answre"),
+    (["--rewards", "judge:1"], "judge"),
+    (["--pack-length", "64"], "--max-prompt + --max-new"),
+    (["--temperature", "0"], "--temperature 0"),
+    (["--curriculum", "hard"], "--curriculum"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--max-prompt", "9", "--pack-length", "256"], "--max-prompt 9"),
+])  # fmt: skip
+def test_a_users_mistake_is_one_line(tmp_path, flags, why):
+    config = tyro.cli(train_grpo.Config, args=["--out", str(tmp_path), "--rows", "20", *flags])
+    with pytest.raises(ValueError, match=re.escape(why)):
+        train_grpo.main(config)
+
+
+def test_drift_between_sampler_and_trainer_stops_the_run():
+    name = "sampling/sampling_logp_difference/mean"
+    train_grpo.check_drift(3, {name: 0.4}, CONFIG)
+    with pytest.raises(SystemExit, match="step 3.*--max-drift"):
+        train_grpo.check_drift(3, {name: 0.6}, CONFIG)
+    rows = [sample([5, 6], [7, 8], logps=[-1, -2], advantage=2.0)]
+    batch, _, spans = pack(rows, [1.0], CONFIG, 1)
+    logp_RT = batch["sampler"][0] + batch["mask"][0] * 0.25
+    assert train_grpo.drift(rows, spans, logp_RT)[name] == 0.25
+
+
+def test_every_config_field_is_documented_and_read():
+    source = (ROOT / "train_grpo.py").read_text()
+    shared = (ROOT / "train_sft.py").read_text()
+    body = source[source.index("def resolve") :] + shared[shared.index("def loss") :]
+    help_ = tyro.extras.get_parser(train_grpo.Config).format_help()
+    for field in dataclasses.fields(train_grpo.Config):
+        assert f"config.{field.name}" in body, field.name
+        assert f"--{field.name.replace('_', '-')}" in help_, field.name
+        declared = re.search(rf'\n    {field.name}: [^\n]+\n    """(.+?)"""', source, re.DOTALL)
+        assert declared and declared[1].endswith("."), field.name
+
+
+def test_programs_are_the_jitted_functions_with_their_shapes():
+    config = train_grpo.Config(kl_coef=0.1)
+    programs = train_grpo.programs(config, mesh_of(8))
+    assert set(programs) == {"prefill", "decode", "reference", "train_step"}
+    for name, (f, arguments) in programs.items():
+        assert f.lower(*arguments) is not None, name

@@ -1,0 +1,979 @@
+"""Group-relative policy optimisation: the model learns from the scores of its own completions.
+
+For each prompt G completions are drawn; one is as good as it beats the others of its group:
+
+    A = (reward - mean of the group) / std of the group                  (arXiv 2402.03300)
+    ratio = p(token) / p_old(token)
+    loss = mean over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + kl_coef k3
+
+    python train_grpo.py                                   # the tiny model, CPU, three minutes
+    python train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
+    python train_grpo.py --data mine.jsonl --rewards format:1,score:2 --reward-file my.py:score
+
+GRPO, Dr.GRPO, DAPO, GSPO, CISPO and RLOO are settings; the README has the table. What departs from
+the usual, and why:
+
+1. No forward pass is made twice. With one inner epoch the old log-probs are the current ones; with
+   more, the first epoch's own forward pass leaves them for the others. kl_coef 0 runs no reference;
+   the reference of an adapter is the starting adapter on the same base.
+2. Where kl_coef is 0 a completion with an advantage of 0 has no gradient, so it is not computed,
+   though it counts in every mean.
+3. Sequences are packed best-fit; every weight in a mean is known on the host, so the loss is a
+   plain weighted sum: neither packing, micro-batches nor devices change it (tests).
+4. k3 is the KL term of the loss; k1's gradient would not depend on the reference at all.
+5. A reward that could not be computed is missing, not 0: the completion leaves its group's mean and
+   has no gradient. One masked for its length stays in the mean and in the number of rows.
+6. The tokens trained on are those that were drawn; text is never tokenised again.
+
+What to expect: the reward rises, and with it held-out accuracy; with one inner epoch the loss is
+about zero by construction, so look at reward, grad_norm and the evaluations instead.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import data
+import gemma
+import judge as judges
+import lora
+import rewards
+import runs
+from eval import Problem, evaluate, load_problems
+from sampler import Rollout, Sampler
+from train_sft import (
+    base_name,
+    fixed_specs,
+    is_sharded,
+    join,
+    load_model,
+    new_adapter,
+    opt_specs,
+    optimizer,  # fmt: skip
+    place,
+    schedule,
+    trained_specs,
+    vary,
+    write_model,
+)
+
+# ---------------------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+
+    # model
+    model: str = "tiny"
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    weights: str | None = None
+    """Folder of the weights (config.json, safetensors); default: looked for by name."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    adapter: str | None = None
+    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+
+    # data
+    data: str | None = None
+    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    rows: int | None = None
+    """Problems from the start of each source; 0: all of them."""
+    eval_data: str | None = None
+    """Held-out problems, as --data; default: the test split of a built-in set, else 2 %."""
+    system: str | None = None
+    """System text put before every question; it travels with the run to the next stage."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    curriculum: str = ""
+    """By the rows' "difficulty": ordered (easy first), or phases that begin at a share of the run,
+    as in 0:1-2,0.3:1-3,0.6:1-5; default: shuffled."""
+
+    # rewards
+    rewards: str | None = None
+    """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
+    reward_file: str | None = None
+    """A reward of your own: my.py:score, a function of (completion, row)."""
+    judge: str | None = None
+    """For the reward "judge": a Gemma by name or folder, run on the mesh; or http(s)://host/v1."""
+    judge_model: str | None = None
+    """The judge's name at the endpoint."""
+    judge_weights: str | None = None
+    """Folder of the judge's weights; default: looked for by name."""
+    judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
+    """One metric 1-5, all items of a rubric at once, item by item; or Pinocchio's, over HTTP."""
+    judge_threads: int = 16
+    """Requests in flight at an endpoint."""
+    judge_limit: int = 0
+    """Requests that may be sent, those of earlier sessions included; 0: no limit."""
+    judge_missing: float = 0.2
+    """Share of missing judgements, of the latest 200, above which the run stops."""
+    overlong_buffer: float = 0.2
+    """Share of --max-new over which the reward "overlong" falls from 0 to -1 (DAPO)."""
+
+    # rollouts
+    prompts: int | None = None
+    """Prompts (groups) in one step."""
+    group: int = 8
+    """Completions of each prompt, G."""
+    max_prompt: int | None = None
+    """Tokens of the longest prompt; longer rows are bad rows."""
+    max_new: int | None = None
+    """Tokens after which a completion is cut; its stop reason is then "length"."""
+    temperature: float = 1.0
+    """Of the rollouts, and of the trainer's log-probs too."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0: from all. Truncation biases the ratios."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that add up to this probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this probable, as a share of the likeliest one's probability."""
+    repetition: int = 0
+    """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
+    slots: int | None = None
+    """Completions that a device writes at a time; lower it when out of memory."""
+
+    # algorithm
+    inner_epochs: int = 1
+    """Updates from the same completions, mu; the first is on-policy."""
+    baseline: Literal["mean", "loo"] = "mean"
+    """What a reward is compared with: its group's mean, or the mean of the others (RLOO)."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """The standard deviation that advantages are divided by; none is Dr.GRPO's and RLOO's."""
+    per_reward: bool = False
+    """Normalise each reward in its group, add, then normalise over the batch (GDPO)."""
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = 0.28
+    """Ratios above 1 + clip_high are clipped; GRPO has 0.2, DAPO's clip-higher 0.28."""
+    cispo_cap: float = 0.0
+    """Use CISPO: the ratio, at most this large, weighs the log-prob's gradient; 0: clip (PPO)."""
+    ratio_level: Literal["token", "sequence", "sequence-token"] = "token"
+    """Ratios of tokens, of sequences (GSPO), or of sequences with gradients by token."""
+    loss_norm: Literal["sequence", "token", "constant"] = "token"
+    """Mean over a completion's tokens then over completions (GRPO), over all tokens of the update
+    (DAPO), or the sum divided by completions times --max-new (Dr.GRPO)."""
+    kl_coef: float | None = None
+    """Weight of the KL divergence to the starting adapter, beta; 0 runs no reference pass."""
+    mask_truncated: bool = False
+    """Completions cut at --max-new have no gradient, though they count in their group's mean."""
+    resample: int = 0
+    """Rounds of new prompts for groups whose rewards are all equal (DAPO's dynamic sampling)."""
+    is_cap: float | None = None
+    """Truncated importance sampling: weigh tokens by p_trainer / p_sampler, at most this; 0: off,
+    the default in float32, where both agree."""
+    max_drift: float = 0.5
+    """Stop when the mean difference of log-probs between sampler and trainer exceeds this."""
+
+    # LoRA
+    lora_rank: int | None = None
+    """Rank of the adapter; 0 trains every weight of the model."""
+    lora_alpha: float | None = None
+    """The adapter's output is scaled by alpha / rank; default: the rank."""
+    lora_targets: str = "q,k,v,o,gate,up,down"
+    """Which matrices get an adapter."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+
+    # optimisation
+    steps: int | None = None
+    """Rollout batches; with --time-limit, whichever ends first."""
+    time_limit: str | None = None
+    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    pack_length: int | None = None
+    """Tokens in a packed row of the update."""
+    micro_rows: int | None = None
+    """Packed rows that a device computes at a time; lower it when out of memory."""
+    learning_rate: float | None = None
+    """Peak of the schedule: linear warm-up, then cosine."""
+    warmup: float = 0.05
+    """Share of the run spent warming up."""
+    final_lr: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's, on every trained array."""
+    adam_b2: float = 0.99
+    """AdamW's second decay."""
+    clip_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
+    remat: Literal["none", "attention", "layer"] | None = None
+    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    shard: Literal["auto", "yes", "no"] = "auto"
+    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
+
+    # the run
+    out: str = "runs/grpo"
+    """The run folder; the same command continues what is there."""
+    seed: int = 0
+    """Of the adapter, the order of the prompts and the completions."""
+    eval_every: int | None = None
+    """Steps between evaluations; the best checkpoint is kept. 0: only at the end."""
+    eval_rows: int | None = None
+    """Held-out problems answered greedily at each evaluation."""
+    show: int = 2
+    """Completions shown at a time, with their rewards."""
+    show_every: int = 10
+    """Steps between two such shows."""
+    log_samples: int = 8
+    """Completions of each step kept in samples.jsonl, besides those whose reward failed."""
+    reward_threads: int = 16
+    """Completions scored at a time, while the devices write others."""
+    save_every: int | None = None
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, besides the best."""
+    report_to: str = ""
+    """wandb, tensorboard or both, comma-separated, if installed."""
+
+
+REAL = dict(
+    dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, rewards="format:0.5,answer:1",
+    prompts=32, max_prompt=512, max_new=768, slots=32, kl_coef=0.02, is_cap=2.0, lora_rank=64,
+    steps=500, pack_length=2048, micro_rows=2, learning_rate=1e-5, remat="layer", eval_every=50,
+    eval_rows=256, save_every=25,
+)  # fmt: skip
+DEFAULTS = {
+    "tiny": dict(
+        dtype="float32", data="problems", rows=5000, system="", rewards="format:0.1,answer:1",
+        prompts=16, max_prompt=88, max_new=104, slots=64, kl_coef=0.0, is_cap=0.0, lora_rank=16,
+        steps=60, pack_length=256, micro_rows=2, learning_rate=1e-3, remat="none", eval_every=20,
+        eval_rows=200, save_every=20,
+    ),
+    "gemma2": REAL,
+    "gemma3": REAL,
+}  # fmt: skip
+MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every", "show",
+              "show_every", "reward_threads")  # fmt: skip
+LABELS = {  # metrics on the line of a step; their names are those of TRL where it has one
+    "reward": "reward", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
+    "completions/clipped_ratio": "cut", "frac_reward_zero_std": "flat", "kl": "kl",
+    "clip_ratio/region_mean": "clip", "grad_norm": "grad",
+    "sampling/sampling_logp_difference/mean": "drift",
+    "sampling/sampling_logp_difference/p99": "p99", "tokens_per_s": "tok/s",
+    "rollout_s": "rollout", "reward_s": "+reward", "update_s": "+update", "step_s": "=s",
+}  # fmt: skip
+
+
+def resolve(config: Config) -> Config:
+    """Fills the fields left at None from the model's defaults, and checks the rest."""
+    system = lora.read_prompt(config.adapter or config.weights, config.system)
+    config = dataclasses.replace(config, system=system)
+    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
+    if table is None:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
+    if config.time_limit is not None and config.steps is None:
+        filled["steps"] = None  # the clock alone decides
+    config = dataclasses.replace(config, **filled)
+    if config.lora_alpha is None:
+        config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
+    longest = config.max_prompt + config.max_new
+    for flag, value, ok, expected in (
+        ("group", config.group, config.group > 1, "2 or more, to compare"),
+        ("prompts", config.prompts, config.prompts > 0, "1 or more"),
+        ("temperature", config.temperature, config.temperature > 0, "more than 0"),
+        ("pack-length", config.pack_length, config.pack_length >= longest,
+         f"--max-prompt + --max-new = {longest} or more"),
+        ("inner-epochs", config.inner_epochs, config.inner_epochs > 0, "1 or more"),
+    ):  # fmt: skip
+        if not ok:
+            raise ValueError(f"--{flag} {value}: expected {expected}")
+    return config
+
+
+# ----------------------------------------------------------------------------------------- batch
+
+
+class Prompts:
+    """Which problems a step takes: a function of (seed, how many were drawn, share of the run)."""
+
+    def __init__(self, problems: list[Problem], curriculum: str, seed: int):
+        self.seed, self.ordered = seed, curriculum == "ordered"
+        self.phases = [(0.0, list(range(len(problems))))]
+        if not curriculum:
+            return
+        difficulty = []
+        for p in problems:
+            if not isinstance(p.row.get("difficulty"), int | float):
+                raise ValueError(f"--curriculum: no difficulty in the row {p.question!r:.60}")
+            difficulty.append(p.row["difficulty"])
+        if self.ordered:
+            order = np.random.default_rng((seed, 0, 0)).permutation(len(problems))
+            self.phases = [(0.0, sorted(order.tolist(), key=lambda i: difficulty[i]))]
+            return
+        self.phases = []
+        for part in curriculum.split(","):
+            try:
+                start, _, span = part.partition(":")
+                low, _, high = span.partition("-")
+                start, low, high = float(start), float(low), float(high or low)
+            except ValueError:
+                raise ValueError(f"--curriculum {part!r}: expected ordered, or a share of the run "
+                                 "and difficulties, as 0.3:1-2") from None  # fmt: skip
+            rows = [i for i, d in enumerate(difficulty) if low <= d <= high]
+            if not rows:
+                raise ValueError(f"--curriculum {part}: no problem has such a difficulty")
+            self.phases.append((start, rows))
+        starts = [start for start, _ in self.phases]
+        if starts[0] != 0 or starts != sorted(starts):
+            raise ValueError(f"--curriculum {curriculum}: the phases must start at 0 and go on")
+
+    def take(self, drawn: int, n: int, p: float) -> list[int]:
+        """The next n problems after `drawn` others, at share p of the run."""
+        phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
+        rows = self.phases[phase][1]
+        if self.ordered:
+            first = int(p * max(0, len(rows) - n))
+            return [rows[(first + j) % len(rows)] for j in range(n)]
+        taken = []
+        for j in range(drawn, drawn + n):
+            lap, at = divmod(j, len(rows))
+            order = np.random.default_rng((self.seed, phase, lap)).permutation(len(rows))
+            taken.append(rows[order[at]])
+        return taken
+
+
+@dataclasses.dataclass
+class Sample:
+    """One completion with its score."""
+
+    problem: Problem
+    group: int  # which of the step's groups
+    rollout: Rollout
+    text: str
+    right: bool | None  # whether the answer is; None: nothing to check
+    strict: bool  # format
+    scored: rewards.Scored
+    advantage: float = 0.0
+
+    def row(self) -> dict:
+        """As a line of samples.jsonl."""
+        return {
+            "id": self.problem.id, "prompt": self.problem.question, "completion": self.text,
+            "gold": self.problem.gold, "correct": self.right, "format": self.strict,
+            "reward": self.scored.total, "advantage": self.advantage,
+            "rewards": self.scored.parts, "errors": self.scored.errors, "group": self.group,
+            "n_tokens": len(self.rollout.ids), "stop": self.rollout.stop,
+        }  # fmt: skip
+
+
+def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | None = None,
+               weights_C: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+    """Advantages [Q, G] of rewards; NaN in: missing, 0 out and in nobody's mean.
+
+    parts_QGC, weights_C: the components, for --per-reward. Standard deviations have ddof 1, as
+    torch's. With scale none: [1 2 3] -> [-1 0 1], with baseline loo [-1.5 0 1.5].
+    """
+
+    def normalise(x, axis, divide):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            n = np.sum(~np.isnan(x), axis=axis, keepdims=True)
+            mean = np.nansum(x, axis=axis, keepdims=True) / n
+            std = np.sqrt(np.nansum((x - mean) ** 2, axis=axis, keepdims=True) / (n - 1))
+            d = x - mean
+            if config.baseline == "loo" and axis == 1:  # r - mean of others = (r - mean) n/(n-1)
+                d = d * n / (n - 1)
+            d = np.where(std > 1e-9 * (1 + np.abs(mean)), d, 0 * d)  # equal but for rounding
+            return np.where(n > 1, d / (std + 1e-4) if divide else d, 0.0)
+
+    if config.per_reward:  # arXiv 2601.05242
+        parts = [normalise(parts_QGC[..., c], 1, True) for c in range(len(weights_C))]
+        a_QG = sum(w * part for w, part in zip(weights_C, parts, strict=True))
+        return np.nan_to_num(normalise(a_QG, (0, 1), True))
+    a_QG = normalise(totals_QG, 1, config.scale == "group")
+    if config.scale == "batch":
+        seen = totals_QG[~np.isnan(totals_QG)]
+        a_QG = a_QG / ((seen.std(ddof=1) if len(seen) > 1 else 0.0) + 1e-4)
+    return np.nan_to_num(a_QG)
+
+
+def token_weights(samples: list[Sample], config: Config) -> list[float]:
+    """What a token of each completion weighs in the loss, so that the loss is one weighted sum.
+
+    lengths 2 and 4: sequence -> 1/4, 1/8; token -> 1/6, 1/6; constant -> 1/(2 max_new) each.
+    """
+    there = [s.scored.total is not None for s in samples]
+    cut = [config.mask_truncated and s.rollout.stop == "length" for s in samples]
+    n_rows = max(1, sum(there))  # of the mean over completions: masked ones count, missing don't
+    lengths = [len(s.rollout.ids) for s in samples]
+    kept = [t and not c for t, c in zip(there, cut, strict=True)]
+    n_tokens = max(1, sum(n for n, k in zip(lengths, kept, strict=True) if k))
+    weight = {
+        "sequence": lambda n: 1 / (n * n_rows),
+        "token": lambda n: 1 / n_tokens,
+        "constant": lambda n: 1 / (config.max_new * n_rows),
+    }[config.loss_norm]
+    return [weight(n) if k else 0.0 for n, k in zip(lengths, kept, strict=True)]
+
+
+def n_packed(config: Config, n_devices: int) -> tuple[int, int]:
+    """(micro-batches at most, rows of one over all devices) of an update.
+
+    Any two rows of a best-fit packing hold more than one row's tokens together, so there are at
+    most 2 total / pack_length + 1.
+    """
+    n_samples = config.prompts * config.group
+    total = n_samples * (config.max_prompt + config.max_new)
+    n_rows = min(n_samples, 2 * total // config.pack_length + 1)
+    rows = config.micro_rows * n_devices
+    return -(-n_rows // rows), rows
+
+
+def pack(samples: list[Sample], weights: list[float], config: Config,
+         n_devices: int) -> tuple[dict, int, list]:  # fmt: skip
+    """(arrays [micro-batches at most, rows, pack_length], micro-batches used, where they lie).
+
+    A completion lies at (its index, flat row, slice). What has no gradient is left out.
+    [p p c c] with advantage 2 -> mask [0 0 1 1], advantage [0 0 2 2], sampler [0 0 logp logp].
+    """
+    n_max, rows = n_packed(config, n_devices)
+    live = [i for i, s in enumerate(samples)
+            if weights[i] and (s.advantage or config.kl_coef)]  # fmt: skip
+    lengths = [len(samples[i].problem.prompt) + len(samples[i].rollout.ids) for i in live]
+    bins = data.pack(lengths, config.pack_length)
+    shape = n_max * rows, config.pack_length
+    batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "segments", "positions")}
+    floats = ("mask", "weight", "advantage", "sampler", "old", "ref")
+    batch |= {k: np.zeros(shape, np.float32) for k in floats}
+    spans = []
+    n_micro = -(-len(bins) // rows)
+    for b, items in enumerate(bins):
+        # Row b goes to micro-batch b % n_micro, so that the last one is not the only one with gaps.
+        r, start = (b % n_micro) * rows + b // n_micro, 0
+        for segment, i in enumerate((live[j] for j in items), 1):
+            s = samples[i]
+            ids = [*s.problem.prompt, *s.rollout.ids.tolist()]
+            row = slice(start, start + len(ids))
+            span = slice(start + len(s.problem.prompt), row.stop)
+            batch["tokens"][r, row], batch["segments"][r, row] = ids, segment
+            batch["positions"][r, row] = np.arange(len(ids))
+            batch["mask"][r, span], batch["weight"][r, span] = 1.0, weights[i]
+            batch["advantage"][r, span] = s.advantage
+            batch["sampler"][r, span] = s.rollout.logps
+            spans.append((i, r, span))
+            start = row.stop
+    return {k: v.reshape(n_max, rows, -1) for k, v in batch.items()}, n_micro, spans
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+
+def policy_loss(logp_BT, b: dict, config: Config):
+    """Weighted sum of the tokens' losses -> (sum, sums of metrics over completion tokens).
+
+    b: weight, advantage, mask, segments, and the log-probs old (of the behaviour policy in the
+    trainer, unless on_policy), sampler and ref, all [B, T], of the same tokens as logp_BT.
+    """
+    now_BT, advantage_BT, mask_BT = lax.stop_gradient(logp_BT), b["advantage"], b["mask"]
+    old_BT = jnp.where(b["on_policy"], now_BT, b["old"])
+    log_ratio_BT = logp_BT - old_BT
+    if config.ratio_level != "token":  # the mean over the token's own sequence, arXiv 2507.18071
+        same_BTT = (b["segments"][:, :, None] == b["segments"][:, None, :]).astype(jnp.float32)
+        own = partial(jnp.einsum, "BTS,BS->BT", same_BTT, precision="highest")
+        mean_BT = own(log_ratio_BT * mask_BT) / jnp.maximum(own(mask_BT), 1.0)
+        each_BT = lax.stop_gradient(mean_BT) + logp_BT - now_BT
+        log_ratio_BT = mean_BT if config.ratio_level == "sequence" else each_BT
+    ratio_BT = jnp.exp(jnp.where(mask_BT > 0, log_ratio_BT, 0.0))
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    if config.cispo_cap:  # arXiv 2506.13585, equation 4
+        capped_BT = lax.stop_gradient(jnp.minimum(ratio_BT, config.cispo_cap))
+        loss_BT = -capped_BT * advantage_BT * logp_BT
+        too_low_BT, too_high_BT = ratio_BT < 0, ratio_BT > config.cispo_cap
+    else:
+        clipped_BT = jnp.clip(ratio_BT, low, high)
+        loss_BT = -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+        too_low_BT = (ratio_BT < low) & (advantage_BT < 0)
+        too_high_BT = (ratio_BT > high) & (advantage_BT > 0)
+    if config.is_cap:
+        loss_BT *= jnp.minimum(jnp.exp(mask_BT * (old_BT - b["sampler"])), config.is_cap)
+    metrics = {"clip_ratio/low_mean": too_low_BT, "clip_ratio/high_mean": too_high_BT,
+               "clip_ratio/region_mean": too_low_BT | too_high_BT}  # fmt: skip
+    if config.kl_coef:
+        d_BT = mask_BT * (b["ref"] - logp_BT)
+        k3_BT = jnp.exp(d_BT) - d_BT - 1
+        loss_BT += config.kl_coef * k3_BT
+        metrics |= {"kl": k3_BT, "kl_k1": -d_BT, "kl_k2": d_BT**2 / 2}
+    metrics = {k: jnp.sum(mask_BT * lax.stop_gradient(v)) for k, v in metrics.items()}
+    return jnp.sum(jnp.where(mask_BT > 0, b["weight"] * loss_BT, 0.0)), metrics
+
+
+def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
+    """Log-probs and entropies [B, T] of the tokens of B packed rows; those of column 0 are 0."""
+    params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
+    x_BTD = gemma.hidden(params, cfg, b["tokens"], b["positions"], b["segments"],
+                         lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
+    out = gemma.token_logps(
+        x_BTD[:, :-1], gemma.head(params, cfg, fsdp), b["tokens"][:, 1:],
+        temperature=config.temperature, softcap=cfg.final_logit_softcapping,
+    )  # fmt: skip
+    return [jnp.pad(z, ((0, 0), (1, 0))) for z in out]
+
+
+def loss(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
+    """-> (sum, (sums of metrics, logp_BT)) of one micro-batch. Per-device sizes."""
+    logp_BT, entropy_BT = token_logps(trained, fixed, b, cfg, config, fsdp)
+    total, metrics = policy_loss(logp_BT, b, config)
+    metrics["entropy"] = jnp.sum(b["mask"] * lax.stop_gradient(entropy_BT))
+    return total, (metrics, lax.stop_gradient(logp_BT))
+
+
+# ------------------------------------------------------------------------------------ train_step
+
+
+def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp):
+    """Gradient of the loss over one update; runs on each device (per-device sizes).
+
+    batch: arrays [micro-batches at most, B, T], of which the first n_micro are computed: a number
+    that changes from update to update and compiles nothing new. -> (gradient, metrics, logp).
+    """
+    replicated = jax.tree.map(lambda s: "data" not in s, specs)
+    # A replicated leaf is made varying, else its gradient would come already summed over devices.
+    trained = jax.tree.map(lambda r, x: vary(x) if r else x, replicated, trained)
+    f = jax.value_and_grad(partial(loss, cfg=cfg, config=config, fsdp=fsdp), has_aux=True)
+
+    def micro(i, carry):
+        sums, logp_nBT = carry
+        b = jax.tree.map(lambda x: x[i], batch) | {"on_policy": on_policy}
+        (total, (metrics, logp_BT)), g = f(trained, fixed, b)
+        sums = jax.tree.map(jnp.add, sums, (g, metrics | {"loss": total}))
+        return sums, logp_nBT.at[i].set(logp_BT)
+
+    b = jax.tree.map(lambda x: x[0], batch) | {"on_policy": on_policy}
+    names = jax.eval_shape(lambda: f(trained, fixed, b)[0][1][0])
+    zeros = jax.tree.map(jnp.zeros_like, trained), {k: vary(jnp.zeros(())) for k in names}
+    zeros[1]["loss"] = vary(jnp.zeros(()))
+    (g, metrics), logp_nBT = lax.fori_loop(
+        0, n_micro, micro, (zeros, jnp.zeros_like(batch["sampler"]))
+    )
+    n_tokens, metrics = lax.psum((jnp.sum(batch["mask"]), metrics), "data")
+    metrics = {k: v if k == "loss" else v / jnp.maximum(n_tokens, 1.0) for k, v in metrics.items()}
+    # g{unreduced} -> all-reduce; a sharded leaf was summed by the transpose of its all-gather
+    g = jax.tree.map(lambda r, x: lax.psum(x, "data") if r else x, replicated, g)
+    return g, metrics, logp_nBT
+
+
+def reference_logps(reference, fixed, batch, n_micro, *, cfg, config, fsdp):
+    """Log-probs [micro-batches at most, B, T] of the starting adapter; runs on each device."""
+
+    def micro(i, logp_nBT):
+        b = jax.tree.map(lambda x: x[i], batch)
+        return logp_nBT.at[i].set(token_logps(reference, fixed, b, cfg, config, fsdp)[0])
+
+    return lax.fori_loop(0, n_micro, micro, jnp.zeros_like(batch["sampler"]))
+
+
+def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
+    """grads() under shard_map: (trained, fixed, batch, n_micro, on_policy) -> its results."""
+    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    fsdp, rows = "data" if sharded else None, P(None, "data")
+    return jax.shard_map(
+        partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
+        in_specs=(specs, fixed, rows, P(), P()), out_specs=(specs, P(), rows), check_vma=check_vma,
+    )  # fmt: skip
+
+
+def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
+    """Jitted train_step(trained, opt, fixed, batch, n_micro, on_policy, lr), reference(...)."""
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
+        g, metrics, logp_nBT = mesh_grads(trained, fixed, batch, n_micro, on_policy)
+        metrics["grad_norm"] = optax.global_norm(g)
+        updates, opt = tx.update(g, opt, trained)  # outside shard_map: it must see global norms
+        trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
+        return trained, opt, metrics, logp_nBT
+
+    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    fsdp, rows = "data" if sharded else None, P(None, "data")
+    reference = jax.jit(jax.shard_map(
+        partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
+        in_specs=(specs, fixed, rows, P()), out_specs=rows,
+    ))  # fmt: skip
+    return train_step, reference
+
+
+def programs(config: Config, mesh: Mesh) -> dict:
+    """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
+    config = resolve(config)
+    cfg = gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
+    sharded, dtype = is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
+    train_step, reference = make_steps(cfg, config, mesh, sharded)
+
+    def on_mesh(tree, specs):
+        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+        return jax.tree.map(place, tree, specs)
+
+    base = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype))
+    adapter = None
+    if config.lora_rank:
+        adapter = jax.eval_shape(lambda: new_adapter(cfg, config))
+        trained, scale = lora.split(adapter)
+        fixed = {"base": base} | scale
+    else:
+        trained, fixed = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0))), {}
+    specs, tx = trained_specs(cfg, config, sharded), optimizer(config)
+    trained = on_mesh(trained, specs)
+    fixed = on_mesh(fixed, fixed_specs(cfg, config, sharded))
+    opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
+    n_max, rows = n_packed(config, mesh.size)
+    ints = ("tokens", "segments", "positions")
+    batch = {
+        k: jax.ShapeDtypeStruct((n_max, rows, config.pack_length),
+                                jnp.int32 if k in ints else jnp.float32,
+                                sharding=NamedSharding(mesh, P(None, "data")))
+        for k in (*ints, "mask", "weight", "advantage", "sampler", "old", "ref")
+    }  # fmt: skip
+    n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
+    out = make_sampler(cfg, config, mesh).programs(base, adapter)
+    out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
+    if config.kl_coef:
+        out["reference"] = reference, (trained, fixed, batch, n_micro)
+    return out
+
+
+# -------------------------------------------------------------------------------------- rollouts
+
+
+def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
+    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+
+
+def row_of(problem: Problem, rollout: Rollout, p: float, config: Config) -> dict:
+    """What a reward is told besides the completion: all that the data's row has, and this."""
+    return problem.row | {
+        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
+        "choices": problem.choices, "n_tokens": len(rollout.ids), "max_new": config.max_new,
+        "overlong_buffer": config.overlong_buffer * config.max_new, "stop": rollout.stop,
+        "progress": p,
+    }  # fmt: skip
+
+
+def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards.Mix,
+          functions: dict) -> Sample:  # fmt: skip
+    """One completion and its score; runs in a thread while the devices write others."""
+    _, answer, strict = rewards.parse(text)
+    right = None
+    if problem.gold is not None:
+        right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
+    scored = rewards.score(mix, functions, text, row)
+    return Sample(problem, rollout.prompt, rollout, text, right, strict, scored)
+
+
+def verdict(name: str, completion: str, row: dict) -> float:
+    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
+    parts = row["verdict"].result()
+    if parts[name] is None:
+        raise RuntimeError(parts["judge_error"])
+    return parts[name]
+
+
+def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:
+    """Gives each sample its advantage, and returns them [Q, G]."""
+    nan = lambda x: np.nan if x is None else x
+    names = [name for name, weight in mix.weights.items() if weight]
+    totals_QG = np.array([[nan(s.scored.total) for s in g] for g in groups], float)
+    # what does not apply to a row is no part of its sum
+    parts_QGC = np.array([[[nan(s.scored.parts.get(n, 0.0)) for n in names] for s in g]
+                          for g in groups], float)  # fmt: skip
+    parts_QGC[np.isnan(totals_QG)] = np.nan
+    a_QG = advantages(totals_QG, config, parts_QGC, np.array([mix.weights[n] for n in names]))
+    for group, a_G in zip(groups, a_QG, strict=True):
+        for sample, a in zip(group, a_G, strict=True):
+            sample.advantage = float(a)
+    return a_QG
+
+
+def collect(play: Callable, prompts: Prompts, drawn: int, p: float, mix: rewards.Mix,
+            config: Config) -> tuple[list, list, dict]:  # fmt: skip
+    """(groups to learn from, all groups, seconds) of one step; `drawn` problems were taken before.
+
+    play(numbers of problems, first) -> (groups, rollout_s, reward_s). With --resample, groups
+    whose rewards are all equal are replaced by new ones, as many rounds as it allows.
+    """
+    used, seen, times = [], [], {"rollout_s": 0.0, "reward_s": 0.0}
+    for _ in range(1 + config.resample):
+        chosen = prompts.take(drawn + len(seen), config.prompts - len(used), p)
+        groups, rollout_s, reward_s = play(chosen, len(seen))
+        times = {"rollout_s": times["rollout_s"] + rollout_s,
+                 "reward_s": times["reward_s"] + reward_s}  # fmt: skip
+        a_QG, seen = set_advantages(groups, mix, config), seen + groups
+        keep = a_QG.any(axis=1) if config.resample else np.ones(len(groups), bool)
+        used += [group for group, k in zip(groups, keep, strict=True) if k]
+        if len(used) == config.prompts:
+            break
+    if used:
+        set_advantages(used, mix, config)  # --scale batch: over those that are used
+    return used, seen, times
+
+
+def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
+    """What the completions of a step were like, under TRL's names where it has one."""
+    samples = [s for group in groups for s in group]
+    column = lambda values: np.array([np.nan if v is None else v for v in values], float)
+
+    def mean(values, of=np.mean):  # of what is there; nothing there: no such metric
+        there = column(values)
+        there = there[~np.isnan(there)]
+        return float(of(there)) if len(there) else None
+
+    spread = lambda x: np.std(x, ddof=1) if len(x) > 1 else 0.0
+    std = [mean((s.scored.total for s in group), spread) for group in groups]
+    lengths = column(len(s.rollout.ids) for s in samples)
+    ended = lengths[[s.rollout.stop == "stop" for s in samples]]
+    out = {
+        "reward": mean(s.scored.total for s in samples),
+        "reward_std": mean((s.scored.total for s in samples), spread),
+        "frac_reward_zero_std": mean(None if x is None else x < 1e-6 for x in std),
+        "frac_reward_missing": mean(s.scored.total is None for s in samples),
+        "accuracy": mean(s.right for s in samples),
+        "format": mean(s.strict for s in samples),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/mean_terminated_length": ended.mean() if len(ended) else None,
+        "completions/clipped_ratio": mean(s.rollout.stop == "length" for s in samples),
+        "completions/repetition_ratio": mean(s.rollout.stop == "repetition" for s in samples),
+    }
+    for name in mix.weights:
+        parts = [s.scored.parts[name] for s in samples if name in s.scored.parts]
+        out |= {f"rewards/{name}/mean": mean(parts), f"rewards/{name}/std": mean(parts, spread),
+                f"rewards/{name}/missing": mean(part is None for part in parts)}  # fmt: skip
+    return {k: float(v) for k, v in out.items() if v is not None}
+
+
+def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, float]:
+    """How far the trainer's log-probs of the same tokens lie from the sampler's."""
+    differences = [np.abs(logp_RT[r, span] - samples[i].rollout.logps) for i, r, span in spans]
+    if not differences:
+        return {}
+    d = np.concatenate(differences)
+    name = "sampling/sampling_logp_difference/"
+    return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
+            name + "max": float(d.max())}  # fmt: skip
+
+
+def show(samples: list[Sample]) -> None:
+    """Completions for the terminal, coloured by tag, with what they were rewarded for."""
+    for s in samples:
+        text = "missing" if s.scored.total is None else f"{s.scored.total:.3g}"
+        number = lambda x: "missing" if x is None else f"{x:.3g}"
+        parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
+        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward {text} ({parts}), "
+                 f"advantage {s.advantage:+.2f}, {s.rollout.stop}")  # fmt: skip
+        for name, error in s.scored.errors.items():
+            runs.say(f"  {name}: {error}")
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
+    """The problems to train on and those held out; says what was read and left out."""
+
+    def read(sources, rows):
+        problems, bad = load_problems(sources, tok, config.system, rows, config.max_prompt,
+                                      config.skip_bad_rows)  # fmt: skip
+        left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
+        runs.say(f"data: {len(problems):,} problems of {sources}{left_out}")
+        return problems
+
+    problems = read(config.data, config.rows)
+    built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
+    if config.eval_data or built_in:
+        return problems, read(config.eval_data or built_in, config.eval_rows)
+    order = np.random.default_rng((config.seed, 1)).permutation(len(problems))
+    n = min(len(problems) // 50 + 1, len(problems) - 1, config.eval_rows)
+    return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
+
+
+def main(config: Config) -> Path:
+    """Runs the training and returns the folder that --adapter of the next stage takes."""
+    runs.check_jax()
+    runs.compilation_cache()
+    config = resolve(config)
+    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+    # load
+    mix = rewards.read_mix(config.rewards, config.reward_file)
+    model = load_model(config, mesh)
+    cfg, tok, trained, fixed, specs = model.cfg, model.tok, model.trained, model.fixed, model.specs
+    problems, held_out = load_data(config, tok)
+    prompts = Prompts(problems, config.curriculum, config.seed)
+    traces = [t for p in problems if isinstance(t := p.row.get("reasoning"), str)]
+    judged = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
+    judged = {name: rewards.Reward(partial(verdict, name)) for name in judged if config.judge}
+    functions = rewards.prepare(mix, traces, config.reward_file, judged)
+    judge = None
+    if config.judge:
+        judge = judges.open(config, mesh, cache=Path(config.out) / "judge" / "replies.jsonl")
+    reference = jax.tree.map(jnp.copy, trained) if config.kl_coef else None
+
+    # compile
+    train_step, reference_step = make_steps(cfg, config, mesh, model.sharded)
+    tx = optimizer(config)
+    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
+        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
+    sampler, dtype = make_sampler(cfg, config, mesh), jnp.dtype(config.dtype)
+    pool = ThreadPoolExecutor(config.reward_threads)
+
+    def play(chosen: list[int], first: int):
+        """Completions of some problems, scored as they finish -> groups, rollout_s, reward_s."""
+        began, futures = time.perf_counter(), {}
+        params, adapter = join(trained, fixed, dtype)
+        rollouts = sampler.sample(
+            params, {first + i: problems[j].prompt for i, j in enumerate(chosen)}, config.group,
+            lora=adapter, seed=config.seed, step=step, temperature=config.temperature,
+            top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, stop=tok.stop_ids,
+            forbidden=tok.forbidden_ids, vocab_size=tok.vocab_size, repetition=config.repetition,
+        )  # fmt: skip
+        for r in rollouts:
+            problem, text = problems[chosen[r.prompt - first]], tok.decode(r.ids)
+            row = row_of(problem, r, p, config)
+            if judge is not None:
+                row["verdict"] = judge.submit(text, row)
+                judge.pump()
+            score = pool.submit(grade, r, problem, text, row, mix, functions)
+            futures[r.prompt - first, r.index] = score
+        ended = time.perf_counter()
+        if judge is not None:
+            judge.pump(flush=True)
+        groups = [[futures[i, g].result() for g in range(config.group)] for i in range(len(chosen))]
+        return groups, ended - began, time.perf_counter() - ended
+
+    def update(samples, lr):
+        """mu updates from one set of samples -> metrics of the last, logp of the first."""
+        nonlocal trained, opt
+        began, metrics = time.perf_counter(), {}
+        host, n_micro, spans = pack(samples, token_weights(samples, config), config, mesh.size)
+        batch, n = place(host, mesh, P(None, "data")), np.int32(n_micro)
+        if config.kl_coef:
+            batch["ref"] = jax.block_until_ready(reference_step(reference, fixed, batch, n))
+        reference_s = time.perf_counter() - began
+        for epoch in range(config.inner_epochs):
+            trained, opt, metrics, logp = train_step(
+                trained, opt, fixed, batch, n, np.bool(epoch == 0), np.float32(lr)
+            )
+            if epoch == 0:
+                batch["old"] = logp
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        logp = np.asarray(jax.device_get(batch["old"])).reshape(-1, config.pack_length)
+        n_real, n_rows = (host["segments"] > 0).sum(), n_micro * host["tokens"].shape[1]
+        metrics |= drift(samples, spans, logp) | {
+            "padding": 1 - n_real / max(1, n_rows * config.pack_length),
+            "reference_s": reference_s,
+            "update_s": time.perf_counter() - began - reference_s,
+        }
+        return metrics, host
+
+    def measure(run) -> float:
+        """Held-out greedy accuracy and format, logged and shown -> the score."""
+        params, adapter = join(trained, fixed, dtype)
+        results, _ = evaluate(sampler, params, tok, held_out, adapter=adapter, every_s=None)
+        names = {"pass@1": "eval_accuracy", "format": "eval_format", "length": "eval_length"}
+        metrics = {ours: results[name] for name, ours in names.items() if name in results}
+        run.log(step, metrics)
+        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        return metrics.get("eval_accuracy", metrics["eval_format"])
+
+    def write(folder: Path) -> None:
+        write_model(folder, config, model, trained)
+
+    # loop: rollout -> reward -> advantage -> update -> log -> save
+    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
+                         needs=("step", "save", "eval"))  # fmt: skip
+    report_to = filter(None, config.report_to.split(","))
+    with pool, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, LABELS,
+                        every_s=0.0) as run:  # fmt: skip
+        saved = run.restore({"trained": trained, "opt": opt})
+        step, state = 0, {"drawn": 0, "num_tokens": 0}
+        if saved is not None:
+            step, state = saved.step, saved.state
+            trained = place(saved.arrays["trained"], mesh, specs)
+            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
+        elif config.eval_every:
+            with budget.measure("eval"):
+                measure(run)
+        first_step, measured = step, None
+
+        def save(score=None):
+            run.save(step, {"trained": trained, "opt": opt}, state, write, score)
+
+        while (p := budget.progress(step)) < 1 and not run.stopping:
+            began = time.perf_counter()
+            groups, seen, times = collect(play, prompts, state["drawn"], p, mix, config)
+            everything = [s for group in seen for s in group]
+            if step == first_step and all(s.scored.total is None for s in everything):
+                raise SystemExit("no completion of the first step could be scored: "
+                                 f"{everything[0].scored.errors}")  # fmt: skip
+            # the share of the run at the end of this step, so that the first step moves
+            lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
+            metrics, batch = update([s for group in groups for s in group], lr)
+            n_tokens = sum(len(s.rollout.ids) + len(s.problem.prompt) for s in everything)
+            state = {"drawn": state["drawn"] + len(seen),
+                     "num_tokens": state["num_tokens"] + n_tokens}  # fmt: skip
+            step, step_s = step + 1, time.perf_counter() - began
+            metrics = summarize(seen, mix) | metrics | times | {
+                "learning_rate": lr, "p": p, "num_tokens": state["num_tokens"], "step_s": step_s,
+                "tokens_per_s": n_tokens / step_s,
+            }  # fmt: skip
+            metrics |= judge.stats() if judge else {}
+            run.check_finite(step, metrics, batch)
+            run.log(step, metrics)
+            failed = [s for s in everything[config.log_samples :] if s.scored.errors]
+            run.log_samples(step, [s.row() for s in everything[: config.log_samples] + failed])
+            if config.show and (step == 1 or step % config.show_every == 0):
+                show(everything[:: max(1, len(everything) // config.show)][: config.show])
+            check_drift(step, metrics, config)
+            if judge is not None and (trouble := judge.trouble()):
+                save()
+                raise SystemExit(f"step {step}: {trouble}")
+            ends = config.steps is not None and step >= config.steps
+            if config.eval_every and step % config.eval_every == 0 and not ends:
+                with budget.measure("eval"):
+                    score = measure(run)
+                save(score)
+                measured = step
+            elif config.save_every and step % config.save_every == 0 and not ends:
+                save()
+        if p < 1:
+            save()
+            run.stop()
+        if step != measured and (saved is None or step > saved.step):
+            save(measure(run))
+        return run.finish(write)
+
+
+def check_drift(step: int, metrics: dict, config: Config) -> None:
+    name = "sampling/sampling_logp_difference/mean"
+    if metrics.get(name, 0.0) > config.max_drift:
+        raise SystemExit(
+            f"step {step}: sampler and trainer differ by {metrics[name]:.3g} in their log-probs on "
+            f"average, more than --max-drift {config.max_drift}"
+        )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as e:
+        sys.exit(f"error: {e}")
