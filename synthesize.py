@@ -1,0 +1,586 @@
+"""Rows for SFT from a teacher, and preference pairs from the model itself.
+
+    python synthesize.py traces --data mine.jsonl --teacher https://host/v1 --teacher-model NAME
+    python synthesize.py traces --model gemma3-4b --slots 16 --samples 4   # a Gemma on the mesh
+    python synthesize.py pairs --model gemma3-1b --adapter runs/sft --margin 0.5 --reference
+
+    python train_sft.py --data runs/traces/rows.jsonl
+    python train_simpo.py --data runs/pairs/pairs.jsonl --adapter runs/sft
+
+Data is what eval.py reads; `python synthesize.py --help` ends with a row for each of some domains.
+
+1. Completions are what costs. Each is on disk as soon as it is there (teacher/replies.jsonl, or
+   samples.jsonl of the mesh) and never asked for again, kill or not. All else is derived from them,
+   in the order of the data, once they are there: another --margin or --max-length costs nothing.
+   What had no reply is a reject, and asked for again by the next run.
+2. traces: a completion is a row unless it has no reply, is cut, is not in the format, is wrong
+   (where there is a right answer), is too short, long or repetitive, says no more than its answer,
+   is a near-duplicate, or scores below --min-reward; rejects.jsonl has it with the first of these.
+3. A near-duplicate has more than OVERLAP of its word triples in common (Jaccard) with a kept trace
+   of the same question, case and white space aside: exact, and linear in the number of questions.
+   Equal words around other numbers, as templates have them, are another question's.
+4. pairs: best is the highest score of the completions that ended by themselves, worst the lowest of
+   all; of equal ones the first. They are a pair if they differ, and by --margin. A missing score
+   is neither. --reference adds a pair of the row's own trace and the worst completion not right.
+5. "question" and "prompt" are without the system text: the trainer puts --system before them again.
+6. --limit and --budget count every request ever sent for the folder, failed ones too. What is under
+   way when one is reached, up to --teacher-threads, is still paid for. $TEACHER_API_KEY is the key.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections import Counter
+from concurrent.futures import as_completed
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import gemma
+import judge
+import lora
+import rewards
+import runs
+from eval import Problem
+from sampler import Sampler
+
+# ---------------------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """The flags of both; those left at None are filled from DEFAULTS."""
+
+    # model
+    model: str = "tiny"
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    weights: str | None = None
+    """Folder of the weights (config.json, safetensors); default: looked for by name."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    adapter: str | None = None
+    """The final/ of a run, a PEFT adapter, or a fully fine-tuned model; default: the bare model."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights and the activations."""
+
+    # data
+    data: str | None = None
+    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    rows: int | None = None
+    """Problems from the start of each source; 0: all of them."""
+    system: str | None = None
+    """System text put before every question; default: the one the adapter was trained under."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+
+    # sampling
+    temperature: float = 1.0
+    """Of the completions."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that add up to this probability."""
+    repetition: int = 0
+    """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
+    max_prompt: int | None = None
+    """Tokens of the longest prompt."""
+    max_new: int | None = None
+    """Tokens after which a completion is cut."""
+    slots: int | None = None
+    """Completions that a device writes at a time; lower it when out of memory."""
+    seed: int = 0
+    """Of the completions."""
+    reward_file: str | None = None
+    """A reward of your own: my.py:score, a function of (completion, row)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traces(judge.Config, Common):
+    """Rows for train_sft.py from a teacher: any OpenAI-compatible endpoint, or --model itself."""
+
+    # teacher
+    teacher: str | None = None
+    """http(s)://host/v1, OpenAI-compatible; default: --model on the mesh."""
+    teacher_model: str | None = None
+    """The model's name at the endpoint."""
+    teacher_threads: int = 16
+    """Requests in flight at the endpoint."""
+    rate: float = 0.0
+    """Requests a minute at most; 0: no limit."""
+    limit: int = 0
+    """Requests that may ever be sent for this folder; 0: no limit."""
+    price: tuple[float, float] = (0.0, 0.0)
+    """Dollars for a million prompt tokens and for a million completion tokens."""
+    budget: float = 0.0
+    """Dollars, by --price, after which no request is sent for this folder; 0: no limit."""
+    samples: int = 1
+    """Completions of each question."""
+
+    # filters
+    min_length: int = 5
+    """Words and signs of the shortest trace that is kept."""
+    max_length: int = 2000
+    """Words and signs of the longest trace that is kept."""
+    max_repetition: float = 0.3
+    """Share of four words in a row that may have been there before."""
+    rewards: str = ""
+    """Scores to keep by, as in judge:1, or a preset: tunix, ideae, pinocchio, grar; default: no."""
+    min_reward: float = 0.5
+    """Least score of --rewards that is kept."""
+    out: str = "runs/traces"
+    """Folder of rows.jsonl and rejects.jsonl; the same command continues what is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(judge.Config, Common):
+    """Preference pairs for train_simpo.py: the best and the worst of several completions."""
+
+    # pairs
+    samples: int = 8
+    """Completions of each prompt."""
+    rewards: str = "format:0.5,answer:1"
+    """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
+    margin: float = 0.5
+    """Least difference of the two scores; equal ones are never a pair."""
+    reference: bool = False
+    """Add a pair of the row's own trace, scored too, and the worst completion that is not right."""
+    out: str = "runs/pairs"
+    """Folder of pairs.jsonl and rejects.jsonl; the same command continues what is there."""
+
+
+Config = Traces | Pairs
+REAL = dict(dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, max_prompt=512,
+            max_new=768, slots=64)  # fmt: skip
+DEFAULTS = {
+    "tiny": dict(dtype="float32", data="problems", rows=200, system="", max_prompt=88,
+                 max_new=168, slots=32),
+    "gemma2": REAL,
+    "gemma3": REAL,
+    "teacher": dict(rows=0, system=data.SYSTEM, max_new=2048),
+}  # fmt: skip
+MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "repetition", "slots")
+HTTP_ONLY = ("teacher_model", "rate", "limit", "budget")
+GIVE_UP = 32  # completions without a reply, one after the other: the server is gone
+OVERLAP = 0.8  # of the word triples of two traces, above which they are near-duplicates
+
+
+def resolve(config: Config) -> Config:
+    """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
+    teacher = getattr(config, "teacher", None)
+    system = lora.read_prompt(config.adapter or config.weights, config.system)
+    config = dataclasses.replace(config, system=system)
+    for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
+        if (value := getattr(config, name)) != getattr(type(config), name):
+            where = "is not for a --teacher" if teacher else "needs a --teacher"
+            raise ValueError(f"--{name.replace('_', '-')} {value} {where}")
+    model = "teacher" if teacher else config.model
+    table = DEFAULTS.get(model, DEFAULTS.get(model[: len("gemma3")]))
+    if table is None:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
+    config = dataclasses.replace(config, **filled)
+    if config.data is None:
+        raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
+    if config.samples < (least := 1 if isinstance(config, Traces) else 2):
+        raise ValueError(f"--samples {config.samples}: expected {least} or more")
+    if teacher and config.budget and not any(config.price):
+        raise ValueError(f"--budget {config.budget:g} needs --price, as in --price 0.30 2.50")
+    return config
+
+
+# ----------------------------------------------------------------------------------- completions
+
+
+class Teacher(judge.Endpoint):
+    """An endpoint with a rate and a budget; every request leaves a line in the file `spent`."""
+
+    def __init__(self, url: str, model: str | None = None, *, spent: Path, rate: float = 0.0,
+                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):  # fmt: skip
+        super().__init__(url, model, key_variable="TEACHER_API_KEY", **more)
+        self.spent, self.price, self.budget = spent, price, budget
+        self.pause_s, self.next_s = 60 / rate if rate else 0.0, 0.0
+        before = evaluation.read_lines(spent) if spent.exists() else []
+        self.n_sent, self.dollars = len(before), sum(line["dollars"] for line in before)
+
+    def _post(self, body: bytes):
+        with self.lock:
+            now = self.now()
+            wait_s = max(0.0, self.next_s - now)
+            self.next_s = now + wait_s + self.pause_s
+        if wait_s:
+            self.sleep(wait_s)
+        if self.closed.is_set():
+            raise judge.Unavailable("closed")
+        if self.budget and self.dollars >= self.budget:
+            raise judge.Unavailable(f"all {self.budget:g} dollars of --budget are spent")
+        status, n_tokens = 0, (0, 0)
+        try:
+            status, headers, text = super()._post(body)
+            n_tokens = tokens_of(text, body) if status == 200 else n_tokens
+            return status, headers, text
+        finally:
+            dollars = sum(n * p for n, p in zip(n_tokens, self.price, strict=True)) / 1e6
+            line = {"status": status, "tokens": n_tokens, "dollars": dollars}
+            with runs._writing(self.spent), self.lock, self.spent.open("ab", buffering=0) as file:
+                self.dollars += dollars
+                file.write(f"\n{json.dumps(line)}\n".encode())  # apart from what a kill tore
+
+
+def tokens_of(reply: str, body: bytes) -> tuple[int, int]:
+    """(prompt, completion) tokens by the reply; 4 bytes each where it does not say.
+
+    Hidden reasoning is paid for too, and with some servers is in the total only.
+    """
+    try:
+        usage = json.loads(reply)["usage"]
+        n = int(usage["prompt_tokens"])
+        return n, max(int(usage["completion_tokens"]), int(usage.get("total_tokens") or 0) - n)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return len(body) // 4, len(reply) // 4
+
+
+def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]:
+    """One row a completion, in order: {"problem", "sample", "completion", "stop"} or an "error"."""
+    gone, rows, failed = "", {}, 0
+
+    def one(problem: Problem, sample: int) -> dict:
+        row = {"prompt": prompt_of(problem), "completion": "-"}
+        chat = data.messages(row, config.system)[:-1]  # as a trainer makes it of the question
+        try:
+            reply = teacher.ask(chat, max_tokens=config.max_new, temperature=config.temperature,
+                                key=f"{config.seed} {sample}")  # fmt: skip
+        except judge.Unavailable as e:
+            return {"error": (gone or str(e)).replace("--judge-limit", "--limit")}
+        text = reply.text.rpartition("</think>")[2].strip()  # some servers leave it in
+        # Half a surrogate pair cannot be trained on.
+        return {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
+
+    try:
+        futures = {teacher.pool.submit(one, problem, sample): (i, sample)
+                   for i, problem in enumerate(problems)
+                   for sample in range(config.samples)}  # fmt: skip
+        every_s = evaluation.EVERY_S
+        for future in tqdm(as_completed(futures), "replies", len(futures), mininterval=every_s):
+            row = rows[futures[future]] = future.result()
+            failed = failed + 1 if "error" in row else 0
+            if failed == GIVE_UP:  # what is in the cache still comes
+                gone = f"not asked for, as {failed} others had no reply: {row['error']}"
+                teacher.closed.set()
+    finally:
+        teacher.close()
+    return [{"problem": i, "sample": sample} | row for (i, sample), row in sorted(rows.items())]
+
+
+def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
+           problems: list[Problem]) -> list[dict]:  # fmt: skip
+    """The same rows from the model on the mesh, those of finished problems from samples.jsonl."""
+    names = ("dtype", "samples", "temperature", "top_k", "top_p", "repetition", "max_new", "seed")
+    prompts = hashlib.sha256(repr([(p.id, p.prompt) for p in problems]).encode()).hexdigest()[:16]
+    record = {name: getattr(config, name) for name in names}
+    record |= {"checksum of the weights": evaluation.fingerprint(start),
+               "checksum of the prompts": prompts}  # fmt: skip
+    evaluation.check_folder(Path(config.out), record)
+    runs.write_json(Path(config.out) / "config.json", dataclasses.asdict(config) | record)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    dtype = jnp.dtype(config.dtype)
+    cfg, params = gemma.load(start.weights, dtype, mesh)
+    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
+    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                      max_new=config.max_new, dtype=dtype)  # fmt: skip
+    return evaluation.evaluate(
+        sampler, params, tok, problems, adapter=adapter, greedy=False, samples=config.samples,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        repetition=config.repetition, seed=config.seed, journal=Path(config.out) / "samples.jsonl",
+    )[1]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
+          config: Config) -> list[rewards.Scored]:  # fmt: skip
+    """What --rewards gives each row; judged in their order, so the same after a kill."""
+    mix = rewards.read_mix(config.rewards, config.reward_file)
+    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
+    names = [name for name in names if config.judge and name in mix.weights]
+    own = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
+    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
+    functions, given, scored = rewards.prepare(mix, own, config.reward_file, judged), [], []
+    for row in rows:
+        problem, n_tokens = problems[row["problem"]], row.get("n_tokens")
+        given.append(problem.row | {
+            "question": problem.question, "answer": problem.gold, "kind": problem.kind,
+            "choices": problem.choices, "n_tokens": n_tokens or len(tok.encode(row["completion"])),
+            "max_new": config.max_new, "overlong_buffer": 0.2 * config.max_new,
+            "stop": row["stop"], "progress": 0.0,
+        })  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if names:
+            judge_ = judge.open(config, cache=Path(config.out) / "judge" / "replies.jsonl")
+            stack.callback(judge_.close)
+            for row, about in zip(rows, given, strict=True):
+                about["verdict"] = judge_.submit(row["completion"], dict(about))
+                judge_.pump()
+            judge_.pump(flush=True)
+        progress = tqdm(rows, "scores", mininterval=evaluation.EVERY_S)
+        for row, about in zip(progress, given, strict=True):
+            scored.append(rewards.score(mix, functions, row["completion"], about))
+            if names and (trouble := judge_.trouble()):
+                raise SystemExit(f"{trouble}; the same command continues from there")
+    return scored
+
+
+def verdict(name: str, completion: str, row: dict) -> float:
+    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
+    parts = row["verdict"].result()
+    if parts[name] is None:
+        raise RuntimeError(parts["judge_error"])
+    return parts[name]
+
+
+def is_right(problem: Problem, completion: str) -> bool | None:
+    """Whether the answer is; None where there is nothing to check."""
+    if problem.gold is None:
+        return None
+    answer = rewards.parse(completion)[1]
+    return rewards.correct(answer, problem.gold, problem.kind, problem.choices)
+
+
+def prompt_of(problem: Problem) -> str | list[dict]:
+    """The question without the system text; messages where the row has such."""
+    chat = problem.row.get("messages", problem.row.get("prompt"))
+    if not isinstance(chat, list):
+        return problem.question
+    return chat[:-1] if chat[-1]["role"] in ("assistant", "model") else chat
+
+
+# ---------------------------------------------------------------------------------------- traces
+
+
+def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None:
+    """What is wrong with a completion by itself, as (reason, detail); None: nothing."""
+    if "error" in row:
+        return "no reply", row["error"]
+    if row["stop"] != "stop":
+        return "cut", f"stop reason {row['stop']}"
+    reasoning, answer, strict = rewards.parse(text := row["completion"])
+    if not strict:
+        return "format", "expected <reasoning>...</reasoning> <answer>...</answer> and no more"
+    if is_right(problem, text) is False:
+        return "wrong", f"said {answer[:80]!r}, the answer is {problem.gold[:80]!r}"
+    n = len(rewards._PIECE.findall(reasoning))
+    if not config.min_length <= n <= config.max_length:
+        return "length", f"{n} words and signs, not {config.min_length} to {config.max_length}"
+    if (share := -rewards.repetition(reasoning, {})) > config.max_repetition:
+        return "repetition", f"{share:.2f} of its four words in a row were there before"
+    if not rewards.reasoning(text, {}):
+        return "no reasoning", "the trace says no more than the answer"
+    return None
+
+
+def triples(text: str) -> set[tuple[str, ...]]:
+    """Its words three in a row: "a b c d" -> {(a, b, c), (b, c, d)}."""
+    pieces = rewards._PIECE.findall(text.casefold())
+    return {*zip(pieces, pieces[1:], pieces[2:], strict=False)} or {tuple(pieces)}
+
+
+def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
+           config: Traces) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """(rows for SFT, rejects): every completion is in one of them, in order."""
+    kept, rejects, seen = [], [], {}  # seen: question -> (triples, name) of each of its traces
+
+    def reject(row, reason, detail):
+        problem, text = problems[row["problem"]], row.get("completion")
+        rejects.append({"reason": reason, "detail": detail, "id": problem.id, **row,
+                        "question": problem.question, "completion": text})  # fmt: skip
+
+    for row in rows:
+        problem = problems[row["problem"]]
+        if wrong := fault(problem, row, config):
+            reject(row, *wrong)
+            continue
+        said = triples(rewards.parse(row["completion"])[0])
+        others = seen.setdefault(" ".join(str(prompt_of(problem)).casefold().split()), [])
+        overlap = [(len(said & before) / len(said | before), name) for before, name in others]
+        if overlap and max(overlap)[0] > OVERLAP:
+            share, name = max(overlap)
+            reject(row, "near-duplicate", f"{share:.2f} of the word triples are those of {name}")
+            continue
+        others.append((said, f"sample {row['sample']} of {problem.id}"))
+        kept.append(row)
+    scored = score(problems, kept, tok, config) if config.rewards else [None] * len(kept)
+    teacher = config.teacher_model or config.teacher or config.adapter or config.model
+    out = []
+    for row, s in zip(kept, scored, strict=True):
+        if s is not None and s.total is None:
+            reject(row, "no score", json.dumps(s.errors))
+        elif s is not None and s.total < config.min_reward:
+            reject(row, "reward", f"{s.total:.4g} is below --min-reward {config.min_reward:g}")
+        else:
+            more = {"teacher": teacher} | ({} if s is None else {"reward": s.total})
+            out.append(training_row(problems[row["problem"]], row["completion"]) | more)
+    return out, sorted(rejects, key=lambda row: (row["problem"], row["sample"]))
+
+
+def training_row(problem: Problem, completion: str) -> dict:
+    """A completion as train_sft.py reads it, with the fields of the row that it answers.
+
+    The answer is the right one in its own words, where there is one. Choices are in the question.
+    """
+    reasoning, answer, _ = rewards.parse(completion)
+    answer, prompt = problem.gold or answer, prompt_of(problem)
+    out = {"question": problem.question, "reasoning": reasoning, "answer": answer}
+    if isinstance(prompt, list):  # more than a question: train_sft.py reads the messages
+        out |= {"prompt": prompt, "completion": data.format_completion(reasoning, answer)}
+    read = ("prompt", "messages", "completion", "choices", *out)
+    return out | {k: v for k, v in problem.row.items() if k not in read}
+
+
+# ----------------------------------------------------------------------------------------- pairs
+
+
+def reference_of(problem: Problem) -> str:
+    """The row's own trace as a completion; "" where it has none."""
+    row = problem.row
+    if problem.gold and str(row.get("reasoning") or "").strip():
+        return data.format_completion(row["reasoning"].strip(), problem.gold)
+    try:
+        last = data.messages(row)[-1]
+    except ValueError:  # a question alone
+        return ""
+    return last["content"] if last["role"] in ("assistant", "model") else ""
+
+
+def choose(group: list[dict], margin: float) -> list[tuple[dict, dict]]:
+    """The pairs (chosen, rejected) of one prompt's completions.
+
+    Rows: completion, stop, reward, right, and sample, which is -1 for the row's own trace.
+    rewards [1 3 None 3 1], margin 2 -> the second and the first.
+    """
+    group = [row for row in group if row["reward"] is not None and row["completion"].strip()]
+    drawn = [row for row in group if row["sample"] >= 0]
+    ended = [row for row in drawn if row["stop"] == "stop"]
+    own = [row for row in group if row["sample"] < 0]
+    wrong = [row for row in drawn if not row["right"]]
+    reward, pairs = lambda row: row["reward"], {}  # by their texts: one alike is no second pair
+    for good, bad in ((ended, drawn), (own, wrong)):
+        if good and bad:
+            best, worst = max(good, key=reward), min(bad, key=reward)  # the first of equal ones
+            apart = best["reward"] - worst["reward"]
+            texts = best["completion"].strip(), worst["completion"].strip()
+            if texts[0] != texts[1] and apart > 0 and apart >= margin - 1e-9:
+                pairs.setdefault(texts, (best, worst))
+    return [*pairs.values()]
+
+
+def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
+          config: Pairs) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """(pairs for train_simpo.py, rejects): every prompt is in one of them, in order."""
+    texts = [reference_of(problem) for problem in problems] if config.reference else []
+    rows = rows + [{"problem": i, "sample": -1, "completion": text, "stop": "stop"}
+                   for i, text in enumerate(texts) if text]  # fmt: skip
+    groups, out, rejects = {}, [], []
+    for row, s in zip(rows, score(problems, rows, tok, config), strict=True):
+        right = is_right(problems[row["problem"]], row["completion"])
+        row = row | {"reward": s.total, "parts": s.parts, "errors": s.errors, "right": right}
+        groups.setdefault(row["problem"], []).append(row)
+    for i, group in groups.items():
+        problem, made = problems[i], choose(group, config.margin)
+        about = {"id": problem.id, "task_type": problem.domain, "prompt": prompt_of(problem)}
+        if not made:
+            scores = [row["reward"] for row in group]
+            known = [r for r in group if r["reward"] is not None and r["sample"] >= 0]
+            ended = any(r["stop"] == "stop" for r in known)
+            reason = "no score" if len(known) < 2 else "margin" if ended else "cut"
+            errors = next((row["errors"] for row in group if row["errors"]), {})
+            rejects.append({"reason": reason, **about, "rewards": scores, "errors": errors})
+        for pair in made:
+            line = dict(about)
+            for name, row in zip(("chosen", "rejected"), pair, strict=True):
+                line |= {name: row["completion"], f"{name}_reward": row["reward"],
+                         f"{name}_rewards": row["parts"],
+                         f"{name}_sample": row["sample"]}  # fmt: skip
+            out.append(line)
+    return out, rejects
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def main(config: Config) -> Path:
+    """Makes the rows or pairs and returns the file of them."""
+    runs.check_jax()
+    runs.compilation_cache()
+    config, out = resolve(config), Path(config.out)
+    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    start = lora.start(config.model, config.weights, config.adapter)
+    tok = data.Tokenizer(config.tokenizer or start.weights)
+    problems, bad = evaluation.load_problems(
+        config.data, tok, config.system, config.rows, config.max_prompt, config.skip_bad_rows
+    )
+    runs.say(f"data: {len(problems):,} problems of {config.data}, {len(bad)} bad rows left out")
+    if getattr(config, "teacher", None):
+        with runs._writing(out):
+            (out / "teacher").mkdir(parents=True, exist_ok=True)
+            runs.write_json(out / "config.json", dataclasses.asdict(config))
+        teacher = Teacher(
+            config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
+            rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
+            threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
+        )  # fmt: skip
+        with runs._writing(out):  # of a reply that could not be kept; all else is a reject
+            rows = ask(teacher, problems, config)
+        runs.say(f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price")
+    else:
+        rows = sample(config, start, tok, problems)
+    make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
+    made, rejects = make(problems, rows, tok, config)
+    rejects += [{"reason": "bad row", "detail": line} for line in bad]
+    with runs._writing(out):
+        runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
+        runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
+    counts = Counter(row["reason"] for row in rejects).most_common()
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
+    runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")
+    return out / f"{name}.jsonl"
+
+
+# A row for each of some domains, as `traces`, `pairs`, train_grpo.py and eval.py read them.
+EXAMPLES = [
+    {"task_type": "medical", "question": "The lack of which vitamin causes scurvy?",
+     "choices": ["Vitamin A", "Vitamin C", "Vitamin D", "Vitamin K"], "answer": "B"},
+    {"task_type": "chemistry", "question": "How many grams are 2.5 mol of water (18 g/mol)?",
+     "answer": "45 g"},
+    {"task_type": "legal", "question": "A promises B a gift, by word of mouth and for nothing in "
+     "return. Can B enforce it under common law?", "answer": "no"},
+    {"task_type": "robotics", "question": "An arm with one gripper holds the red block and must "
+     "put the blue block into the box. Plan its steps.", "rubrics": [
+         {"title": "Gripper", "description": "It puts the red block down first.", "weight": 1.0},
+         {"title": "Box", "description": "It checks that the box is open.", "weight": "Optional"}]},
+    {"task_type": "creative writing", "question": "Write four lines on rain in an empty city.",
+     "rubrics": "1. It has four lines.\n2. Its images are fresh.\n3. The city is empty."},
+    {"task_type": "summarisation", "question": "Summarise in one sentence: The museum closes for "
+     "two years. Its roof leaks, and the city has at last voted the money for a new one.",
+     "reference": "The museum closes for two years to get a new roof."},
+    {"task_type": "code", "question": "Write a Python function f that reverses a line's words.",
+     "rubrics": ["It reverses words, not letters.", "It handles an empty line."],
+     "reference": "def f(line): return ' '.join(line.split()[::-1])"},
+]  # fmt: skip
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        examples = "\n\n".join(map(json.dumps, EXAMPLES))
+        main(tyro.cli(Config, description=f"{__doc__}\n{examples}"))
+    except ValueError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,466 @@
+"""synthesize.py: pairs by rule, rows through every fault of a server, nothing paid for twice."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tyro
+from conftest import ROOT
+from test_judge import serving
+
+import data
+import eval as evaluation
+import judge
+import synthesize
+from synthesize import Pairs, Teacher, Traces, choose
+
+TOK = {family: data.Tokenizer(ROOT / "tiny", family) for family in ("gemma2", "gemma3")}
+CHAT = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "And?"}]  # fmt: skip
+N = 24
+
+
+def write(path, rows):
+    path.write_bytes(evaluation.to_lines(rows))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def problems_of(rows, system="", family="gemma3"):
+    return [evaluation.read_problem(row, TOK[family], system, "file") for row in rows]
+
+
+# ----------------------------------------------------------------------------------------- pairs
+
+
+def group(*scores, **more):
+    return [{"sample": i, "completion": f"text {i}", "stop": "stop", "right": False, "reward": r}
+            | more for i, r in enumerate(scores)]  # fmt: skip
+
+
+def samples_of(pairs):
+    return [(best["sample"], worst["sample"]) for best, worst in pairs]
+
+
+@pytest.mark.parametrize("scores, margin, expected", [
+    ((1, 3, None, 3, 1), 2, [(1, 0)]),  # of equal ones the first
+    ((1, 3, None, 3, 1), 2.1, []),
+    ((0.2, 0.3), 0.1, [(1, 0)]),  # as decimals, whatever their binary difference
+    ((2, 2, 2), 0, []),  # a tie is no pair, without a margin either
+    ((2, 2.5), 0, [(1, 0)]),
+    ((None, None, 5), 0, []),  # missing is neither best nor worst
+    ((None, -1, None, -2), 1, [(1, 3)]),
+    ((), 0, []),
+])  # fmt: skip
+def test_best_and_worst(scores, margin, expected):
+    assert samples_of(choose(group(*scores), margin)) == expected
+
+
+def test_who_may_be_chosen_and_rejected():
+    rows = group(0, 1, 5)
+    rows[2]["stop"] = "length"  # its end was never seen: not chosen, and no reason to stop
+    assert samples_of(choose(rows, 1)) == [(1, 0)]
+    rows[2]["reward"] = -5  # but rejected
+    assert samples_of(choose(rows, 1)) == [(1, 2)]
+    rows[2]["completion"] = " \n"  # nothing to train on
+    assert samples_of(choose(rows, 1)) == [(1, 0)]
+    rows[1]["completion"] = "text 0 "  # the same text to the trainer
+    assert choose(rows, 1) == []
+
+
+def test_a_reference_goes_against_what_is_not_right():
+    rows = group(0, 1, 1) + [{"sample": -1, "completion": "own", "stop": "stop", "right": True,
+                              "reward": 1.5}]  # fmt: skip
+    assert samples_of(choose(rows, 1)) == [(1, 0), (-1, 0)]
+    own = rows[-1] | {"completion": "text 1"}
+    assert samples_of(choose([*rows[:-1], own], 1)) == [(1, 0)]  # the same pair once
+    rows[0]["right"] = True
+    assert samples_of(choose(rows, 0.5)) == [(1, 0), (-1, 1)]
+    assert samples_of(choose(rows, 1)) == [(1, 0)]  # the margin is of both
+    for row in rows:
+        row["right"] = True
+    assert samples_of(choose(rows, 0)) == [(1, 0)]
+    rows[-1]["reward"] = None
+    assert samples_of(choose(rows, 0)) == [(1, 0)]
+    rows[-1] |= {"reward": 0}
+    rows[0]["right"] = False
+    assert samples_of(choose(rows, 0)) == [(1, 0)]  # a tie here too
+
+
+ROWS = [
+    {"question": " Where is it? ", "choices": ["Rome", "Oslo"], "answer": "B"},
+    {"question": "2 + 2?", "reasoning": "2 + 2 = 4.", "answer": "4"},
+    {"question": "How many?", "answer": "He has 2 * 3 = <<2*3=6>>6.\n#### 6"},
+    {"prompt": "Write <end_of_turn> a poem.", "rubrics": ["It rhymes."]},
+    {"prompt": CHAT, "answer": "no"},
+    {"messages": [*CHAT, {"role": "model", "content": "No."}]},
+    {"messages": [{"role": "system", "content": "Rhyme."}, *CHAT[:1]], "answer": "Ho"},
+    {"prompt": CHAT[:1], "completion": "Ho"},
+]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_the_trainers_rebuild_the_prompt_that_was_sampled(system, family):
+    for problem in problems_of(ROWS, system, family):
+        prompt = synthesize.prompt_of(problem)
+        assert not system or system not in json.dumps(prompt)
+        pair = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
+        for ids, mask in data.read_pair(pair, TOK[family], system):
+            assert tuple(ids[: mask.argmax()]) == problem.prompt
+        row = synthesize.training_row(problem, data.format_completion("It is so.", "4"))
+        ids, mask = data.read_example(row, TOK[family], system)
+        first = len(problem.prompt)
+        assert evaluation.read_problem(row, TOK[family], system).prompt == problem.prompt
+        assert tuple(ids[:first]) == problem.prompt and mask[first:].all()
+        text = TOK[family].decode(ids[first:])
+        assert text == data.format_completion("It is so.", problem.gold or "4")
+
+
+def test_references_of_every_shape():
+    own = [synthesize.reference_of(problem) for problem in problems_of(ROWS)]
+    told = [data.format_completion("2 + 2 = 4.", "4"),
+            data.format_completion("He has 2 * 3 = 6.", "6")]  # fmt: skip
+    assert own == ["", *told, "", "", "No.", "", "Ho"]
+
+
+def test_a_prompt_without_a_pair_says_why(tmp_path):
+    problems = problems_of([{"question": "Why?"}] * 3)
+    rows = [{"problem": i, "sample": j, "completion": "so " * n, "n_tokens": n, "stop": stop}
+            for i, stop in enumerate(("stop", "length", "stop"))
+            for j, n in enumerate((3, 5) if i < 2 else (3, 30))]  # fmt: skip
+    config = Pairs(rewards="length", margin=0.5, max_new=30)
+    found, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
+    assert [(pair["chosen_sample"], pair["rejected_sample"]) for pair in found] == [(0, 1)]
+    assert [row["reason"] for row in rejects] == ["margin", "cut"]
+    assert rejects[0]["rewards"] == pytest.approx([-3 / 30, -5 / 30])
+
+
+def mesh_config(tmp_path, name, **more):
+    rows = [data.word_problem("train", i) for i in range(6)]
+    fields = dict(
+        data=write(tmp_path / "rows.jsonl", rows),
+        out=str(tmp_path / name),
+        samples=4,
+        system="Think.",
+        temperature=1.4,
+        slots=3,
+        max_prompt=120,
+        max_new=64,
+        seed=1,
+    )
+    return fields | more
+
+
+def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tmp_path):
+    made = lambda name, **more: synthesize.main(
+        Pairs(**mesh_config(tmp_path, name, margin=0.1, reference=True,
+                            rewards="format:0.5,answer:1,length:0.3") | more))  # fmt: skip
+    file = made("whole")
+    pairs, journal = file.read_bytes(), (file.parent / "samples.jsonl").read_bytes()
+    assert made("again").read_bytes() == pairs
+    lines = journal.splitlines(keepends=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "config.json").write_bytes((file.parent / "config.json").read_bytes())
+    (tmp_path / "killed" / "samples.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:30])
+    assert made("killed").read_bytes() == pairs
+
+    rows, rejects = read(file), read(file.parent / "rejects.jsonl")
+    assert {row["chosen_sample"] for row in rows} > {-1} and len(rows) > 6
+    problems = {p.id: p for p in evaluation.load_problems(str(tmp_path / "rows.jsonl"),
+                                                          TOK["gemma3"], "Think.")[0]}  # fmt: skip
+    assert {row["id"] for row in rows} | {row["id"] for row in rejects} == {*problems}
+    examples, _ = data.load_examples(str(file), TOK["gemma3"], 512, "Think.", read=data.read_pair)
+    for row, pair in zip(rows, examples, strict=True):
+        assert row["chosen_reward"] - row["rejected_reward"] >= 0.1 - 1e-9
+        assert row["chosen_rewards"].keys() == {"format", "answer", "length"}
+        for ids, mask in pair:
+            assert tuple(ids[: mask.argmax()]) == problems[row["id"]].prompt
+    # another margin samples nothing; another seed is refused rather than mixed in
+    before = (file.parent / "samples.jsonl").stat().st_mtime_ns
+    assert len(read(made("whole", margin=1.4))) < len(rows)
+    assert (file.parent / "samples.jsonl").stat().st_mtime_ns >= before
+    assert (file.parent / "samples.jsonl").read_bytes() == journal
+    with pytest.raises(ValueError, match="--seed was 1"):
+        made("whole", seed=2)
+
+
+def test_traces_of_the_model_itself(tmp_path):
+    file = synthesize.main(Traces(**mesh_config(tmp_path, "traces", rewards="length:-1",
+                                                min_reward=0.1)))  # fmt: skip
+    rows, rejects = read(file), read(file.parent / "rejects.jsonl")
+    assert len(rows) + len(rejects) == 24 and rejects
+    source = {row["question"]: row for row in read(tmp_path / "rows.jsonl")}
+    for row in rows:
+        assert source[row["question"]]["answer"] == row["answer"] and row["teacher"] == "tiny"
+        assert row["difficulty"] == source[row["question"]]["difficulty"] and row["reward"] >= 0.1
+    assert {row["reason"] for row in rejects} <= {"cut", "format", "wrong", "near-duplicate",
+                                                  "reward", "length", "repetition"}  # fmt: skip
+
+
+def test_missing_judgements_are_no_pair(tmp_path):
+    """A judge that scores by a number in the completion and has none for 9."""
+
+    def answer(n, body):
+        said = body["messages"][0]["content"].split("It says ")[1][0]
+        return {"status": 400} if said == "9" else {"content": json.dumps({"score": int(said)})}
+
+    problems = problems_of([{"question": "Why?", "rubrics": ["It is true."]}] * 2)
+    said = [["3", "9", "1", "5"], ["9", "2", "9", "9"]]
+    rows = [{"problem": i, "sample": j, "completion": f"It says {d}, {j}", "stop": "stop"}
+            for i, digits in enumerate(said) for j, d in enumerate(digits)]  # fmt: skip
+    with serving(answer) as server:
+        config = Pairs(judge=server.url, rewards="judge", margin=0.5, out=str(tmp_path), max_new=9)
+        (pair,), (reject,) = synthesize.pairs(problems, rows, TOK["gemma3"], config)
+        n = len(server.bodies)
+        assert synthesize.pairs(problems, rows, TOK["gemma3"], config)[0] == [pair]
+        assert len(server.bodies) - n == 8  # none of those that had a verdict: 2 each, of 4
+        with pytest.raises(ValueError, match="--rewards judge: needs --judge"):
+            synthesize.pairs(problems, rows, TOK["gemma3"], dataclasses.replace(config, judge=None))
+    assert (pair["chosen"], pair["rejected"]) == ("It says 5, 3", "It says 1, 2")
+    assert (pair["chosen_reward"], pair["rejected_reward"]) == (1.0, 0.0)
+    assert reject["rewards"] == [None, 0.25, None, None] and reject["reason"] == "no score"
+    assert "HTTP 400" in reject["errors"]["judge"]
+
+
+# ---------------------------------------------------------------------------------------- traces
+
+
+def question(body):
+    """The number of the question that a request asks."""
+    return int(body["messages"][0]["content"].split("of card ")[1].split("?")[0])
+
+
+def reply(i, sample=0):
+    words = "first second third fourth fifth sixth".split()[sample]
+    trace = f"By the {words} way the value of card {i} is {i} + {i} = {2 * i} dollars in all."
+    return {"content": data.format_completion(trace, f"{2 * i} dollars"), "slow": 0.0}
+
+
+CARDS = [{"question": f"What is the value of card {i}?", "answer": str(2 * i), "task_type": "math",
+          "source": i} for i in range(N)]  # fmt: skip
+
+
+def teacher_of(server, folder, **more):
+    folder.mkdir(exist_ok=True)
+    pauses = []
+    made = Teacher(server.url, "m", spent=folder / "spent", cache=folder / "replies",
+                   **{"sleep": pauses.append, "rng": random.Random(0), "timeout_s": 0.5,
+                      "threads": 8} | more)  # fmt: skip
+    made.pauses = pauses
+    return made
+
+
+def traces_of(teacher, config=None, rows=CARDS):
+    config = synthesize.resolve(config or Traces(teacher=teacher.url, data="rows.jsonl"))
+    problems = problems_of(rows)
+    replies = synthesize.ask(teacher, problems, config)
+    return synthesize.traces(problems, replies, TOK["gemma3"], config)
+
+
+def test_every_fault_of_a_server_and_every_row_once(tmp_path):
+    """Each question's first request meets a fault, one in eight its every request."""
+    once = [None, {"status": 429, "headers": [("Retry-After", "7")]}, {"status": 500},
+            {"text": '{"choices": [{"message": {"cont'}, {"text": ""}, "hang up", "never",
+            {"status": 400, "text": "I will not"}]  # fmt: skip
+    always = {3: {"status": 500}, 4: {"text": ""}, 13: "never", 21: {"text": '{"choices": ['}}
+    asked = dict.fromkeys(range(N), 0)
+
+    def answer(n, body):
+        i = question(body)
+        asked[i] += 1
+        fault = always.get(i) or (once[i % 8] if asked[i] == 1 or i % 8 == 7 else None)
+        return fault or reply(i) | {"slow": 0.02 * (i % 5)}  # out of order, and slowly
+
+    with serving(answer) as server:
+        teacher = teacher_of(server, tmp_path, tries=3)
+        rows, rejects = traces_of(teacher)
+        lost = [3, 4, 7, 13, 15, 21, 23]
+        assert [row["source"] for row in rows] == [i for i in range(N) if i not in lost]
+        assert [row["problem"] for row in rejects] == lost
+        assert {row["reason"] for row in rejects} == {"no reply"} and 7.0 in teacher.pauses
+        details = {row["problem"]: row["detail"] for row in rejects}
+        assert "HTTP 500" in details[3] and "JSONDecodeError" in details[4] + details[21]
+        assert "nothing complete in 0.5 s" in details[13] and "I will not" in details[7]
+        expected = {i: 3 if i in always else 1 if i % 8 in (0, 7) else 2 for i in range(N)}
+        assert asked == expected
+        assert len(evaluation.read_lines(tmp_path / "spent")) == sum(asked.values())
+        # again: the same rows, and requests for what had no reply alone
+        before = dict(asked)
+        always.clear()
+        again, rejects = traces_of(teacher_of(server, tmp_path, tries=3))
+        assert [row["problem"] for row in rejects] == [7, 15, 23]
+        assert [row for row in again if row["source"] not in lost] == rows
+        assert {i for i in asked if asked[i] > before[i]} == {*lost}
+        system = [body["messages"][0]["content"].split("\n\n")[0] for body in server.bodies]
+        assert {*system} == {data.SYSTEM}
+    file = write(tmp_path / "rows.jsonl", again)
+    examples, _ = data.load_examples(file, TOK["gemma3"], 1024, data.SYSTEM)
+    assert len(examples) == N - 3
+    assert again[1] == {
+        "question": "What is the value of card 1?", "answer": "2", "task_type": "math",
+        "reasoning": "By the first way the value of card 1 is 1 + 1 = 2 dollars in all.",
+        "source": 1, "teacher": teacher.url,
+    }  # fmt: skip
+
+
+def test_a_killed_run_pays_for_nothing_twice(tmp_path):
+    """Killed while four requests are under way: those alone are sent again."""
+    held = []
+
+    def answer(n, body):
+        if n >= 10 and len(held) < 4:
+            held.append(question(body))
+            return "never"
+        return reply(question(body))
+
+    with serving(answer) as server:
+        command = [sys.executable, str(ROOT / "synthesize.py"), "traces", "--teacher", server.url,
+                   "--data", write(tmp_path / "data.jsonl", CARDS), "--teacher-threads", "4",
+                   "--out", str(tmp_path / "out")]  # fmt: skip
+        env = os.environ | {"TEACHER_API_KEY": "sk-teacher-1234567890"}
+        run = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(held) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        assert len(server.bodies) == 14 and not (tmp_path / "out" / "rows.jsonl").exists()
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        asked = [question(body) for body in server.bodies]
+        assert sorted(asked) == sorted([*range(N), *held])
+        assert "24 rows in" in done.stderr and "0 rejects" in done.stderr
+        assert {*server.keys} == {"Bearer sk-teacher-1234567890"}
+    rows = read(tmp_path / "out" / "rows.jsonl")
+    assert [row["source"] for row in rows] == [*range(N)]
+    assert (tmp_path / "out" / "rejects.jsonl").read_text() == ""
+    assert "1234567890" not in "".join(
+        file.read_text() for file in (tmp_path / "out").rglob("*") if file.is_file())  # fmt: skip
+
+
+def test_limits_hold_over_sessions(tmp_path):
+    tokens = {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 3000}
+
+    def answer(n, body):
+        message = {"content": reply(question(body))["content"]}
+        return {"text": json.dumps({"choices": [{"message": message}], "usage": tokens})}
+
+    run = lambda name, **more: traces_of(teacher_of(server, tmp_path / name, threads=1, **more))
+    with serving(answer) as server:
+        for limit, n_rows in ((5, 5), (8, 8)):
+            rows, rejects = run("limit", limit=limit)
+            assert len(rows) == len(server.bodies) == n_rows and len(rejects) == N - n_rows
+            assert f"all {limit} requests of --limit are spent" in rejects[-1]["detail"]
+        before = len(server.bodies)
+        # 1,000 tokens at 1 dollar, 2,000 with the hidden ones at 2 dollars a million
+        for budget, n_rows in ((0.015, 3), (0.021, 5)):
+            rows, rejects = run("budget", budget=budget, price=(1.0, 2.0))
+            assert len(rows) == len(server.bodies) - before == n_rows
+            assert f"all {budget} dollars of --budget are spent" in rejects[-1]["detail"]
+        clock, pauses = [0.0], []
+
+        def sleep(s):
+            pauses.append(s)
+            clock[0] += s
+
+        rows, _ = run("rate", rate=120, sleep=sleep, now=lambda: clock[0])
+        assert len(rows) == N and pauses == [0.5] * (N - 1)
+
+
+def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesize, "GIVE_UP", 4)
+    with serving(lambda n, body: {"status": 500} if n >= 6 else reply(question(body))) as server:
+        rows, rejects = traces_of(teacher_of(server, tmp_path, threads=2, tries=2))
+        assert len(rows) == 6 and len(rejects) == N - 6
+        assert len(server.bodies) <= 6 + 2 * 6  # four, and what was under way then
+        assert "not asked for, as 4 others had no reply" in rejects[-1]["detail"]
+
+
+def test_every_reason_to_leave_a_trace_out(tmp_path):
+    say = data.format_completion
+    good = "Half of 24 is 12, and then 3 more make 12 + 3 = 15 cards."
+    cases = [
+        (say(good, "15"), None),
+        (say(good.upper().replace(",", " ,"), "$15"), "near-duplicate"),
+        (say("First take 24 / 2 = 12 for the half. Adding 3 gives the total of 15.", "15"), None),
+        (f"<think>Hm.</think>\n{say('Twelve is one half of the cards; plus three: 15.', '15')}",
+         None),
+        (say(good, "16"), "wrong"),
+        ("15", "format"), ("", "format"), (say(good, "15") + " Bye.", "format"),
+        (say("So 15 it is.", "15"), "length"),
+        (say("It is more than 3 and less than this. " * 20, "15"), "repetition"),
+        (say("15 cards! 15 cards! 15 cards! 15 cards!", "15"), "repetition"),
+        (say("wait " * 3000, "15"), "length"),
+    ]  # fmt: skip
+    row = {"question": "24 cards, half are lost, 3 found. How many?", "answer": 15}
+    with serving(lambda n, body: {"content": cases[n][0]}) as server:
+        config = Traces(teacher=server.url, data="rows.jsonl", samples=len(cases), seed=3,
+                        min_length=10)  # fmt: skip
+        made, rejects = traces_of(teacher_of(server, tmp_path, threads=1), config, [row])
+        reasons = {row["sample"]: row["reason"] for row in rejects}
+        assert reasons == {i: why for i, (_, why) in enumerate(cases) if why}
+        assert len(made) == 3 and {row["answer"] for row in made} == {"15"}
+        assert "are those of sample 0" in rejects[0]["detail"]
+        # the same question elsewhere in the data shares its replies, and so its duplicates
+        n = len(server.bodies)
+        twice, rejects = traces_of(teacher_of(server, tmp_path, threads=1), config, [row, row])
+        assert twice == made and len(server.bodies) == n
+        assert len(rejects) == 2 * len(cases) - 3
+        # with a score to reach: the judge's own server is asked about the kept ones only
+        verdicts = iter([2, 9, 9])
+        with serving(lambda n, body: {"content": json.dumps({"score": next(verdicts)})}) as other:
+            config = dataclasses.replace(
+                config, rewards="judge", min_reward=0.8, judge=other.url, judge_style="implicit",
+                judge_threads=1, out=str(tmp_path))  # fmt: skip
+            best, rejects = traces_of(teacher_of(server, tmp_path, threads=1), config, [row])
+        assert [row["reasoning"] for row in best] == [row["reasoning"] for row in made[1:]]
+        assert best[0]["reward"] == pytest.approx(8 / 9)
+        assert rejects[0]["reason"] == "reward" and rejects[0]["sample"] == 0
+        trace = "Here, to be clear, the result of it all must be nothing but: fifteen."
+        (problem,) = problems_of([row | {"answer": trace, "kind": "text"}])
+        row = {"completion": say(trace, trace), "stop": "stop"}
+        assert synthesize.fault(problem, row, config)[0] == "no reasoning"
+        assert synthesize.fault(problem, row | {"stop": "length"}, config)[0] == "cut"
+
+
+# ------------------------------------------------------------------------------ flags and formats
+
+
+def test_an_example_row_of_every_domain_is_read(tmp_path):
+    file = write(tmp_path / "examples.jsonl", synthesize.EXAMPLES)
+    problems, _ = evaluation.load_problems(file, TOK["gemma3"])
+    domains = "medical, chemistry, legal, robotics, creative writing, summarisation, code"
+    assert ", ".join(p.domain for p in problems) == domains
+    assert [p.kind for p in problems[:3]] == ["choice", "number", "boolean"]
+    for problem in problems:
+        assert problem.gold or problem.row.get("rubrics") or problem.row.get("reference")
+        assert judge.rubric(problem.row) and judge.opening("grar", problem.row)
+
+
+def test_flags():
+    command = "traces --teacher http://h/v1 --data x.jsonl --price 0.3 2.5 --budget 1".split()
+    config = synthesize.resolve(tyro.cli(synthesize.Config, args=command))
+    assert isinstance(config, Traces) and config.price == (0.3, 2.5) and config.max_new == 2048
+    assert config.system == data.SYSTEM and config.slots is None
+    config = synthesize.resolve(tyro.cli(synthesize.Config, args=["pairs", "--reference"]))
+    assert isinstance(config, Pairs) and config.reference and config.data == "problems"
+    for bad, match in (
+        (Traces(teacher="http://h/v1"), "--data is missing"),
+        (Traces(teacher="http://h/v1", data="x", top_k=5), "--top-k 5 is not for a --teacher"),
+        (Traces(limit=5), "--limit 5 needs a --teacher"),
+        (Traces(teacher="http://h/v1", data="x", budget=5.0), "--budget 5 needs --price"),
+        (Pairs(samples=1), "--samples 1: expected 2"),
+        (Pairs(model="gemma9"), "--model gemma9: expected one of gemma2"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            synthesize.resolve(bad)
