@@ -227,10 +227,14 @@ class Tokenizer:
 #     Mia has 12 cards. She buys 7 more. Tom gives her 3 more. How many cards does she have?
 #     She has 12 + 7 = 19 cards. She has 19 + 3 = 22 cards.                          answer 22
 #
+# "solution" has every step. "reasoning", which SFT learns from, says in every other row the last
+# result alone: people write such traces, and that steps pay is then left for RL to find out.
+#
 # The words are few enough for a vocabulary of 512 pieces, numbers stay between 2 and 108, and the
 # number of equations, 1 to 5, is the difficulty. The equations alone decide the split: no chain of
 # arithmetic of a test problem occurs in a training problem, whatever surrounds it.
 
+DIRECT = 0.5  # share of the problems whose trace says the last result and no steps
 LARGEST = 108  # 12 * 9, where the multiplication table ends
 DIFFICULTIES, SHARES = (1, 2, 3, 4, 5), (15, 30, 30, 17, 8)  # in percent
 BOYS, GIRLS = ("Tom", "Ben", "Sam", "Max", "Leo"), ("Mia", "Ana", "Amy", "Eva", "Zoe")
@@ -347,20 +351,22 @@ def word_problem(split: str, index: int) -> dict:
         if lines and split_of(" ".join(working for _, working in lines)) == split:
             break
     lines = _name(rng, nouns, lines)
-    question, reasoning = (" ".join(filter(None, texts)) for texts in zip(*lines, strict=True))
-    answer = re.findall(r"= (\d+)", reasoning)[-1]
+    question, steps = (" ".join(filter(None, texts)) for texts in zip(*lines, strict=True))
+    last = re.split(r"(?<=\.) ", steps)[-1]
+    direct = re.sub(r"\d+ [-+*/] \d+ = (\d+)", r"\1", last)
     return {
         "question": question,
-        "reasoning": reasoning,
-        "answer": answer,
+        "reasoning": direct if rng.random() < DIRECT else steps,
+        "answer": re.findall(r"= (\d+)", steps)[-1],
+        "solution": steps,
         "task_type": "math",
         "difficulty": difficulty,
     }
 
 
-def split_of(reasoning: str) -> str:
+def split_of(solution: str) -> str:
     """One chain of equations in four is for testing, and the chain alone decides which."""
-    chain = ", ".join(re.findall(r"\d+ [-+*/] \d+", reasoning))
+    chain = ", ".join(re.findall(r"\d+ [-+*/] \d+", solution))
     return "test" if hashlib.sha256(chain.encode()).digest()[0] < 64 else "train"
 
 
@@ -537,13 +543,17 @@ GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/"
 def read_rows(source: str) -> Iterator[tuple[str, dict | ValueError]]:
     """(where, row) for each row of "problems", "gsm8k", either with ":test", or a JSONL file.
 
+    "solutions" are the problems with every step in their traces.
+
     A line that is not a JSON object in UTF-8 comes as a ValueError in the row's place, so that
     the caller can count it or stop.
     """
     name, _, split = source.partition(":")
-    if name == "problems":
+    if name in ("problems", "solutions"):
         for i in range(N_PROBLEMS[_split(source, split)]):
-            yield f"{source} row {i}", word_problem(split or "train", i)
+            row = word_problem(split or "train", i)
+            steps = {"reasoning": row["solution"]} if name == "solutions" else {}
+            yield f"{source} row {i}", row | steps
         return
     path = _gsm8k(_split(source, split)) if name == "gsm8k" else Path(source)
     if not path.is_file():

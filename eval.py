@@ -115,8 +115,8 @@ REAL = dict(
 )  # fmt: skip
 DEFAULTS = {
     "tiny": dict(
-        dtype="float32", data="problems:test", rows=100, system="", samples=4, max_prompt=128,
-        max_new=128, slots=32,
+        dtype="float32", data="problems:test", rows=100, system="", samples=4, max_prompt=88,
+        max_new=104, slots=32,
     ),
     "gemma2": REAL,
     "gemma3": REAL,

@@ -29,6 +29,7 @@ What to expect: the reward rises, and with it held-out accuracy; with one inner 
 about zero by construction, so look at reward, grad_norm and the evaluations instead.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -251,7 +252,7 @@ DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", rows=5000, system="", rewards="format:0.1,answer:1",
         prompts=16, max_prompt=88, max_new=104, slots=64, kl_coef=0.0, is_cap=0.0, lora_rank=16,
-        steps=60, pack_length=256, micro_rows=2, learning_rate=1e-3, remat="none", eval_every=20,
+        steps=80, pack_length=256, micro_rows=2, learning_rate=1e-3, remat="none", eval_every=20,
         eval_rows=200, save_every=20,
     ),
     "gemma2": REAL,
@@ -900,8 +901,9 @@ def main(config: Config) -> Path:
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
                          needs=("step", "save", "eval"))  # fmt: skip
     report_to = filter(None, config.report_to.split(","))
-    with pool, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, LABELS,
-                        every_s=0.0) as run:  # fmt: skip
+    closing = contextlib.closing(judge) if judge else contextlib.nullcontext()
+    with pool, closing, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to,
+                                 LABELS, every_s=0.0) as run:  # fmt: skip
         saved = run.restore({"trained": trained, "opt": opt})
         step, state = 0, {"drawn": 0, "num_tokens": 0}
         if saved is not None:

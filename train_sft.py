@@ -154,7 +154,7 @@ DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", system="", max_length=256, lora_rank=16, steps=200,
         batch_rows=16, micro_rows=16, learning_rate=2e-3, remat="none", eval_every=50,
-        save_every=50, max_new=128,
+        save_every=50, max_new=104,
     ),
     "gemma2": REAL,
     "gemma3": REAL,

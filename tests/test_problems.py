@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from data import LARGEST, format_completion, gsm8k_row, split_of, word_problem
+from data import DIRECT, LARGEST, format_completion, gsm8k_row, split_of, word_problem
 
 N = 20_000
 WORDS = {"twice": 2, "half": 2, "Half": 2}  # numbers that a question spells
@@ -18,14 +18,14 @@ def problems():
 
 
 def chain(problem):
-    """The arithmetic of a problem: [(left, sign, right, result)], from its working."""
-    equations = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem["reasoning"])
+    """The arithmetic of a problem: [(left, sign, right, result)], from its solution."""
+    equations = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem["solution"])
     return [(int(a), sign, int(b), int(c)) for a, sign, b, c in equations]
 
 
 # A change of these rows changes the data of every model trained on them: say so in the commit.
 @pytest.mark.parametrize(
-    ("split", "digest"), [("train", "f864681a3e39d75e"), ("test", "9ef9bbba7960db41")]
+    ("split", "digest"), [("train", "0b109ccdea2d17ef"), ("test", "51757fa925660a18")]
 )
 def test_the_same_everywhere(split, digest):
     rows = json.dumps([word_problem(split, i) for i in range(100)], sort_keys=True)
@@ -40,7 +40,7 @@ def test_unknown_split():
 def test_splits_share_no_arithmetic(problems):
     """Not one chain of equations in common, hence no question either; the rule is split_of."""
     for split, rows in problems.items():
-        assert all(split_of(p["reasoning"]) == split for p in rows)
+        assert all(split_of(p["solution"]) == split for p in rows)
     chains = {split: {tuple(chain(p)) for p in rows} for split, rows in problems.items()}
     questions = {split: {p["question"] for p in rows} for split, rows in problems.items()}
     assert not chains["train"] & chains["test"]
@@ -68,13 +68,23 @@ def test_every_step_is_right(problems, split):
         assert problem["difficulty"] == len(equations)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_other_trace_says_the_last_result_alone(problems, split):
+    direct = [p for p in problems[split] if p["reasoning"] != p["solution"]]
+    assert len(direct) / N == pytest.approx(DIRECT, abs=0.015)
+    for p in direct:
+        assert "=" not in p["reasoning"] and p["reasoning"].count(".") == 1, p
+        assert re.findall(r"\d+", p["reasoning"])[-1] == p["answer"], p
+    assert {p["difficulty"] for p in direct} == {1, 2, 3, 4, 5}
+
+
 def test_reads_as_english(problems):
     """No slot left open, whole sentences, one hero with one pronoun, nobody compared to himself."""
     he, she = re.compile(r"\b(He|he|him|His)\b"), re.compile(r"\b([Ss]he|[Hh]er)\b")
     compared = re.compile(r"(\w+) (?:has|is) [^.?]* (?:than|as) (\w+)\.")
     for problem in problems["train"]:
         question = problem["question"]
-        text = f"{question} {problem['reasoning']}"
+        text = f"{question} {problem['solution']} {problem['reasoning']}"
         assert not re.search(r"[{}\[\]|]|  ", text), problem
         assert question.endswith("?") and question.count("?") == 1 and text.endswith(".")
         assert all(re.match("[A-Z0-9]", sentence) for sentence in re.split(r"[.?] ", text)), problem
@@ -89,12 +99,12 @@ def test_difficulty_and_length(problems):
     share = [sum(p["difficulty"] == d for p in rows) / N for d in range(1, 6)]
     assert share == pytest.approx([0.15, 0.30, 0.30, 0.17, 0.08], abs=0.015)
     n_chars = sorted(
-        len(p["question"] + format_completion(p["reasoning"], p["answer"])) for p in rows
+        len(p["question"] + format_completion(p["solution"], p["answer"])) for p in rows
     )
     assert 200 < sum(n_chars) / N < 260 and n_chars[int(0.99 * N)] < 400 and n_chars[-1] < 450
     answers = [p["answer"] for p in rows]
     assert max(map(answers.count, set(answers))) < 0.05 * N  # no answer is a good guess
-    words = {word for p in rows for word in re.findall("[A-Za-z]+", p["question"] + p["reasoning"])}
+    words = {word for p in rows for word in re.findall("[A-Za-z]+", p["question"] + p["solution"])}
     assert len(words) < 150
 
 

@@ -20,7 +20,7 @@ COMMANDS = [
 
 def test_the_two_commands_are_there():
     lines = [line for block in BLOCKS for line in block.splitlines()]
-    assert "pip install -r requirements.txt && python train_sft.py" in lines
+    assert "pip install -r requirements.txt && python train_grpo.py" in lines
     assert "pip install -r requirements-dev.txt && python -m pytest -q -n 2" in lines
 
 
@@ -38,3 +38,13 @@ def test_command_parses(command):
         assert set(command[2::2]) <= {"--weights", "--tokenizer"}
     else:
         tyro.cli(module.Config, args=command[2:])
+
+
+TABLE = re.findall(r"^\| [^|]*\| `(--[^`]+)`", (ROOT / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("flags", TABLE)
+def test_settings_of_the_literature_parse(flags):
+    assert len(TABLE) >= 9
+    config = tyro.cli(importlib.import_module("train_grpo").Config, args=flags.split())
+    importlib.import_module("train_grpo").resolve(config)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,7 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
 
 # --------------------------------------------------------------------------------- whole runs
 
+
 def sft(small, out, *flags, kill_at=None, code=0):
     """Runs train_sft.py as a user would; returns what it printed."""
     command = [str(ROOT / "train_sft.py"), "--weights", str(small), "--out", str(out),
@@ -239,6 +241,19 @@ def test_stages_chain_and_a_full_fine_tune_is_the_next_base(small, whole, tmp_pa
     close_to = gemma.logits(full, cfg, tokens)
     assert 1e-4 < np.abs(close_to - live(both)).max() < 2.0
     sft(small, tmp_path / "d", "--adapter", str(tmp_path / "c"), "--steps", "1")
+
+
+def test_ends_before_the_time_limit_with_checkpoint_and_evaluation(small, tmp_path):
+    """Its own clock decides: the steps go on until little is left, and all is saved in time."""
+    began = time.monotonic()
+    sft(small, tmp_path, "--time-limit", "45s", "--steps", "1000000", "--save-every", "0")
+    assert time.monotonic() - began < 45
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = max(m["step"] for m in metrics)
+    assert "eval_loss" in metrics[-1] and metrics[-1]["step"] == last > 6
+    assert metrics[-2]["p"] > 0.8 and metrics[-2]["lr"] < 0.5 * max(m.get("lr", 0) for m in metrics)
+    assert (tmp_path / "checkpoints" / f"step_{last}" / "manifest.json").exists()
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()
 
 
 def test_system_text_travels_and_a_mismatch_is_an_error(small, tmp_path):
