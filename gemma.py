@@ -617,22 +617,35 @@ CHUNK_ELEMENTS = 2**25  # float32 logits that may exist at a time: 128 MiB
 
 def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
                 temperature: jax.Array | float = 1.0, softcap: float | None = None,
+                wanted_BT: jax.Array | None = None,
                 chunk: int | None = None) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Log-probability of each target and entropy of its distribution, both [B, T] float32.
 
     Logits are soft-capped, then divided by the temperature (not differentiated), and exist for
     `chunk` tokens at a time. Position t is scored against targets_BT[t]: shift before calling.
-    The forward pass of a gradient also takes d logp/dx while the logits are at hand, a [B, T, D]
-    array, so that the backward pass multiplies instead of making the logits again.
+    Where wanted_BT is given and 0, both are 0: such tokens come last, and chunks of them alone are
+    left out. The forward pass of a gradient also takes d logp/dx while the logits are at hand, a
+    [B, T, D] array, so that the backward pass multiplies instead of making the logits again.
     """
     B, T, D = x_BTD.shape
     n = B * T
     chunk = chunk or max(1, min(n, CHUNK_ELEMENTS // head_VD.shape[0]))
+    if wanted_BT is not None:
+        chunk = min(chunk, max(128, n // 8))
+    x_nD, targets_n, n_wanted, order_n = x_BTD.reshape(n, D), targets_BT.reshape(n), n, None
+    if wanted_BT is not None:
+        wanted_n = wanted_BT.reshape(n) > 0
+        n_wanted, order_n = jnp.sum(wanted_n), jnp.argsort(~wanted_n)
+        x_nD, targets_n = x_nD[order_n], targets_n[order_n]
     pad = -n % chunk  # padded rows score token 0 of a zero state: finite, and cut off below
-    x_CcD = jnp.pad(x_BTD.reshape(n, D), ((0, pad), (0, 0))).reshape(-1, chunk, D)
-    targets_Cc = jnp.pad(targets_BT.reshape(n), (0, pad)).reshape(-1, chunk)
-    out = _chunked_logps(x_CcD, head_VD, targets_Cc, jnp.float32(temperature), softcap)
-    return tuple(z.reshape(-1)[:n].reshape(B, T) for z in out)
+    x_CcD = jnp.pad(x_nD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
+    targets_Cc = jnp.pad(targets_n, (0, pad)).reshape(-1, chunk)
+    out = _chunked_logps(x_CcD, head_VD, targets_Cc, jnp.int32(n_wanted), jnp.float32(temperature),
+                         softcap)  # fmt: skip
+    out = [z.reshape(-1)[:n] for z in out]
+    if wanted_BT is not None:
+        out = [jnp.zeros_like(z).at[order_n].set(z) * wanted_n for z in out]
+    return tuple(z.reshape(B, T) for z in out)
 
 
 def _chunk(x_cD, head_VD, target_c, temperature, softcap):
@@ -648,27 +661,39 @@ def _chunk(x_cD, head_VD, target_c, temperature, softcap):
     return logp_cV, logp_c, entropy_c, slope
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked_logps(x_CcD, head_VD, targets_Cc, temperature, softcap):
-    def step(_, xs):
-        return None, _chunk(xs[0], head_VD, xs[1], temperature, softcap)[1:3]
+def _each_chunk(step, x_CcD, targets_Cc, n_wanted, out):
+    """out with step(x_cD, target_c) in its chunks, as far as the first n_wanted tokens reach."""
 
-    return lax.scan(step, None, (x_CcD, targets_Cc))[1]
+    def one(i, out):
+        return jax.tree.map(lambda z, new: z.at[i].set(new), out, step(x_CcD[i], targets_Cc[i]))
+
+    return lax.fori_loop(0, -(-n_wanted // targets_Cc.shape[1]), one, out)
 
 
-def _chunked_logps_fwd(x, head, targets, temperature, softcap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _chunked_logps(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap):
+    def step(x_cD, target_c):
+        return _chunk(x_cD, head_VD, target_c, temperature, softcap)[1:3]
+
+    zeros_Cc = jnp.zeros_like(targets_Cc, jnp.float32)
+    return _each_chunk(step, x_CcD, targets_Cc, n_wanted, (zeros_Cc, zeros_Cc))
+
+
+def _chunked_logps_fwd(x, head, targets, n_wanted, temperature, softcap):
     x_CcD, head_VD, targets_Cc, temperature = x.value, head.value, targets.value, temperature.value
     residuals = x_CcD, head_VD, targets_Cc, temperature
     if head.perturbed or not x.perturbed:  # a trained head needs the logits again anyway
-        out = _chunked_logps(x_CcD, head_VD, targets_Cc, temperature, softcap)
+        out = _chunked_logps(x_CcD, head_VD, targets_Cc, n_wanted.value, temperature, softcap)
         return out, (None, () if head.perturbed else None, *residuals)
 
-    def step(_, xs):
-        logp_cV, logp_c, entropy_c, slope = _chunk(xs[0], head_VD, xs[1], temperature, softcap)
-        d_cV = (jax.nn.one_hot(xs[1], head_VD.shape[0]) - jnp.exp(logp_cV)) * slope
-        return None, (logp_c, entropy_c, jnp.einsum("cV,VD->cD", d_cV.astype(xs[0].dtype), head_VD))
+    def step(x_cD, target_c):
+        logp_cV, logp_c, entropy_c, slope = _chunk(x_cD, head_VD, target_c, temperature, softcap)
+        d_cV = (jax.nn.one_hot(target_c, head_VD.shape[0]) - jnp.exp(logp_cV)) * slope
+        return logp_c, entropy_c, jnp.einsum("cV,VD->cD", d_cV.astype(x_cD.dtype), head_VD)
 
-    logp, entropy, dx_CcD = lax.scan(step, None, (x_CcD, targets_Cc))[1]
+    zeros_Cc = jnp.zeros_like(targets_Cc, jnp.float32)
+    out = zeros_Cc, zeros_Cc, jnp.zeros_like(x_CcD)
+    logp, entropy, dx_CcD = _each_chunk(step, x_CcD, targets_Cc, n_wanted.value, out)
     return (logp, entropy), (dx_CcD, None, *residuals)
 
 
@@ -677,7 +702,7 @@ def _chunked_logps_bwd(softcap, residuals, cts):
     zero = jax.custom_derivatives.SymbolicZero
     if dx_CcD is not None and isinstance(cts[1], zero):  # only log-probs, of a frozen head
         dx_CcD = cts[0][..., None].astype(dx_CcD.dtype) * dx_CcD
-        return dx_CcD, None, None, None
+        return dx_CcD, None, None, None, None
     ct_logp, ct_entropy = (jnp.zeros(c.shape) if isinstance(c, zero) else c for c in cts)
 
     def step(dhead_VD, xs):
@@ -697,7 +722,7 @@ def _chunked_logps_bwd(softcap, residuals, cts):
     xs = x_CcD, targets_Cc, ct_logp, ct_entropy
     dhead_VD, dx_CcD = lax.scan(step, dhead_VD, xs)
     dhead_VD = None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)
-    return dx_CcD, dhead_VD, None, None
+    return dx_CcD, dhead_VD, None, None, None
 
 
 _chunked_logps.defvjp(_chunked_logps_fwd, _chunked_logps_bwd, symbolic_zeros=True)

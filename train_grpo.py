@@ -514,13 +514,14 @@ def policy_loss(logp_BT, b: dict, config: Config):
 
 
 def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
-    """Log-probs and entropies [B, T] of the tokens of B packed rows; those of column 0 are 0."""
+    """Log-probs and entropies [B, T] of the completion tokens of B packed rows; 0 elsewhere."""
     params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
     x_BTD = gemma.hidden(params, cfg, b["tokens"], b["positions"], b["segments"],
                          lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
     out = gemma.token_logps(
         x_BTD[:, :-1], gemma.head(params, cfg, fsdp), b["tokens"][:, 1:],
         temperature=config.temperature, softcap=cfg.final_logit_softcapping,
+        wanted_BT=b["mask"][:, 1:],
     )  # fmt: skip
     return [jnp.pad(z, ((0, 0), (1, 0))) for z in out]
 

@@ -777,3 +777,29 @@ def test_init_fills_the_table_of_specs(family):
         assert 0.8 < leaf.std() * fan_in**0.5 < 1.2, spec.name
         starts.add(tuple(leaf.ravel()[:4] * fan_in**0.5))
     assert len(starts) == 9, "each matrix has a key of its own"
+
+
+@pytest.mark.parametrize("wanted_rate", [0.0, 0.3, 1.0])
+def test_token_logps_of_wanted_tokens_only(wanted_rate):
+    """Equal values and gradients; chunks without a wanted token are never computed (here: NaN)."""
+    rng = np.random.default_rng(0)
+    x_BTD = rng.normal(size=(3, 11, 8)).astype(np.float32)
+    head_VD = rng.normal(size=(23, 8)).astype(np.float32)
+    targets_BT = jnp.asarray(rng.integers(0, 23, (3, 11)))
+    wanted_BT = (rng.random((3, 11)) < wanted_rate).astype(np.float32)
+    weight_BT = rng.normal(size=(3, 11)).astype(np.float32) * wanted_BT
+
+    def total(x_BTD, **kw):
+        logp, entropy = gemma.token_logps(x_BTD, head_VD, targets_BT, softcap=3.0, **kw)
+        return jnp.sum(jnp.where(wanted_BT > 0, logp * weight_BT, 0.0)), (logp, entropy)
+
+    f = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnames="chunk")
+    (_, expected), dx = f(x_BTD)
+    hostile = jnp.where(wanted_BT[..., None] > 0, x_BTD, jnp.nan)
+    (_, got), dx_wanted = f(hostile, wanted_BT=wanted_BT, chunk=1)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, np.where(wanted_BT > 0, b, 0.0), atol=1e-6)
+    np.testing.assert_allclose(dx_wanted, dx, atol=1e-6)
+    (_, got), dx_wanted = f(x_BTD, wanted_BT=wanted_BT, chunk=4)
+    np.testing.assert_allclose(got[0], np.where(wanted_BT > 0, expected[0], 0.0), atol=1e-6)
+    np.testing.assert_allclose(dx_wanted, dx, atol=1e-6)

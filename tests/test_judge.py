@@ -510,8 +510,8 @@ def test_200_at_once_with_every_fault_none_lost_none_doubled_order_kept(tmp_path
 
 
 @pytest.mark.parametrize("reply, error", [
-    ("never", "nothing complete in 0.3 s"),
-    ("drip", "nothing complete in 0.3 s"),
+    ("never", "nothing complete in 1"),
+    ("drip", "nothing complete in 1"),
     ("hang up", "RemoteDisconnected|ConnectionReset"),
     ({"status": 500, "text": f"your key {SECRET}"}, r"HTTP 500 your key \*\*\*"),
     ({"content": "I refuse"}, "unusable reply .*expected JSON with score"),
@@ -520,7 +520,7 @@ def test_200_at_once_with_every_fault_none_lost_none_doubled_order_kept(tmp_path
 ])  # fmt: skip
 def test_what_never_comes_is_missing_and_says_why(reply, error):
     with serving(lambda n, body: reply) as server:
-        ours = over_http(server, timeout_s=0.3, tries=2, threads=4)
+        ours = over_http(server, timeout_s=1.0, tries=2, threads=4)
         parts = ours.submit("case 1", ROW).result(10)
         assert parts["judge"] is None and len(server.bodies) == 2
         assert re.search(error, parts["judge_error"])
