@@ -722,8 +722,8 @@ class Endpoint:
             if late.is_set():
                 raise TimeoutError
             return response.status, response.headers, content.decode(errors="replace")
-        except (OSError, http.client.HTTPException):
-            if late.is_set():
+        except (OSError, http.client.HTTPException) as e:
+            if late.is_set() or isinstance(e, TimeoutError):  # the socket's may be a moment sooner
                 raise TimeoutError(f"nothing complete in {self.timeout_s:g} s") from None
             raise
         finally:

@@ -119,7 +119,7 @@ def test_micro_batches_change_no_gradient(n_micro):
 def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
     config = dataclasses.replace(CONFIG, lora_rank=rank)
     one = gradient(PACKED, config=config)
-    close(gradient(PACKED, 2, 8, config, sharded, check_vma), one, 2e-5)
+    close(gradient(PACKED, 2, 8, config, sharded, check_vma), one)
 
 
 @pytest.mark.parametrize("remat", ["attention", "layer"])
