@@ -342,9 +342,10 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
     out, start = 0, 0
     for _, v_BKSH, mask_BTS in parts:
         part_BKMTS = p_BKMTS[..., start : start + mask_BTS.shape[-1]]
-        out = out + jnp.einsum("BKMTS,BKSH->BTKMH", part_BKMTS, v_BKSH)
+        # not ->BTKMH: XLA on a CPU would copy the whole cache into another layout, at every step
+        out = out + jnp.einsum("BKMTS,BKSH->BKMTH", part_BKMTS, v_BKSH)
         start += mask_BTS.shape[-1]
-    return out.reshape(B, T, N, H)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def linear(w: dict, lora: dict | None, name: str, x: jax.Array) -> jax.Array:
