@@ -21,6 +21,8 @@ What to know when comparing with other implementations (each point is a test):
    after the last layer. Training is the same with no cache; prefill the same with an empty one.
 3. sqrt(D) is rounded to the activations' dtype (bf16: 33.94 -> 34.0), as in the published code.
 4. RMSNorm, RoPE, attention scores, softmax and log-probs are float32 whatever the weights are.
+5. On TPUs whole rows are attended by JAX's splash kernels (`splash`), all else by `attend`.
+6. A sharded base is gathered layer by layer (`gather`); decoding moves the rows instead (`travel`).
 
 Source of the architecture: google-deepmind/gemma and transformers' modeling_gemma2/3.py.
 """
@@ -419,9 +421,9 @@ def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
 
 
 def travel(x_BI: jax.Array, w_IO: jax.Array, fsdp: str) -> jax.Array:
-    """x W [B, O] of a W split along D, its columns or its rows: not W is moved but all rows of x.
+    """x W [B, O] of a W that is split along D: the rows of all devices travel to its parts.
 
-    For the few rows of a decode step: a device reads its part of W only, and far less is sent.
+    For the few rows of a decode step, where `gather` would move all weights for every token.
     """
     if w_IO.shape[0] != x_BI.shape[1]:  # I is D: x{our rows, D} -> all-to-all -> x{all, D/devices}
         x_BI = lax.all_to_all(x_BI, fsdp, split_axis=1, concat_axis=0, tiled=True)

@@ -23,6 +23,8 @@ What to know when comparing with other implementations:
    some logit, ties included. It is found exactly and without sorting the vocabulary.
 4. The stop token is part of a rollout, with its log-prob: it is what teaches a model to stop.
 5. All rows write into the same slot of a cache, the step's number modulo the ring: see `_admit`.
+6. A sharded base is gathered once a call, or, with `shard`, never: prefill then gathers it layer by
+   layer, a decode step moves the rows instead (gemma.travel), and devices go step by step together.
 
 Beyond the axes of gemma.py: W rollouts in hand of a device (decoding or waiting), X prompts on its
 shelf, I words in a block of the vocabulary, J blocks, E periods that a repetition may have.
@@ -499,8 +501,7 @@ class Sampler:
         repetition: ends a rollout once so many tokens in a row each equal the one p before, for
         any one p up to 64; 0 = off. Temperature 0 is greedy. stats, if given, counts prefills,
         rounds, tokens and slot_steps (decode steps * slots, over all devices).
-        params may be sharded: they are gathered once, unless the sampler's `shard` is set, and then
-        each device decodes at its own pace.
+        params may be sharded: without the sampler's `shard` they are gathered once, here.
         """
         prompts = dict(prompts if isinstance(prompts, Mapping) else enumerate(prompts))
         max_new = self.max_new if max_new is None else max_new
