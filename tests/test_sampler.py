@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_gemma import TINY, random_params
 
 import gemma
@@ -201,7 +202,7 @@ def test_a_base_that_stays_sharded_gives_the_rollouts_of_a_replicated_one(family
            "stop": range(3, 8)}  # fmt: skip
     split = sampler(family, n_devices=8, slots=2, shard=True)
     compiled = split.programs(params, adapter, Rules(20, True, True))["decode"][1][2]["layers"]
-    assert compiled["q_proj"].sharding.spec == (None, "data", None, None)  # and never unstacked
+    assert compiled["q_proj"].sharding.spec == P(None, "data", None, None)  # never unstacked
     for prompts, n in ((random_prompts(5, 40, 33), 5), (random_prompts(40), 3), ([[7]], 1)):
         expected = by_number(sampler(family).sample(params, prompts, n, **how))
         stats = {}
