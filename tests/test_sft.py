@@ -182,6 +182,21 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
     assert f.lower(*arguments).compile().memory_analysis().argument_size_in_bytes > 0
 
 
+@pytest.mark.parametrize("model, rank, expected", [
+    ("gemma3-1b", 16, (False, False)),  # 2 GB on each device
+    ("gemma3-1b", 0, (True, False)),  # 16 bytes a weight are split, a copy of 2 GB fits
+    ("gemma2-2b", 0, (True, False)),
+    ("gemma3-4b", 16, (True, True)),
+    ("gemma3-12b", 16, (True, True)),
+])  # fmt: skip
+def test_what_is_split_and_what_rollouts_gather_follows_from_the_sizes(model, rank, expected):
+    config = train_sft.resolve(train_sft.Config(model=model, lora_rank=rank))
+    args = gemma.CONFIGS[model], config, mesh_of(8)
+    assert (train_sft.is_sharded(*args), train_sft.samples_sharded(*args)) == expected
+    whole = dataclasses.replace(config, shard="no")
+    assert not train_sft.samples_sharded(args[0], whole, args[2])
+
+
 # --------------------------------------------------------------------------------- whole runs
 
 
