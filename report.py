@@ -10,7 +10,9 @@ The training scripts write the same file now and then and when they end, for wha
 2. Curves are drawn here, as SVG, so they show where scripts are off (the preview of a mail). The
    page's script shows values under the pointer and turns the pages of the completions.
 3. Figures of a training metric are means of the first and the last tenth of its steps. "Learned" is
-   said only where the 95 % intervals (eval.py's) of the first and the last evaluation lie apart.
+   said only where the last evaluation's accuracy lies above the first one's by a 95 % interval of
+   the difference: Newcombe's (Statistics in Medicine 17, 1998, method 10) from eval.py's Wilson
+   intervals, as if of different problems, which is cautious.
 4. What is embedded is bounded: N_SAMPLES completions and N_BYTES over all runs (whole steps are
    left out evenly), texts of N_CHARS, curves of N_POINTS means. The page says what is left out.
 5. Completions are hostile text: to the page they are data, never markup, and characters that would
@@ -44,7 +46,7 @@ CURVES = {  # metric -> (title, unit), in the page's order; what is not here com
     "reward_s": ("Rewards, after it", "s"), "reference_s": ("Reference", "s"),
     "update_s": ("Update", "s"),
 }  # fmt: skip
-HEADLINE = ("eval_loss", "reward", "eval_format", "completions/mean_length", "tokens_per_s")
+HEADLINE = ("eval_loss", "reward", "eval_format", "completions/mean_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def thin(samples: bytes, share: float) -> dict:
     price = lambda line: max(1 / N_SAMPLES, min(len(line), 6 * N_CHARS) / N_BYTES) / share
     prices = {at: sum(map(price, lines)) for at, lines in sorted(groups.items())}
     kept, stride, spent, rows = list(prices), 1, 0.0, []
-    while len(kept) > 2 and sum(prices[at] for at in kept) > 1:
+    while len(kept) > 2 and sum(prices[at] for at in kept) > 1 + 1e-9:
         stride += 1  # the first and the last stay
         kept = [at for i, at in enumerate(prices) if not i or (len(prices) - 1 - i) % stride == 0]
     for at in kept:
@@ -177,7 +179,7 @@ def rates(run: Run) -> list[tuple]:
     found = run.results.get("intervals")
     for name, interval in found.items() if isinstance(found, dict) else ():
         rate = number(run.results.get(name))
-        if re.match("(pass|maj)@", name) and rate is not None and len(interval) == 2:
+        if re.fullmatch(r"(pass|maj)@\d+(_sampled)?", name) and rate is not None:
             out.append((name.replace("_", ", "), rate, *map(number, interval)))
     return out
 
@@ -190,11 +192,11 @@ def verdict(run: Run) -> tuple[str, str, str]:
         what = f"held-out accuracy {show(first, '%')} % → {show(last, '%')} %"
         if None in (low, high, low2, high2):
             return "", "rose" if last > first else "did not rise", what
-        if high < low2:
-            return "good", "learned", f"{what}, 95 % intervals apart"
-        if high2 < low:
-            return "bad", "got worse", f"{what}, 95 % intervals apart"
-        return "", "unclear", f"{what}, 95 % intervals overlap"
+        least = last - first - math.hypot(last - low2, high - first)
+        most = last - first + math.hypot(high2 - last, first - low)
+        what += f", a difference of {100 * least:+.1f} to {100 * most:+.1f} points"
+        css = "good" if least > 0 else "bad" if most < 0 else ""
+        return css, {"good": "learned", "bad": "got worse", "": "unclear"}[css], what
     if found:
         label, rate, *_ = found[0]
         return "", "measured", f"{label} {show(rate, '%')} %"
@@ -208,7 +210,7 @@ def verdict(run: Run) -> tuple[str, str, str]:
 
 # --------------------------------------------------------------------------------------- drawing
 
-W, H, LEFT, RIGHT, TOP, BOTTOM = 340, 150, 44, 8, 8, 20
+W, H, LEFT, RIGHT, TOP, BOTTOM = 280, 140, 40, 8, 8, 20
 N_COLOURS = 8
 esc = lambda text: html.escape(str(text))
 
@@ -310,7 +312,7 @@ def header(runs: list[Run]) -> str:
                 figures.append(f"<span>{title} {show(first, unit)} → <b>{show(last, unit)}</b> "
                                f"{unit}</span>")  # fmt: skip
         items.append(f"<li>{tag(i, run.name)} <small>{esc(' · '.join(about))}</small><p class="
-                     f'verdict><b class="{css}">{word}:</b> {esc(sentence)}</p>'
+                     f'verdict><b class="{css}">{word.capitalize()}:</b> {esc(sentence)}</p>'
                      f"<p class=figures>{''.join(figures)}</p>")  # fmt: skip
     return f"<header><h1>Did it learn?</h1><ul>{''.join(items)}</ul></header>"
 
@@ -327,8 +329,9 @@ def forest(runs: list[Run]) -> str:
                         f'{i % N_COLOURS}><s style="left:{low:.2%};width:{high - low:.2%}"></s>'
                         f'<b style="left:{rate:.2%}"></b></div><td class=n>{show(rate, "%")} %'
                         f"<td class=n><small>{text}</small>")  # fmt: skip
-    return ("<h2>Right answers to held-out problems, with 95 % intervals</h2><table class=forest>"
-            f"{''.join(rows)}</table>" if rows else "")  # fmt: skip
+    return ("<h2>Right answers to held-out problems</h2><p><small>With 95 % intervals; from 0 to "
+            f"100 %, a line every 10.</small></p><table class=forest>{''.join(rows)}</table>"
+            if rows else "")  # fmt: skip
 
 
 def charts(runs: list[Run]) -> str:
@@ -346,10 +349,11 @@ def charts(runs: list[Run]) -> str:
     if not shown + rest:
         return ""
     legend = "".join(tag(i, run.name) for i, run in enumerate(runs)) if len(runs) > 1 else ""
-    return (f"<section><h2>Curves</h2><p class=legend>{legend}<small>Over the steps. Figures of "
-            "training are means of the first → last tenth of its steps, bold lines running means."
-            f"</small></p><div class=charts>{shown}</div><details><summary>All other metrics"
-            f"</summary><div class=charts>{rest}</div></details></section>")  # fmt: skip
+    more = f"<details><summary>All other metrics</summary><div class=charts>{rest}</div></details>"
+    return ("<section><h2>Curves</h2><p><small>Over the steps. Figures of training are means of "
+            "the first → last tenth of its steps, bold lines running means.</small></p><p class="
+            f"legend>{legend}</p><div class=charts>{shown}</div>{more if rest else ''}</section>"
+            )  # fmt: skip
 
 
 def page(runs: list[Run]) -> bytes:
@@ -411,7 +415,6 @@ ul { list-style: none; padding: 0 } li { margin-top: 14px }
 .run i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px;
   background: var(--c) }
 .verdict { font-size: 26px; line-height: 1.3; font-weight: 600 } .verdict b { color: var(--dim) }
-.verdict b::first-letter { text-transform: uppercase }
 li:not(:only-child) .verdict { font-size: 18px }
 .good, .verdict .good { color: var(--good) } .bad, .verdict .bad { color: var(--bad) }
 .figures, .legend { display: flex; flex-wrap: wrap; gap: 0 20px; align-items: baseline }
@@ -427,11 +430,12 @@ th, td { text-align: left; font-weight: 400; padding: 3px 12px 3px 0; vertical-a
   gap: 10px }
 figure, .view { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 12px 14px; min-width: 0 }
+figure { display: flex; flex-direction: column }
 figcaption { display: flex; justify-content: space-between; flex-wrap: wrap; gap: 0 12px }
 figcaption h3 { color: var(--ink) }
 .readout { font-size: 13px; display: flex; flex-wrap: wrap; gap: 0 10px; color: var(--dim) }
 .readout [class] { color: var(--c) }
-svg { display: block; width: 100%; margin-top: 6px; touch-action: pan-y }
+svg { display: block; width: 100%; margin-top: auto; touch-action: pan-y }
 svg text { font-size: 11px; fill: var(--dim) } .grid { stroke: var(--line) }
 .raw, .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round;
   stroke-linecap: round } .faint { stroke-width: 1; opacity: .4 }
