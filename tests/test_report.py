@@ -27,7 +27,8 @@ CONFIG = {"model": "tiny", "data": "problems", "steps": 4}
 def sample(text="<reasoning>2 + 2</reasoning>\n<answer>4</answer>", **more):
     return {"prompt": "What is 2 + 2?", "completion": text, "gold": "4", "correct": True,
             "format": True, "reward": 1.5, "advantage": 0.5, "group": 0, "errors": {},
-            "rewards": {"judge": 0.9, "answer": 1.0}, "n_tokens": 9, "stop": "stop"} | more  # fmt: skip
+            "rewards": {"judge": 0.9, "answer": 1.0}, "n_tokens": 9, "stop": "stop",
+            } | more  # fmt: skip
 
 
 def write(folder, rates=((0, 20, 100), (4, 60, 100)), samples=None, steps=4, config=CONFIG):
@@ -399,8 +400,8 @@ def test_the_keyboard_turns_the_pages(browser, three_steps):
     assert status(browser) == "3 of 5 completions"
     for _ in range(3):
         browser.press("Tab")
-        assert browser.js('document.activeElement.matches(":focus-visible") &&'
-                          'getComputedStyle(document.activeElement).outlineStyle') == "solid"  # fmt: skip
+        focus = "(e => e.matches(':focus-visible') && getComputedStyle(e).outlineStyle)"
+        assert browser.js(f"{focus}(document.activeElement)") == "solid"
     browser.check_quiet()
 
 
