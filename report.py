@@ -259,10 +259,10 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
     lines = [*curves.values(), *(line for pair in limits.values() for line in pair)]
     factor = 100 if unit == "%" else 1
     values = [v * factor for line in lines for _, v in line if v is not None]
-    pad = 0.06 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
-    low, high = min(values) - pad, max(values) + pad
-    low = low if min(values) < 0 else max(0.0, low)
-    high = min(high, 100.0) if unit == "%" else high
+    spread, size = max(values) - min(values), max(map(abs, values))
+    pad = 0.06 * spread if spread > 1e-6 * size else 0.1 * size or 1.0  # else: but for rounding
+    low = min(values) - pad if min(values) < 0 else max(0.0, min(values) - pad)
+    high = max(values) + pad if unit != "%" else min(max(values) + pad, max(100.0, size))
     x = lambda s: LEFT + (s - span[0]) / (span[1] - span[0]) * (W - LEFT - RIGHT)
     y = lambda v: TOP + (high - v * factor) / (high - low) * (H - TOP - BOTTOM)
     out, readout = [], []
@@ -273,8 +273,9 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
     out += [f"<text x={x(s):.1f} y={H - 5} text-anchor=middle>{t}</text>" for s, t in ticks(*span)]
     for i, points in curves.items():
         css, k = f"c{i % N_COLOURS}", -(-len(points) // N_POINTS)
-        there, back = limits[i][0], limits[i][1][::-1]
-        out.append(f'<path class="{css} band" d="{path(there + back, x, y)}"/>')
+        if all(limits[i]):
+            there, back = limits[i][0], limits[i][1][::-1]
+            out.append(f'<path class="{css} band" d="{path(there + back, x, y)}"/>')
         raw = means(points, range(k // 2, len(points), k), k // 2)
         noisy = len(points) >= 40
         out.append(f'<path class="{css} raw{" faint" * noisy}" d="{path(raw, x, y)}"/>')
@@ -348,12 +349,12 @@ def charts(runs: list[Run]) -> str:
     shown, rest = ("".join(chart(runs, *one, span) for one in part) for part in (shown, rest))
     if not shown + rest:
         return ""
-    legend = "".join(tag(i, run.name) for i, run in enumerate(runs)) if len(runs) > 1 else ""
+    legend = "".join(tag(i, run.name) for i, run in enumerate(runs))
+    legend = f"<p class=legend>{legend}</p>" if len(runs) > 1 else ""
     more = f"<details><summary>All other metrics</summary><div class=charts>{rest}</div></details>"
     return ("<section><h2>Curves</h2><p><small>Over the steps. Figures of training are means of "
-            "the first → last tenth of its steps, bold lines running means.</small></p><p class="
-            f"legend>{legend}</p><div class=charts>{shown}</div>{more if rest else ''}</section>"
-            )  # fmt: skip
+            "the first → last tenth of its steps, bold lines running means.</small></p>"
+            f"{legend}<div class=charts>{shown}</div>{more if rest else ''}</section>")  # fmt: skip
 
 
 def page(runs: list[Run]) -> bytes:
@@ -382,9 +383,12 @@ def main(config: Config) -> Path:
     runs = [run._replace(name=str(folder)) if names.count(run.name) > 1 else run
             for run, folder in zip(runs, folders, strict=True)]  # fmt: skip
     out = Path(config.out) if config.out else folders[0] / "report.html"
-    temporary = out.with_name(f"tmp-{out.name}")
-    temporary.write_bytes(page(runs))
-    os.replace(temporary, out)
+    temporary = out.with_name(f"tmp-{os.getpid()}-{out.name}")
+    try:
+        temporary.write_bytes(page(runs))
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)  # on a full disk even a piece of it is in the way
     return out
 
 
@@ -426,8 +430,8 @@ th, td { text-align: left; font-weight: 400; padding: 3px 12px 3px 0; vertical-a
   background: repeating-linear-gradient(90deg, transparent 0 calc(10% - 1px), var(--line) 0 10%) }
 .bar s, .bar b { position: absolute; top: 8px; height: 4px; background: var(--c); opacity: .5 }
 .bar b { top: 5px; width: 10px; height: 10px; margin-left: -5px; border-radius: 5px; opacity: 1 }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 262px), 1fr));
-  gap: 10px }
+.charts { display: grid; gap: 10px; margin-top: 8px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 262px), 1fr)) }
 figure, .view { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 12px 14px; min-width: 0 }
 figure { display: flex; flex-direction: column }
@@ -473,7 +477,7 @@ BROWSER = """
 <label>Run <select id=run></select></label>
 <label>Show <select id=which><option value=all>all<option value=right>right answers
 <option value=wrong>wrong answers<option value=format>format broken
-<option value=missing>reward missing<option value=disagree>judge and answer disagree
+<option value=missing>reward missing<option value=disagree>judge (yes from 0.5) and answer disagree
 </select></label>
 <label>Stop reason <select id=stop></select></label>
 <label>Reward from <input id=low type=number step=any></label>

@@ -1,6 +1,7 @@
 """The report: what it says, what it survives, and how it behaves in a real browser."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -110,6 +111,18 @@ def test_ticks_are_few_round_and_inside(low, high):
         assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01, abs=1e-12)
 
 
+@pytest.mark.parametrize("values", [
+    [0.3, 0.1 + 0.2], [0.0, 0.0], [1.0, 1.0], [-5.0, -5.0], [1e-9, 2e-9], [-1e12, 1e12], [0.5],
+])  # fmt: skip
+@pytest.mark.parametrize("unit", ["", "%"])
+def test_every_curve_lies_within_its_frame(values, unit):
+    run = report.Run("x", {}, {s: {"kl": v, "p": 0} for s, v in enumerate(values)}, {}, {}, True)
+    drawn = report.chart([run], "kl", "KL", unit, (0, max(1, len(values) - 1)))
+    ys = [float(y) for y in re.findall(r"[ML][\d.]+,(-?[\d.]+)", drawn)]
+    assert ys and all(report.TOP <= y <= report.H - report.BOTTOM for y in ys)
+    assert "nan" not in drawn and drawn.count("class=grid") >= 1
+
+
 def test_a_long_curve_is_averaged_and_a_noisy_one_gets_its_running_mean():
     steps = {s: {"reward": float(s % 2), "p": 0.0} for s in range(1, 4001)}
     run = report.Run("x", {}, steps, {}, {}, True)
@@ -204,6 +217,20 @@ def test_what_is_embedded_is_bounded_and_the_page_says_so(tmp_path):
     texts = [json.dumps({"step": i} | sample("x" * 3_000)) for i in range(4_000)]
     (tmp_path / "x/samples.jsonl").write_text("\n".join(texts))
     assert 2e6 < len(html(tmp_path / "x")) < 4.2e6
+
+
+def test_a_full_disk_keeps_the_old_page_and_no_piece_of_the_new(tmp_path, monkeypatch):
+    before = (write(tmp_path / "x") / "report.html").read_bytes()
+    monkeypatch.setattr(report, "page", lambda runs: b"new")
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        report.main(report.Config((str(tmp_path / "x"),)))
+    assert (tmp_path / "x/report.html").read_bytes() == before
+    assert not [*(tmp_path / "x").glob("tmp-*")]
 
 
 # ---------------------------------------------------------------------------------- who writes it
