@@ -495,7 +495,7 @@ BROWSER = """
 <div class=view id=view><div><h3>Prompt</h3><div id=prompt></div><h3>Completion</h3>
 <div id=completion></div></div><table id=facts></table></div>"""
 
-SCRIPT = r"""<script>
+SCRIPT = r"""<script type=module>
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const make = (tag, css, text) =>
@@ -593,7 +593,8 @@ function show(position) {
     const other = samples[matches[i]];
     if (other?.at !== s.at) continue;
     const css = {true: "right", false: "wrong"}[other.correct] ?? "";
-    const text = "reward" in other ? show3(other.reward) : other.mode ?? "–";
+    const name = "advantage" in other ? "missing" : other.mode ?? `#${i + 1}`;
+    const text = "reward" in other ? show3(other.reward) : name;
     const chip = $("chips").appendChild(make("button", css, text));
     if (css) chip.title = `${css} answer`;
     if (i === now) chip.ariaCurrent = "true";
