@@ -448,6 +448,14 @@ def means(measured: list[dict[str, float]]) -> dict:
     return out
 
 
+def eval_metrics(results: dict) -> dict[str, float]:
+    """What a training script logs of an evaluation; without answers to check, no accuracy."""
+    names = {"eval_accuracy": "pass@1", "eval_format": "format", "eval_length": "length"}
+    out = {ours: results[name] for ours, name in names.items() if results[name] is not None}
+    limits = results["intervals"].get("pass@1", ())
+    return out | dict(zip(("eval_accuracy_low", "eval_accuracy_high"), limits, strict=False))
+
+
 def compare(rows: list[dict], others: list[dict]) -> dict:
     """This run against another on the problems both have; a positive difference: this is higher."""
     ours, theirs = by_problem(rows), by_problem(others)

@@ -7,6 +7,7 @@
         checkpoints/step_N/   the state after N updates: what `write_model` wrote (the adapter),
                               resume/ (arrays and counters), manifest.json (size and sha256 of each)
         final/                what `--adapter` takes
+        report.html           what report.py makes of the files above, now and then and at the end
 
 Steps count from 1, so step_N is saved after line N of metrics.jsonl. Everything is written under a
 temporary name and renamed, so a kill at any moment leaves the old file or the new one. Resuming
@@ -428,7 +429,7 @@ class Run:
         self.show = show if isinstance(show, dict) else {name: name for name in show}
         self.step: int | None = None  # of the last line logged; None until restore()
         self.stopping, self.bar, self.refused = "", None, set()
-        self.shown, self.shown_at = 0, 0.0
+        self.shown, self.shown_at, self.report_due = 0, 0.0, time.monotonic() + 60
         config = _plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
         for name in report_to:
             if name not in LOGGERS:
@@ -449,6 +450,7 @@ class Run:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     before = signal.signal(number, self._on_signal)
                     stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            stack.callback(self.report)  # first of all, however the run ends
             self._stack = stack.pop_all()
 
     def __enter__(self):
@@ -642,6 +644,8 @@ class Run:
             for path in {path for _, path in self.checkpoints()} - kept:
                 with contextlib.suppress(OSError):  # renamed first: never half a checkpoint
                     shutil.rmtree(path.rename(path.with_name(f"tmp-{path.name}")))
+            if time.monotonic() >= self.report_due:
+                self.report()
         return target
 
     def restore(self, like: Any) -> Saved | None:
@@ -670,6 +674,18 @@ class Run:
                 _cut(path, saved.step if saved else -1)
         self.step = saved.step if saved else 0
         return saved
+
+    def report(self) -> None:
+        """Write report.html; whatever fails in it, the run goes on."""
+        began = time.monotonic()
+        try:
+            import report  # here: it stands below this file, and a run can do without it
+
+            if self.step is not None:
+                report.main(report.Config((str(self.folder),)))
+        except Exception as error:
+            say(f"no report of {self.folder}: {error!r}")
+        self.report_due = time.monotonic() + 100 * (time.monotonic() - began)  # 1 % of the time
 
     def finish(self, write_model: Callable[[Path], None]) -> Path:
         """Write final/, all of it or nothing, in place of an earlier one."""

@@ -55,7 +55,7 @@ import judge as judges
 import lora
 import rewards
 import runs
-from eval import Problem, evaluate, load_problems
+from eval import Problem, eval_metrics, evaluate, load_problems
 from sampler import Rollout, Sampler
 from train_sft import (
     base_name,
@@ -941,8 +941,7 @@ def main(config: Config) -> Path:
         """Held-out greedy accuracy and format, logged and shown -> the score."""
         params, adapter = join(trained, fixed, dtype)
         results, _ = evaluate(sampler, params, tok, held_out, adapter=adapter, every_s=None)
-        names = {"pass@1": "eval_accuracy", "format": "eval_format", "length": "eval_length"}
-        metrics = {ours: results[name] for name, ours in names.items() if name in results}
+        metrics = eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics.get("eval_accuracy", metrics["eval_format"])

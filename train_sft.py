@@ -43,7 +43,7 @@ import gemma
 import lora
 import rewards
 import runs
-from eval import Problem, evaluate
+from eval import Problem, eval_metrics, evaluate
 from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
@@ -564,7 +564,7 @@ def main(config: Config) -> Path:
             params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
             results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
             if config.eval_accuracy:
-                metrics |= {"eval_accuracy": results["pass@1"], "eval_format": results["format"]}
+                metrics |= eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
@@ -572,7 +572,7 @@ def main(config: Config) -> Path:
         run.log_samples(step, keep)
         for row in keep:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
-        return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
+        return metrics.get("eval_accuracy", -metrics["eval_loss"])
 
     def write(folder: Path) -> None:
         write_model(folder, config, model, trained)

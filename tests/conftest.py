@@ -98,10 +98,14 @@ def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args)
 
 
 def contents(run) -> dict:
-    """Everything a run leaves but timings, and the record of where it ran."""
+    """Everything a run leaves but timings, and the record of where it ran.
+
+    report.html is a function of the files compared here and of timings (tests/test_report.py).
+    """
     timing = lambda k: k.endswith("_s") or "per_s" in k
     found = {}
-    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name != ".lock"):
+    apart = (".lock", "report.html")
+    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name not in apart):
         name = str(file.relative_to(run))
         if file.name == "metrics.jsonl":
             lines = [json.loads(line) for line in file.read_text().splitlines()]

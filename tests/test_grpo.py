@@ -599,6 +599,8 @@ def test_what_a_run_leaves(whole):
         assert 0 < m["sampling/sampling_logp_difference/mean"] < 1e-4
         assert m["sampling/sampling_logp_difference/p99"] < 1e-3
     assert any(m["rewards/score/missing"] > 0 for m in steps)
+    assert any("eval_accuracy_low" in m for m in metrics)
+    assert "Reward: score" in (out / "report.html").read_text()
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     failed = [r for r in rows if r["errors"]]
     assert failed and all(r["reward"] is None and r["rewards"]["score"] is None for r in failed)

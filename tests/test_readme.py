@@ -37,7 +37,8 @@ def test_command_parses(command):
     if command[1] == "gemma.py":  # its main has no Config: parsing would run it
         assert set(command[2::2]) <= {"--weights", "--tokenizer"}
     else:
-        tyro.cli(module.Config, args=command[2:])
+        by_place = (tyro.conf.PositionalRequiredArgs,) if command[1] == "report.py" else ()
+        tyro.cli(module.Config, args=command[2:], config=by_place)
 
 
 TABLE = re.findall(r"^\| [^|]*\| `(--[^`]+)`", (ROOT / "README.md").read_text(), re.M)

@@ -62,7 +62,7 @@ def train(out, steps=6, every=2, until=None, **options):
 
 
 def comparable(out):
-    """Every file of a run, the timings left out of its metrics."""
+    """Every file of a run, the timings left out of its metrics, and report.html, made of these."""
     out, files = Path(out), {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         content = path.read_bytes()
@@ -75,7 +75,7 @@ def comparable(out):
                 }
                 for line in content.splitlines()
             ]
-        if path.name != ".lock":
+        if path.name not in (".lock", "report.html"):
             files[str(path.relative_to(out))] = content
     return files
 
@@ -100,7 +100,7 @@ def test_kill_at_every_file_operation_loses_nothing(tmp_path):
         """
         import os, shutil, signal, sys
         from pathlib import Path
-        import runs, test_runs
+        import report, runs, test_runs  # report before the forks: imported once
         device = type("Device", (), {"device_kind": "fake"})
         runs.jax.devices, runs.jax.device_count = lambda: [device], lambda: 1
         runs.say = lambda line: None

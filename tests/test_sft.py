@@ -230,6 +230,7 @@ def test_killed_and_resumed_equals_uninterrupted(small, whole, tmp_path, kill_at
     sft(small, tmp_path, kill_at=kill_at, code=-9)
     assert not (tmp_path / "final").exists()
     sft(small, tmp_path)
+    assert "Held-out loss" in (tmp_path / "report.html").read_text()
     one, other = contents(whole), contents(tmp_path)
     assert one.keys() == other.keys()
     for name in one:

@@ -505,9 +505,11 @@ def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path)
     assert {"loss", "grad_norm", "lr", "n_pairs", *train_simpo.METRICS} <= steps[0].keys()
     held_out = [m for m in lines if "eval_loss" in m]
     assert held_out[-1]["eval_margin"] > steps[0]["margin"] and {
-        "eval_pair_accuracy", "eval_accuracy", "eval_format"} <= held_out[-1].keys()  # fmt: skip
+        "eval_pair_accuracy", "eval_accuracy", "eval_accuracy_low",
+        "eval_format"} <= held_out[-1].keys()  # fmt: skip
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert (tmp_path / "a/samples.jsonl").read_text()
+    assert "Held-out margin" in (tmp_path / "a/report.html").read_text()
     config = dataclasses.replace(config, adapter=str(final), loss="dpo", out=str(tmp_path / "b"))
     config = train_simpo.resolve(config)
     model = train_sft.load_model(config, mesh_of(8))
