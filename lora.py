@@ -13,6 +13,7 @@ matter: bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A never moves at RL learn
 gemma.linear applies it; this file makes, merges, loads and saves it.
 """
 
+import glob
 import json
 import math
 import re
@@ -25,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gemma import LINEARS, Config, Spec, _canonical, _sizes, find
+from gemma import KAGGLE, LINEARS, Config, Spec, _canonical, _sizes, find
 
 
 def parse_targets(targets: str) -> list[str]:
@@ -133,11 +134,23 @@ class Start(NamedTuple):
     adapter: Path | None
 
 
+def _folder(adapter: str) -> Path:
+    """What --adapter names: a path, on Kaggle also one in its output or in another notebook's."""
+    for place in (Path(adapter), KAGGLE / "working" / adapter):
+        if place.is_dir():
+            return place
+    inputs = [f for deep in range(5) for f in glob.glob(f"{KAGGLE}/input/{'*/' * deep}{adapter}")]
+    if len(inputs) > 1:
+        raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path of "
+                         f"one: {', '.join(sorted(inputs))}")  # fmt: skip
+    return Path(inputs[0] if inputs else adapter)
+
+
 def start(model: str, weights: str | None, adapter: str | None) -> Start:
     """Finds them: --adapter is a PEFT adapter, a run's final/, or a whole model (a new base)."""
     if adapter is None:
         return Start(find(model, weights), None)
-    folder = Path(adapter)
+    folder = _folder(adapter)
     if not (folder / "adapter_config.json").exists() and (folder / "final").is_dir():
         folder = folder / "final"  # the run folder was named
     if (folder / "adapter_config.json").exists():
@@ -170,9 +183,11 @@ def write_prompt(folder: Path, system: str) -> None:
 
 def read_prompt(adapter: str | None, system: str | None) -> str | None:
     """The system text that `--adapter` was trained under; another one given is an error."""
-    folder = Path(adapter or "")
+    if adapter is None:
+        return system
+    folder = _folder(adapter)
     folder = folder / "final" if (folder / "final").is_dir() else folder
-    if adapter is None or not (folder / "prompt.json").exists():
+    if not (folder / "prompt.json").exists():
         return system
     trained = json.loads((folder / "prompt.json").read_text())["system"]
     if system is not None and system != trained:

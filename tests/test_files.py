@@ -519,7 +519,7 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(payload)
     message = one_line(gemma.load, folder)
-    assert "found none (pickled .bin/.pt weights are never opened" in message
+    assert "holds PyTorch weights (pytorch_model.bin), which are never opened" in message
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}')
     assert "pytorch_model.bin: not a safetensors file" in one_line(gemma.load, folder)
