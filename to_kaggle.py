@@ -24,6 +24,7 @@ import io
 import json
 import lzma
 import re
+import shlex
 import sys
 import tarfile
 import textwrap
@@ -47,9 +48,6 @@ class Config:
     """The file to write; default: train_grpo.ipynb, with --one-file train_grpo_kaggle.py."""
 
 
-# --------------------------------------------------------------------------------- what is needed
-
-
 def needed(script: str, before: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Our files that a script imports, at once or later, each after those it needs, itself last.
 
@@ -67,28 +65,33 @@ def needed(script: str, before: tuple[str, ...] = ()) -> tuple[str, ...]:
     return (*(file for file in before if file != script), script)
 
 
-def call(function: str, config: Any, **changed) -> str:
-    """Source of a call with all that is no default: Config(\n    steps=2,\n)."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
-              if getattr(config, f.name) != f.default}  # fmt: skip
-    lines = "".join(f"    {name}={value!r},\n" for name, value in (fields | changed).items())
-    return f"{function}(\n{lines})" if lines else f"{function}()"
+def call(config: Any) -> str:
+    """Source that makes a Config, with all that is no default: "Config(\n    steps=2,\n)"."""
+    given = {k: v for k, v in vars(config).items() if v != getattr(type(config), k, None)}
+    lines = "".join(f"    {name}={value!r},\n" for name, value in given.items())
+    return f"{type(config).__name__}(\n{lines})" if given else f"{type(config).__name__}()"
 
 
-def tiny() -> str:
-    """The model in tiny/ as a .tar.xz in lines of base64; the same text for the same files."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for file in sorted((HERE / "tiny").iterdir()):
-            if file.suffix in (".json", ".safetensors", ".model"):
-                info = tarfile.TarInfo(f"tiny/{file.name}")
-                info.size = file.stat().st_size
-                tar.addfile(info, io.BytesIO(file.read_bytes()))
-    packed = base64.b64encode(lzma.compress(buffer.getvalue())).decode()
-    return "\n".join(textwrap.wrap(packed, 100))
+def tiny(folder: str) -> str:
+    """Source that unpacks tiny/: a .tar.xz in base64, the same text for the same files."""
+    with io.BytesIO() as buffer:
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for file in sorted((HERE / "tiny").iterdir()):
+                if file.suffix in (".json", ".safetensors", ".model"):
+                    info = tarfile.TarInfo(f"tiny/{file.name}")
+                    info.size = file.stat().st_size
+                    tar.addfile(info, io.BytesIO(file.read_bytes()))
+        packed = base64.encodebytes(lzma.compress(buffer.getvalue())).decode()
+    return TINY.format(packed=packed, folder=folder)
 
 
-# ------------------------------------------------------------------------------------------ cells
+def install() -> str:
+    """Source that adds what requirements.txt names and is not there, JAX apart."""
+    names = (HERE / "requirements.txt").read_text().split("\n")
+    return INSTALL.format(wanted=[n for n in names if n.isidentifier() and n != "jax"])
+
+
+# --------------------------------------------------------------------------------------- notebook
 
 INTRO = """\
 # {title}
@@ -98,7 +101,7 @@ By `python to_kaggle.py {command}`.
 1. Settings: a TPU v5e-8 as accelerator, Internet on. Add Input > Models > gemma-3 (or gemma-2) >
    **Transformers** > the size of `model`; the Flax and PyTorch ones are not read. Weights, data and
    the adapter of an earlier notebook are found among the inputs by the names in the run cell.
-2. Run All. To change a file, change its cell, and run it and the run cell.
+2. Run All. To change a file, change its cell, then run it and the run cell.
 3. Results are in `/kaggle/working`. Interrupting the run cell saves; running it again goes on.
 """
 INSTALL = """\
@@ -106,19 +109,16 @@ INSTALL = """\
 import importlib.util
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 
-missing = [name for name in {packages} if importlib.util.find_spec(name) is None]
+wanted = {wanted}
+missing = [name for name in wanted if importlib.util.find_spec(name) is None]
 if missing:
-    installed = {{d.name: d.version for d in metadata.distributions() if d.name}}
-    kept = [n for n in installed if n.lower().startswith(("jax", "libtpu", "numpy"))]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{{name}}=={{installed[name]}}\\n" for name in kept))
-        constraints.flush()
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", constraints.name]
-        if subprocess.run([*pip, *missing]).returncode:
-            raise SystemExit(f"pip could not install {{', '.join(missing)}}: is Internet on?")
+    pins = {{d.name: f"{{d.name}}=={{d.version}}" for d in metadata.distributions() if d.name}}
+    pins = [pin for name, pin in pins.items() if name.startswith(("jax", "libtpu", "numpy"))]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--constraint", "/dev/stdin", *missing]
+    if subprocess.run(pip, input="\\n".join(pins), text=True).returncode:
+        raise SystemExit(f"pip could not install {{', '.join(missing)}}: is Internet on?")
     importlib.invalidate_caches()
 """
 TINY = """\
@@ -127,10 +127,9 @@ import base64
 import io
 import tarfile
 
-archive = \"\"\"
-{archive}
-\"\"\"
-with tarfile.open(fileobj=io.BytesIO(base64.b64decode(archive))) as tar:
+packed = \"\"\"
+{packed}\"\"\"
+with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed))) as tar:
     tar.extractall({folder}, filter="data")
 """
 RUN = """\
@@ -159,63 +158,45 @@ HTML(f'<iframe srcdoc="{{page}}" width="100%" height="900"></iframe>')
 """
 
 
-def install() -> str:
-    lines = (HERE / "requirements.txt").read_text().split("\n")
-    return INSTALL.format(packages=[n for n in lines if n.isidentifier() and n != "jax"])
-
-
-def notebook(script: str, config: Any, flags: list[str], files: dict[str, str]) -> str:
-    """The .ipynb: install, a cell for each file, run, eval, report."""
-    module = script.removesuffix(".py")
-    title = sys.modules[module].__doc__.split("\n")[0]
-    modules = [file.removesuffix(".py") for file in files]
-    run = call(type(config).__name__, config)
-    cells = [("intro", INTRO.format(title=title, command=" ".join([script, *flags])))]
-    cells += [("install", install())]
-    cells += [(file, f"%%writefile {file}\n{text}") for file, text in files.items()]
+def notebook(script: str, config: Any, files: dict[str, str], flags: list[str]) -> str:
+    """The .ipynb: install, a cell for each file, run, and for training eval and report."""
+    module, modules = script.removesuffix(".py"), [file.removesuffix(".py") for file in files]
+    title, command = sys.modules[module].__doc__.split("\n")[0], shlex.join([script, *flags])
+    cells = {"intro": INTRO.format(title=title, command=command), "install": install()}
+    cells |= {file: f"%%writefile {file}\n{text}" for file, text in files.items()}
     if getattr(config, "model", None) == "tiny":
-        cells += [("tiny", TINY.format(archive=tiny(), folder='"."'))]
-    cells += [("run", RUN.format(modules=modules, module=module, config=run))]
+        cells["tiny"] = tiny('"."')
+    cells["run"] = RUN.format(modules=modules, module=module, config=call(config))
     if script.startswith("train_"):
-        evaluation = importlib.import_module("eval")
         same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows")
         same = {name: getattr(config, name) for name in same if hasattr(config, name)}
-        same |= {"data": config.eval_data, "rows": getattr(config, "eval_rows", None)}
-        other = evaluation.Config(**same, adapter=config.out, out=f"{config.out}-eval")
-        call_eval = RUN.format(modules=modules, module="eval", config=call("Config", other))
-        cells += [("eval", call_eval)]
-    if (HERE / "report.py").exists():
-        cells += [("report", REPORT.format(out=config.out))]
-    return json.dumps(
-        {
-            "cells": [cell(name, text.removesuffix("\n")) for name, text in cells],
-            "metadata": {
-                "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-                "language_info": {"name": "python"},
-                "kaggle": {"accelerator": "tpuV5e8", "isInternetEnabled": True},
-            },
-            "nbformat": 4,
-            "nbformat_minor": 5,
+        same |= {"adapter": config.out, "out": f"{config.out}-eval", "data": config.eval_data}
+        evaluation = importlib.import_module("eval").Config(**same)
+        cells["eval"] = RUN.format(modules=modules, module="eval", config=call(evaluation))
+    if "report.py" in files:
+        cells["report"] = REPORT.format(out=config.out)
+    code = {"cell_type": "code", "execution_count": None, "outputs": []}
+    return json.dumps({
+        "cells": [
+            (code if name != "intro" else {"cell_type": "markdown"})
+            | {"id": re.sub(r"\W", "-", name), "metadata": {},
+               "source": text.removesuffix("\n").splitlines(keepends=True)}
+            for name, text in cells.items()
+        ],
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+            "kaggle": {"accelerator": "tpuV5e8", "isInternetEnabled": True},
         },
-        indent=1,
-        ensure_ascii=False,
-    )
-
-
-def cell(name: str, text: str) -> dict:
-    code = {} if name == "intro" else {"execution_count": None, "outputs": []}
-    return {
-        "cell_type": "code" if code else "markdown",
-        "id": re.sub(r"\W", "-", name),
-        "metadata": {},
-        "source": text.splitlines(keepends=True),
-        **code,
-    }
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }, indent=1, ensure_ascii=False)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- one file
 
-SIBLINGS = """
+HEAD = """
+
 # ---------------------------------------------------------------------------------------- siblings
 #
 # The files that this script imports; to change one, change it here. They are written to a temporary
@@ -237,8 +218,8 @@ for name, text in FILES.items():
     sys.modules.pop(name.removesuffix(".py"), None)
 sys.path.insert(0, FOLDER.name)
 sys.modules["{module}"] = sys.modules[__name__]  # for a sibling that imports this script
-
 {others}
+
 # -------------------------------------------------------------------------------------- the script
 
 """
@@ -246,29 +227,24 @@ sys.modules["{module}"] = sys.modules[__name__]  # for a sibling that imports th
 
 def one_file(script: str, config: Any, files: dict[str, str]) -> str:
     """The script, with its siblings between docstring and imports, and its flags as CONFIG."""
-    lines = files[script].splitlines(keepends=True)
-    after = ast.parse(files[script]).body[0].end_lineno  # of the docstring
-    code, main, tail = "".join(lines[after:]).partition('\nif __name__ == "__main__":\n')
-    parse = "tyro.cli(Config,"
-    assert tail.count(parse) == 1, f"{script} does not end as the others do"
-    siblings, others = {}, ""
+    end = ast.parse(files[script]).body[0].end_lineno  # of the docstring
+    lines = files[script].split("\n")
+    code, main, tail = "\n".join(lines[end:]).partition('\n\nif __name__ == "__main__":\n')
+    parser = "tyro.cli(Config,"
+    assert tail.count(parser) == 1, f"{script} ends in another way than the other scripts"
+    tail = tail.replace(parser, "CONFIG if KERNEL else tyro.cli(Config, default=CONFIG,")
+    siblings, others = [], [tiny("FOLDER.name")] if getattr(config, "model", "") == "tiny" else []
     for name, text in files.items():
         plain = "'''" not in text and not text.endswith("\\")
         quoted = f"r'''\n{text}'''" if plain else repr(f"\n{text}")
-        if (HERE / name).exists():
-            siblings[name] = f"FILES[{name!r}] = {quoted}\n"
-        else:
-            others += f"Path({name!r}).write_text({quoted}[1:])\n"
-    del siblings[script]
-    if getattr(config, "model", None) == "tiny":
-        others += TINY.format(archive=tiny(), folder="FOLDER.name")
-    head = SIBLINGS.format(
-        install=textwrap.indent(install(), "    "), files="\n".join(siblings.values()),
-        others=others, module=script.removesuffix(".py"),
-    )  # fmt: skip
-    tail = tail.replace(parse, "CONFIG if KERNEL else tyro.cli(Config, default=CONFIG,")
-    config = f"\n\nCONFIG = {call(type(config).__name__, config)}\n"
-    return "".join(lines[:after]) + head + code.lstrip("\n") + config + main + tail
+        if not (HERE / name).exists():  # the reward's: a flag names its path
+            others.append(f"Path({name!r}).write_text({quoted}[1:])\n")
+        elif name != script:
+            siblings.append(f"FILES[{name!r}] = {quoted}\n")
+    head = HEAD.format(install=textwrap.indent(install(), "    "), files="\n".join(siblings),
+                       module=script.removesuffix(".py"), others="\n".join(others))  # fmt: skip
+    flags = f"\n\n\nCONFIG = {call(config)}\n"
+    return "\n".join(lines[:end]) + head + code.strip() + flags + main + tail
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -276,33 +252,31 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
 
 def main(config: Config, flags: list[str]) -> Path:
     """Writes the notebook or the file, after the script's own parser has read the flags."""
-    script = Path(config.script).name
-    scripts = [
-        f.name for f in sorted(HERE.glob("*.py")) if "\ndef main(config: Config)" in f.read_text()
-    ]
+    script, is_script = Path(config.script).name, "\ndef main(config: Config)"
+    scripts = sorted(f.name for f in HERE.glob("*.py") if is_script in f.read_text())
     if script not in scripts:
         raise ValueError(f"{config.script}: expected one of {', '.join(scripts)}")
     module = importlib.import_module(script.removesuffix(".py"))
     parsed = tyro.cli(module.Config, args=flags, prog=script)
-    if resolve := getattr(module, "resolve", None):
-        resolve(parsed)  # what is wrong with a value is wrong now
-    files = dict.fromkeys(needed(script))
-    if not config.one_file:
-        also = ("eval.py", "report.py") if script.startswith("train_") else ()
-        for name in (name for name in also if (HERE / name).exists()):
-            files |= dict.fromkeys(needed(name))
-    files = {name: (HERE / name).read_text() for name in files}
+    if hasattr(module, "resolve"):
+        module.resolve(parsed)  # finds wrong values too
+    also = ("eval.py", "report.py") if script.startswith("train_") and not config.one_file else ()
+    also = [name for name in also if (HERE / name).exists()]
+    names = [name for one in (*also, script) for name in needed(one)]
+    files = {name: (HERE / name).read_text() for name in names}
     if reward_file := getattr(parsed, "reward_file", None):
         path, _, function = reward_file.rpartition(":")
+        if not Path(path).is_file():
+            raise ValueError(f"--reward-file {reward_file}: no file {path!r}")
         files[Path(path).name] = Path(path).read_text()
         parsed = dataclasses.replace(parsed, reward_file=f"{Path(path).name}:{function}")
     if config.one_file:
-        text = one_file(script, parsed, files)
+        text, end = one_file(script, parsed, files), "_kaggle.py"
     else:
-        text = notebook(script, parsed, flags, files)
-    to = Path(config.to or script.replace(".py", "_kaggle.py" if config.one_file else ".ipynb"))
+        text, end = notebook(script, parsed, files, flags), ".ipynb"
+    to = Path(config.to or script.replace(".py", end))
     to.write_text(text)
-    print(f"{to}: {len(text):,} bytes with {', '.join(files)}")
+    print(f"{to}: {len(text):,} bytes, with {', '.join(files)}")
     return to
 
 
