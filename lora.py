@@ -3,6 +3,7 @@
     adapter = lora.init(cfg, key, rank=16, alpha=32)
     logits_BTV = gemma.logits(params, cfg, tokens_BT, lora=adapter)
     params = lora.merge(params, adapter, cfg)
+    python lora.py --model gemma3-1b --adapter runs/sft --out merged      # for other programs
 
 An adapter is a nested dict of layer-stacked arrays, float32 even on a bfloat16 base:
 
@@ -13,12 +14,14 @@ matter: bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A never moves at RL learn
 gemma.linear applies it; this file makes, merges, loads and saves it.
 """
 
+import dataclasses
 import glob
 import json
 import math
 import re
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+import gemma
 from gemma import KAGGLE, LINEARS, Config, Spec, _canonical, _sizes, find
 
 
@@ -305,3 +309,48 @@ def _pattern(patterns: dict | None, module: str, default: float) -> float:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+# --------------------------------------------------------------------------- for other programs
+
+
+def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
+         tokenizer: str | None = None,
+         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:  # fmt: skip
+    """Merges an adapter into its base: a whole Hugging Face model, as vLLM and llama.cpp take it.
+
+    Of the larger Gemma 3 it is the text part, without the vision tower.
+
+    Args:
+        adapter: A run folder, its final/, or a PEFT adapter.
+        out: Folder to write.
+        model: Which Gemma the adapter belongs on, as in training.
+        weights: Folder of its weights; default: looked for by name.
+        tokenizer: Folder or file of the tokenizer, where the weights folder holds none.
+        dtype: Of the merged weights; the sum itself is made in float32.
+    """
+    import data  # text is data.py's; only a merge copies the tokenizer
+
+    base, path = start(model, weights, adapter)
+    if path is None:
+        raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
+    if Path(out).resolve() == base.resolve():
+        raise ValueError(f"--out {out} is the base itself: name another folder")
+    tok = data.Tokenizer(tokenizer or base)
+    cfg, params = gemma.load(base, jnp.dtype(dtype))
+    params = merge(params, load(path, cfg), cfg)
+    stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
+    gemma.save(out, dataclasses.replace(cfg, eos_token_id=stops), params)
+    tok.save(out)
+    if system := read_prompt(adapter, None):
+        write_prompt(Path(out), system)
+    print(f"{out}: {path} merged into {base}, {dtype}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        tyro.cli(main)
+    except ValueError as e:
+        sys.exit(f"error: {e}")

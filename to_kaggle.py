@@ -22,7 +22,6 @@ import dataclasses
 import importlib
 import io
 import json
-import lzma
 import re
 import shlex
 import sys
@@ -65,23 +64,27 @@ def needed(script: str, before: tuple[str, ...] = ()) -> tuple[str, ...]:
     return (*(file for file in before if file != script), script)
 
 
+def given(config: Any) -> dict:
+    """The fields of a Config that are not at their defaults."""
+    return {k: v for k, v in vars(config).items() if v != getattr(type(config), k, None)}
+
+
 def call(config: Any) -> str:
-    """Source that makes a Config, with all that is no default: "Config(\n    steps=2,\n)"."""
-    given = {k: v for k, v in vars(config).items() if v != getattr(type(config), k, None)}
-    lines = "".join(f"    {name}={value!r},\n" for name, value in given.items())
-    return f"{type(config).__name__}(\n{lines})" if given else f"{type(config).__name__}()"
+    """Source that makes a Config: "Config(\\n    steps=2,\\n)"."""
+    lines = "".join(f"    {name}={value!r},\n" for name, value in given(config).items())
+    return f"{type(config).__name__}(\n{lines})" if lines else f"{type(config).__name__}()"
 
 
 def tiny(folder: str) -> str:
-    """Source that unpacks tiny/: a .tar.xz in base64, the same text for the same files."""
+    """Source that unpacks tiny/: a .tar.bz2 in base64, the same text for the same files."""
     with io.BytesIO() as buffer:
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
+        with tarfile.open(fileobj=buffer, mode="w:bz2") as tar:
             for file in sorted((HERE / "tiny").iterdir()):
                 if file.suffix in (".json", ".safetensors", ".model"):
                     info = tarfile.TarInfo(f"tiny/{file.name}")
                     info.size = file.stat().st_size
                     tar.addfile(info, io.BytesIO(file.read_bytes()))
-        packed = base64.encodebytes(lzma.compress(buffer.getvalue())).decode()
+        packed = base64.encodebytes(buffer.getvalue()).decode()
     return TINY.format(packed=packed, folder=folder)
 
 
@@ -169,9 +172,11 @@ def notebook(script: str, config: Any, files: dict[str, str], flags: list[str]) 
     cells["run"] = RUN.format(modules=modules, module=module, config=call(config))
     if script.startswith("train_"):
         same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows")
-        same = {name: getattr(config, name) for name in same if hasattr(config, name)}
-        same |= {"adapter": config.out, "out": f"{config.out}-eval", "data": config.eval_data}
-        evaluation = importlib.import_module("eval").Config(**same)
+        same = {name: value for name, value in given(config).items() if name in same}
+        rows, source = given(config).get("eval_rows"), config.eval_data
+        evaluation = importlib.import_module("eval").Config(
+            **same, adapter=config.out, data=source, rows=rows, out=f"{config.out}-eval"
+        )
         cells["eval"] = RUN.format(modules=modules, module="eval", config=call(evaluation))
     if "report.py" in files:
         cells["report"] = REPORT.format(out=config.out)
