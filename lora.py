@@ -342,6 +342,8 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
     gemma.save(out, dataclasses.replace(cfg, eos_token_id=stops), params)
     tok.save(out)
+    file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, and no list
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": tok.eos}, indent=2))
     if system := read_prompt(adapter, None):
         write_prompt(Path(out), system)
     print(f"{out}: {path} merged into {base}, {dtype}")

@@ -1,6 +1,7 @@
 """What to_kaggle.py writes is run by a real Jupyter kernel, on the tiny model."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import pytest
 from conftest import ROOT
 from jupyter_client.manager import KernelManager
 
+import lora
+import runs
 import to_kaggle
 
 QUICK = "--prompts 2 --group 2 --max-new 16 --eval-rows 4 --rows 50 --slots 4".split()
@@ -88,7 +91,9 @@ def test_one_file_in_a_kernel(tmp_path, one_device):
     cell = path.read_text()
     path.unlink()
     kernel = KernelManager()
-    kernel.start_kernel(cwd=str(path.parent))
+    # ipykernel shows what is written to file descriptor 2, but not where it believes to be tested
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    kernel.start_kernel(cwd=str(path.parent), env=environment)
     client = kernel.blocking_client()
     client.start_channels()
     try:
@@ -189,6 +194,45 @@ def test_other_scripts_export_too(tmp_path, script):
     nbformat.validate(notebook)
     assert ("eval" in {cell.id for cell in notebook.cells}) == script.startswith("train_")
     ast.parse(export(tmp_path / "one", *flags, script=script, one_file=True).read_text())
+
+
+# ------------------------------------------------------------------------------ inputs and outputs
+
+
+def test_output_goes_where_kaggle_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "KAGGLE", tmp_path)
+    assert runs.output("runs/sft") == Path("runs/sft")
+    (tmp_path / "working").mkdir()
+    assert runs.output("runs/sft") == tmp_path / "working/runs/sft"
+    assert runs.output("/elsewhere/sft") == Path("/elsewhere/sft")
+    monkeypatch.chdir(tmp_path)
+    for name in ("train_sft", "train_simpo", "train_grpo", "eval"):
+        module = importlib.import_module(name)
+        out = module.resolve(module.Config(model="tiny")).out
+        assert Path(out).parent == tmp_path / "working/runs"
+        assert module.resolve(module.Config(model="tiny", out=out)).out == out
+
+
+def test_adapters_are_found_in_the_output_and_among_the_inputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "KAGGLE", tmp_path)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="--adapter runs/a: expected adapter_config.json"):
+        lora.start("tiny", None, "runs/a")
+    last = None
+    for where in ("input/notebooks/me/first/runs/a", "working/runs/a"):
+        last = tmp_path / where / "final"
+        last.mkdir(parents=True)
+        (last / "adapter_config.json").write_text("{}")
+        lora.write_prompt(last, where)
+        assert lora.start("tiny", None, "runs/a").adapter == last
+        assert lora.read_prompt("runs/a", None) == where
+    assert lora.start("tiny", None, str(last)).adapter == last
+    for where in ("first", "second"):
+        (tmp_path / "input/notebooks/me" / where / "runs/b").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="--adapter runs/b: several inputs have it, .*second/runs/b"
+    ):
+        lora.start("tiny", None, "runs/b")
 
 
 # ----------------------------------------------------------------------------------- installation
