@@ -951,13 +951,13 @@ OTHER_FORMATS = {  # what Kaggle calls frameworks -> files that show them
 
 
 def _other_format(path: Path) -> str | None:
-    """What a folder without safetensors holds instead: "Flax weights (gemma3-1b-it/_METADATA)"."""
+    """What a folder without safetensors holds: "Flax weights (…/gemma3-1b-it/_METADATA)" or so."""
     if any(path.glob("*.safetensors*")):
         return None
     for name, patterns in OTHER_FORMATS.items():
         found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
         if found:
-            return f"{name} weights ({min(found).relative_to(path)})"
+            return f"{name} weights ({min(found)})"
     return None
 
 
@@ -1015,12 +1015,11 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     downloaded, why = _download(name, f"google/{family}/transformers/{name}")
     if downloaded:
         return downloaded
-    useless = ""
     flax = name.replace("-", "", 1)  # gemma3-1b-it
-    inputs = [f"{KAGGLE}/input/{'*/' * deep}{n}/*" for deep in range(5) for n in (flax, name)]
-    for folder in map(Path, sorted(f for pattern in inputs for f in glob.glob(pattern))):
-        if other := _other_format(folder):
-            useless += f"\n  {folder}: {other}"
+    inputs = [f"{KAGGLE}/input/{'*/' * deep}{n}{end}"
+              for deep in range(5) for n in (flax, name) for end in ("", "/*")]  # fmt: skip
+    others = {_other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
+    useless = "\n  ".join(["", *sorted(others)])
     if useless:
         useless = f"\nFound, but only Transformers weights (safetensors) can be read:{useless}"
     raise ValueError(

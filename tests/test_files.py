@@ -519,7 +519,7 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(payload)
     message = one_line(gemma.load, folder)
-    assert "holds PyTorch weights (pytorch_model.bin), which are never opened" in message
+    assert "pytorch_model.bin), which are never opened" in message
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}')
     assert "pytorch_model.bin: not a safetensors file" in one_line(gemma.load, folder)
@@ -681,12 +681,12 @@ def test_other_formats_are_recognised_and_named(bare, folder, file, name):
         gemma.find("gemma3-1b")
     assert (
         "Found, but only Transformers weights (safetensors) can be read:\n  "
-        f"{folder}: {name} weights ({file})\n" in str(error.value)
+        f"{name} weights ({folder / file})\n" in str(error.value)
     )
     assert "Add Input > Models > gemma-3 > Transformers > gemma-3-1b-it" in str(error.value)
     for call, arguments in ((gemma.find, ("gemma3-1b", folder)), (gemma.load, (folder,))):
         message = one_line(call, *arguments)
-        assert f"{folder}: holds {name} weights ({file}), which are never opened" in message
+        assert f"{folder}: holds {name} weights ({folder / file}), which are never" in message
         assert "take the Transformers ones" in message
     best = place(bare / "kaggle/gemma-3/transformers/gemma-3-1b-it/1", "gemma3-1b")
     assert gemma.find("gemma3-1b") == best
