@@ -42,8 +42,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process.
-STARTED = time.monotonic() - time.process_time()
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process; but not of
+# a notebook's kernel, which may have trained before.
+STARTED = time.monotonic() - (0.0 if "ipykernel" in sys.modules else time.process_time())
 
 
 # ---------------------------------------------------------------------------- environment

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -798,6 +799,14 @@ def test_in_a_kernel_the_command_says_to_restart_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     with pytest.raises(SystemExit, match=r'-U "jax\[tpu\]", then restart the kernel$'):
         runs.check_jax("0.9.0", ["libtpu"])
+
+
+def test_in_a_kernel_the_clock_starts_with_the_import(monkeypatch):
+    used = time.process_time()
+    assert used > 0.5 and runpy.run_path(runs.__file__)["STARTED"] <= time.monotonic() - used
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    before = time.monotonic()
+    assert runpy.run_path(runs.__file__)["STARTED"] >= before
 
 
 OLD_JAX = """
