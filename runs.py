@@ -42,8 +42,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process; but not of
-# a notebook's kernel, which may have trained before.
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process (but not
+# that of a notebook's kernel, which may have trained before).
 STARTED = time.monotonic() - (0.0 if "ipykernel" in sys.modules else time.process_time())
 
 
