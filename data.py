@@ -555,9 +555,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict | ValueError]]:
             steps = {"reasoning": row["solution"]} if name == "solutions" else {}
             yield f"{source} row {i}", row | steps
         return
-    path = _gsm8k(_split(source, split)) if name == "gsm8k" else Path(source)
-    if not path.is_file():
-        raise ValueError(f"--data {source}: no such file; expected problems, gsm8k or a JSONL file")
+    path = _gsm8k(_split(source, split)) if name == "gsm8k" else _file(source)
     with path.open("rb") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
@@ -577,12 +575,33 @@ def _split(source: str, split: str) -> str:
     return split or "train"
 
 
+KAGGLE = Path("/kaggle")  # its inputs: input/NAME, or input/datasets/OWNER/NAME and the like
+
+
+def _inputs(pattern: str) -> list[Path]:
+    """What is called so among Kaggle's inputs; not `**`, an input may hold a million files."""
+    return sorted(f for deep in range(6) for f in (KAGGLE / "input").glob("*/" * deep + pattern))
+
+
+def _file(source: str) -> Path:
+    """A file by its path, or by its name (or the end of its path) among Kaggle's inputs."""
+    if (path := Path(source)).is_file():
+        return path
+    found = [] if path.is_absolute() or ".." in path.parts else _inputs(source)
+    if len(found) > 1:
+        raise ValueError(f"--data {source}: several inputs have it, give more of the path of one: "
+                         + ", ".join(map(str, found)))  # fmt: skip
+    if not found:
+        raise ValueError(f"--data {source}: no such file; expected problems, gsm8k or a JSONL file")
+    return found[0]
+
+
 def _gsm8k(split: str) -> Path:
     """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, a cache; else downloaded and checked."""
     cache = Path.home() / ".cache" / "gsm8k"
     folders = [
         Path(os.environ.get("GSM8K", "gsm8k")),
-        *Path("/kaggle/input").glob("*gsm8k*"),
+        *_inputs("*gsm8k*"),
         cache,
     ]
     for folder in folders:

@@ -39,7 +39,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 from tqdm import tqdm
 
 import data
@@ -132,7 +131,7 @@ Z = 1.959963984540054  # the normal distribution has 95 % within Z standard devi
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
@@ -550,7 +549,7 @@ def main(config: Config) -> dict:
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     others = None
     if config.compare is not None:
-        file = Path(config.compare) / "samples.jsonl"
+        file = runs.output(config.compare) / "samples.jsonl"
         if not file.is_file():
             raise ValueError(f"--compare {config.compare}: no samples.jsonl there")
         others = read_lines(file)
@@ -568,7 +567,7 @@ def main(config: Config) -> dict:
     out = Path(config.out)
     check_folder(out, record)
 
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     dtype = jnp.dtype(config.dtype)
     cfg, params = gemma.load(start.weights, dtype, mesh)
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)

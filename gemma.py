@@ -866,11 +866,10 @@ def _tensors(path: Path) -> dict[str, tuple[Path, str]]:
         files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             found = ", ".join(f.name for f in files) or "none"
-            pickled = " (pickled .bin/.pt weights are never opened: convert them to safetensors)"
             raise ValueError(
                 f"{path}: expected one .safetensors file or model.safetensors.index.json, found "
-                + found + pickled * any(path.glob("*.bin"))
-            )  # fmt: skip
+                + found
+            )
     where = {}
     for file in files:
         with _open(file) as f:
@@ -956,6 +955,7 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
     ValueError naming the file, the tensor, what was expected and what was found.
     """
     path = Path(path)
+    _check_format(path)
     cfg = read_config(path)
     where = _tensors(path)
     separate = "lm_head.weight" in where
@@ -1040,6 +1040,30 @@ def _export(spec: Spec, cfg: Config, leaf: jax.Array, i: int | None) -> np.ndarr
 
 # ---------------------------------------------------------------------------------------- finding
 
+KAGGLE = Path("/kaggle")  # its inputs are in input/, what is kept of a session in working/
+OTHER_FORMATS = {  # what Kaggle calls frameworks -> files that show them
+    "Flax": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
+    "PyTorch": ("*.ckpt", "*.pth", "*.pt", "*.bin"),
+    "Keras": ("*.weights.h5",),
+}
+
+
+def _other_format(path: Path) -> str | None:
+    """What a folder without safetensors holds: "Flax weights (…/gemma3-1b-it/_METADATA)" or so."""
+    if any(path.glob("*.safetensors*")):
+        return None
+    for name, patterns in OTHER_FORMATS.items():
+        found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
+        if found:
+            return f"{name} weights ({min(found)})"
+    return None
+
+
+def _check_format(path: Path) -> None:
+    if other := _other_format(path):
+        raise ValueError(f"{path}: holds {other}, which are never opened; take the Transformers "
+                         "ones, a folder with config.json and safetensors")  # fmt: skip
+
 
 def _hub_name(model: str) -> str:
     """gemma3-1b -> gemma-3-1b-it; -pt gives the name of the base model on the Hub."""
@@ -1057,6 +1081,7 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     and the commands that would fetch the model.
     """
     if weights is not None:
+        _check_format(Path(weights))
         if not (Path(weights) / "config.json").exists():
             raise ValueError(f"--weights {weights}: no config.json there")
         return Path(weights)
@@ -1075,7 +1100,7 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     patterns = [
         root,
         f"{root}/{name}",
-        *(f"/kaggle/input/{'*/' * deep}{name}{end}" for deep in range(5) for end in ("", "/*")),
+        *(f"{KAGGLE}/input/{'*/' * deep}{name}{end}" for deep in range(5) for end in ("", "/*")),
         f"{hub}/models--google--{name}/snapshots/*",
         f"{kagglehub}/models/google/{family}/transformers/{name}/*",
     ]
@@ -1088,9 +1113,17 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     downloaded, why = _download(name, f"google/{family}/transformers/{name}")
     if downloaded:
         return downloaded
+    flax = name.replace("-", "", 1)  # gemma3-1b-it
+    inputs = [f"{KAGGLE}/input/{'*/' * deep}{n}{end}"
+              for deep in range(5) for n in (flax, name) for end in ("", "/*")]  # fmt: skip
+    others = {_other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
+    useless = "\n  ".join(["", *sorted(others)])
+    if useless:
+        useless = f"\nFound, but only Transformers weights (safetensors) can be read:{useless}"
     raise ValueError(
         f"--model {model}: no folder of {name} found. Searched:\n  "
         + "\n  ".join(patterns)
+        + useless
         + f"\nDownloading: {why}.\n"
         + "Get it with one of these (accept the license on the model's page first), or give its "
         + "folder as --weights DIR:\n"

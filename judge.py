@@ -58,7 +58,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -113,7 +113,9 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
     if mesh is None:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        mesh = jax.make_mesh(
+            (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+        )
     n = gemma.read_config(folder).n_params
     dtype = jnp.dtype(dtype or (jnp.float32 if n < 10**8 else jnp.bfloat16))
     shard = mesh.size > 1 and n * dtype.itemsize > REPLICATED_BYTES

@@ -43,17 +43,27 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process.
-STARTED = time.monotonic() - time.process_time()
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process (but not
+# that of a notebook's kernel, which may have trained before).
+STARTED = time.monotonic() - (0.0 if "ipykernel" in sys.modules else time.process_time())
 
 
 # ---------------------------------------------------------------------------- environment
+
+KAGGLE = Path("/kaggle")
+
+
+def output(folder: str) -> Path:
+    """Where a folder of results lies: on Kaggle only /kaggle/working survives the session."""
+    working = KAGGLE / "working"
+    return working / folder if working.is_dir() else Path(folder)
 
 
 def check_jax(version: str | None = None, installed: Iterable[str] | None = None) -> None:
     """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here.
 
     The accelerator is read off the installed packages: starting a backend to ask it could hang.
+    jax[tpu] brings the libtpu that fits; either one upgraded alone would not start.
     """
     version = version or metadata.version("jax")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 10):
@@ -68,7 +78,8 @@ def check_jax(version: str | None = None, installed: Iterable[str] | None = None
     }
     extra = next((extra for name, extra in extras.items() if name in names), "")
     package = f'"jax{extra}"' if extra else "jax"
-    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}")
+    then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
+    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}{then}")
 
 
 def compilation_cache() -> str | None:

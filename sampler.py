@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental import layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -217,7 +217,7 @@ def _write(old, new, start, axis):
     Left to itself, XLA on a TPU may do so in another layout, and copy the caches there and back.
     """
     old = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
-    return with_layout_constraint(old, Layout(tuple(range(old.ndim))))
+    return layout.with_layout_constraint(old, layout.Layout(tuple(range(old.ndim))))
 
 
 def _admit(shelf, todo, state):

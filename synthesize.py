@@ -40,7 +40,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from tqdm import tqdm
 
 import data
@@ -177,7 +176,7 @@ def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
     teacher = getattr(config, "teacher", None)
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
@@ -290,7 +289,7 @@ def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
                "checksum of the prompts": prompts}  # fmt: skip
     evaluation.check_folder(Path(config.out), record)
     runs.write_json(Path(config.out) / "config.json", dataclasses.asdict(config) | record)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     dtype = jnp.dtype(config.dtype)
     cfg, params = gemma.load(start.weights, dtype, mesh)
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
@@ -520,7 +519,8 @@ def main(config: Config) -> Path:
     """Makes the rows or pairs and returns the file of them."""
     runs.check_jax()
     runs.compilation_cache()
-    config, out = resolve(config), Path(config.out)
+    config = resolve(config)
+    out = Path(config.out)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     start = lora.start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)

@@ -46,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -276,7 +276,7 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
@@ -863,7 +863,7 @@ def main(config: Config) -> Path:
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     # load
     mix = rewards.read_mix(config.rewards, config.reward_file)
