@@ -148,8 +148,8 @@ def start(model: str, weights: str | None, adapter: str | None) -> Start:
         if base is None or weights and not base.exists():
             return Start(find(model, weights), folder)
         if not base.exists():
-            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which is "
-                             "not there; --weights names it where it is now")  # fmt: skip
+            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
+                             "is not there; --weights names it where it is now")  # fmt: skip
         return Start(base, folder)
     if (folder / "config.json").exists():
         return Start(folder, None)
