@@ -39,19 +39,19 @@ pick sft_length   1792        256
 pick sft_micro    2           16
 pick sft_lr       5e-5        5e-4
 pick sft_steps    9000
-pick sft_time     2h          45s
+pick sft_time     2h          35s
 pick pair_rows    500         100
 pick pair_length  2048        512
 pick simpo_micro  1           4
 pick simpo_lr     1e-6        1e-4
-pick simpo_steps  200
+pick simpo_steps  200         1000
 pick simpo_time   25m         30s
 pick prompts      5           16
 pick max_prompt   256         88
 pick max_new      768         104
 pick grpo_lr      5e-6        1e-3
 pick grpo_steps   400
-pick grpo_time    5h          80s
+pick grpo_time    5h          90s
 pick test         gsm8k:test  problems:test
 pick test_rows    300         200
 

@@ -35,9 +35,18 @@ def test_command_parses(command):
     if command[0] == "pip":
         assert command[1:3] == ["install", "-r"] and (ROOT / command[3]).exists()
         return
+    given = [word.partition("=")[0] for word in command if "=" in word.split("/")[0]]
+    if command[len(given)] == "bash":  # what a recipe runs is parsed in test_recipes.py
+        script, *more = command[len(given) + 1 :]
+        names = re.findall(r"^pick (\w+)", (ROOT / script).read_text(), re.M)
+        assert {*given} <= {"ACTS", "OUT", *names} and more in ([], ["--model", "tiny"])
+        return
     assert command[0] == "python"
     if command[1] == "-m":
         assert command[2] == "pytest"
+        return
+    if command[1] == "recipes/table.py":
+        assert all(folder.startswith("runs/") for folder in command[2:])
         return
     module = importlib.import_module(command[1].removesuffix(".py"))
     if command[1] == "gemma.py":  # its main has no Config: parsing would run it

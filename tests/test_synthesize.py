@@ -385,6 +385,16 @@ def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
         assert "not asked for, as 4 others had no reply" in rejects[-1]["detail"]
 
 
+def test_where_nobody_listens_every_row_is_a_reject(tmp_path):
+    with serving(lambda n, body: reply(question(body))) as server:
+        pass  # its port is closed from here on
+    rows, rejects = traces_of(teacher_of(server, tmp_path, tries=2))
+    assert not rows and [row["problem"] for row in rejects] == [*range(N)]
+    assert {row["reason"] for row in rejects} == {"no reply"}
+    assert "ConnectionRefusedError" in rejects[0]["detail"]
+    assert len(evaluation.read_lines(tmp_path / "spent")) == 2 * N
+
+
 def test_every_reason_to_leave_a_trace_out(tmp_path):
     say = data.format_completion
     good = "Half of 24 is 12, and then 3 more make 12 + 3 = 15 cards."
