@@ -50,7 +50,10 @@ PUBLISHED = {
             model="gemma3-1b", lora_rank=0, max_length=1792, batch_rows=4 * 4, learning_rate=5e-5,
             steps=9000, time_limit="2h",
         ),
-        "pairs": dict(margin=4.0, reference=True, judge_style="pinocchio"),
+        "pairs": dict(
+            margin=4.0, reference=True, judge_style="pinocchio",
+            rewards="pinocchio,format:2.5,tags_pinocchio:2.5",
+        ),
         "simpo": dict(
             loss="simpo", beta=1.0, gamma_ratio=0.4, label_smoothing=0.1, learning_rate=1e-6,
             warmup=0.2, lora_rank=64, time_limit="25m",
@@ -60,6 +63,7 @@ PUBLISHED = {
             clip_high=0.25, temperature=1.0, top_k=200, max_prompt=256, max_new=768,
             learning_rate=5e-6, steps=800 // 2, prompts=2000 // 400, rows=2000,
             judge_style="pinocchio", judge_threads=16, loss_norm="sequence",
+            rewards="pinocchio,format:2.5,tags_pinocchio:2.5",
         ),
     },
     "ideae": {
