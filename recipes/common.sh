@@ -4,10 +4,12 @@
 #   bash recipes/NAME.sh --model tiny         the same stages and flags, with the last column of the
 #                                             table at its top: two CPU cores, minutes
 #   sft_time=1h bash recipes/NAME.sh          another value for a name of that table
-#   ACTS="start grpo" bash recipes/NAME.sh    some of the stages only
+#   ACTS="start grpo" bash recipes/NAME.sh    some of the stages only, on what there is of others
 #
 # The same command again continues what is there. All of it goes to $OUT, by default runs/NAME or
 # runs/NAME-tiny; `python recipes/table.py FOLDER ...` prints the tables of several runs as one.
+# Time limits add up to eight hours at most: the ninth is for pairs and evaluations, by plan and
+# not by measurement.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -47,7 +49,7 @@ evaluate() { # NAME: the model as it is now, for a row of the table
 stage() { # NAME SCRIPT FLAGS...: runs it, notes its seconds, evaluates what it trained
   local name=$1 began=$SECONDS status=0
   shift
-  wanted "$name" || return 0
+  wanted "$name" || { [ ! -d "$out/$name/final" ] || from=$out/$name; return 0; }
   run "$@" --out "$out/$name" || status=$?
   echo "$name $((SECONDS - began))" >>"$out/seconds"
   [ $status = 0 ] || exit $status

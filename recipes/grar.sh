@@ -15,7 +15,7 @@
 # 1. Their G 2 with division by the std makes every advantage +-0.707 whatever the scores: G is 8.
 # 2. Their reference was the policy itself, so KL was always 0; here it is the model after SFT.
 # 3. Policy and judge share all the chips: the judge's weights are split over them.
-# 4. Rows are packed, so the 4,125 updates of one epoch (33k / 8) see more rows than that.
+# 4. Rows are packed: 4,125 updates (33k / 8) of 8 rows see each example more than once.
 # 5. Not known of theirs: the adapter of GRPO. Here it is the one of SFT, which goes on.
 #
 # Tiny: the judge is the tiny model, which knows nothing; that the stages run is all it shows.

@@ -16,7 +16,7 @@
 #           for the strict format, else 0.3, 0.3, 0.2, 0.2 of it for each tag there once; >= -10
 #
 # Ours departs:
-# 1. Rows are packed, so 9,000 updates of 16 rows are more than three epochs of the same traces.
+# 1. Rows are packed: 9,000 updates of 16 rows see each trace more often than three epochs do.
 # 2. Half of the 5 is for the strict format alone: theirs did not ask for the order of the tags.
 # 3. A judgement that failed leaves its group; theirs scored 0 and kept the points for the format.
 # 4. 800 optimiser steps with mu 2 are 400 batches, so ~2k prompts are 5 in each. Act 3 may take

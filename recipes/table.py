@@ -1,8 +1,9 @@
 """Prints the stages of recipe runs as one table: python recipes/table.py runs/NAME ...
 
 Accuracy, format and length are eval.py's, of the greedy answers; maj@8 is of eight samples. Minutes
-are the wall-clock of the stage's commands, every start of them, with loading and compiling, without
-eval.py's. What a stage makes for the next one (traces, pairs) counts as that one's.
+are the wall-clock of the stage's commands, with loading and compiling, all starts of them but one
+that was killed together with the script. What is made for the next stage (traces, pairs) counts as
+that one's; eval.py's own minutes count nowhere.
 """
 
 import json

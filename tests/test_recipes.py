@@ -164,7 +164,11 @@ def test_a_recipe_says_what_it_lacks_and_stops_where_a_stage_does(tmp_path):
     # some of the stages, with another value of the table
     only = stages(tmp_path, "pinocchio", "--model", "tiny", ACTS="pairs simpo", simpo_time="3m")
     assert [*only] == ["pairs", "simpo", "eval-simpo"] and only["simpo"][1].time_limit == "3m"
-    assert only["simpo"][1].adapter is None
+    assert "--adapter" not in only["pairs"][0]
+    (tmp_path / "out" / "sft" / "final").mkdir(parents=True)  # made earlier
+    only = stages(tmp_path, "pinocchio", "--model", "tiny", ACTS="pairs simpo")
+    assert flags_of(only["pairs"][0])["adapter"] == str(tmp_path / "out" / "sft")
+    assert flags_of(only["eval-simpo"][0])["adapter"] == str(tmp_path / "out" / "simpo")
 
 
 def test_the_table(tmp_path):
