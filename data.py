@@ -475,21 +475,30 @@ def gsm8k_row(row: dict) -> dict:
     return {"question": row["question"].strip(), "reasoning": reasoning.strip(), "answer": answer}
 
 
+def asked(text: str, choices=()) -> str:
+    """A question as the model reads it: ("Where?", ["Rome", "Oslo"]) -> Where? A) Rome B) Oslo."""
+    listed = (f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
+    return "\n".join([text.strip(), *listed])
+
+
 def messages(row: dict, system: str = "") -> list[dict]:
     """A row of any known shape as one conversation that ends with the assistant.
 
     {"messages": [...]} · {"prompt", "completion"} (texts or message lists) · {"question",
-    "reasoning", "answer"} · GSM8K's {"question", "answer": "... #### 42"}. `system` is folded into
-    the first user turn unless the row brings a system text of its own.
+    "reasoning", "answer"}, perhaps with "choices" · GSM8K's {"question", "answer": "... #### 42"}.
+    `system` is folded into the first user turn unless the row brings a system text of its own.
     """
     if "messages" in row:
         chat = row["messages"]
     elif "prompt" in row:
         chat = _turns_of(row["prompt"], "user") + _turns_of(_text(row, "completion"), "assistant")
     elif "question" in row:
-        row = row if "reasoning" in row else gsm8k_row(row)
+        choices, row = row.get("choices"), row if "reasoning" in row else gsm8k_row(row)
+        question = _text(row, "question")
+        if choices and isinstance(question, str):
+            question = asked(question, choices)
         answer = format_completion(_text(row, "reasoning"), _text(row, "answer"))
-        chat = _turns_of(_text(row, "question"), "user") + _turns_of(answer, "assistant")
+        chat = _turns_of(question, "user") + _turns_of(answer, "assistant")
     else:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
     if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):

@@ -206,8 +206,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         text = row["prompt"] if "prompt" in row else row["question"]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected a text as the question, found {text!r:.60}")
-        listed = [f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices)]
-        chat = [{"role": "user", "content": "\n".join([text.strip(), *listed])}]
+        chat = [{"role": "user", "content": data.asked(text, choices)}]
     else:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
     if not chat or not all(isinstance(m, dict) and "role" in m for m in chat):

@@ -151,18 +151,38 @@ def _folder(adapter: str) -> Path:
 
 
 def start(model: str, weights: str | None, adapter: str | None) -> Start:
-    """Finds them: --adapter is a PEFT adapter, a run's final/, or a whole model (a new base)."""
+    """Finds them: --adapter is a PEFT adapter, a run's final/, or a whole model (a new base).
+
+    A stage that trained an adapter on such a new base leaves its folder's name in the adapter.
+    """
     if adapter is None:
         return Start(find(model, weights), None)
     folder = _folder(adapter)
     if not (folder / "adapter_config.json").exists() and (folder / "final").is_dir():
         folder = folder / "final"  # the run folder was named
     if (folder / "adapter_config.json").exists():
-        return Start(find(model, weights), folder)
+        base = _trained_base(folder)
+        if base is None or weights and not base.exists():
+            return Start(find(model, weights), folder)
+        if not base.exists():
+            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
+                             "is not there; --weights names it where it is now")  # fmt: skip
+        return Start(base, folder)
     if (folder / "config.json").exists():
         return Start(folder, None)
     raise ValueError(f"--adapter {adapter}: expected adapter_config.json (an adapter), config.json "
                      "(a whole model), or a run folder with final/")  # fmt: skip
+
+
+def _trained_base(adapter: Path) -> Path | None:
+    """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = Path(base)
+    except (OSError, ValueError, LookupError, TypeError):  # load() says what is wrong with it
+        return None
+    ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
+    return base if ours and ((base / "prompt.json").exists() or not base.exists()) else None
 
 
 def continue_from(path: Path | None, params: dict, cfg: Config, new_rank: int,

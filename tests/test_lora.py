@@ -185,6 +185,27 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     np.testing.assert_allclose(gemma.logits(params, cfg, tokens, lora=adapter), theirs, atol=2e-5)
 
 
+def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path):
+    """Its base is that model, not the one --model or --weights names; gone, it is asked for."""
+    (cfg, params), tuned = base(), tmp_path / "sft" / "final"
+    for folder in (tuned, tmp_path / "original"):
+        gemma.save(folder, cfg, params)
+    lora.write_prompt(tuned, "")
+    for folder, on in (("simpo", tuned), ("other", tmp_path / "original"), ("hub", "google/gemma")):
+        lora.save(tmp_path / folder / "final", random_adapter(cfg), cfg, str(on))
+    original = str(tmp_path / "original")
+    for weights in (None, original):
+        start = lora.start("tiny", weights, str(tmp_path / "simpo"))
+        assert start == (tuned, tmp_path / "simpo" / "final")
+    assert lora.start("tiny", original, str(tmp_path / "other")).weights == tmp_path / "original"
+    assert lora.start("tiny", None, str(tmp_path / "hub")).weights.name == "tiny"
+    tuned.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"sft/final.*--weights names it"):
+        lora.start("tiny", None, str(tmp_path / "simpo"))
+    moved = lora.start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
+    assert moved.weights == tmp_path / "moved"
+
+
 def test_the_same_rank_is_continued_and_another_merged(tmp_path):
     """Whatever order the matrices are named in; at its own rank nothing is stacked in final/."""
     cfg, params = base()

@@ -1,13 +1,19 @@
-"""Every Python command in the README names a script that exists and flags that it takes."""
+"""The README: commands name scripts and flags that exist, and example rows are read."""
 
 import functools
 import importlib
+import json
 import re
 import shlex
 
 import pytest
 import tyro
 from conftest import ROOT
+
+import data
+import eval as evaluation
+import judge
+import rewards
 
 pytestmark = pytest.mark.smoke
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -47,9 +53,18 @@ def test_command_parses(command):
     if program == "pip":
         assert arguments[:2] == ["install", "-r"] and (ROOT / arguments[2]).exists()
         return
+    given = [word.partition("=")[0] for word in command if "=" in word.split("/")[0]]
+    if command[len(given)] == "bash":  # what a recipe runs is parsed in test_recipes.py
+        script, *more = command[len(given) + 1 :]
+        names = re.findall(r"^pick (\w+)", (ROOT / script).read_text(), re.M)
+        assert {*given} <= {"ACTS", "OUT", *names} and more in ([], ["--model", "tiny"])
+        return
     assert program == "python"
     if arguments[0] == "-m":
         assert arguments[1] == "pytest"
+        return
+    if arguments[0] == "recipes/table.py":
+        assert all(folder.startswith("runs/") for folder in arguments[1:])
         return
     parse(arguments[0], arguments[1:])
 
@@ -71,3 +86,32 @@ def test_settings_of_the_literature_parse(flags):
     assert len(TABLE) >= 9
     config = tyro.cli(importlib.import_module("train_grpo").Config, args=flags.split())
     importlib.import_module("train_grpo").resolve(config)
+
+
+# ------------------------------------------------------------------------------------ example rows
+
+TOK = data.Tokenizer(ROOT / "tiny")
+LINES = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+ROWS = [json.loads(line) for block in LINES for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.get("task_type", "shape"))
+def test_an_example_row_is_read_by_all_who_take_it(row):
+    problem = evaluation.read_problem(row, TOK, data.SYSTEM)
+    trained = "reasoning" in row or not {"task_type", "rubrics"} & row.keys()
+    if trained:  # as SFT shows the question, so it is asked
+        ids, mask = data.read_example(row, TOK, data.SYSTEM)
+        assert tuple(ids[: mask.argmax()]) == problem.prompt
+        _, answer, strict = rewards.parse(TOK.decode(ids[mask.argmax() :]))
+        told = problem.gold, problem.kind, problem.choices
+        assert problem.gold is None or (strict and rewards.correct(answer, *told))
+    assert trained or row.get("rubrics") or row.get("reference")
+    given = row | {"question": problem.question, "answer": problem.gold}
+    assert judge.rubric(row) and judge.opening("grar", given)
+
+
+def test_there_is_a_row_of_every_domain():
+    domains = "medical, chemistry, legal, robotics, creative writing, summarisation, code"
+    assert ", ".join(row["task_type"] for row in ROWS if "task_type" in row) == domains
+    kinds = [evaluation.read_problem(row, TOK).kind for row in ROWS if "task_type" in row]
+    assert kinds[:3] == ["choice", "number", "boolean"]

@@ -19,6 +19,7 @@ from test_sft import CFG, KILLER, contents, mesh_of
 import data
 import gemma
 import lora
+import train_grpo
 import train_sft
 import train_simpo
 
@@ -517,6 +518,28 @@ def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path)
     left = lora.load(final, model.cfg)
     for k in "ab":
         jax.tree.map(np.testing.assert_array_equal, fixed["reference"][k], left[k])
+
+
+def test_three_acts_chain_by_their_weights(small, tmp_path):
+    """Full SFT, an adapter on it, and RL that goes on training that adapter on that model."""
+    cfg, params = gemma.load(small)
+    tuned = jax.tree.map(lambda x: x + 0.01, params)
+    gemma.save(tmp_path / "sft/final", cfg, tuned)
+    data.Tokenizer(small).save(tmp_path / "sft/final")
+    lora.write_prompt(tmp_path / "sft/final", "Think.")
+    config = train_simpo.Config(**flags(small, tmp_path / "simpo"), adapter=str(tmp_path / "sft"),
+                                lora_rank=4)  # fmt: skip
+    train_simpo.main(dataclasses.replace(config, steps=1, eval_every=0))
+    left = lora.load(tmp_path / "simpo/final", cfg)
+    assert all(b.any() for b in left["b"].values())
+    config = train_grpo.resolve(train_grpo.Config(
+        weights=str(small), adapter=str(tmp_path / "simpo"), lora_rank=4, kl_coef=0.1
+    ))  # fmt: skip
+    model = train_sft.load_model(config, mesh_of(8))
+    assert config.system == "Think."
+    jax.tree.map(np.testing.assert_array_equal, model.fixed["base"], tuned)
+    for k in "ab":  # of which train_grpo.py makes its reference
+        jax.tree.map(np.testing.assert_array_equal, model.trained[k], left[k])
 
 
 def test_no_prompt_is_on_both_sides(small, tmp_path):
