@@ -805,6 +805,7 @@ def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
     return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
@@ -956,10 +957,12 @@ def main(config: Config) -> Path:
                 measured = step
             elif config.save_every and step % config.save_every == 0 and not ends:
                 save()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run))
         return run.finish(write)
 

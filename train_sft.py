@@ -508,6 +508,7 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
     return Problem(question, prompt, question, gold, kind, (), "held-out")
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
@@ -614,10 +615,12 @@ def main(config: Config) -> Path:
                 save()
                 began = time.perf_counter()
         log_pending()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run, step))
         return run.finish(write)
 
