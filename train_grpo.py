@@ -812,6 +812,9 @@ def main(config: Config) -> Path:
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    if config.group == 2 and config.scale == "group":
+        runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
+                 "apart the rewards are; --scale none keeps that")  # fmt: skip
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
     # load

@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +92,13 @@ class World:
 
     def half(self, name: str, out: Path, number=signal.SIGTERM) -> Path:
         """A folder whose run a signal stopped: after two of four steps, or some completions."""
-        owner, step, last = (evaluation, "grade", 12)
+        first = self.folder / f"half-{name}-{number.name}"
+        if not first.exists():
+            self.stop(name, first, number)
+        return Path(shutil.copytree(first, out, dirs_exist_ok=True))
+
+    def stop(self, name: str, out: Path, number: signal.Signals) -> None:
+        owner, step, last = (evaluation, "grade", 20)
         if name in TRAINERS:
             owner, step, last = runs.Run, "log", 2 + (name == "train_grpo")  # it evaluates first
         real, calls = getattr(owner, step), []
@@ -105,7 +112,6 @@ class World:
         with pytest.MonkeyPatch.context() as m:
             m.setattr(owner, step, one)
             self.ends(name, out, f"stopped by {number.name}", "the same command continues")
-        return out
 
     def goes_on(self, name: str, out: Path) -> None:
         """The same command ends as if nothing had been."""
@@ -299,8 +305,9 @@ class Clock:
 @every_trainer
 def test_clock_set_back(world, tmp_path, monkeypatch, name):
     """By a day at every third reading: the run loses no step to it."""
-    clock = Clock(lambda n: 1e6 + n - 86400 * (n // 3))
+    clock = Clock(lambda n: n - 86400.0 * (n // 3))
     monkeypatch.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
+    monkeypatch.setattr(runs, "STARTED", 0.0)
     out = world.half(name, tmp_path)
     world.run(name, out, time_limit="9h")
     found, whole = contents(out), world.whole(name)
@@ -313,7 +320,7 @@ def test_clock_set_forward(world, tmp_path, monkeypatch, name):
     """By a day: the limit is over, and the run ends as one whose time is up."""
     out = world.half(name, tmp_path)
     with monkeypatch.context() as m:
-        clock = Clock(lambda n: 86400.0 * (n > 6))
+        clock = Clock(lambda n: 86400.0 * (n > 4))
         m.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
         world.run(name, out, time_limit="1h")
     steps = [int(p.name[5:]) for p in (out / "checkpoints").iterdir()]
@@ -376,38 +383,41 @@ def test_corrupt_config(world, tmp_path, name):
 # ---------------------------------------------------------------------------- weights and adapters
 
 
+def damaged(world, tmp_path, name, file, content, *says):
+    """One line where the run goes on; eval and synthesize see there that it is not what it was."""
+    out = world.half(name, tmp_path / "half")
+    with in_place_of(file, content):
+        if name in TRAINERS:
+            world.ends(name, out, *says)
+        else:
+            world.ends(name, out, "checksum of the weights was", "put it back")
+            world.ends(name, tmp_path / "new", *says)
+    return out
+
+
 @every_script
 def test_corrupt_weights(world, tmp_path, name):
-    out, file = world.half(name, tmp_path), world.folder / "model.safetensors"
-    with in_place_of(file, file.read_bytes()[:-1000]):
-        world.ends(name, out, str(file), "a part of one", adapter=None)
-    world.goes_on(name, out)
+    file = world.folder / "model.safetensors"
+    half = file.read_bytes()[:-1000]
+    world.goes_on(name, damaged(world, tmp_path, name, file, half, str(file), "a part of one"))
 
 
 @every_script
 def test_wrong_adapter_for_the_model(world, tmp_path, name):
-    out, file = world.half(name, tmp_path / "a"), world.folder / "adapter/adapter_model.safetensors"
-    with in_place_of(file, (world.folder / "other/adapter_model.safetensors").read_bytes()):
-        if name not in TRAINERS:
-            world.ends(name, out, "checksum of the weights was", "put it back")
-            out_of = tmp_path / "b"
-        else:
-            out_of = out
-        world.ends(name, out_of, str(file), "q_proj has lora_A, lora_B of shapes", "(4, 32)")
-    world.goes_on(name, out)
+    file = world.folder / "adapter/adapter_model.safetensors"
+    other = (world.folder / "other/adapter_model.safetensors").read_bytes()
+    says = str(file), "has lora_A, lora_B of shapes", "(4, 48)", "expected ((4, 32)"
+    world.goes_on(name, damaged(world, tmp_path, name, file, other, *says))
 
 
 @every_script
 def test_nan_in_the_weights(world, tmp_path, name):
-    out, file = world.half(name, tmp_path / "a"), world.folder / "model.safetensors"
-    with in_place_of(file, (world.folder / "nan/model.safetensors").read_bytes()):
-        if name in ("train_sft", "train_simpo"):
-            world.ends(name, out, f"step 3 of {out}", "loss is nan", "nan_step_3.npz")
-            (out / "nan_step_3.npz").unlink()
-        elif name == "train_grpo":
-            world.ends(name, out, "the logits are not finite", "weights")
-        else:
-            world.ends(name, tmp_path / "b", "the logits are not finite", "weights")
+    file, says = world.folder / "model.safetensors", ("the logits are not finite", "weights")
+    if name in ("train_sft", "train_simpo"):
+        says = f"step 3 of {tmp_path}", "loss is nan", "nan_step_3.npz"
+    nan = (world.folder / "nan/model.safetensors").read_bytes()
+    out = damaged(world, tmp_path, name, file, nan, *says)
+    (out / "nan_step_3.npz").unlink(missing_ok=True)
     world.goes_on(name, out)
 
 

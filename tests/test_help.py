@@ -24,19 +24,22 @@ def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
     """
     value = inspect.unwrap(getattr(module, name))
     home = inspect.getmodule(value)
-    if name == "resolve" or (home, name) in seen or ROOT != getattr(home, "__file__", "") and not (
-        getattr(home, "__file__", None) or "").startswith(str(ROOT)):  # fmt: skip
+    ours = str(getattr(home, "__file__", None) or "").startswith(str(ROOT))
+    if name == "resolve" or value in seen or not ours:
         return found
-    seen.add((home, name))
+    seen.add(value)
     for node in ast.walk(ast.parse(inspect.getsource(value))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            owner = getattr(home, node.value.id, None)
-            if node.value.id in ("config", "quiet"):
-                found.add(node.attr)
-            elif isinstance(owner, types.ModuleType) and callable(getattr(owner, node.attr, None)):
-                reads(owner, node.attr, seen, found)
-        elif isinstance(node, ast.Name) and inspect.isroutine(getattr(home, node.id, None)):
-            reads(home, node.id, seen, found)
+        match node:
+            case ast.Attribute(ast.Name("config" | "quiet"), field):
+                found.add(field)
+            case ast.Call(ast.Name("getattr"), [ast.Name("config"), ast.Constant(field), *_]):
+                found.add(field)
+            case ast.Attribute(ast.Name(owner), function):
+                owner = getattr(home, owner, None)
+                if inspect.ismodule(owner) and callable(getattr(owner, function, None)):
+                    reads(owner, function, seen, found)
+            case ast.Name(function) if callable(getattr(home, function, None)):
+                reads(home, function, seen, found)
     return found
 
 

@@ -48,3 +48,10 @@ def test_settings_of_the_literature_parse(flags):
     assert len(TABLE) >= 9
     config = tyro.cli(importlib.import_module("train_grpo").Config, args=flags.split())
     importlib.import_module("train_grpo").resolve(config)
+
+
+def test_no_requirement_replaces_an_installed_jax():
+    """A bound, an extra or a jaxlib of its own could swap a TPU build for another."""
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        lines = (ROOT / file).read_text().splitlines()
+        assert [line for line in lines if line.startswith("jax")] in (["jax"], [])

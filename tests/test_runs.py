@@ -710,19 +710,39 @@ def fake_module(tmp_path, monkeypatch, name, code):
     monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def test_hung_wandb_does_not_stall(tmp_path, monkeypatch):
-    fake_module(
-        tmp_path,
-        monkeypatch,
-        "wandb",
-        """
+FAKES = {  # modules as far as they are used; `{}` is what the first call does
+    "wandb": """
         import time
-        def init(**options): time.sleep(3600)
+        seen = []
+        def init(**options): seen.append(options["config"]["lr"])
+        def log(metrics, step): {}; seen.append((step, metrics))
+        def finish(): seen.append("closed")
     """,
-    )
+    "tensorboard": """
+        import sys, time
+        __path__, seen, self = [], [], sys.modules[__name__]
+        class Writer:
+            def __init__(self, folder): seen.append(1e-4)
+            def add_scalar(self, key, value, step): {}; seen.append((step, {{key: value}}))
+            def close(self): seen.append("closed")
+        self.Writer = Writer
+        sys.modules["tensorboard.summary"] = self
+    """,
+}
+either_logger = pytest.mark.parametrize("name", runs.LOGGERS)
+
+
+def fake_logger(tmp_path, monkeypatch, name, does="pass"):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)  # and put back
+    fake_module(tmp_path, monkeypatch, name, FAKES[name].format(does))
+
+
+@either_logger
+def test_hung_logger_does_not_stall(tmp_path, monkeypatch, name):
+    fake_logger(tmp_path, monkeypatch, name, "time.sleep(3600)")
     monkeypatch.setattr(runs._Reporter.close, "__defaults__", (0.2,))
     begin = time.monotonic()
-    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+    with open_run(tmp_path / "x", report_to=(name,)) as run:
         run.restore(LIKE)
         for step in range(1, 400):  # more than the queue holds
             run.log(step, {"loss": 1.0})
@@ -730,39 +750,23 @@ def test_hung_wandb_does_not_stall(tmp_path, monkeypatch):
     assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 399
 
 
-def test_failing_wandb_is_reported_once(tmp_path, monkeypatch, capsys):
-    fake_module(
-        tmp_path,
-        monkeypatch,
-        "wandb",
-        """
-        def init(**options): pass
-        def log(metrics, step): raise RuntimeError("quota")
-    """,
-    )
-    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+@either_logger
+def test_failing_logger_is_reported_once(tmp_path, monkeypatch, capsys, name):
+    fake_logger(tmp_path, monkeypatch, name, "raise RuntimeError('quota')")
+    with open_run(tmp_path / "x", report_to=(name,)) as run:
         run.restore(LIKE)
         for step in range(1, 400):
             run.log(step, {"loss": 1.0})
-    assert capsys.readouterr().err.count("wandb is off for the rest of the run") == 1
+    assert capsys.readouterr().err.count(f"{name} is off for the rest of the run") == 1
 
 
-def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
-    fake_module(
-        tmp_path,
-        monkeypatch,
-        "wandb",
-        """
-        seen = []
-        def init(**options): seen.append(options["config"]["lr"])
-        def log(metrics, step): seen.append((step, metrics))
-        def finish(): seen.append("finish")
-    """,
-    )
-    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+@either_logger
+def test_logger_gets_the_numbers(tmp_path, monkeypatch, name):
+    fake_logger(tmp_path, monkeypatch, name)
+    with open_run(tmp_path / "x", report_to=(name,)) as run:
         run.restore(LIKE)
         run.log(1, {"loss": np.float32(0.5), "note": "text", "kl": None})
-    assert sys.modules["wandb"].seen == [1e-4, (1, {"loss": 0.5}), "finish"]
+    assert sys.modules[name].seen == [1e-4, (1, {"loss": 0.5}), "closed"]
 
 
 def test_logger_that_is_not_there(tmp_path):
