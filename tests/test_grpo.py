@@ -449,7 +449,7 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, inn
     config = change(kl_coef=kl_coef)
     trained, fixed = weights_for(config)
     batch, _, _ = pack(samples_of(), [0.1] * 16, config, 1)
-    micro = {k: v[0] for k, v in batch.items()} | {"on_policy": np.bool(True)}
+    micro = {k: jnp.asarray(v[0]) for k, v in batch.items()} | {"on_policy": True}
     jax.eval_shape(jax.grad(lambda t: train_grpo.loss(t, fixed, micro, CFG, config, None)[0]),
                    trained)  # fmt: skip
     assert len(passes) == 1  # with its gradient
