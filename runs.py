@@ -44,8 +44,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process.
-STARTED = time.monotonic() - time.process_time()
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process. But a
+# notebook, whose __main__ is no file, may be hours old: a run in it counts from its own beginning.
+IN_NOTEBOOK = not hasattr(sys.modules["__main__"], "__file__")
+STARTED = None if IN_NOTEBOOK else time.monotonic() - time.process_time()
 
 
 # ---------------------------------------------------------------------------- environment

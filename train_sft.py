@@ -170,7 +170,7 @@ def resolve(config: Config) -> Config:
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if config.from_scratch:
+    if config.from_scratch and config.lora_rank is None:
         filled["lora_rank"] = 0
     if config.time_limit is not None and config.steps is None:
         filled["steps"] = None  # the clock alone decides

@@ -292,6 +292,19 @@ def test_out_of_memory(world, tmp_path, monkeypatch, name):
     world.goes_on(name, out)
 
 
+def test_out_of_memory_of_a_real_device(world, tmp_path):
+    """What XLA itself says when an allocation fails, in a process that may have 6 GB."""
+    command = [sys.executable, str(ROOT / "eval.py"), "--weights", str(world.folder), "--rows", "2",
+               "--data", str(world.folder / "rows.jsonl"), "--out", str(tmp_path), "--slots",
+               "9000000"]  # fmt: skip
+    command = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "bash", *command]
+    env = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("out of memory: lower --slots or --max-new (RESOURCE_EXHAUSTED"), line
+
+
 def test_other_errors_of_the_devices_are_not_hidden(world, tmp_path, monkeypatch):
     def broken(*a, **k):
         raise jax.errors.JaxRuntimeError("INTERNAL: a fault of ours")
@@ -432,6 +445,16 @@ def test_nan_in_the_weights(world, tmp_path, name):
 
 
 # ------------------------------------------------------------------------------------- the endpoint
+
+
+def test_judge_down_from_the_start(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, tries=1))
+    with serving(None) as server:
+        change, port = dict(judge=server.url, rewards="judge:1"), server.http.server_port
+    world.ends("train_grpo", tmp_path, "no completion of the first step could be scored",
+               "ConnectionRefused", **change)  # fmt: skip
+    with serving(lambda n, body: {"content": '{"score": 3}'}, port):
+        world.run("train_grpo", tmp_path, **change)
 
 
 @pytest.mark.parametrize("name", ["train_grpo", "synthesize"])

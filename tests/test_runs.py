@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import resource
@@ -512,6 +513,17 @@ def test_before_anything_was_measured_five_percent_are_kept():
     clock.now += 95
     assert budget.progress(0) == pytest.approx(95 / 950)
     assert budget.eta_s() == pytest.approx(855)
+
+
+def test_a_notebook_of_yesterday_has_its_whole_limit_left(monkeypatch):
+    """The second stage of a session in one kernel, too, counts from its own beginning."""
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    spec = importlib.util.spec_from_file_location("runs_in_a_notebook", runs.__file__)
+    in_notebook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(in_notebook)
+    assert in_notebook.STARTED is None and runs.STARTED is not None
+    clock = FakeClock(86400.0)
+    assert in_notebook.Budget(limit_s=3600, clock=clock, start=in_notebook.STARTED).progress(0) == 0
 
 
 def test_clock_jumps():

@@ -109,6 +109,28 @@ def test_gradient_is_that_of_the_mean_over_all_tokens():
     close(gradient(PACKED), (g, {"loss": value, "n_tokens": mask.sum()}))
 
 
+def test_prompts_weigh_what_they_are_given():
+    """prompt [p p p] completion [c c], weight w -> [w w 1 1]: nothing predicts the first token."""
+    trained, fixed = weights()
+    batch = {k: jnp.asarray(v[:4]) for k, v in ONE_EACH.items()}
+
+    @jax.jit
+    def sums(w):
+        config = dataclasses.replace(CONFIG, prompt_loss=w)
+        return train_sft.loss(trained, fixed, batch, jax.random.key(0), CFG, config, None)
+
+    logits = gemma.logits(fixed["base"], CFG, batch["tokens"], batch["segments"],
+                          trained | {"scale": fixed["scale"]})  # fmt: skip
+    logp = jax.nn.log_softmax(logits[:, :-1])
+    logp = jnp.take_along_axis(logp, batch["tokens"][:, 1:, None], axis=2)[..., 0]
+    completion, real = batch["mask"][:, 1:] > 0, batch["segments"][:, 1:] > 0
+    for w in (0.0, 0.25, 1.0):
+        weight = jnp.where(completion, 1.0, jnp.where(real, w, 0.0))
+        total, count = sums(w)
+        np.testing.assert_allclose(total, -(logp * weight).sum(), rtol=1e-5)
+        np.testing.assert_allclose(count, weight.sum(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("n_micro", [2, 4, 8])
 def test_micro_batches_change_no_gradient(n_micro):
     close(gradient(PACKED, n_micro), gradient(PACKED))
@@ -157,6 +179,17 @@ def test_one_step_moves_b_and_leaves_the_base_bit_identical(sharded):
             name
         )  # lr 3e-6 moves A
     assert {x.dtype for x in jax.tree.leaves((trained, opt[1].mu, opt[1].nu))} == {jnp.dtype("f4")}
+
+
+def test_from_scratch_begins_with_random_weights_of_the_same_shape(small):
+    _, stored = gemma.load(small)
+    config = train_sft.Config(weights=str(small), from_scratch=True, seed=5)
+    models = [train_sft.load_model(train_sft.resolve(config), mesh_of(8)).trained for _ in "ab"]
+    for a, b, c in zip(*map(jax.tree.leaves, (*models, stored)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.shape == c.shape and (not np.any(a) or (np.asarray(a) != c).any())
+    with pytest.raises(ValueError, match="--lora-rank 4: .*--from-scratch"):
+        train_sft.resolve(dataclasses.replace(config, lora_rank=4))
 
 
 @pytest.mark.parametrize("sharded", ["yes", "no"])
