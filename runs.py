@@ -129,6 +129,8 @@ def one_line(main: Callable) -> Callable:
                 raise SystemExit(f"out of memory: {_lower(config, error)} ({said})") from error
             except FloatingPointError as error:
                 raise SystemExit(f"{error}: are the weights or the adapter damaged?") from error
+            except KeyboardInterrupt:  # the second Ctrl-C of a Run, which did not want to wait
+                raise SystemExit(f"interrupted: the same command continues {config.out}") from None
 
     return call
 

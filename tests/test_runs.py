@@ -647,6 +647,17 @@ def test_second_interrupt_raises_and_handlers_come_back(tmp_path, capfd):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_second_interrupt_of_a_script_is_one_line_too(tmp_path):
+    @runs.one_line
+    def main(config):
+        with open_run(config.out):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit, match=f"^interrupted: the same command continues {tmp_path}/x$"):
+        main(Config(out=tmp_path / "x"))
+
+
 def test_other_threads_leave_signals_alone(tmp_path):
     before, seen = signal.getsignal(signal.SIGINT), []
 
