@@ -122,7 +122,7 @@ def one_line(main: Callable) -> Callable:
                     stack.callback(signal.signal, number, before or signal.SIG_DFL)
             try:
                 return main(config)
-            except jax.errors.JaxRuntimeError as error:
+            except RuntimeError as error:  # as XLA's are
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 said = str(error).splitlines()[0]

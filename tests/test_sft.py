@@ -350,6 +350,7 @@ BAD_ROWS = [
      "empty"),
     (b'{"question": "Q?", "answer": "no end mark"}', "####"),
     (b"not json", "Expecting value"),
+    (b"[" * 100_000, "recursion"),
     (b'["a", "list"]', "JSON object"),
     (b'{"prompt": "caf\xe9", "completion": "x"}', "utf-8"),
     (b'{"text": "x"}', "text"),
