@@ -67,6 +67,7 @@ from train_sft import (
     opt_specs,
     optimizer,  # fmt: skip
     place,
+    samples_sharded,
     schedule,
     trained_specs,
     vary,
@@ -641,7 +642,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, n_micro, on_policy, lr), reference(...)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
@@ -655,7 +657,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     fsdp, rows = "data" if sharded else None, P(None, "data")
     reference = jax.jit(jax.shard_map(
         partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
-        in_specs=(specs, fixed, rows, P()), out_specs=rows,
+        in_specs=(specs, fixed, rows, P()), out_specs=rows, check_vma=check_vma,
     ))  # fmt: skip
     return train_step, reference
 
@@ -703,7 +705,8 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
 
 def row_of(problem: Problem, rollout: Rollout, p: float, config: Config) -> dict:

@@ -292,7 +292,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -310,7 +311,8 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 
     specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
-        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P())
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P()),
+        check_vma=check_vma,
     ))  # fmt: skip
     return train_step, eval_step
 
@@ -377,9 +379,21 @@ def is_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
     per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    stats = mesh.devices.flat[0].memory_stats() if mesh.devices.flat[0].platform != "cpu" else None
-    limit = (stats or {}).get("bytes_limit", 16 * 2**30)
-    return cfg.n_params * per_weight > 0.4 * limit
+    return too_large(cfg, per_weight, mesh)
+
+
+def samples_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
+    """Whether rollouts leave a sharded base where it is rather than gather it once a phase."""
+    itemsize = jnp.dtype(config.dtype).itemsize
+    return is_sharded(cfg, config, mesh) and too_large(cfg, itemsize, mesh)
+
+
+def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
+    """Whether a copy of all weights takes over 40 % of a device's memory."""
+    device = mesh.devices.flat[0]
+    here = device.platform != "cpu" and device in jax.devices()  # else compiled for, not run on
+    limit = ((device.memory_stats() if here else None) or {}).get("bytes_limit", 16 * 2**30)
+    return cfg.n_params * bytes_per_weight > 0.4 * limit
 
 
 def new_adapter(cfg: gemma.Config, config: Config) -> dict:
@@ -440,8 +454,11 @@ def load_model(config: Config, mesh: Mesh) -> Model:
         trained, scale = lora.split(adapter)
         fixed = {"base": base} | place(scale, mesh, P())
     specs = trained_specs(cfg, config, sharded)
-    runs.say(f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
-             f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+    rollouts = "in their place" if samples_sharded(cfg, config, mesh) else "from a copy on each"
+    runs.say(
+        f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind}" + f"; rollouts read them {rollouts}" * sharded
+    )
     trained = place(trained, mesh, specs)
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
 
@@ -535,7 +552,8 @@ def main(config: Config) -> Path:
     problems = [problem(*e, tok) for e in held_out[: max(config.eval_accuracy, config.show)]]
     longest = max((len(p.prompt) for p in problems), default=1)
     sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
-                      max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                      max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                      shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
     def measure(run, step) -> float:
         """Held-out loss, accuracy and a few completions, logged and shown -> the score."""

@@ -63,6 +63,7 @@ from train_sft import (
     optimizer,
     place,
     problem,
+    samples_sharded,
     schedule,
     trained_specs,
     vary,
@@ -368,7 +369,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -387,7 +389,8 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 
     specs, fixed = specs_of(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
-        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P()
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
+        check_vma=check_vma,
     ))  # fmt: skip
     return train_step, eval_step
 
@@ -497,7 +500,8 @@ def main(config: Config) -> Path:
     problems = [problem(*w, tok) for w, _ in held_out[: max(config.eval_accuracy, config.show)]]
     longest = max((len(p.prompt) for p in problems), default=1)
     sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
-                      max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                      max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                      shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
     def measure(run, step) -> float:
         """Held-out loss, accuracy and a few completions, logged and shown -> the score."""

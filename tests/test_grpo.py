@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from conftest import KILLER, ROOT, contents
+from conftest import KILLER, ROOT, check_sharded_step, contents
 from jax.sharding import AxisType
 
 import gemma
@@ -312,6 +312,16 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
     assert n_one > n_all >= 1
     close(gradient(fill(all_), n_all, config, 8, sharded, check_vma),
           gradient(fill(one), n_one, config), 2e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
+    config, samples = change(lora_rank=rank, kl_coef=0.1), samples_of()
+    batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
+    specs_of = lambda *args: (trained_specs(*args), fixed_specs(*args))
+    check_sharded_step(CFG, config, train_grpo.make_steps, specs_of, *weights_for(config),
+                       off_policy(samples)(batch), np.int32(n), np.bool(False),
+                       np.float32(1e-3))  # fmt: skip
 
 
 @pytest.mark.parametrize("micro_rows", [2, 4, 8])

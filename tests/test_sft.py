@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KILLER, ROOT, contents
+from conftest import KILLER, ROOT, check_sharded_step, contents
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
@@ -143,6 +143,15 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
     config = dataclasses.replace(CONFIG, lora_rank=rank)
     one = gradient(PACKED, config=config)
     close(gradient(PACKED, 2, 8, config, sharded, check_vma), one)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
+    config = dataclasses.replace(CONFIG, lora_rank=rank)
+    specs_of = lambda *args: (train_sft.trained_specs(*args), train_sft.fixed_specs(*args))
+    batch = {k: v[None] for k, v in PACKED.items()}
+    check_sharded_step(CFG, config, train_sft.make_steps, specs_of, *weights(config), batch,
+                       np.float32(1e-3), jax.random.key(0))  # fmt: skip
 
 
 @pytest.mark.parametrize("remat", ["attention", "layer"])

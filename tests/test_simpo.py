@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, check_sharded_step
 from test_sft import CFG, KILLER, contents, mesh_of
 
 import data
@@ -320,6 +320,14 @@ def test_micro_batches_change_no_gradient(n_micro):
 def test_eight_devices_change_no_gradient(loss, rank, sharded, check_vma):
     config = dataclasses.replace(config_of(loss), lora_rank=rank)
     close(gradient(PACKED, 2, 8, config, sharded, check_vma), undivided(config), 2e-5)
+
+
+@pytest.mark.parametrize("loss,rank", [("simpo", 4), ("dpo", 0)])
+def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(loss, rank):
+    config = dataclasses.replace(config_of(loss), lora_rank=rank)
+    batch = {k: v[None] for k, v in PACKED.items()}
+    check_sharded_step(CFG, config, train_simpo.make_steps, train_simpo.specs_of, *weights(config),
+                       batch, np.float32(1e-3), jax.random.key(0))  # fmt: skip
 
 
 def test_remat_changes_no_gradient():
