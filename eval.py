@@ -328,7 +328,8 @@ def read_lines(path: Path) -> list[dict]:
     rows = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):  # torn by a kill
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
     return rows
 
 
@@ -529,7 +530,11 @@ def fingerprint(start: lora.Start) -> str:
 def check_folder(out: Path, record: dict) -> None:
     """Begins a folder; an evaluation of something else in it is an error, not overwritten."""
     if (out / "config.json").exists() and (out / "samples.jsonl").exists():
-        old = json.loads((out / "config.json").read_bytes())
+        try:
+            old = dict(json.loads((out / "config.json").read_bytes()))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{out / 'config.json'} cannot be read: {e}; put it back, or choose "
+                             "another --out") from None  # fmt: skip
         for key in [key for key in record if key not in MAY_CHANGE]:
             if (was := old.get(key)) != (now := record[key]):
                 flag = key if " " in key else "--" + key.replace("_", "-")
@@ -540,6 +545,7 @@ def check_folder(out: Path, record: dict) -> None:
         runs.write_json(out / "config.json", record)
 
 
+@runs.one_line
 def main(config: Config) -> dict:
     """Runs the evaluation, writes its folder, prints the table and returns the results."""
     runs.check_jax()
@@ -564,27 +570,28 @@ def main(config: Config) -> dict:
     record |= {"checksum of the weights": fingerprint(start), "checksum of the prompts": prompts}
 
     out = Path(config.out)
-    check_folder(out, record)
-
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    dtype = jnp.dtype(config.dtype)
-    cfg, params = gemma.load(start.weights, dtype, mesh)
-    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
-    if adapter is not None:
-        runs.say(lora.describe(adapter))
-    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                      max_new=config.max_new, dtype=dtype)  # fmt: skip
-    results, rows = evaluate(
-        sampler, params, tok, problems, adapter=adapter, greedy=config.greedy,
-        samples=config.samples, temperature=config.temperature, top_k=config.top_k,
-        top_p=config.top_p, min_p=config.min_p, repetition=config.repetition, seed=config.seed,
-        journal=out / "samples.jsonl",
-    )  # fmt: skip
-    if others is not None:
-        results["compare"] = compare(rows, others)
-    with runs._writing(out):
-        runs._replace(out / "samples.jsonl", to_lines(rows))
-        runs.write_json(out / "results.json", results)
+    with runs.lock(out):
+        check_folder(out, record)
+        axes = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
+        dtype = jnp.dtype(config.dtype)
+        cfg, params = gemma.load(start.weights, dtype, mesh)
+        adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
+        if adapter is not None:
+            runs.say(lora.describe(adapter))
+        sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                          max_new=config.max_new, dtype=dtype)  # fmt: skip
+        results, rows = evaluate(
+            sampler, params, tok, problems, adapter=adapter, greedy=config.greedy,
+            samples=config.samples, temperature=config.temperature, top_k=config.top_k,
+            top_p=config.top_p, min_p=config.min_p, repetition=config.repetition, seed=config.seed,
+            journal=out / "samples.jsonl",
+        )  # fmt: skip
+        if others is not None:
+            results["compare"] = compare(rows, others)
+        with runs._writing(out):
+            runs._replace(out / "samples.jsonl", to_lines(rows))
+            runs.write_json(out / "results.json", results)
     print(table(results))
     return results
 

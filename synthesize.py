@@ -33,7 +33,9 @@ import functools
 import hashlib
 import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Literal
@@ -203,16 +205,17 @@ class Teacher(judge.Endpoint):
     """An endpoint with a rate and a budget; every request leaves a line in the file `spent`."""
 
     def __init__(self, url: str, model: str | None = None, *, spent: Path, rate: float = 0.0,
-                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):  # fmt: skip
+                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0,
+                 clock: Callable[[], float] = time.monotonic, **more):  # fmt: skip
         super().__init__(url, model, key_variable="TEACHER_API_KEY", **more)
-        self.spent, self.price, self.budget = spent, price, budget
+        self.spent, self.price, self.budget, self.clock = spent, price, budget, clock
         self.pause_s, self.next_s = 60 / rate if rate else 0.0, 0.0
         before = evaluation.read_lines(spent) if spent.exists() else []
         self.n_sent, self.dollars = len(before), sum(line["dollars"] for line in before)
 
     def _post(self, body: bytes):
         with self.lock:
-            now = self.now()
+            now = self.clock()  # that of the wall may be set back, by hours
             wait_s = max(0.0, self.next_s - now)
             self.next_s = now + wait_s + self.pause_s
         if wait_s:
@@ -515,6 +518,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 # ------------------------------------------------------------------------------------------ main
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Makes the rows or pairs and returns the file of them."""
     runs.check_jax()
@@ -528,26 +532,29 @@ def main(config: Config) -> Path:
         config.data, tok, config.system, config.rows, config.max_prompt, config.skip_bad_rows
     )
     runs.say(f"data: {len(problems):,} problems of {config.data}, {len(bad)} bad rows left out")
-    if getattr(config, "teacher", None):
+    with runs.lock(out):
+        if getattr(config, "teacher", None):
+            with runs._writing(out):
+                (out / "teacher").mkdir(parents=True, exist_ok=True)
+                runs.write_json(out / "config.json", dataclasses.asdict(config))
+            teacher = Teacher(
+                config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
+                rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
+                threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
+            )  # fmt: skip
+            with runs._writing(out):  # of a reply that could not be kept; all else is a reject
+                rows = ask(teacher, problems, config)
+            runs.say(
+                f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price"
+            )
+        else:
+            rows = sample(config, start, tok, problems)
+        make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
+        made, rejects = make(problems, rows, tok, config)
+        rejects += [{"reason": "bad row", "detail": line} for line in bad]
         with runs._writing(out):
-            (out / "teacher").mkdir(parents=True, exist_ok=True)
-            runs.write_json(out / "config.json", dataclasses.asdict(config))
-        teacher = Teacher(
-            config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
-            rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
-            threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
-        )  # fmt: skip
-        with runs._writing(out):  # of a reply that could not be kept; all else is a reject
-            rows = ask(teacher, problems, config)
-        runs.say(f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price")
-    else:
-        rows = sample(config, start, tok, problems)
-    make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
-    made, rejects = make(problems, rows, tok, config)
-    rejects += [{"reason": "bad row", "detail": line} for line in bad]
-    with runs._writing(out):
-        runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
-        runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
+            runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
+            runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")

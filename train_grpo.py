@@ -857,12 +857,16 @@ def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
     return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    if config.group == 2 and config.scale == "group":
+        runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
+                 "apart the rewards are; --scale none keeps that")  # fmt: skip
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     # load
@@ -1007,10 +1011,12 @@ def main(config: Config) -> Path:
                 measured = step
             elif config.save_every and step % config.save_every == 0 and not ends:
                 save()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run))
         return run.finish(write)
 

@@ -170,7 +170,7 @@ def resolve(config: Config) -> Config:
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if config.from_scratch:
+    if config.from_scratch and config.lora_rank is None:
         filled["lora_rank"] = 0
     if config.time_limit is not None and config.steps is None:
         filled["steps"] = None  # the clock alone decides
@@ -525,6 +525,7 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
     return Problem(question, prompt, question, gold, kind, (), "held-out")
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
@@ -632,10 +633,12 @@ def main(config: Config) -> Path:
                 save()
                 began = time.perf_counter()
         log_pending()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run, step))
         return run.finish(write)
 

@@ -472,6 +472,7 @@ def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
     return batches, held_out[: config.eval_rows]
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
@@ -581,10 +582,12 @@ def main(config: Config) -> Path:
                 save()
                 began = time.perf_counter()
         log_pending()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run, step))
         return run.finish(write)
 

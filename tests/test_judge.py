@@ -351,7 +351,7 @@ class Server:
     A dict is a good reply's content or, with "status", anything else; a float waits and goes on.
     """
 
-    def __init__(self, answer):
+    def __init__(self, answer, port=0):
         self.bodies, self.keys, self.lock, self.stop = [], [], threading.Lock(), threading.Event()
         server = self
 
@@ -400,14 +400,14 @@ class Server:
         class Quiet(ThreadingHTTPServer):
             daemon_threads, request_queue_size = True, 256
 
-        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.http = Quiet(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @contextmanager
-def serving(answer):
-    server = Server(answer)
+def serving(answer, port=0):
+    server = Server(answer, port)
     try:
         yield server
     finally:

@@ -115,3 +115,10 @@ def test_there_is_a_row_of_every_domain():
     assert ", ".join(row["task_type"] for row in ROWS if "task_type" in row) == domains
     kinds = [evaluation.read_problem(row, TOK).kind for row in ROWS if "task_type" in row]
     assert kinds[:3] == ["choice", "number", "boolean"]
+
+
+def test_no_requirement_replaces_an_installed_jax():
+    """A bound, an extra or a jaxlib of its own could swap a TPU build for another."""
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        lines = (ROOT / file).read_text().splitlines()
+        assert [line for line in lines if line.startswith("jax")] in (["jax"], [])
