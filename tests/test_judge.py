@@ -23,6 +23,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gemma import random_params
+from test_grpo import grpo
 
 import data
 import gemma
@@ -905,3 +906,46 @@ def test_a_judge_on_the_mesh_reads_while_others_decode(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "open", functools.partial(judge.open, rows=1))
     train_grpo.main(run_config(tmp_path, judge=str(tmp_path / "model"), steps=1))
     assert len(calls) == 1 and len(rounds) >= 2 and rounds[0] < calls[0]["rounds"]
+
+
+def write_judge_of_steps(folder):
+    """A judge made by hand for the tiny model's tokenizer: the more "=" it reads, the higher.
+
+    A layer without queries attends to all tokens alike. So beside a constant (axis 0, moved to 2)
+    it brings the share of "=" (axis 1, times 200, to 3), and the digits ask which of them is more.
+    """
+    tok = TOK["gemma3"]
+    cfg = gemma.Config(
+        "gemma3_text", tok.vocab_size, 4, 4, 1, 1, 1, 2, 2, 16, (True,), 1e4, 1e6,
+        max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    params = jax.tree.map(lambda spec: np.zeros(spec.shape(cfg), "f4"), gemma.specs(cfg))
+    equals = [i for i in range(tok.vocab_size) if "=" in tok.sp.id_to_piece(i)]
+    params["embed_tokens"][:, 0] = params["embed_tokens"][equals, 1] = 1
+    v_DKH, o_NHD = (params["layers"][name][0] for name in ("v_proj", "o_proj"))
+    v_DKH[0, 0, 0], v_DKH[1, 0, 1], o_NHD[0, 0, 2], o_NHD[0, 1, 3] = 1, 200, 1, 1
+    for digit in range(1, 6):
+        params["lm_head"][tok.encode(str(digit))] = np.array([0, 0, -2, 2]) * (digit - 3)
+    gemma.save(folder, cfg, params)
+    tok.save(folder)
+
+
+def test_a_grar_run_raises_what_its_judge_likes(tmp_path):
+    """The tiny model often leaves its steps out; a judge that counts "=" teaches it to show them.
+
+    The same four problems at every step, so that steps can be compared.
+    """
+    write_judge_of_steps(tmp_path / "judge")
+    ours = judge.open(judge.Config(judge=str(tmp_path / "judge")), mesh(1))
+    row = data.word_problem("train", 0)
+    few, more, most = scores(ours, [(text, row) for text in ("30", "2 = 2", "2 = 2, 3 = 3, 4 = 4")])
+    assert few < more < most - 0.05
+    grpo(tmp_path / "run", "--judge", str(tmp_path / "judge"), "--rewards",
+         "judge:0.6,format:0.2,answer:0.2", "--steps", "6", "--rows", "4", "--prompts", "4",
+         "--group", "8", "--max-new", "64", "--slots", "32", "--learning-rate", "2e-3",
+         "--eval-every", "0", "--eval-rows", "1", "--save-every", "0")  # fmt: skip
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    steps = [m for m in map(json.loads, lines) if "reward" in m]
+    judged, total = ([m[name] for m in steps] for name in ("rewards/judge/mean", "reward"))
+    assert len(steps) == 6 and all(m["judge_missing"] == 0 for m in steps)
+    assert np.mean(judged[-2:]) > 1.4 * judged[0] and np.mean(total[-2:]) > total[0] + 0.05
