@@ -948,4 +948,4 @@ def test_a_grar_run_raises_what_its_judge_likes(tmp_path):
     steps = [m for m in map(json.loads, lines) if "reward" in m]
     judged, total = ([m[name] for m in steps] for name in ("rewards/judge/mean", "reward"))
     assert len(steps) == 6 and all(m["judge_missing"] == 0 for m in steps)
-    assert np.mean(judged[-2:]) > 1.4 * judged[0] and np.mean(total[-2:]) > total[0] + 0.05
+    assert np.mean(judged[-2:]) > 1.4 * judged[0] and np.mean(total[-2:]) > total[0] + 0.03
