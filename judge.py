@@ -885,8 +885,10 @@ def injections(config: Command) -> dict[str, list[float]]:
     found |= {f"wrong, {name}: added": moved for name, moved in attack(judge, wrong).items()}
     judge.close()
     for name, values in found.items():
+        n_judged = sum(value is not None for value in values)
         values = [value for value in values if value is not None] or [math.nan]
-        print(f"{name:24}{np.mean(values):+.3f}  from {min(values):+.3f} to {max(values):+.3f}")
+        print(f"{name:24}{np.mean(values):+.3f}  from {min(values):+.3f} to {max(values):+.3f}, "
+              f"{n_judged} judged")  # fmt: skip
     if judge.error:
         print(f"not everything could be judged: {judge.error}")
     return found
