@@ -929,7 +929,8 @@ def speed(config: Command, repeats: int = 3) -> dict[str, float]:
     ways = {"by one prefill": lambda: scores(judge, cases), "decoding a digit": lambda: decode(1),
             f"decoding {config.new_tokens} tokens": lambda: decode(config.new_tokens)}  # fmt: skip
     print(f"{len(cases)} verdicts, {len(prompts)} prompts of {np.mean(lengths):.0f} tokens, "
-          f"{cfg.n_params:,} random weights in {dtype}, {mesh.size} devices")  # fmt: skip
+          f"{cfg.n_params:,} random weights in {dtype}, {mesh.size} "
+          f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
     found = {}
     for name, judge_all in ways.items():
         seconds = []
