@@ -156,8 +156,14 @@ def resolve(config: Config) -> Config:
                          "0 without --no-greedy")  # fmt: skip
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"--temperature {config.temperature}: expected 0 (greedy) or more")
+    asked = []  # of the judge; mistakes are better said before the sampling
     if config.rewards or config.reward_file:
-        rewards.read_mix(config.rewards, config.reward_file)  # a typo is better said now
+        mix = rewards.read_mix(config.rewards, config.reward_file)
+        asked = [name for name in mix.weights if name in rewards.JUDGED]
+    if asked and config.judge is None:
+        raise ValueError(f"--rewards {asked[0]}: needs --judge")
+    if config.judge is not None and not asked:
+        raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
     return config
 
 

@@ -439,6 +439,8 @@ def test_defaults_and_bad_flags():
         ({"model": "llama"}, "--model llama"),
         ({"temperature": -1.0}, "--temperature -1.0: expected 0"),
         ({"rewards": "fromat:1"}, "--rewards 'fromat:1'"),
+        ({"rewards": "format:1,judge:2"}, "--rewards judge: needs --judge"),
+        ({"rewards": "format:1", "judge": "tiny"}, "--judge tiny: needs --rewards"),
     ):
         with pytest.raises(ValueError, match=match):
             evaluation.resolve(evaluation.Config(**flags))
