@@ -27,9 +27,7 @@ Data is what eval.py reads; the README has a row for each of some domains.
    way when one is reached, up to --teacher-threads, is still paid for. $TEACHER_API_KEY is the key.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import sys
@@ -305,48 +303,7 @@ def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
     )[1]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------- scores
-
-
-def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
-          config: Config) -> list[rewards.Scored]:  # fmt: skip
-    """What --rewards gives each row; judged in their order, so the same after a kill."""
-    mix = rewards.read_mix(config.rewards, config.reward_file)
-    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-    names = [name for name in names if config.judge and name in mix.weights]
-    own = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
-    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
-    functions, given, scored = rewards.prepare(mix, own, config.reward_file, judged), [], []
-    for row in rows:
-        problem, n_tokens = problems[row["problem"]], row.get("n_tokens")
-        given.append(problem.row | {
-            "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-            "choices": problem.choices, "n_tokens": n_tokens or len(tok.encode(row["completion"])),
-            "max_new": config.max_new, "overlong_buffer": 0.2 * config.max_new,
-            "stop": row["stop"], "progress": 0.0,
-        })  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        if names:
-            judge_ = judge.open(config, cache=Path(config.out) / "judge" / "replies.jsonl")
-            stack.callback(judge_.close)
-            for row, about in zip(rows, given, strict=True):
-                about["verdict"] = judge_.submit(row["completion"], dict(about))
-                judge_.pump()
-            judge_.pump(flush=True)
-        progress = tqdm(rows, "scores", mininterval=evaluation.EVERY_S)
-        for row, about in zip(progress, given, strict=True):
-            scored.append(rewards.score(mix, functions, row["completion"], about))
-            if names and (trouble := judge_.trouble()):
-                raise SystemExit(f"{trouble}; the same command continues from there")
-    return scored
-
-
-def verdict(name: str, completion: str, row: dict) -> float:
-    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
-    parts = row["verdict"].result()
-    if parts[name] is None:
-        raise RuntimeError(parts["judge_error"])
-    return parts[name]
+# -------------------------------------------------------------------------------------- problems
 
 
 def is_right(problem: Problem, completion: str) -> bool | None:
@@ -419,7 +376,7 @@ def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
             continue
         others.append((said, f"sample {row['sample']} of {problem.id}"))
         kept.append(row)
-    scored = score(problems, kept, tok, config) if config.rewards else [None] * len(kept)
+    scored = evaluation.score(problems, kept, tok, config) if config.rewards else [None] * len(kept)
     teacher = config.teacher_model or config.teacher or config.adapter or config.model
     out = []
     for row, s in zip(kept, scored, strict=True):
@@ -491,7 +448,8 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
     rows = rows + [{"problem": i, "sample": -1, "completion": text, "stop": "stop"}
                    for i, text in enumerate(texts) if text]  # fmt: skip
     groups, out, rejects = {}, [], []
-    for row, s in zip(rows, score(problems, rows, tok, config), strict=True):
+    scored = evaluation.score(problems, rows, tok, config)
+    for row, s in zip(rows, scored, strict=True):
         right = is_right(problems[row["problem"]], row["completion"])
         row = row | {"reward": s.total, "parts": s.parts, "errors": s.errors, "right": right}
         groups.setdefault(row["problem"], []).append(row)

@@ -55,7 +55,7 @@ import judge as judges
 import lora
 import rewards
 import runs
-from eval import Problem, eval_metrics, evaluate, load_problems
+from eval import Problem, eval_metrics, evaluate, load_problems, verdict
 from sampler import Rollout, Sampler
 from train_sft import (
     base_name,
@@ -728,14 +728,6 @@ def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards
         right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
     scored = rewards.score(mix, functions, text, row)
     return Sample(problem, rollout.prompt, rollout, text, right, strict, scored)
-
-
-def verdict(name: str, completion: str, row: dict) -> float:
-    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
-    parts = row["verdict"].result()
-    if parts[name] is None:
-        raise RuntimeError(parts["judge_error"])
-    return parts[name]
 
 
 def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:

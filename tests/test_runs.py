@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import resource
-import runpy
 import signal
 import subprocess
 import sys

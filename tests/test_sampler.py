@@ -387,14 +387,16 @@ def test_caches_are_updated_in_place():
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
 
 
-def test_local_layers_hold_no_more_than_their_window():
-    s = sampler(slots=3, max_prompt=11)
-    cfg, (_, args) = s.cfg, s.programs(params_of("gemma3"))["decode"]
-    for cache in "kv":
-        held = [x.shape[2] for x in args[-1]["cache"][cache]]
-        whole = s.max_prompt + s.max_new
-        assert cfg.sliding_window < whole
-        assert held == [whole if is_global else cfg.sliding_window for is_global in cfg.is_global]
+def test_prefill_makes_no_logits_and_local_layers_keep_a_ring():
+    """A prompt is read without the head: its first token is drawn by a step of decoding."""
+    cfg, s = CFG["gemma3"], sampler()
+    headless = {k: v for k, v in params_of("gemma3").items() if k != "lm_head"}
+    function, args = s.programs(headless)["prefill"]
+    assert "while" in function.lower(*args).as_text()
+    shelf, state = jax.eval_shape(s.empty)
+    for held, longest in ((shelf, 40), (state["cache"], 40 + 64)):
+        sizes = [k.shape[2] for k in held["k"]]
+        assert sizes == [longest if g else cfg.sliding_window for g in cfg.is_global]
 
 
 def test_shapes_of_programs_are_those_of_a_call():
