@@ -143,6 +143,9 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
 
 
 REAL = dict(
@@ -377,8 +380,9 @@ def is_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
     per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    stats = mesh.devices.flat[0].memory_stats() if mesh.devices.flat[0].platform != "cpu" else None
-    limit = (stats or {}).get("bytes_limit", 16 * 2**30)
+    device = mesh.devices.flat[0]  # of a TPU that is only compiled for, nothing can be asked
+    here = device.platform != "cpu" and device in jax.local_devices()
+    limit = (here and device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * per_weight > 0.4 * limit
 
 
@@ -508,9 +512,13 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
     return Problem(question, prompt, question, gold, kind, (), "held-out")
 
 
-def main(config: Config) -> Path:
+def main(config: Config) -> Path | dict:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
+    if config.plan:
+        import bench  # which imports this file
+
+        return bench.plan("sft", config)
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
