@@ -481,7 +481,7 @@ def memory(traced) -> dict:
     """Bytes of a program on one core as its compiler reports them, and how long that took."""
     start = time.perf_counter()
     try:
-        m = traced.lower().compile().memory_analysis()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e) and "CompileTimeHbmOom" not in str(e):
             raise
@@ -489,6 +489,7 @@ def memory(traced) -> dict:
         unit = {"G": 2**30, "M": 2**20}
         return {"needs_bytes": float(needed[1]) * unit[needed[2]] if needed else None,
                 "compile_s": time.perf_counter() - start}  # fmt: skip
+    m, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return {
         "arguments_bytes": m.argument_size_in_bytes,
         "temporaries_bytes": m.temp_size_in_bytes,
@@ -496,6 +497,7 @@ def memory(traced) -> dict:
         "aliased_bytes": m.alias_size_in_bytes,
         "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
         - m.alias_size_in_bytes,
+        "compiler_flops": cost.get("flops") if isinstance(cost, dict) else None,  # loops once
         "compile_s": time.perf_counter() - start,
     }  # fmt: skip
 
@@ -506,7 +508,7 @@ def tree_bytes(*trees) -> int:
     for x in jax.tree.leaves(trees):
         if getattr(x, "sharding", None) is not None:
             x = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        total += size(x) if hasattr(x, "dtype") else 0
+        total += size(x) if hasattr(x, "shape") else 0
     return total
 
 
