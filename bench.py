@@ -357,10 +357,7 @@ def measure(config: Config) -> dict:
     filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **filled)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    if config.weights:
-        cfg = gemma.read_config(config.weights)
-    else:
-        cfg = gemma.CONFIGS[train_sft.base_name(config)]
+    cfg = shapes_of(config)
     device = mesh.devices.flat[0]
     out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}
     for phase in config.phases.split(","):
@@ -508,7 +505,7 @@ def tree_bytes(*trees) -> int:
     for x in jax.tree.leaves(trees):
         if getattr(x, "sharding", None) is not None:
             x = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        total += size(x) if hasattr(x, "shape") else 0
+        total += size(x) if isinstance(x, jax.ShapeDtypeStruct | np.ndarray) else 0
     return total
 
 
@@ -577,6 +574,15 @@ def session(script: str, config, step_s: float, seconds: float) -> dict:
             "tokens_per_s": n * config.max_new / step_s}  # fmt: skip
 
 
+def shapes_of(config) -> gemma.Config:
+    """The model of a Config: of --weights' config.json, else by name. No weights are needed."""
+    if config.weights:
+        return gemma.read_config(config.weights)
+    if (name := train_sft.base_name(config)) not in gemma.CONFIGS:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    return gemma.CONFIGS[name]
+
+
 def plan(script: str, config, target: str | None = None, only: str = "", efficiency: float = 0.5,
          time_limit: str | None = None) -> dict:  # fmt: skip
     """Compiles a script's programs, prints what they need and how far the time goes; returns it.
@@ -585,55 +591,56 @@ def plan(script: str, config, target: str | None = None, only: str = "", efficie
     """
     prepare()
     module = SCRIPTS[script]
-    mesh, version = mesh_of(target)
     config = module.resolve(config)
-    device = mesh.devices.flat[0]
-    compiles = device.platform != "cpu"
-    peak = PEAKS.get(device.device_kind if compiles else "TPU v5 lite")
-    programs = module.programs(config, mesh)
-    out = {"target": target or (None if version is None and compiles else "v5e:2x4"),
-           "device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__, "libtpu": version,
-           "hbm_bytes": {}, "phases": {}}  # fmt: skip
-    base = programs["train_step"][1][2].get("base", programs["train_step"][1][0])
-    split = "data" in base["embed_tokens"].sharding.spec
-    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
-    print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} "
-          f"{'split over the cores' if split else 'on every core'}; {out['target'] or 'this'} "
-          f"machine, {out['device']}, JAX {out['jax']}"
-          + (f", libtpu {version}" if version else ""))  # fmt: skip
+    shapes_of(config)
+    mesh, version = mesh_of(target)
+    compiles = mesh.devices.flat[0].platform != "cpu"
+    kind = mesh.devices.flat[0].device_kind if compiles else "TPU v5 lite"
+    peak, programs = PEAKS.get(kind), module.programs(config, mesh)
+    target = (target or "v5e:2x4") if version or not compiles else None
+    out = {"target": target, "device": f"{mesh.size} {kind}", "jax": jax.__version__,
+           "libtpu": version, "hbm_bytes": {}, "phases": {}}  # fmt: skip
+    announce(script, config, programs, out, compiles)
     works = {}
     for phase, (program, flags) in NAMES[script].items():
         if program not in programs:
             continue
-        function, args = programs[program]
-        traced, works[program] = traced_work(function, args, mesh.size)
-        if not phase.startswith(only):
-            continue
-        row = {"arguments_bytes": tree_bytes(args), "flags": flags}
-        if compiles:
-            say(f"compiling {phase}")
-            row |= memory(traced)
-        row["beside_bytes"] = beside(program, programs)
-        total = row.get("total_bytes", row.get("needs_bytes", row["arguments_bytes"]))
-        row["hbm_bytes"] = None if total is None else total + row["beside_bytes"]
-        out["phases"][phase], out["hbm_bytes"][phase] = row, row["hbm_bytes"]
+        traced, works[program] = traced_work(*programs[program], mesh.size)
+        if phase.startswith(only):
+            row = {"flags": flags, "arguments_bytes": tree_bytes(programs[program][1])}
+            if compiles:
+                say(f"compiling {phase}")
+                row |= memory(traced)
+            row["beside_bytes"] = beside(program, programs)
+            total = row.get("total_bytes", row.get("needs_bytes", row["arguments_bytes"]))
+            row["hbm_bytes"] = None if total is None else total + row["beside_bytes"]
+            out["phases"][phase], out["hbm_bytes"][phase] = row, row["hbm_bytes"]
     for phase, work in step_work(script, works, programs, config, mesh.size).items():
         row = out["phases"].setdefault(phase, {})
         row |= {"flops": work.flops, "bytes": work.bytes, "ici_bytes": work.ici}
         if peak:
             row["roofline_s"], row["bound"] = roofline(work, peak)
-    steps_s = [row["roofline_s"] for row in out["phases"].values() if "roofline_s" in row]
-    if steps_s:
-        out["step_s"] = sum(steps_s) / efficiency
-        seconds = runs.parse_time(time_limit or config.time_limit or "9h")
-        out |= {"efficiency": efficiency, "session_s": seconds}
-        out["session"] = session(script, config, out["step_s"], seconds)
     show_memory(out["phases"], peak.hbm if peak else 0, compiles)
-    if "session" in out:
-        show_time(script, config, out)
-    else:
-        print(f"The peaks of {out['device']} are not known here: nothing is said of time.")
+    if not peak:
+        say(f"the peaks of a {kind} are not known here, so nothing is said of time")
+        return out
+    out["step_s"] = sum(row.get("roofline_s", 0.0) for row in out["phases"].values()) / efficiency
+    seconds = runs.parse_time(time_limit or config.time_limit or "9h")
+    out |= {"efficiency": efficiency, "session_s": seconds}
+    out["session"] = session(script, config, out["step_s"], seconds)
+    show_time(script, config, out)
     return out
+
+
+def announce(script: str, config, programs: dict, out: dict, compiles: bool) -> None:
+    """Prints what is planned, and for what."""
+    base = programs["train_step"][1][2].get("base", programs["train_step"][1][0])
+    split = "data" in base["embed_tokens"].sharding.spec
+    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
+    how = f"libtpu {out['libtpu']}" if out["libtpu"] else "compiled here"
+    print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} "
+          f"{'split over the cores' if split else 'on every core'}; for {out['target'] or 'here'}, "
+          f"{out['device']}, JAX {out['jax']}, {how if compiles else 'not compiled'}")  # fmt: skip
 
 
 def table(head: list[str], rows: list[list]) -> None:
