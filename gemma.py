@@ -421,9 +421,12 @@ def _embed(params, cfg, tokens_BT, fsdp):
     return table_VD[tokens_BT] * jnp.asarray(cfg.hidden_size**0.5, table_VD.dtype)
 
 
-def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsdp):
+def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora, remat, fsdp):
     """All layers without a cache -> x_BTD and the new keys and values [L, B, K, T, H]."""
-    same_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, None, :]
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    if parents_BT is not None:
+        same_BTT |= parents_BT[:, :, None] == segments_BT[:, None, :]
+    same_BTT &= (segments_BT > 0)[:, None, :]
     distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
     spec = specs(cfg)["layers"]
 
@@ -445,12 +448,16 @@ def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsd
 
 
 def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
-           segments_BT: jax.Array | None = None, *, lora: dict | None = None, remat: str = "none",
+           segments_BT: jax.Array | None = None, parents_BT: jax.Array | None = None, *,
+           lora: dict | None = None, remat: str = "none",
            fsdp: str | None = None) -> jax.Array:  # fmt: skip
     """The final normed hidden states [B, T, D] of whole rows.
 
     segments_BT: which sequence of a packed row a token belongs to, 0 = padding; tokens attend
     inside their own segment only. positions_BT restart in each segment (default 0..T-1).
+    parents_BT: another segment that a token sees as well, a prompt that completions share:
+    prompt [p p] and two completions of it [c] [d d] -> segments 1 1 2 3 3, parents 1 1 1 1 1,
+    positions 0 1 2 2 3.
     fsdp: the mesh axis that the base is sharded over, inside shard_map; None when replicated.
     """
     B, T = tokens_BT.shape
@@ -459,7 +466,8 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Ar
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
     x_BTD = _embed(params, cfg, tokens_BT, fsdp)
-    x_BTD, _ = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsdp)
+    x_BTD, _ = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora, remat,
+                            fsdp)  # fmt: skip
     return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps)
 
 
@@ -575,7 +583,7 @@ def extend(params: dict, cfg: Config, cache: dict, tokens_BT: jax.Array, positio
     x_BTD = _embed(params, cfg, tokens_BT, None)
     if empty:
         x_BTD, kv_LBKTH = _scan_layers(
-            params, cfg, x_BTD, positions_BT, valid_BT.astype(jnp.int32), lora, "none", None
+            params, cfg, x_BTD, positions_BT, valid_BT.astype(jnp.int32), None, lora, "none", None
         )
         which = {"local": np.flatnonzero(~np.array(cfg.is_global)),
                  "global": np.flatnonzero(cfg.is_global)}  # fmt: skip
