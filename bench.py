@@ -539,9 +539,11 @@ def step_work(script: str, works: dict[str, Work], programs: dict, config, n: in
     if script != "grpo":
         return {script: works["train_step"].run() + adam}
     n_samples, here = config.prompts * config.group, -(-config.prompts * config.group // n)
-    per_row = config.pack_length // (config.max_prompt + config.max_new)
-    n_micro = -(-n_samples // (per_row * config.micro_rows * n))
-    wanted = per_row * config.max_new / config.pack_length  # of a row's tokens
+    rows = len(train_grpo.rows_of([config.max_prompt] * config.prompts, [
+        [config.max_new] * config.group] * config.prompts, config.pack_length))  # fmt: skip
+    n_micro = -(-rows // (config.micro_rows * n))
+    computed = n_micro * config.micro_rows * n * config.pack_length
+    wanted = n_samples * config.max_new / computed  # the share of tokens that need logits
     step, admit = (lambda w: (w._replace(loops=()), w.loops[0][1]))(works["decode"].loops[0][1])
     phases = {
         "grpo_prefill": works["prefill"].loops[-1][1] * -(-config.prompts // n),
