@@ -188,11 +188,12 @@ def count(jaxpr: Jaxpr, n: int, inside: bool = False) -> Work:
             work += parts[0] * params["length"]
         elif name == "while":
             most = max((x.shape[0] for x in (v.aval for v in eqn.outvars) if x.ndim > 1), default=1)
-            work += Work(loops=((most, parts[1]),))  # parts[0]: the condition
+            body = count(params["body_jaxpr"].jaxpr, n, inside)
+            work += Work(loops=((most, body),))
         elif name == "cond":
             work += max(parts, key=lambda part: part.run())
         elif name == "pallas_call":
-            work += kernel(params, parts)
+            work += kernel(eqn, parts)
         elif parts:
             work += sum(parts, Work())
         elif inside:
@@ -221,12 +222,12 @@ def leaf(name: str, params: dict, ins: list, out, n: int) -> Work:
     return Work()
 
 
-def kernel(params: dict, parts: list[Work]) -> Work:
-    """The work of a Pallas kernel: as it says itself, else of every point of its grid."""
-    if (cost := params.get("cost_estimate")) is not None:
+def kernel(eqn, parts: list[Work]) -> Work:
+    """The work of a Pallas kernel: as it says itself, else of all of its grid, masked blocks too."""
+    if (cost := eqn.params.get("cost_estimate")) is not None:
         return Work(cost.flops, cost.bytes_accessed)
-    work = sum(parts, Work()) * math.prod(params["grid_mapping"].grid)
-    return Work(work.flops, sum(size(x) for x in params["out_avals"]))
+    flops = sum(part.flops for part in parts) * math.prod(eqn.params["grid_mapping"].grid)
+    return Work(flops, sum(size(v.aval) for v in (*eqn.invars, *eqn.outvars)))
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -442,7 +443,8 @@ def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
 
     Where neither is, Kaggle's TPU; without its compiler, a mesh of as many CPU devices.
     """
-    make = lambda devices: Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    make = lambda devices: jax.make_mesh((len(devices),), ("data",), devices=devices,
+                                         axis_types=(AxisType.Auto,))  # fmt: skip
     if target is None and jax.default_backend() != "cpu":
         return make(jax.devices()), None
     target = target or "v5e:2x4"
@@ -460,9 +462,13 @@ def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
     return make(jax.devices("cpu")[:n]), None
 
 
-def prepare() -> None:
-    """What must be set before JAX looks for devices."""
-    os.environ |= {k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()}
+def prepare(target: str | None) -> None:
+    """What must be set before JAX looks for devices; a TPU that is here and meant is left alone."""
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    if target or not chips:
+        os.environ |= {k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()}
+    if target:
+        jax.config.update("jax_platforms", "cpu")
     if "device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # it has looked already
             jax.config.update("jax_num_cpu_devices", 8)
@@ -591,7 +597,7 @@ def plan(script: str, config, target: str | None = None, only: str = "", efficie
 
     config: the script's own. only: a phase to compile, the others are counted alone.
     """
-    prepare()
+    prepare(target)
     module = SCRIPTS[script]
     config = module.resolve(config)
     shapes_of(config)

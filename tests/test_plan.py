@@ -112,7 +112,7 @@ def test_decoding_reads_the_weights_and_the_caches(tmp_path):
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setattr(bench, "find_libtpu", lambda: None)
-    monkeypatch.setattr(bench, "prepare", lambda: None)
+    monkeypatch.setattr(bench, "prepare", lambda target: None)
 
 
 @pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo])
