@@ -223,7 +223,7 @@ def leaf(name: str, params: dict, ins: list, out, n: int) -> Work:
 
 
 def kernel(eqn, parts: list[Work]) -> Work:
-    """The work of a Pallas kernel: as it says itself, else of all of its grid, masked blocks too."""
+    """The work of a Pallas kernel: what it says itself, else its whole grid, masked blocks too."""
     if (cost := eqn.params.get("cost_estimate")) is not None:
         return Work(cost.flops, cost.bytes_accessed)
     flops = sum(part.flops for part in parts) * math.prod(eqn.params["grid_mapping"].grid)
