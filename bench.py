@@ -486,9 +486,9 @@ def memory(traced) -> dict:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e) and "CompileTimeHbmOom" not in str(e):
+        needed = re.search(r"hbm.*?([\d.]+)([GM])\)? (?:of|exceeds)", str(e), re.I | re.S)
+        if not needed and "CompileTimeHbmOom" not in str(e):
             raise
-        needed = re.search(r"Used ([\d.]+)([GM]) of", str(e))
         unit = {"G": 2**30, "M": 2**20}
         return {"needs_bytes": float(needed[1]) * unit[needed[2]] if needed else None,
                 "compile_s": time.perf_counter() - start}  # fmt: skip
@@ -676,7 +676,7 @@ def show_memory(phases: dict, limit: float, compiles: bool) -> None:
     for name, row in phases.items():
         if "needs_bytes" in row or row["hbm_bytes"] > limit * 2**30:
             needs = gib(row, "hbm")
-            needs = "more than there is" if needs is None else f"{needs:.2f} GiB"
+            needs = "more than there is" if needs is None else f"{needs:.2f} GiB or more"
             print(
                 f"{name} does not fit: needs {needs}, a core has {limit:.2f}; lower {row['flags']}"
             )

@@ -162,20 +162,30 @@ def test_json_and_phases(no_compiler, capsys):
             bench.main(dataclasses.replace(config, **wrong))
 
 
-def test_too_large_a_program_is_reported(capsys):
-    """The compiler's message in, one line with the numbers and the flag out."""
+@pytest.mark.parametrize("message", [
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(21.52G) exceeds available HBM (15.75G).",
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    "Used 21.52G of 15.75G hbm. Exceeded hbm capacity by 5.77G.",
+])  # fmt: skip
+def test_too_large_a_program_is_reported(capsys, message):
+    """The compiler's message in, one line with the numbers and the flag out; others are raised."""
 
     class Refused:
         def lower(self):
-            text = "Ran out of memory in memory space hbm. Used 21.52G of 15.75G hbm."
-            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+            raise jax.errors.JaxRuntimeError(self.message)
 
-    row = bench.memory(Refused())
+    refused = Refused()
+    refused.message = message
+    row = bench.memory(refused)
     assert row["needs_bytes"] == pytest.approx(21.52 * GIB)
     row |= {"arguments_bytes": GIB, "hbm_bytes": row["needs_bytes"], "flags": "--micro-rows"}
     bench.show_memory({"sft": row}, 15.75 * GIB, True)
-    line = "sft does not fit: needs 21.52 GiB, a core has 15.75; lower --micro-rows"
+    line = "sft does not fit: needs 21.52 GiB or more, a core has 15.75; lower --micro-rows"
     assert line in capsys.readouterr().out
+    refused.message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        bench.memory(refused)
 
 
 # ------------------------------------------------------------------------------------ with libtpu
