@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import gemma
@@ -357,7 +357,7 @@ def measure(config: Config) -> dict:
     """Runs what --phases names on the devices at hand, prints and returns the figures."""
     filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **filled)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     cfg = shapes_of(config)
     device = mesh.devices.flat[0]
     out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}
@@ -444,7 +444,7 @@ def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
     Where neither is, Kaggle's TPU; without its compiler, a mesh of as many CPU devices.
     """
     make = lambda devices: jax.make_mesh((len(devices),), ("data",), devices=devices,
-                                         axis_types=(AxisType.Auto,))  # fmt: skip
+                                         axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
     if target is None and jax.default_backend() != "cpu":
         return make(jax.devices()), None
     target = target or "v5e:2x4"

@@ -6,6 +6,7 @@
     judge.pump(flush=True)                    # all that is still waiting
     future.result()                           # {"judge": 0.83, ...}, or None and "judge_error"
     python judge.py --judge gemma3-4b         # how far injections move its scores
+    python judge.py --judge gemma3-4b --speed # verdicts a second, against decoding them
 
 Styles (G-RaR; Rubrics as Rewards, arXiv 2507.17746; Pinocchio):
 
@@ -43,6 +44,7 @@ import queue
 import random
 import re
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -58,11 +60,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
+from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -85,6 +88,20 @@ class Config:
     """Requests that may be sent, those of earlier sessions in the cache included; 0: no limit."""
     judge_missing: float = 0.2
     """Share of missing judgements, of the latest 200, above which the run stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Config):
+    """Measures how far injections move a judge's scores or, with --speed, how fast it judges."""
+
+    problems: int = 8
+    """Word problems whose answers are judged."""
+    speed: bool = False
+    """Verdicts a second, by a prefill and by decoding them; random weights of the judge's shape."""
+    group: int = 8
+    """With --speed: responses to each problem."""
+    new_tokens: int = 16
+    """With --speed: tokens of a verdict in JSON."""
 
 
 REPLICATED_BYTES = 2.5e9  # a larger judge is sharded over the mesh
@@ -112,12 +129,16 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
     except ValueError as e:
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
-    if mesh is None:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh or all_devices()
     dtype, shard = layout(gemma.read_config(folder), mesh, dtype)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
+
+
+def all_devices() -> Mesh:
+    axes = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
 
 
 def layout(cfg: gemma.Config, mesh: Mesh, dtype=None) -> tuple[jnp.dtype, bool]:
@@ -340,16 +361,6 @@ class Judge:
 # ------------------------------------------------------------------------------------ on the mesh
 
 
-def embed(params: dict, cfg: gemma.Config, tokens_T: jax.Array, fsdp: str | None) -> jax.Array:
-    """gemma._embed without ever gathering a sharded table: 2 GB a device for gemma3-12b."""
-    if fsdp is None:
-        return gemma._embed(params, cfg, tokens_T[None], None)[0]
-    tokens_dT = lax.all_gather(tokens_T, fsdp)  # all devices' tokens, of whose states we own a part
-    x_dTD = params["embed_tokens"][tokens_dT]  # x_dTD{D/devices} -> all-to-all -> our x_TD, whole
-    x_TD = lax.all_to_all(x_dTD, fsdp, split_axis=0, concat_axis=2, tiled=True)[0]
-    return x_TD * jnp.asarray(cfg.hidden_size**0.5, x_TD.dtype)
-
-
 def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) -> jax.Array:
     """Final hidden states [B, D] at the last token of rows whose beginnings are shared.
 
@@ -381,7 +392,7 @@ def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) 
         return (x_XUD, x_BCD), None
 
     tokens_T = jnp.concatenate([tokens_XU.reshape(-1), tokens_BC.reshape(-1)])
-    x_TD = embed(params, cfg, tokens_T, fsdp)
+    x_TD = gemma._embed(params, cfg, tokens_T[None], fsdp)[0]
     x_XUD, x_BCD = x_TD[: X * U].reshape(X, U, D), x_TD[X * U :].reshape(B, C, D)
     freq_LH = jnp.asarray(np.stack([gemma._frequencies(cfg, g) for g in cfg.is_global]))
     window_L = jnp.asarray([gemma._window(cfg, g) for g in cfg.is_global])
@@ -877,9 +888,10 @@ def attack(judge, cases: list[tuple[str, dict]]) -> dict[str, list[float]]:
     return {name: of[~np.isnan(of)].tolist() for name, of in moved}
 
 
-def main(config: Config, n: int = 8) -> dict[str, list[float]]:
+def injections(config: Command) -> dict[str, list[float]]:
     """Judges right and wrong answers to word problems, then what ATTACKS does to the wrong ones."""
-    rows, judge = [data.word_problem("test", i) for i in range(n)], open(config)
+    n, judge = config.problems, open(config)
+    rows = [data.word_problem("test", i) for i in range(n)]
     case = lambda row, answer: (data.format_completion(row["reasoning"], answer), row)
     right = [case(row, row["answer"]) for row in rows]
     wrong = [case(row, str(int(row["answer"]) + 7)) for row in rows]
@@ -888,17 +900,73 @@ def main(config: Config, n: int = 8) -> dict[str, list[float]]:
     found |= {f"wrong, {name}: added": moved for name, moved in attack(judge, wrong).items()}
     judge.close()
     for name, values in found.items():
+        n_judged = sum(value is not None for value in values)
         values = [value for value in values if value is not None] or [math.nan]
-        print(f"{name:24}{np.mean(values):+.3f}  at most {max(values):+.3f}")
+        print(f"{name:24}{np.mean(values):+.3f}  from {min(values):+.3f} to {max(values):+.3f}, "
+              f"{n_judged} judged")  # fmt: skip
     if judge.error:
         print(f"not everything could be judged: {judge.error}")
     return found
+
+
+# ------------------------------------------------------------------------------------------ speed
+
+
+def speed(config: Command, repeats: int = 3) -> dict[str, float]:
+    """Verdicts a second of one prefill each (OnMesh), and of the same prompts' decoded (Sampler).
+
+    Weights are random, of the shape of --judge-weights' config.json or of --judge by name; texts
+    are in the tokens of the tiny model, whose ids every vocabulary has. Decoded verdicts are a
+    digit, and --new-tokens tokens as JSON takes them; each prompt is prefilled whole.
+    """
+    mesh, tok = all_devices(), data.Tokenizer(gemma.find("tiny"))
+    if config.judge_weights:
+        cfg = gemma.read_config(config.judge_weights)
+    elif config.judge in gemma.CONFIGS:
+        cfg = gemma.CONFIGS[config.judge]
+    else:
+        raise ValueError(f"--judge {config.judge}: expected one of {', '.join(gemma.CONFIGS)}")
+    dtype, shard = layout(cfg, mesh)
+    specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), gemma.pspecs(cfg, shard))
+    init = jax.jit(functools.partial(gemma.init, cfg, dtype=dtype), out_shardings=specs)
+    params = init(jax.random.key(0))
+    rows = [data.word_problem("test", i) for i in range(config.problems + config.group)]
+    texts = [data.format_completion(row["reasoning"], row["answer"]) for row in rows]
+    cases = [(texts[i + j], rows[i]) for i in range(config.problems) for j in range(config.group)]
+    judge = OnMesh(cfg, params, tok, mesh, config.judge_style, shard=shard)
+    prompts = [sum(judge._cut(shared, rest), ()) for shared, rests in
+               (digit_prompts(config.judge_style, *case) for case in cases)
+               for rest in rests]  # fmt: skip
+    lengths = [len(ids) for ids in prompts]
+    sampler = Sampler(cfg, mesh, slots=-(-len(prompts) // mesh.size), max_prompt=max(lengths),
+                      max_new=config.new_tokens, dtype=dtype)  # fmt: skip
+    decode = lambda n: list(sampler.sample(params, prompts, temperature=0, stop=(), max_new=n))
+    ways = {"by one prefill": lambda: scores(judge, cases), "decoding a digit": lambda: decode(1),
+            f"decoding {config.new_tokens} tokens": lambda: decode(config.new_tokens)}  # fmt: skip
+    print(f"{len(cases)} verdicts, {len(prompts)} prompts of {np.mean(lengths):.0f} tokens, "
+          f"{cfg.n_params:,} random weights in {dtype}, {mesh.size} "
+          f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+    found = {}
+    for name, judge_all in ways.items():
+        seconds = []
+        for _ in range(repeats + 1):  # the first one compiles
+            began = time.perf_counter()
+            judge_all()
+            seconds.append(time.perf_counter() - began)
+        found[name] = len(cases) / statistics.median(seconds[1:])
+        each = ", ".join(f"{s:.2f}" for s in seconds[1:])
+        print(f"{name:20}{found[name]:8.2f} verdicts/s  ({each} s)", flush=True)
+    return found
+
+
+def main(config: Command) -> dict:
+    return (speed if config.speed else injections)(config)
 
 
 if __name__ == "__main__":
     import tyro
 
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Command, description=__doc__))
     except ValueError as e:
         sys.exit(f"error: {e}")

@@ -7,6 +7,7 @@
         checkpoints/step_N/   the state after N updates: what `write_model` wrote (the adapter),
                               resume/ (arrays and counters), manifest.json (size and sha256 of each)
         final/                what `--adapter` takes
+        report.html           what report.py makes of the files above, now and then and at the end
 
 Steps count from 1, so step_N is saved after line N of metrics.jsonl. Everything is written under a
 temporary name and renamed, so a kill at any moment leaves the old file or the new one. Resuming
@@ -17,6 +18,7 @@ timings aside. What is wrong in a folder is said in one line that names the path
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -31,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -42,17 +45,28 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process.
-STARTED = time.monotonic() - time.process_time()
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process. But the
+# kernel of a notebook may be hours old: a run in it counts from its own beginning.
+IN_NOTEBOOK = "ipykernel" in sys.modules
+STARTED = None if IN_NOTEBOOK else time.monotonic() - time.process_time()
 
 
 # ---------------------------------------------------------------------------- environment
+
+KAGGLE = Path("/kaggle")
+
+
+def output(folder: str) -> Path:
+    """Where a folder of results lies: on Kaggle only /kaggle/working survives the session."""
+    working = KAGGLE / "working"
+    return working / folder if working.is_dir() else Path(folder)
 
 
 def check_jax(version: str | None = None, installed: Iterable[str] | None = None) -> None:
     """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here.
 
     The accelerator is read off the installed packages: starting a backend to ask it could hang.
+    jax[tpu] brings the libtpu that fits; either one upgraded alone would not start.
     """
     version = version or metadata.version("jax")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 10):
@@ -67,7 +81,8 @@ def check_jax(version: str | None = None, installed: Iterable[str] | None = None
     }
     extra = next((extra for name, extra in extras.items() if name in names), "")
     package = f'"jax{extra}"' if extra else "jax"
-    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}")
+    then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
+    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}{then}")
 
 
 def compilation_cache() -> str | None:
@@ -93,6 +108,55 @@ def compilation_cache() -> str | None:
 def say(line: str) -> None:
     """Print to stderr without tearing the progress bar."""
     tqdm.write(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def one_line(main: Callable) -> Callable:
+    """Decorates a script's main(config): what is no fault of the program ends it in one line.
+
+    SIGTERM and Ctrl-C too, where no Run is open that finishes its step first.
+    """
+
+    @functools.wraps(main)
+    def call(config):
+        def stop(number, frame):
+            raise SystemExit(
+                f"stopped by {signal.Signals(number).name}: the same command continues {config.out}"
+            )
+
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():  # Python allows no other
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    before = signal.signal(number, stop)
+                    stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            try:
+                return main(config)
+            except RuntimeError as error:  # as XLA's are
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                said = str(error).splitlines()[0]
+                raise SystemExit(f"out of memory: {_lower(config, error)} ({said})") from error
+            except FloatingPointError as error:
+                raise SystemExit(f"{error}: are the weights or the adapter damaged?") from error
+            except KeyboardInterrupt:  # the second Ctrl-C of a Run, which did not want to wait
+                raise SystemExit(f"interrupted: the same command continues {config.out}") from None
+
+    return call
+
+
+def _lower(config: Any, error: BaseException) -> str:
+    """Which flags need less memory, by the function of ours that ran out of it."""
+    names = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
+    there = lambda *flags: [f for f in flags if hasattr(config, f.replace("-", "_"))]
+    if any(name.startswith("OnMesh.") for name in names):
+        return "take a smaller --judge"
+    if any(name.startswith("Sampler.") for name in names):
+        return "lower --" + " or --".join(there("slots", "eval-accuracy", "max-new"))
+    if there("micro-rows"):
+        return "lower --micro-rows, or take --remat layer or --shard yes"
+    return "take --dtype bfloat16 or a smaller --model"
 
 
 # ---------------------------------------------------------------------------- time budget
@@ -215,6 +279,28 @@ def _writing(path: Path):
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; make "
             "room or choose another --out; the checkpoints are intact"
         ) from error
+
+
+@contextlib.contextmanager
+def lock(folder: Path):
+    """One process at a time in a folder; at any death the kernel unlocks it."""
+    with contextlib.ExitStack() as stack:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SystemExit(
+                f"{folder} is in use by process {file.read()}: "
+                "stop that one, or choose another folder with --out"
+            ) from None
+        with _writing(folder):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
 
 
 def _fsync(path: Path) -> None:
@@ -428,7 +514,7 @@ class Run:
         self.show = show if isinstance(show, dict) else {name: name for name in show}
         self.step: int | None = None  # of the last line logged; None until restore()
         self.stopping, self.bar, self.refused = "", None, set()
-        self.shown, self.shown_at = 0, 0.0
+        self.shown, self.shown_at, self.report_due = 0, 0.0, time.monotonic() + 60
         config = _plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
         for name in report_to:
             if name not in LOGGERS:
@@ -436,9 +522,9 @@ class Run:
             if importlib.util.find_spec(name) is None:
                 raise SystemExit(f"--report-to {name}: not installed; pip install {name}")
         with contextlib.ExitStack() as stack:  # a failure below unlocks the folder again
+            stack.enter_context(lock(self.folder))
             with _writing(self.folder):
-                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-                self._lock(stack)
+                (self.folder / "checkpoints").mkdir(exist_ok=True)
                 _tidy(self.folder)
                 _tidy(self.folder / "checkpoints")
                 self._check_config(config, set(may_change))
@@ -449,6 +535,7 @@ class Run:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     before = signal.signal(number, self._on_signal)
                     stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            stack.callback(self.report)  # first of all, however the run ends
             self._stack = stack.pop_all()
 
     def __enter__(self):
@@ -460,20 +547,6 @@ class Run:
     def close(self) -> None:
         """Unlock the folder, restore the signal handlers, let the loggers finish."""
         self._stack.close()
-
-    def _lock(self, stack):
-        lock = stack.enter_context(open(self.folder / ".lock", "a+"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it at any death
-        except BlockingIOError:
-            lock.seek(0)
-            raise SystemExit(
-                f"{self.folder} is in use by process {lock.read()}: "
-                "stop that one, or choose another folder with --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
 
     def _check_config(self, config, may_change):
         path = self.folder / "config.json"
@@ -642,6 +715,8 @@ class Run:
             for path in {path for _, path in self.checkpoints()} - kept:
                 with contextlib.suppress(OSError):  # renamed first: never half a checkpoint
                     shutil.rmtree(path.rename(path.with_name(f"tmp-{path.name}")))
+            if time.monotonic() >= self.report_due:
+                self.report()
         return target
 
     def restore(self, like: Any) -> Saved | None:
@@ -670,6 +745,18 @@ class Run:
                 _cut(path, saved.step if saved else -1)
         self.step = saved.step if saved else 0
         return saved
+
+    def report(self) -> None:
+        """Write report.html; whatever fails in it, the run goes on."""
+        began = time.monotonic()
+        try:
+            import report  # here: it stands below this file, and a run can do without it
+
+            if self.step is not None:
+                report.main(report.Config((str(self.folder),)))
+        except Exception as error:
+            say(f"no report of {self.folder}: {error!r}")
+        self.report_due = time.monotonic() + 100 * (time.monotonic() - began)  # 1 % of the time
 
     def finish(self, write_model: Callable[[Path], None]) -> Path:
         """Write final/, all of it or nothing, in place of an earlier one."""

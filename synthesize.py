@@ -7,7 +7,7 @@
     python train_sft.py --data runs/traces/rows.jsonl
     python train_simpo.py --data runs/pairs/pairs.jsonl --adapter runs/sft
 
-Data is what eval.py reads; `python synthesize.py --help` ends with a row for each of some domains.
+Data is what eval.py reads; the README has a row for each of some domains.
 
 1. Completions are what costs. Each is on disk as soon as it is there (teacher/replies.jsonl, or
    samples.jsonl of the mesh) and never asked for again, kill or not. All else is derived from them,
@@ -27,20 +27,19 @@ Data is what eval.py reads; `python synthesize.py --help` ends with a row for ea
    way when one is reached, up to --teacher-threads, is still paid for. $TEACHER_API_KEY is the key.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from tqdm import tqdm
 
 import data
@@ -177,7 +176,7 @@ def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
     teacher = getattr(config, "teacher", None)
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
@@ -204,16 +203,17 @@ class Teacher(judge.Endpoint):
     """An endpoint with a rate and a budget; every request leaves a line in the file `spent`."""
 
     def __init__(self, url: str, model: str | None = None, *, spent: Path, rate: float = 0.0,
-                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):  # fmt: skip
+                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0,
+                 clock: Callable[[], float] = time.monotonic, **more):  # fmt: skip
         super().__init__(url, model, key_variable="TEACHER_API_KEY", **more)
-        self.spent, self.price, self.budget = spent, price, budget
+        self.spent, self.price, self.budget, self.clock = spent, price, budget, clock
         self.pause_s, self.next_s = 60 / rate if rate else 0.0, 0.0
         before = evaluation.read_lines(spent) if spent.exists() else []
         self.n_sent, self.dollars = len(before), sum(line["dollars"] for line in before)
 
     def _post(self, body: bytes):
         with self.lock:
-            now = self.now()
+            now = self.clock()  # that of the wall may be set back, by hours
             wait_s = max(0.0, self.next_s - now)
             self.next_s = now + wait_s + self.pause_s
         if wait_s:
@@ -290,7 +290,7 @@ def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
                "checksum of the prompts": prompts}  # fmt: skip
     evaluation.check_folder(Path(config.out), record)
     runs.write_json(Path(config.out) / "config.json", dataclasses.asdict(config) | record)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     dtype = jnp.dtype(config.dtype)
     cfg, params = gemma.load(start.weights, dtype, mesh)
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
@@ -303,48 +303,7 @@ def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
     )[1]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------- scores
-
-
-def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
-          config: Config) -> list[rewards.Scored]:  # fmt: skip
-    """What --rewards gives each row; judged in their order, so the same after a kill."""
-    mix = rewards.read_mix(config.rewards, config.reward_file)
-    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-    names = [name for name in names if config.judge and name in mix.weights]
-    own = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
-    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
-    functions, given, scored = rewards.prepare(mix, own, config.reward_file, judged), [], []
-    for row in rows:
-        problem, n_tokens = problems[row["problem"]], row.get("n_tokens")
-        given.append(problem.row | {
-            "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-            "choices": problem.choices, "n_tokens": n_tokens or len(tok.encode(row["completion"])),
-            "max_new": config.max_new, "overlong_buffer": 0.2 * config.max_new,
-            "stop": row["stop"], "progress": 0.0,
-        })  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        if names:
-            judge_ = judge.open(config, cache=Path(config.out) / "judge" / "replies.jsonl")
-            stack.callback(judge_.close)
-            for row, about in zip(rows, given, strict=True):
-                about["verdict"] = judge_.submit(row["completion"], dict(about))
-                judge_.pump()
-            judge_.pump(flush=True)
-        progress = tqdm(rows, "scores", mininterval=evaluation.EVERY_S)
-        for row, about in zip(progress, given, strict=True):
-            scored.append(rewards.score(mix, functions, row["completion"], about))
-            if names and (trouble := judge_.trouble()):
-                raise SystemExit(f"{trouble}; the same command continues from there")
-    return scored
-
-
-def verdict(name: str, completion: str, row: dict) -> float:
-    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
-    parts = row["verdict"].result()
-    if parts[name] is None:
-        raise RuntimeError(parts["judge_error"])
-    return parts[name]
+# -------------------------------------------------------------------------------------- problems
 
 
 def is_right(problem: Problem, completion: str) -> bool | None:
@@ -417,7 +376,7 @@ def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
             continue
         others.append((said, f"sample {row['sample']} of {problem.id}"))
         kept.append(row)
-    scored = score(problems, kept, tok, config) if config.rewards else [None] * len(kept)
+    scored = evaluation.score(problems, kept, tok, config) if config.rewards else [None] * len(kept)
     teacher = config.teacher_model or config.teacher or config.adapter or config.model
     out = []
     for row, s in zip(kept, scored, strict=True):
@@ -489,7 +448,8 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
     rows = rows + [{"problem": i, "sample": -1, "completion": text, "stop": "stop"}
                    for i, text in enumerate(texts) if text]  # fmt: skip
     groups, out, rejects = {}, [], []
-    for row, s in zip(rows, score(problems, rows, tok, config), strict=True):
+    scored = evaluation.score(problems, rows, tok, config)
+    for row, s in zip(rows, scored, strict=True):
         right = is_right(problems[row["problem"]], row["completion"])
         row = row | {"reward": s.total, "parts": s.parts, "errors": s.errors, "right": right}
         groups.setdefault(row["problem"], []).append(row)
@@ -516,11 +476,13 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 # ------------------------------------------------------------------------------------------ main
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Makes the rows or pairs and returns the file of them."""
     runs.check_jax()
     runs.compilation_cache()
-    config, out = resolve(config), Path(config.out)
+    config = resolve(config)
+    out = Path(config.out)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     start = lora.start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
@@ -528,59 +490,39 @@ def main(config: Config) -> Path:
         config.data, tok, config.system, config.rows, config.max_prompt, config.skip_bad_rows
     )
     runs.say(f"data: {len(problems):,} problems of {config.data}, {len(bad)} bad rows left out")
-    if getattr(config, "teacher", None):
+    with runs.lock(out):
+        if getattr(config, "teacher", None):
+            with runs._writing(out):
+                (out / "teacher").mkdir(parents=True, exist_ok=True)
+                runs.write_json(out / "config.json", dataclasses.asdict(config))
+            teacher = Teacher(
+                config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
+                rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
+                threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
+            )  # fmt: skip
+            with runs._writing(out):  # of a reply that could not be kept; all else is a reject
+                rows = ask(teacher, problems, config)
+            runs.say(
+                f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price"
+            )
+        else:
+            rows = sample(config, start, tok, problems)
+        make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
+        made, rejects = make(problems, rows, tok, config)
+        rejects += [{"reason": "bad row", "detail": line} for line in bad]
         with runs._writing(out):
-            (out / "teacher").mkdir(parents=True, exist_ok=True)
-            runs.write_json(out / "config.json", dataclasses.asdict(config))
-        teacher = Teacher(
-            config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
-            rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
-            threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
-        )  # fmt: skip
-        with runs._writing(out):  # of a reply that could not be kept; all else is a reject
-            rows = ask(teacher, problems, config)
-        runs.say(f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price")
-    else:
-        rows = sample(config, start, tok, problems)
-    make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
-    made, rejects = make(problems, rows, tok, config)
-    rejects += [{"reason": "bad row", "detail": line} for line in bad]
-    with runs._writing(out):
-        runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
-        runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
+            runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
+            runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")
     return out / f"{name}.jsonl"
 
 
-# A row for each of some domains, as `traces`, `pairs`, train_grpo.py and eval.py read them.
-EXAMPLES = [
-    {"task_type": "medical", "question": "The lack of which vitamin causes scurvy?",
-     "choices": ["Vitamin A", "Vitamin C", "Vitamin D", "Vitamin K"], "answer": "B"},
-    {"task_type": "chemistry", "question": "How many grams are 2.5 mol of water (18 g/mol)?",
-     "answer": "45 g"},
-    {"task_type": "legal", "question": "A promises B a gift, by word of mouth and for nothing in "
-     "return. Can B enforce it under common law?", "answer": "no"},
-    {"task_type": "robotics", "question": "An arm with one gripper holds the red block and must "
-     "put the blue block into the box. Plan its steps.", "rubrics": [
-         {"title": "Gripper", "description": "It puts the red block down first.", "weight": 1.0},
-         {"title": "Box", "description": "It checks that the box is open.", "weight": "Optional"}]},
-    {"task_type": "creative writing", "question": "Write four lines on rain in an empty city.",
-     "rubrics": "1. It has four lines.\n2. Its images are fresh.\n3. The city is empty."},
-    {"task_type": "summarisation", "question": "Summarise in one sentence: The museum closes for "
-     "two years. Its roof leaks, and the city has at last voted the money for a new one.",
-     "reference": "The museum closes for two years to get a new roof."},
-    {"task_type": "code", "question": "Write a Python function f that reverses a line's words.",
-     "rubrics": ["It reverses words, not letters.", "It handles an empty line."],
-     "reference": "def f(line): return ' '.join(line.split()[::-1])"},
-]  # fmt: skip
-
 if __name__ == "__main__":
     import tyro
 
     try:
-        examples = "\n\n".join(map(json.dumps, EXAMPLES))
-        main(tyro.cli(Config, description=f"{__doc__}\n{examples}"))
+        main(tyro.cli(Config, description=__doc__))
     except ValueError as e:
         sys.exit(f"error: {e}")

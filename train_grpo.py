@@ -46,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -55,7 +55,7 @@ import judge as judges
 import lora
 import rewards
 import runs
-from eval import Problem, evaluate, load_problems
+from eval import Problem, eval_metrics, evaluate, load_problems, verdict
 from sampler import Rollout, Sampler
 from train_sft import (
     base_name,
@@ -67,6 +67,7 @@ from train_sft import (
     opt_specs,
     optimizer,  # fmt: skip
     place,
+    samples_sharded,
     schedule,
     trained_specs,
     vary,
@@ -278,7 +279,7 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
@@ -644,7 +645,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, n_micro, on_policy, lr), reference(...)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
@@ -658,7 +660,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     fsdp, rows = "data" if sharded else None, P(None, "data")
     reference = jax.jit(jax.shard_map(
         partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
-        in_specs=(specs, fixed, rows, P()), out_specs=rows,
+        in_specs=(specs, fixed, rows, P()), out_specs=rows, check_vma=check_vma,
     ))  # fmt: skip
     return train_step, reference
 
@@ -706,7 +708,8 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
 
 def row_of(problem: Problem, rollout: Rollout, p: float, config: Config) -> dict:
@@ -728,14 +731,6 @@ def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards
         right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
     scored = rewards.score(mix, functions, text, row)
     return Sample(problem, rollout.prompt, rollout, text, right, strict, scored)
-
-
-def verdict(name: str, completion: str, row: dict) -> float:
-    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
-    parts = row["verdict"].result()
-    if parts[name] is None:
-        raise RuntimeError(parts["judge_error"])
-    return parts[name]
 
 
 def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:
@@ -857,6 +852,7 @@ def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
     return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
 
 
+@runs.one_line
 def main(config: Config) -> Path | dict:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
@@ -867,7 +863,10 @@ def main(config: Config) -> Path | dict:
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    if config.group == 2 and config.scale == "group":
+        runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
+                 "apart the rewards are; --scale none keeps that")  # fmt: skip
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     # load
     mix = rewards.read_mix(config.rewards, config.reward_file)
@@ -945,8 +944,7 @@ def main(config: Config) -> Path | dict:
         """Held-out greedy accuracy and format, logged and shown -> the score."""
         params, adapter = join(trained, fixed, dtype)
         results, _ = evaluate(sampler, params, tok, held_out, adapter=adapter, every_s=None)
-        names = {"pass@1": "eval_accuracy", "format": "eval_format", "length": "eval_length"}
-        metrics = {ours: results[name] for name, ours in names.items() if name in results}
+        metrics = eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics.get("eval_accuracy", metrics["eval_format"])
@@ -1012,10 +1010,12 @@ def main(config: Config) -> Path | dict:
                 measured = step
             elif config.save_every and step % config.save_every == 0 and not ends:
                 save()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run))
         return run.finish(write)
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -43,7 +43,7 @@ import gemma
 import lora
 import rewards
 import runs
-from eval import Problem, evaluate
+from eval import Problem, eval_metrics, evaluate
 from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
@@ -168,12 +168,12 @@ MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if config.from_scratch:
+    if config.from_scratch and config.lora_rank is None:
         filled["lora_rank"] = 0
     if config.time_limit is not None and config.steps is None:
         filled["steps"] = None  # the clock alone decides
@@ -295,7 +295,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -313,7 +314,8 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 
     specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
-        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P())
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P()),
+        check_vma=check_vma,
     ))  # fmt: skip
     return train_step, eval_step
 
@@ -380,10 +382,21 @@ def is_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
     per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    device = mesh.devices.flat[0]  # of a TPU that is only compiled for, nothing can be asked
-    here = device.platform != "cpu" and device in jax.local_devices()
-    limit = (here and device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
-    return cfg.n_params * per_weight > 0.4 * limit
+    return too_large(cfg, per_weight, mesh)
+
+
+def samples_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
+    """Whether rollouts leave a sharded base where it is rather than gather it once a phase."""
+    itemsize = jnp.dtype(config.dtype).itemsize
+    return is_sharded(cfg, config, mesh) and too_large(cfg, itemsize, mesh)
+
+
+def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
+    """Whether a copy of all weights takes over 40 % of a device's memory."""
+    device = mesh.devices.flat[0]
+    here = device.platform != "cpu" and device in jax.local_devices()  # else only compiled for
+    limit = ((device.memory_stats() if here else None) or {}).get("bytes_limit", 16 * 2**30)
+    return cfg.n_params * bytes_per_weight > 0.4 * limit
 
 
 def new_adapter(cfg: gemma.Config, config: Config) -> dict:
@@ -444,8 +457,11 @@ def load_model(config: Config, mesh: Mesh) -> Model:
         trained, scale = lora.split(adapter)
         fixed = {"base": base} | place(scale, mesh, P())
     specs = trained_specs(cfg, config, sharded)
-    runs.say(f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
-             f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+    rollouts = "in their place" if samples_sharded(cfg, config, mesh) else "from a copy on each"
+    runs.say(
+        f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind}" + f"; rollouts read them {rollouts}" * sharded
+    )
     trained = place(trained, mesh, specs)
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
 
@@ -512,6 +528,7 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
     return Problem(question, prompt, question, gold, kind, (), "held-out")
 
 
+@runs.one_line
 def main(config: Config) -> Path | dict:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
@@ -522,7 +539,7 @@ def main(config: Config) -> Path | dict:
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     n_micro, _ = batch_shape(config, mesh)
 
     # load
@@ -542,7 +559,8 @@ def main(config: Config) -> Path | dict:
     problems = [problem(*e, tok) for e in held_out[: max(config.eval_accuracy, config.show)]]
     longest = max((len(p.prompt) for p in problems), default=1)
     sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
-                      max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                      max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                      shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
     def measure(run, step) -> float:
         """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
@@ -554,7 +572,7 @@ def main(config: Config) -> Path | dict:
             params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
             results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
             if config.eval_accuracy:
-                metrics |= {"eval_accuracy": results["pass@1"], "eval_format": results["format"]}
+                metrics |= eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
@@ -562,7 +580,7 @@ def main(config: Config) -> Path | dict:
         run.log_samples(step, keep)
         for row in keep:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
-        return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
+        return metrics.get("eval_accuracy", -metrics["eval_loss"])
 
     def write(folder: Path) -> None:
         write_model(folder, config, model, trained)
@@ -622,10 +640,12 @@ def main(config: Config) -> Path | dict:
                 save()
                 began = time.perf_counter()
         log_pending()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run, step))
         return run.finish(write)
 
