@@ -666,6 +666,8 @@ def show_memory(phases: dict, limit: float, compiles: bool) -> None:
     keys = ["arguments", "temporaries", "output", "aliased", "total", "beside", "hbm"]
     gib = lambda row, key: None if row.get(f"{key}_bytes") is None else row[f"{key}_bytes"] / 2**30
     phases = {k: row for k, row in phases.items() if "arguments_bytes" in row}
+    if not phases:
+        return
     print("\nGiB on a core, " + ("as the compiler reports them:" if compiles else
           "of the arguments alone, by their shapes; temporaries come on top:"))  # fmt: skip
     table(["", *keys[:-1], "in all"], [[k, *(gib(row, x) for x in keys)] for k, row in
@@ -681,7 +683,7 @@ def show_memory(phases: dict, limit: float, compiles: bool) -> None:
                 f"{name} does not fit: needs {needs}, a core has {limit:.2f}; lower {row['flags']}"
             )
             fits = False
-    if fits and compiles and phases:
+    if fits and compiles:
         most = max(gib(row, "hbm") for row in phases.values())
         print(f"It fits: at most {most:.2f} of {limit:.2f} GiB.")
 
