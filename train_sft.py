@@ -40,6 +40,7 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
+import hosts
 import lora
 import rewards
 import runs
@@ -143,6 +144,14 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+
+    # several hosts (hosts.py)
+    coordinator: str | None = None
+    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    n_processes: int | None = None
+    """How many run this command, each on a host (or GPU) of its own."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 REAL = dict(
@@ -377,7 +386,8 @@ def is_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
     per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    stats = mesh.devices.flat[0].memory_stats() if mesh.devices.flat[0].platform != "cpu" else None
+    device = mesh.local_devices[0] if hosts.count > 1 else mesh.devices.flat[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
     limit = (stats or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * per_weight > 0.4 * limit
 
@@ -400,8 +410,7 @@ def place(tree, mesh: Mesh, specs):
     """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
     if isinstance(specs, P):
         specs = jax.tree.map(lambda _: specs, tree)
-    put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
-    return jax.tree.map(put, tree, specs)
+    return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
 
 
 class Model(NamedTuple):
@@ -446,16 +455,21 @@ def load_model(config: Config, mesh: Mesh) -> Model:
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
 
 
-def write_model(folder: Path, config: Config, model: Model, trained: dict) -> None:
+def write_model(folder: Path | None, config: Config, model: Model, trained: dict) -> None:
     """What --adapter of the next stage takes: a PEFT adapter, or a whole model in bfloat16."""
     cfg, tok = model.cfg, model.tok
+    if not config.lora_rank:
+        weights = hosts.whole(
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
+        )  # as published
+    if folder is None:  # another host writes
+        return
     if config.lora_rank:
         live = jax.device_get(trained | {"scale": model.fixed["scale"]})
         live = live if model.merged is None else lora.stack(model.merged, live, cfg)
         lora.save(folder, live, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
-        weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)  # as published
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
         tok.save(folder)
     lora.write_prompt(folder, config.system)
@@ -511,8 +525,9 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
 def main(config: Config) -> Path:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
-    runs.compilation_cache()
     config = resolve(config)
+    hosts.connect(config)
+    runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     n_micro, _ = batch_shape(config, mesh)
@@ -556,7 +571,7 @@ def main(config: Config) -> Path:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
         return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
 
-    def write(folder: Path) -> None:
+    def write(folder: Path | None) -> None:
         write_model(folder, config, model, trained)
 
     # loop
@@ -590,7 +605,7 @@ def main(config: Config) -> Path:
             log_pending()
             run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
 
-        while (p := budget.progress(step)) < 1 and not run.stopping:
+        while (p := run.progress(step)) < 1 and not run.stopping:
             batch = batches.batch(step)
             # the share of the run at the end of this step, so that the first step moves
             lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)

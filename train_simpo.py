@@ -47,6 +47,7 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
+import hosts
 import lora
 import runs
 from eval import evaluate
@@ -175,6 +176,14 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+
+    # several hosts (hosts.py)
+    coordinator: str | None = None
+    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    n_processes: int | None = None
+    """How many run this command, each on a host (or GPU) of its own."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 REAL = dict(
@@ -472,8 +481,9 @@ def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
 def main(config: Config) -> Path:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
-    runs.compilation_cache()
     config = resolve(config)
+    hosts.connect(config)
+    runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     n_micro, _ = batch_shape(config, mesh)
@@ -518,7 +528,7 @@ def main(config: Config) -> Path:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
         return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
 
-    def write(folder: Path) -> None:
+    def write(folder: Path | None) -> None:
         write_model(folder, config, model, trained)
 
     # loop
@@ -553,7 +563,7 @@ def main(config: Config) -> Path:
             log_pending()
             run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
 
-        while (p := budget.progress(step)) < 1 and not run.stopping:
+        while (p := run.progress(step)) < 1 and not run.stopping:
             batch = batches.batch(step)
             # the share of the run at the end of this step, so that the first step moves
             lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
