@@ -56,20 +56,22 @@ def connect(config) -> None:
     with a line that names the difference.
     """
     global index, count
-    given = {f"--{name.replace('_', '-')}": getattr(config, name) for name in FLAGS}
-    missing = [flag for flag, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise ValueError(f"{' and '.join(missing)}: missing; {', '.join(given)} go together")
-    coordinator, n, i = given.values()
-    if not missing and not (re.fullmatch(r".+:\d+", coordinator) and 0 <= i < n):
+    coordinator, n, i = config.coordinator, config.n_processes, config.process_id
+    asked = [value for value in (coordinator, n, i) if value is not None]
+    good = len(asked) == 3 and re.fullmatch(r".+:\d+", coordinator) and 0 <= i < n
+    if asked and not good:
         raise ValueError(f"--coordinator {coordinator} --n-processes {n} --process-id {i}: expected"
-                         " host:port, 1 or more, and 0 to that number less 1")  # fmt: skip
+                         " all three: host:port, how many, and which of them from 0")  # fmt: skip
     if not jax.distributed.is_initialized():
-        if missing and not detected():
+        if not asked and not detected():
             return
         jax.config.update("jax_enable_preemption_service", False)  # runs.Run has the signals
         _say_why_at_the_end()
-        jax.distributed.initialize(coordinator, n, i, heartbeat_timeout_seconds=HEARTBEAT_S)
+        try:
+            jax.distributed.initialize(coordinator, n, i, heartbeat_timeout_seconds=HEARTBEAT_S)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise SystemExit(f"the processes did not all meet at {coordinator}: {line}") from error
     index, count = jax.process_index(), jax.process_count()
     _check(config)
 

@@ -619,7 +619,8 @@ def test_every_config_field_is_documented_and_read():
     source = (ROOT / "train_grpo.py").read_text()
     shared = (ROOT / "train_sft.py").read_text()
     body = source[source.index("def resolve") :] + shared[shared.index("def loss") :]
-    body += (ROOT / "judge.py").read_text()  # judge.open reads the judge's fields
+    for name in ("judge.py", "hosts.py"):  # judge.open and hosts.connect read fields of theirs
+        body += (ROOT / name).read_text()
     help_ = tyro.extras.get_parser(train_grpo.Config).format_help()
     for field in dataclasses.fields(train_grpo.Config):
         assert f"config.{field.name}" in body, field.name
