@@ -57,7 +57,7 @@ class Pair:
             for i in range(2)
         ]  # fmt: skip
 
-    def wait_for(self, what, timeout_s=240):
+    def wait_for(self, what, timeout_s=600):
         end = time.monotonic() + timeout_s
         while not what():
             for process in self.processes:
@@ -65,7 +65,7 @@ class Pair:
             assert time.monotonic() < end
             time.sleep(0.05)
 
-    def ends(self, codes, timeout_s=240):
+    def ends(self, codes, timeout_s=600):
         """Waits for both -> what each said."""
         said = []
         for process, code in zip(self.processes, codes, strict=True):
@@ -88,7 +88,7 @@ def lines(path):
 SMALL = dict(steps=2, save_every=0, eval_every=0, eval_rows=8, seed=3)
 JOBS = {
     "train_sft": SMALL | dict(batch_rows=16, micro_rows=1, max_length=176, show=0),
-    "train_simpo": SMALL | dict(batch_rows=8, micro_rows=1, max_length=256, show=0, loss="dpo"),
+    "train_simpo": SMALL | dict(batch_rows=8, micro_rows=1, max_length=256, show=0),
     "train_grpo": SMALL | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
                                slots=4, micro_rows=1, inner_epochs=2, kl_coef=0.1, rows=30,
                                rewards="length:1,judge:0.1", judge="tiny", log_samples=99),
