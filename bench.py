@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import gemma
@@ -191,7 +191,7 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
 
 def main(config: Config) -> dict:
     """Measures what --phases names and returns the figures."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     if config.weights:
         cfg = gemma.read_config(config.weights)
     else:

@@ -475,21 +475,30 @@ def gsm8k_row(row: dict) -> dict:
     return {"question": row["question"].strip(), "reasoning": reasoning.strip(), "answer": answer}
 
 
+def asked(text: str, choices=()) -> str:
+    """A question as the model reads it: ("Where?", ["Rome", "Oslo"]) -> Where? A) Rome B) Oslo."""
+    listed = (f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
+    return "\n".join([text.strip(), *listed])
+
+
 def messages(row: dict, system: str = "") -> list[dict]:
     """A row of any known shape as one conversation that ends with the assistant.
 
     {"messages": [...]} · {"prompt", "completion"} (texts or message lists) · {"question",
-    "reasoning", "answer"} · GSM8K's {"question", "answer": "... #### 42"}. `system` is folded into
-    the first user turn unless the row brings a system text of its own.
+    "reasoning", "answer"}, perhaps with "choices" · GSM8K's {"question", "answer": "... #### 42"}.
+    `system` is folded into the first user turn unless the row brings a system text of its own.
     """
     if "messages" in row:
         chat = row["messages"]
     elif "prompt" in row:
         chat = _turns_of(row["prompt"], "user") + _turns_of(_text(row, "completion"), "assistant")
     elif "question" in row:
-        row = row if "reasoning" in row else gsm8k_row(row)
+        choices, row = row.get("choices"), row if "reasoning" in row else gsm8k_row(row)
+        question = _text(row, "question")
+        if choices and isinstance(question, str):
+            question = asked(question, choices)
         answer = format_completion(_text(row, "reasoning"), _text(row, "answer"))
-        chat = _turns_of(_text(row, "question"), "user") + _turns_of(answer, "assistant")
+        chat = _turns_of(question, "user") + _turns_of(answer, "assistant")
     else:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
     if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
@@ -555,9 +564,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict | ValueError]]:
             steps = {"reasoning": row["solution"]} if name == "solutions" else {}
             yield f"{source} row {i}", row | steps
         return
-    path = _gsm8k(_split(source, split)) if name == "gsm8k" else Path(source)
-    if not path.is_file():
-        raise ValueError(f"--data {source}: no such file; expected problems, gsm8k or a JSONL file")
+    path = _gsm8k(_split(source, split)) if name == "gsm8k" else _file(source)
     with path.open("rb") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
@@ -577,12 +584,33 @@ def _split(source: str, split: str) -> str:
     return split or "train"
 
 
+KAGGLE = Path("/kaggle")  # its inputs: input/NAME, or input/datasets/OWNER/NAME and the like
+
+
+def _inputs(pattern: str) -> list[Path]:
+    """What is called so among Kaggle's inputs; not `**`, an input may hold a million files."""
+    return sorted(f for deep in range(6) for f in (KAGGLE / "input").glob("*/" * deep + pattern))
+
+
+def _file(source: str) -> Path:
+    """A file by its path, or by its name (or the end of its path) among Kaggle's inputs."""
+    if (path := Path(source)).is_file():
+        return path
+    found = [] if path.is_absolute() or ".." in path.parts else _inputs(source)
+    if len(found) > 1:
+        raise ValueError(f"--data {source}: several inputs have it, give more of the path of one: "
+                         + ", ".join(map(str, found)))  # fmt: skip
+    if not found:
+        raise ValueError(f"--data {source}: no such file; expected problems, gsm8k or a JSONL file")
+    return found[0]
+
+
 def _gsm8k(split: str) -> Path:
     """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, a cache; else downloaded and checked."""
     cache = Path.home() / ".cache" / "gsm8k"
     folders = [
         Path(os.environ.get("GSM8K", "gsm8k")),
-        *Path("/kaggle/input").glob("*gsm8k*"),
+        *_inputs("*gsm8k*"),
         cache,
     ]
     for folder in folders:

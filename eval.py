@@ -39,7 +39,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 from tqdm import tqdm
 
 import data
@@ -133,7 +132,7 @@ Z = 1.959963984540054  # the normal distribution has 95 % within Z standard devi
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
@@ -208,8 +207,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         text = row["prompt"] if "prompt" in row else row["question"]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected a text as the question, found {text!r:.60}")
-        listed = [f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices)]
-        chat = [{"role": "user", "content": "\n".join([text.strip(), *listed])}]
+        chat = [{"role": "user", "content": data.asked(text, choices)}]
     else:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
     if not chat or not all(isinstance(m, dict) and "role" in m for m in chat):
@@ -451,6 +449,14 @@ def means(measured: list[dict[str, float]]) -> dict:
     return out
 
 
+def eval_metrics(results: dict) -> dict[str, float]:
+    """What a training script logs of an evaluation; without answers to check, no accuracy."""
+    names = {"eval_accuracy": "pass@1", "eval_format": "format", "eval_length": "length"}
+    out = {ours: results[name] for ours, name in names.items() if results[name] is not None}
+    limits = results["intervals"].get("pass@1", ())
+    return out | dict(zip(("eval_accuracy_low", "eval_accuracy_high"), limits, strict=False))
+
+
 def compare(rows: list[dict], others: list[dict]) -> dict:
     """This run against another on the problems both have; a positive difference: this is higher."""
     ours, theirs = by_problem(rows), by_problem(others)
@@ -545,7 +551,7 @@ def main(config: Config) -> dict:
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     others = None
     if config.compare is not None:
-        file = Path(config.compare) / "samples.jsonl"
+        file = runs.output(config.compare) / "samples.jsonl"
         if not file.is_file():
             raise ValueError(f"--compare {config.compare}: no samples.jsonl there")
         others = read_lines(file)
@@ -563,7 +569,7 @@ def main(config: Config) -> dict:
     out = Path(config.out)
     check_folder(out, record)
 
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     dtype = jnp.dtype(config.dtype)
     cfg, params = gemma.load(start.weights, dtype, mesh)
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)

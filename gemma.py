@@ -21,6 +21,8 @@ What to know when comparing with other implementations (each point is a test):
    after the last layer. Training is the same with no cache; prefill the same with an empty one.
 3. sqrt(D) is rounded to the activations' dtype (bf16: 33.94 -> 34.0), as in the published code.
 4. RMSNorm, RoPE, attention scores, softmax and log-probs are float32 whatever the weights are.
+5. On TPUs whole rows are attended by JAX's splash kernels (`splash`), all else by `attend`.
+6. A sharded base is gathered layer by layer (`gather`); decoding moves the rows instead (`travel`).
 
 Source of the architecture: google-deepmind/gemma and transformers' modeling_gemma2/3.py.
 """
@@ -342,22 +344,73 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
     out, start = 0, 0
     for _, v_BKSH, mask_BTS in parts:
         part_BKMTS = p_BKMTS[..., start : start + mask_BTS.shape[-1]]
-        out = out + jnp.einsum("BKMTS,BKSH->BTKMH", part_BKMTS, v_BKSH)
+        # not ->BTKMH: XLA on a CPU would copy the whole cache into another layout, at every step
+        out = out + jnp.einsum("BKMTS,BKSH->BKMTH", part_BKMTS, v_BKSH)
         start += mask_BTS.shape[-1]
-    return out.reshape(B, T, N, H)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def linear(w: dict, lora: dict | None, name: str, x: jax.Array) -> jax.Array:
+def on_tpu(mesh: Mesh | None = None) -> bool:
+    """Whether the devices of a mesh are TPUs; None: of the `shard_map` that is being traced.
+
+    What is compiled follows this and not jax.default_backend(): the TPU may be elsewhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+
+
+def splash(cfg, q_BTNH, parts, *, segments_BT, window, interpret=False) -> jax.Array:
+    """`attend` of whole rows by JAX's splash kernels, which keep no scores [T, T] in memory.
+
+    Their masks are static, so a layer picks one of two; and by place in the row, which inside a
+    segment is the same as by position. Padding, segment 0, sees padding. Rows are padded to whole
+    blocks. Scaled queries are rounded to their dtype: exact where the scale is 1/16 (up to 12B).
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels  # slow to import
+
+    ((k_BKTH, v_BKTH, _),) = parts
+    _, T, N, _ = q_BTNH.shape
+    block = 512 if T > 256 else 256 if T > 128 else 128
+    pad = -T % block
+    q_BNTH = q_BTNH.swapaxes(1, 2).astype(jnp.float32) * cfg.query_pre_attn_scalar**-0.5
+    q_BNTH, k_BKTH, v_BKTH = (
+        jnp.pad(z.astype(k_BKTH.dtype), ((0, 0), (0, 0), (0, pad), (0, 0)))
+        for z in (q_BNTH, k_BKTH, v_BKTH)
+    )
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)))
+
+    def run(mask):
+        kernel = kernels.make_splash_mha_single_device(
+            kernels.MultiHeadMask([mask] * N), interpret=interpret,
+            block_sizes=kernels.BlockSizes(*[block] * 8),
+            attn_logits_soft_cap=cfg.attn_logit_softcapping,
+        )  # fmt: skip
+        o_BNTH = jax.vmap(kernel)(
+            q_BNTH, k_BKTH, v_BKTH, kernels.SegmentIds(segments_BT, segments_BT)
+        )
+        return o_BNTH[:, :, :T].swapaxes(1, 2)
+
+    square = T + pad, T + pad
+    causal = functools.partial(run, kernels.CausalMask(square))
+    if cfg.sliding_window >= T:
+        return causal()
+    local = functools.partial(run, kernels.LocalMask(square, (cfg.sliding_window - 1, 0), 0))
+    return lax.cond(window < T, local, causal)
+
+
+def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
+           fsdp: str | None = None) -> jax.Array:  # fmt: skip
     """x W, plus LoRA's scale * (x A) B where an adapter has this matrix (arXiv 2106.09685).
 
     x [B, T, *inp] -> [B, T, *out], by products of two-dimensional arrays: for the gradient of the
-    same einsum on three axes XLA's CPU backend transposes whole activations (LOG.md).
+    same einsum on three axes XLA's CPU backend transposes whole activations (LOG.md). fsdp: W is
+    sharded and stays so, see `travel`.
     """
     B, T, inner = *x.shape[:2], len(LINEARS[name].inp)
-    out = w[name].shape[inner:]
     flat = lambda z: z.reshape(math.prod(z.shape[:inner]), -1)  # [*inp, *out] -> [in, out]
+    out = w[name].shape[inner:] if fsdp is None or LINEARS[name].inp == "D" else (-1,)
     x = x.reshape(B * T, -1)
-    y = x @ flat(w[name])
+    y = x @ flat(w[name]) if fsdp is None else travel(x, flat(w[name]), fsdp).astype(x.dtype)
     if lora is not None and name in lora["a"]:
         if "dropout" in lora:  # see lora.with_dropout
             key = jax.random.fold_in(lora["dropout"]["key"], list(LINEARS).index(name))
@@ -368,27 +421,42 @@ def linear(w: dict, lora: dict | None, name: str, x: jax.Array) -> jax.Array:
     return y.reshape(B, T, *out)
 
 
-def layer(cfg, w, lora, x_BTD, positions_BT, freq_H, mask_BTT, past=(), remat_attention=False):
+def travel(x_BI: jax.Array, w_IO: jax.Array, fsdp: str) -> jax.Array:
+    """x W [B, O] of a W that is split along D: the rows of all devices travel to its parts.
+
+    For the few rows of a decode step, where `gather` would move all weights for every token.
+    """
+    if w_IO.shape[0] != x_BI.shape[1]:  # I is D: x{our rows, D} -> all-to-all -> x{all, D/devices}
+        x_BI = lax.all_to_all(x_BI, fsdp, split_axis=1, concat_axis=0, tiled=True)
+        y_BO = jnp.dot(x_BI, w_IO, preferred_element_type=jnp.float32)
+        # y{all rows, unreduced} -> reduce-scatter -> y{our rows}
+        return lax.psum_scatter(y_BO, fsdp, scatter_dimension=0, tiled=True)
+    # O is D: x{our rows} -> all-gather -> x{all}; y{all, D/devices} -> all-to-all -> y{our rows, D}
+    y_BO = lax.all_gather(x_BI, fsdp, tiled=True) @ w_IO
+    return lax.all_to_all(y_BO, fsdp, split_axis=0, concat_axis=1, tiled=True)
+
+
+def layer(cfg, w, lora, x_BTD, positions_BT, freq_H, mask_BTT, past=(), attention=attend,
+          fsdp=None):  # fmt: skip
     """One transformer block -> x_BTD and this layer's new (k_BKTH, v_BKTH).
 
-    past: () or one (k_BKSH, v_BKSH, mask_BTS), the cache of this layer.
+    past: () or one (k_BKSH, v_BKSH, mask_BTS), the cache of this layer. fsdp: the matrices are
+    sharded over this axis and stay so, see `travel`.
     """
     norm = functools.partial(rms_norm, eps=cfg.rms_norm_eps)
+    project = functools.partial(linear, w, lora, fsdp=fsdp)
     h_BTD = norm(x_BTD, w["input_layernorm"])
-    q_BTNH = linear(w, lora, "q_proj", h_BTD)
-    k_BTKH, v_BTKH = linear(w, lora, "k_proj", h_BTD), linear(w, lora, "v_proj", h_BTD)
+    q_BTNH = project("q_proj", h_BTD)
+    k_BTKH, v_BTKH = project("k_proj", h_BTD), project("v_proj", h_BTD)
     if "q_norm" in w:
         q_BTNH, k_BTKH = norm(q_BTNH, w["q_norm"]), norm(k_BTKH, w["k_norm"])
     q_BTNH, k_BTKH = (rope(z, positions_BT, freq_H) for z in (q_BTNH, k_BTKH))
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    attention = functools.partial(attend, cfg)
-    if remat_attention:
-        attention = jax.checkpoint(attention)
-    o_BTNH = attention(q_BTNH, [*past, (k_BKTH, v_BKTH, mask_BTT)])
-    x_BTD += norm(linear(w, lora, "o_proj", o_BTNH), w["post_attention_layernorm"])
+    o_BTNH = attention(cfg, q_BTNH, [*past, (k_BKTH, v_BKTH, mask_BTT)])
+    x_BTD += norm(project("o_proj", o_BTNH), w["post_attention_layernorm"])
     h_BTD = norm(x_BTD, w["pre_feedforward_layernorm"])
-    gate_BTF = jax.nn.gelu(linear(w, lora, "gate_proj", h_BTD), approximate=True)
-    h_BTD = linear(w, lora, "down_proj", gate_BTF * linear(w, lora, "up_proj", h_BTD))
+    gate_BTF = jax.nn.gelu(project("gate_proj", h_BTD), approximate=True)
+    h_BTD = project("down_proj", gate_BTF * project("up_proj", h_BTD))
     return x_BTD + norm(h_BTD, w["post_feedforward_layernorm"]), (k_BKTH, v_BKTH)
 
 
@@ -421,22 +489,38 @@ def _window(cfg: Config, is_global: bool) -> int:
 
 
 def _embed(params, cfg, tokens_BT, fsdp):
-    table_VD = gather(params["embed_tokens"], specs(cfg)["embed_tokens"], fsdp)
-    return table_VD[tokens_BT] * jnp.asarray(cfg.hidden_size**0.5, table_VD.dtype)
+    """The scaled embeddings [B, T, D], without ever gathering a sharded table (12B: 2 GB)."""
+    if fsdp is not None:
+        tokens_BT = lax.all_gather(tokens_BT, fsdp, tiled=True)  # rows of all devices
+    x_BTD = params["embed_tokens"][tokens_BT]
+    if fsdp is not None:  # x{all rows, D/devices} -> all-to-all -> x{our rows, D}
+        x_BTD = lax.all_to_all(x_BTD, fsdp, split_axis=0, concat_axis=2, tiled=True)
+    return x_BTD * jnp.asarray(cfg.hidden_size**0.5, x_BTD.dtype)
 
 
-def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsdp):
-    """All layers without a cache -> x_BTD and the new keys and values [L, B, K, T, H]."""
-    same_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, None, :]
+def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora, remat, fsdp):
+    """All layers without a cache -> x_BTD and the new keys and values [L, B, K, T, H].
+
+    On TPUs by `splash`, which has tiles of 128 (not for shorter rows, nor for the tiny model) and
+    knows of no parents.
+    """
+    splashes = on_tpu() and x_BTD.shape[1] >= 128 and cfg.head_dim % 128 == 0
+    splashes &= parents_BT is None
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    if parents_BT is not None:
+        same_BTT |= parents_BT[:, :, None] == segments_BT[:, None, :]
+    same_BTT &= (segments_BT > 0)[:, None, :]
     distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
     spec = specs(cfg)["layers"]
 
     def step(x_BTD, xs):
         w, lora_l, freq_H, window = xs
         mask_BTT = same_BTT & (distance_BTT >= 0) & (distance_BTT < window)
+        attention = jax.checkpoint(attend, static_argnums=0) if remat == "attention" else attend
+        if splashes:  # keeps nothing of size [T, T] for the backward pass, whatever `remat` is
+            attention = functools.partial(splash, segments_BT=segments_BT, window=window)
         w = gather(w, spec, fsdp)
-        return layer(cfg, w, lora_l, x_BTD, positions_BT, freq_H, mask_BTT,
-                     remat_attention=remat == "attention")  # fmt: skip
+        return layer(cfg, w, lora_l, x_BTD, positions_BT, freq_H, mask_BTT, attention=attention)
 
     freq_LH = jnp.asarray(np.stack([_frequencies(cfg, g) for g in cfg.is_global]))
     window_L = jnp.asarray([_window(cfg, g) for g in cfg.is_global])
@@ -449,12 +533,16 @@ def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsd
 
 
 def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
-           segments_BT: jax.Array | None = None, *, lora: dict | None = None, remat: str = "none",
+           segments_BT: jax.Array | None = None, parents_BT: jax.Array | None = None, *,
+           lora: dict | None = None, remat: str = "none",
            fsdp: str | None = None) -> jax.Array:  # fmt: skip
     """The final normed hidden states [B, T, D] of whole rows.
 
     segments_BT: which sequence of a packed row a token belongs to, 0 = padding; tokens attend
     inside their own segment only. positions_BT restart in each segment (default 0..T-1).
+    parents_BT: another segment that a token sees as well, a prompt that completions share:
+    prompt [p p] and two completions of it [c] [d d] -> segments 1 1 2 3 3, parents 1 1 1 1 1,
+    positions 0 1 2 2 3.
     fsdp: the mesh axis that the base is sharded over, inside shard_map; None when replicated.
     """
     B, T = tokens_BT.shape
@@ -463,7 +551,8 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Ar
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
     x_BTD = _embed(params, cfg, tokens_BT, fsdp)
-    x_BTD, _ = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, lora, remat, fsdp)
+    x_BTD, _ = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora, remat,
+                            fsdp)  # fmt: skip
     return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps)
 
 
@@ -473,9 +562,16 @@ def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array:
     return gather(params[name], specs(cfg)[name], fsdp)
 
 
-def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D], soft-capped (Gemma 2)."""
-    logits_V = jnp.einsum("...D,VD->...V", x_D, head_VD, preferred_element_type=jnp.float32)
+def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array,
+                fsdp: str | None = None) -> jax.Array:  # fmt: skip
+    """Float32 logits [..., V] of hidden states [..., D], soft-capped (Gemma 2).
+
+    fsdp: the head is sharded and stays so, see `travel`; hidden states are then [B, D].
+    """
+    if fsdp is None:
+        logits_V = jnp.einsum("...D,VD->...V", x_D, head_VD, preferred_element_type=jnp.float32)
+    else:
+        logits_V = travel(x_D, head_VD.T, fsdp)
     if cap := cfg.final_logit_softcapping:
         logits_V = cap * jnp.tanh(logits_V / cap)
     return logits_V
@@ -569,17 +665,19 @@ def _cached_layers(params, cfg, x_BTD, positions_BT, valid_BT, lora, cache):
 
 def extend(params: dict, cfg: Config, cache: dict, tokens_BT: jax.Array, positions_BT: jax.Array,
            valid_BT: jax.Array | None = None, *, lora: dict | None = None,
-           empty: bool = False) -> tuple[jax.Array, dict]:  # fmt: skip
+           empty: bool = False, fsdp: str | None = None) -> tuple[jax.Array, dict]:  # fmt: skip
     """Appends tokens to every row: final hidden states [B, T, D] and the grown cache.
 
     positions_BT continue each row's own count; valid_BT is False on padding, which is neither
-    attended to nor written. empty=True (prefill) promises that the cache holds nothing yet.
+    attended to nor written. empty=True (prefill) promises that the cache holds nothing yet, and
+    takes a sharded base too (fsdp).
     """
+    assert empty or fsdp is None
     valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT.astype(bool)
-    x_BTD = _embed(params, cfg, tokens_BT, None)
+    x_BTD = _embed(params, cfg, tokens_BT, fsdp)
     if empty:
         x_BTD, kv_LBKTH = _scan_layers(
-            params, cfg, x_BTD, positions_BT, valid_BT.astype(jnp.int32), lora, "none", None
+            params, cfg, x_BTD, positions_BT, valid_BT.astype(jnp.int32), None, lora, "none", fsdp
         )
         which = {"local": np.flatnonzero(~np.array(cfg.is_global)),
                  "global": np.flatnonzero(cfg.is_global)}  # fmt: skip
@@ -768,11 +866,10 @@ def _tensors(path: Path) -> dict[str, tuple[Path, str]]:
         files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             found = ", ".join(f.name for f in files) or "none"
-            pickled = " (pickled .bin/.pt weights are never opened: convert them to safetensors)"
             raise ValueError(
                 f"{path}: expected one .safetensors file or model.safetensors.index.json, found "
-                + found + pickled * any(path.glob("*.bin"))
-            )  # fmt: skip
+                + found
+            )
     where = {}
     for file in files:
         with _open(file) as f:
@@ -869,6 +966,7 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
     ValueError naming the file, the tensor, what was expected and what was found.
     """
     path = Path(path)
+    _check_format(path)
     cfg = read_config(path)
     where = _tensors(path)
     separate = "lm_head.weight" in where
@@ -953,6 +1051,30 @@ def _export(spec: Spec, cfg: Config, leaf: jax.Array, i: int | None) -> np.ndarr
 
 # ---------------------------------------------------------------------------------------- finding
 
+KAGGLE = Path("/kaggle")  # its inputs are in input/, what is kept of a session in working/
+OTHER_FORMATS = {  # what Kaggle calls frameworks -> files that show them
+    "Flax": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
+    "PyTorch": ("*.ckpt", "*.pth", "*.pt", "*.bin"),
+    "Keras": ("*.weights.h5",),
+}
+
+
+def _other_format(path: Path) -> str | None:
+    """What a folder without safetensors holds: "Flax weights (…/gemma3-1b-it/_METADATA)" or so."""
+    if any(path.glob("*.safetensors*")):
+        return None
+    for name, patterns in OTHER_FORMATS.items():
+        found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
+        if found:
+            return f"{name} weights ({min(found)})"
+    return None
+
+
+def _check_format(path: Path) -> None:
+    if other := _other_format(path):
+        raise ValueError(f"{path}: holds {other}, which are never opened; take the Transformers "
+                         "ones, a folder with config.json and safetensors")  # fmt: skip
+
 
 def _hub_name(model: str) -> str:
     """gemma3-1b -> gemma-3-1b-it; -pt gives the name of the base model on the Hub."""
@@ -970,6 +1092,7 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     and the commands that would fetch the model.
     """
     if weights is not None:
+        _check_format(Path(weights))
         if not (Path(weights) / "config.json").exists():
             raise ValueError(f"--weights {weights}: no config.json there")
         return Path(weights)
@@ -988,7 +1111,7 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     patterns = [
         root,
         f"{root}/{name}",
-        *(f"/kaggle/input/{'*/' * deep}{name}{end}" for deep in range(5) for end in ("", "/*")),
+        *(f"{KAGGLE}/input/{'*/' * deep}{name}{end}" for deep in range(5) for end in ("", "/*")),
         f"{hub}/models--google--{name}/snapshots/*",
         f"{kagglehub}/models/google/{family}/transformers/{name}/*",
     ]
@@ -1001,9 +1124,17 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     downloaded, why = _download(name, f"google/{family}/transformers/{name}")
     if downloaded:
         return downloaded
+    flax = name.replace("-", "", 1)  # gemma3-1b-it
+    inputs = [f"{KAGGLE}/input/{'*/' * deep}{n}{end}"
+              for deep in range(5) for n in (flax, name) for end in ("", "/*")]  # fmt: skip
+    others = {_other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
+    useless = "\n  ".join(["", *sorted(others)])
+    if useless:
+        useless = f"\nFound, but only Transformers weights (safetensors) can be read:{useless}"
     raise ValueError(
         f"--model {model}: no folder of {name} found. Searched:\n  "
         + "\n  ".join(patterns)
+        + useless
         + f"\nDownloading: {why}.\n"
         + "Get it with one of these (accept the license on the model's page first), or give its "
         + "folder as --weights DIR:\n"

@@ -233,14 +233,17 @@ def own(mesh: Mesh) -> Mesh:
     return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=(AxisType.Auto,))
 
 
-def on_own(tree, mesh: Mesh):
-    """Whole on each device of own(mesh): sharded arrays are gathered, replicated ones viewed."""
-    here = NamedSharding(mesh, P())
+def on_own(tree, mesh: Mesh, spec: P):
+    """Arrays as `spec` on a mesh of own devices: views of what is whole, else gathered by all."""
+    here = NamedSharding(mesh, spec)
 
     def one(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return jax.device_put(x, here)
-        x = jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
+        if not x.is_fully_replicated or spec != P():  # the same on each host
+            devices = sorted(x.sharding.mesh.devices.flat, key=lambda d: d.process_index)
+            grid = np.array(devices).reshape(count, -1)
+            x = jax.device_put(x, NamedSharding(Mesh(grid, ("host", *mesh.axis_names)), spec))
         shards = [shard.data for shard in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(x.shape, here, shards)
 

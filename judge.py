@@ -58,7 +58,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -117,7 +117,9 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
     if mesh is None:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        mesh = jax.make_mesh(
+            (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+        )
     mesh = hosts.own(mesh)  # each host judges its own completions, in an order of its own
     n = gemma.read_config(folder).n_params
     dtype = jnp.dtype(dtype or (jnp.float32 if n < 10**8 else jnp.bfloat16))
@@ -325,16 +327,6 @@ class Judge:
 # ------------------------------------------------------------------------------------ on the mesh
 
 
-def embed(params: dict, cfg: gemma.Config, tokens_T: jax.Array, fsdp: str | None) -> jax.Array:
-    """gemma._embed without ever gathering a sharded table: 2 GB a device for gemma3-12b."""
-    if fsdp is None:
-        return gemma._embed(params, cfg, tokens_T[None], None)[0]
-    tokens_dT = lax.all_gather(tokens_T, fsdp)  # all devices' tokens, of whose states we own a part
-    x_dTD = params["embed_tokens"][tokens_dT]  # x_dTD{D/devices} -> all-to-all -> our x_TD, whole
-    x_TD = lax.all_to_all(x_dTD, fsdp, split_axis=0, concat_axis=2, tiled=True)[0]
-    return x_TD * jnp.asarray(cfg.hidden_size**0.5, x_TD.dtype)
-
-
 def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) -> jax.Array:
     """Final hidden states [B, D] at the last token of rows whose beginnings are shared.
 
@@ -366,7 +358,7 @@ def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) 
         return (x_XUD, x_BCD), None
 
     tokens_T = jnp.concatenate([tokens_XU.reshape(-1), tokens_BC.reshape(-1)])
-    x_TD = embed(params, cfg, tokens_T, fsdp)
+    x_TD = gemma._embed(params, cfg, tokens_T[None], fsdp)[0]
     x_XUD, x_BCD = x_TD[: X * U].reshape(X, U, D), x_TD[X * U :].reshape(B, C, D)
     freq_LH = jnp.asarray(np.stack([gemma._frequencies(cfg, g) for g in cfg.is_global]))
     window_L = jnp.asarray([gemma._window(cfg, g) for g in cfg.is_global])

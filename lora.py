@@ -3,6 +3,7 @@
     adapter = lora.init(cfg, key, rank=16, alpha=32)
     logits_BTV = gemma.logits(params, cfg, tokens_BT, lora=adapter)
     params = lora.merge(params, adapter, cfg)
+    python lora.py --model gemma3-1b --adapter runs/sft --out merged      # for other programs
 
 An adapter is a nested dict of layer-stacked arrays, float32 even on a bfloat16 base:
 
@@ -13,11 +14,14 @@ matter: bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A never moves at RL learn
 gemma.linear applies it; this file makes, merges, loads and saves it.
 """
 
+import dataclasses
+import glob
 import json
 import math
 import re
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +29,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gemma import LINEARS, Config, Spec, _canonical, _sizes, find
+import gemma
+from gemma import KAGGLE, LINEARS, Config, Spec, _canonical, _sizes, find
 
 
 def parse_targets(targets: str) -> list[str]:
@@ -133,19 +138,51 @@ class Start(NamedTuple):
     adapter: Path | None
 
 
+def _folder(adapter: str) -> Path:
+    """What --adapter names: a path, on Kaggle also one in its output or in another notebook's."""
+    for place in (Path(adapter), KAGGLE / "working" / adapter):
+        if place.is_dir():
+            return place
+    inputs = [f for deep in range(5) for f in glob.glob(f"{KAGGLE}/input/{'*/' * deep}{adapter}")]
+    if len(inputs) > 1:
+        raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path of "
+                         f"one: {', '.join(sorted(inputs))}")  # fmt: skip
+    return Path(inputs[0] if inputs else adapter)
+
+
 def start(model: str, weights: str | None, adapter: str | None) -> Start:
-    """Finds them: --adapter is a PEFT adapter, a run's final/, or a whole model (a new base)."""
+    """Finds them: --adapter is a PEFT adapter, a run's final/, or a whole model (a new base).
+
+    A stage that trained an adapter on such a new base leaves its folder's name in the adapter.
+    """
     if adapter is None:
         return Start(find(model, weights), None)
-    folder = Path(adapter)
+    folder = _folder(adapter)
     if not (folder / "adapter_config.json").exists() and (folder / "final").is_dir():
         folder = folder / "final"  # the run folder was named
     if (folder / "adapter_config.json").exists():
-        return Start(find(model, weights), folder)
+        base = _trained_base(folder)
+        if base is None or weights and not base.exists():
+            return Start(find(model, weights), folder)
+        if not base.exists():
+            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
+                             "is not there; --weights names it where it is now")  # fmt: skip
+        return Start(base, folder)
     if (folder / "config.json").exists():
         return Start(folder, None)
     raise ValueError(f"--adapter {adapter}: expected adapter_config.json (an adapter), config.json "
                      "(a whole model), or a run folder with final/")  # fmt: skip
+
+
+def _trained_base(adapter: Path) -> Path | None:
+    """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = Path(base)
+    except (OSError, ValueError, LookupError, TypeError):  # load() says what is wrong with it
+        return None
+    ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
+    return base if ours and ((base / "prompt.json").exists() or not base.exists()) else None
 
 
 def continue_from(path: Path | None, params: dict, cfg: Config, new_rank: int,
@@ -170,9 +207,11 @@ def write_prompt(folder: Path, system: str) -> None:
 
 def read_prompt(adapter: str | None, system: str | None) -> str | None:
     """The system text that `--adapter` was trained under; another one given is an error."""
-    folder = Path(adapter or "")
+    if adapter is None:
+        return system
+    folder = _folder(adapter)
     folder = folder / "final" if (folder / "final").is_dir() else folder
-    if adapter is None or not (folder / "prompt.json").exists():
+    if not (folder / "prompt.json").exists():
         return system
     trained = json.loads((folder / "prompt.json").read_text())["system"]
     if system is not None and system != trained:
@@ -290,3 +329,50 @@ def _pattern(patterns: dict | None, module: str, default: float) -> float:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+# --------------------------------------------------------------------------- for other programs
+
+
+def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
+         tokenizer: str | None = None,
+         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:  # fmt: skip
+    """Merges an adapter into its base: a whole Hugging Face model, as vLLM and llama.cpp take it.
+
+    Of the larger Gemma 3 it is the text part, without the vision tower.
+
+    Args:
+        adapter: A run folder, its final/, or a PEFT adapter.
+        out: Folder to write.
+        model: Which Gemma the adapter belongs on, as in training.
+        weights: Folder of its weights; default: looked for by name.
+        tokenizer: Folder or file of the tokenizer, where the weights folder holds none.
+        dtype: Of the merged weights; the sum itself is made in float32.
+    """
+    import data  # text is data.py's; only a merge copies the tokenizer
+
+    base, path = start(model, weights, adapter)
+    if path is None:
+        raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
+    if Path(out).resolve() == base.resolve():
+        raise ValueError(f"--out {out} is the base itself: name another folder")
+    tok = data.Tokenizer(tokenizer or base)
+    cfg, params = gemma.load(base, jnp.dtype(dtype))
+    params = merge(params, load(path, cfg), cfg)
+    stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
+    gemma.save(out, dataclasses.replace(cfg, eos_token_id=stops), params)
+    tok.save(out)
+    file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, and no list
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": tok.eos}, indent=2))
+    if system := read_prompt(adapter, None):
+        write_prompt(Path(out), system)
+    print(f"{out}: {path} merged into {base}, {dtype}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        tyro.cli(main)
+    except ValueError as e:
+        sys.exit(f"error: {e}")

@@ -7,6 +7,7 @@
         checkpoints/step_N/   the state after N updates: what `write_model` wrote (the adapter),
                               resume/ (arrays and counters), manifest.json (size and sha256 of each)
         final/                what `--adapter` takes
+        report.html           what report.py makes of the files above, now and then and at the end
 
 Steps count from 1, so step_N is saved after line N of metrics.jsonl. Everything is written under a
 temporary name and renamed, so a kill at any moment leaves the old file or the new one. Resuming
@@ -44,17 +45,27 @@ from tqdm import tqdm
 
 import hosts
 
-# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process.
-STARTED = time.monotonic() - time.process_time()
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process (but not
+# that of a notebook's kernel, which may have trained before).
+STARTED = time.monotonic() - (0.0 if "ipykernel" in sys.modules else time.process_time())
 
 
 # ---------------------------------------------------------------------------- environment
+
+KAGGLE = Path("/kaggle")
+
+
+def output(folder: str) -> Path:
+    """Where a folder of results lies: on Kaggle only /kaggle/working survives the session."""
+    working = KAGGLE / "working"
+    return working / folder if working.is_dir() else Path(folder)
 
 
 def check_jax(version: str | None = None, installed: Iterable[str] | None = None) -> None:
     """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here.
 
     The accelerator is read off the installed packages: starting a backend to ask it could hang.
+    jax[tpu] brings the libtpu that fits; either one upgraded alone would not start.
     """
     version = version or metadata.version("jax")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 10):
@@ -69,7 +80,8 @@ def check_jax(version: str | None = None, installed: Iterable[str] | None = None
     }
     extra = next((extra for name, extra in extras.items() if name in names), "")
     package = f'"jax{extra}"' if extra else "jax"
-    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}")
+    then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
+    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}{then}")
 
 
 def compilation_cache() -> str | None:
@@ -433,7 +445,7 @@ class Run:
         self.step: int | None = None  # of the last line logged; None until restore()
         self.asked = self.stopping = ""  # to stop: this process; all of them
         self.bar, self.refused, self.writes = None, set(), hosts.index == 0
-        self.shown, self.shown_at = 0, 0.0
+        self.shown, self.shown_at, self.report_due = 0, 0.0, time.monotonic() + 60
         config = _plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
         for name in report_to:
             if name not in LOGGERS:
@@ -451,6 +463,8 @@ class Run:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     before = signal.signal(number, self._on_signal)
                     stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            if self.writes:
+                stack.callback(self.report)  # first of all, however the run ends
             self._stack = stack.pop_all()
 
     def __enter__(self):
@@ -674,6 +688,8 @@ class Run:
             for path in {path for _, path in self.checkpoints()} - kept:
                 with contextlib.suppress(OSError):  # renamed first: never half a checkpoint
                     shutil.rmtree(path.rename(path.with_name(f"tmp-{path.name}")))
+            if time.monotonic() >= self.report_due:
+                self.report()
         return target
 
     def restore(self, like: Any) -> Saved | None:
@@ -708,6 +724,18 @@ class Run:
             self.budget.load(record["budget"])
         self.step = saved.step if saved else 0
         return saved
+
+    def report(self) -> None:
+        """Write report.html; whatever fails in it, the run goes on."""
+        began = time.monotonic()
+        try:
+            import report  # here: it stands below this file, and a run can do without it
+
+            if self.step is not None:
+                report.main(report.Config((str(self.folder),)))
+        except Exception as error:
+            say(f"no report of {self.folder}: {error!r}")
+        self.report_due = time.monotonic() + 100 * (time.monotonic() - began)  # 1 % of the time
 
     def finish(self, write_model: Callable[[Path | None], None]) -> Path:
         """Write final/, all of it or nothing, in place of an earlier one."""

@@ -23,6 +23,8 @@ What to know when comparing with other implementations:
    some logit, ties included. It is found exactly and without sorting the vocabulary.
 4. The stop token is part of a rollout, with its log-prob: it is what teaches a model to stop.
 5. All rows write into the same slot of a cache, the step's number modulo the ring: see `_admit`.
+6. A sharded base is gathered once a call, or, with `shard`, never: prefill then gathers it layer by
+   layer, a decode step moves the rows instead (gemma.travel), and devices go step by step together.
 
 Beyond the axes of gemma.py: W rollouts in hand of a device (decoding or waiting), X prompts on its
 shelf, I words in a block of the vocabulary, J blocks, E periods that a repetition may have.
@@ -38,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental import layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -165,29 +167,48 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, how: dict) -> tup
 # ----------------------------------------------------------------------------- what a device does
 
 
-def _prefill(cfg, buckets, params, lora, prompts, shelf):
+def _loop(more, step, carry, fsdp):
+    """lax.while_loop; with fsdp, `step` holds collectives and all devices go on while any has to.
+
+    A collective that one device skips would leave the others waiting for ever, so the devices agree
+    at the end of each step whether there is another one.
+    """
+    if fsdp is None:
+        return lax.while_loop(more, step, carry)
+    agree = lambda carry: (lax.psum(more(carry).astype(jnp.int32), fsdp) > 0, carry)
+    return lax.while_loop(lambda c: c[0], lambda c: agree(step(c[1])), agree(carry))[1]
+
+
+def _prefill(cfg, buckets, fsdp, params, lora, prompts, shelf):
     """Puts new prompts on the shelf of this device, one a pass, the shortest first."""
+
+    def here(U, carry):  # whether the next prompt is one for this bucket
+        return (carry[0] < prompts["n"][0]) & (prompts["n_X"][carry[0]] <= U)
 
     def one(U, carry):
         i, shelf = carry
+        mine = True if fsdp is None else here(U, carry)  # or only here for the collectives
         tokens_1U, n, x = (prompts[k][i] for k in ("tokens_X1U", "n_X", "place_X"))
         tokens_1U, positions_1U = tokens_1U[:, :U], jnp.arange(U)[None]
         cache = gemma.init_cache(cfg, 1, U, shelf["x_XD"].dtype)
         x_1UD, cache = gemma.extend(params, cfg, cache, tokens_1U, positions_1U, positions_1U < n,
-                                    lora=lora, empty=True)  # fmt: skip
+                                    lora=lora, empty=True, fsdp=fsdp)  # fmt: skip
         new = {"x_XD": lax.dynamic_slice_in_dim(x_1UD[0], n - 1, 1), "n_X": n[None]}
         for k in "kv":  # by kind -> by layer; a ring shorter than the shelf's has not wrapped yet
             by_kind = [iter(cache[kind][k]) for kind in ("local", "global")]
             new[k] = [next(by_kind[is_global]) for is_global in cfg.is_global]
-        return i + 1, jax.tree.map(
-            lambda old, row: lax.dynamic_update_slice(old, row, (x,) + (0,) * (old.ndim - 1)),
-            shelf, new,
-        )  # fmt: skip
+
+        def put(old, row):
+            at = (x,) + (0,) * (old.ndim - 1)
+            if fsdp is not None:
+                row = jnp.where(mine, row, lax.dynamic_slice(old, at, row.shape))
+            return lax.dynamic_update_slice(old, row, at)
+
+        return i + mine, jax.tree.map(put, shelf, new)
 
     carry = jnp.zeros_like(prompts["n"][0]), shelf
-    for U in buckets:  # each goes on where the last one stopped; no collective may be in here
-        here = lambda carry, U=U: (carry[0] < prompts["n"][0]) & (prompts["n_X"][carry[0]] <= U)
-        carry = lax.while_loop(here, functools.partial(one, U), carry)
+    for U in buckets:  # each goes on where the last one stopped
+        carry = _loop(functools.partial(here, U), functools.partial(one, U), carry, fsdp)
     return carry[1]
 
 
@@ -197,7 +218,7 @@ def _write(old, new, start, axis):
     Left to itself, XLA on a TPU may do so in another layout, and copy the caches there and back.
     """
     old = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
-    return with_layout_constraint(old, Layout(tuple(range(old.ndim))))
+    return layout.with_layout_constraint(old, layout.Layout(tuple(range(old.ndim))))
 
 
 def _admit(shelf, todo, state):
@@ -238,13 +259,13 @@ def _admit(shelf, todo, state):
     return lax.while_loop(possible, one, state)
 
 
-def _feed(cfg, params, lora, cache, token_B, position_B, active_B, now):
+def _feed(cfg, fsdp, params, lora, cache, token_B, position_B, active_B, now):
     """One more token for every row: final hidden states and the grown caches.
 
     gemma.layer as in training, unrolled, each with caches of its own: a scan over stacked ones
     slices every layer's weights and caches out of the stack, at every step.
     """
-    x_B1D, new = gemma._embed(params, cfg, token_B[:, None], None), []
+    x_B1D, new = gemma._embed(params, cfg, token_B[:, None], fsdp), []
     for i, is_global in enumerate(cfg.is_global):
         w, lora_l = (_layer(tree, i) for tree in (params["layers"], lora))
         pos_BS = cache["pos"][is_global]
@@ -253,7 +274,7 @@ def _feed(cfg, params, lora, cache, token_B, position_B, active_B, now):
         freq_H = jnp.asarray(gemma._frequencies(cfg, is_global))
         x_B1D, kv = gemma.layer(
             cfg, w, lora_l, x_B1D, position_B[:, None], freq_H, active_B[:, None, None],
-            past=[(cache["k"][i], cache["v"][i], seen_BS[:, None])],
+            past=[(cache["k"][i], cache["v"][i], seen_BS[:, None])], fsdp=fsdp,
         )  # fmt: skip
         new.append(kv)
     # XLA on a CPU copies a cache whose write could overtake the last read, so the write waits for
@@ -279,12 +300,12 @@ def _unstack(layers, n_layers):
     return [_layer(layers, i) for i in range(n_layers)]
 
 
-def _step(cfg, rules, params, lora, how, state):
+def _step(cfg, rules, fsdp, params, lora, how, state):
     """Draws a token in every active slot, notes it, and feeds it to the model."""
     active_B, n_B, job_B = state["active_B"], state["n_B"], Job(*state["job_B5"].T)
     fold = jax.vmap(lambda *ints: functools.reduce(jax.random.fold_in, ints, how["key"]))
     key_B = fold(job_B.prompt, job_B.rollout, n_B)
-    logits_BV = gemma.read_logits(cfg, gemma.head(params, cfg), state["x_BD"])
+    logits_BV = gemma.read_logits(cfg, gemma.head(params, cfg), state["x_BD"], fsdp)
     token_B, logp_B = draw(logits_BV, key_B, rules, how)
     new = {"n_B": n_B + 1, "position_B": state["position_B"] + 1, "steps": state["steps"] + 1}
     stop_B = jnp.where(n_B + 1 >= job_B.limit, STOPS.index("length"), 0)
@@ -301,14 +322,17 @@ def _step(cfg, rules, params, lora, how, state):
     end_B2 = jnp.stack([stop_B, n_B + 1], axis=1)
     new["end_W2"] = state["end_W2"].at[row_B].set(end_B2, mode="drop")
     new["active_B"] = active_B & (stop_B == 0)
-    new["x_BD"], new["cache"] = _feed(cfg, params, lora, state["cache"], token_B,
+    new["x_BD"], new["cache"] = _feed(cfg, fsdp, params, lora, state["cache"], token_B,
                                       state["position_B"], new["active_B"],
                                       state["steps"][0])  # fmt: skip
     return state | new
 
 
-def _decode(cfg, rules, chunk, params, lora, how, shelf, todo, state):
-    """Up to `chunk` steps; fewer when all is done or too many slots wait for the host."""
+def _decode(cfg, rules, chunk, fsdp, params, lora, how, shelf, todo, state):
+    """Up to `chunk` steps; fewer when all is done or too many slots wait for the host.
+
+    With fsdp a device whose slots are all free steps on with the others; nothing of it is kept.
+    """
     state |= {"next": jnp.zeros_like(state["next"])}
     end = state["steps"][0] + chunk
 
@@ -318,9 +342,9 @@ def _decode(cfg, rules, chunk, params, lora, how, shelf, todo, state):
         return (state["steps"][0] < end) & (waiting | jnp.any(active_B)) & ~starved
 
     def step(state):
-        return _step(cfg, rules, params, lora, how, _admit(shelf, todo, state))
+        return _step(cfg, rules, fsdp, params, lora, how, _admit(shelf, todo, state))
 
-    return lax.while_loop(more, step, state)
+    return _loop(more, step, state, fsdp)
 
 
 # ---------------------------------------------------------------------------- what the host does
@@ -358,6 +382,7 @@ class Sampler:
     shelf: int = 16  # prompts whose caches are kept while rollouts of theirs wait
     chunk: int = 32  # decode steps before the host looks
     dtype: Any = jnp.bfloat16  # of the caches: the parameters' own
+    shard: bool = False  # the base stays split over the mesh, instead of gathered by each `sample`
 
     def __post_init__(self):
         for name in ("slots", "max_prompt", "max_new", "shelf", "chunk"):
@@ -407,18 +432,28 @@ class Sampler:
 
         return jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=P("data"))()
 
+    @property
+    def fsdp(self) -> str | None:
+        return "data" if self.shard else None
+
+    @property
+    def specs(self):  # PartitionSpecs of the base
+        return gemma.pspecs(self.cfg, True) if self.shard else P()
+
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
     def prefill(self, params, lora, prompts, shelf) -> dict:
         buckets = [n for n in (2**i for i in range(5, 30)) if n < self.max_prompt]
-        body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt))
-        specs = P(), P(), P("data"), P("data")
-        body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
+        body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt), self.fsdp)
+        body = jax.shard_map(
+            body, mesh=self.mesh, in_specs=(self.specs, P(), P("data"), P("data")),
+            out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh),  # splash attention has none
+        )  # fmt: skip
         return body(params, lora, prompts, shelf)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
     def decode(self, rules, params, lora, how, shelf, todo, state) -> dict:
-        body = functools.partial(_decode, self.cfg, rules, self.chunk)
-        specs = P(), P(), P(), P("data"), P("data"), P("data")
+        body = functools.partial(_decode, self.cfg, rules, self.chunk, self.fsdp)
+        specs = self.specs, P(), P(), P("data"), P("data"), P("data")
         body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
         return body(params, lora, how, shelf, todo, state)
 
@@ -437,7 +472,11 @@ class Sampler:
         given = self._pack([_Device([])] * self.mesh.size, [[]] * self.mesh.size, {})
         prompts, todo, shelf, state = shapes((*given, *jax.eval_shape(self.empty)), P("data"))
         layered = jax.eval_shape(self._unstacked, params)
-        params, layered, lora, how = shapes((params, layered, lora, self._how()), P())
+        lora, how = shapes((lora, self._how()), P())
+        params, layered = (
+            jax.tree.map(shapes, p, self.specs) if self.shard else shapes(p, P())
+            for p in (params, layered)
+        )
         decode = self, rules or Rules(), layered, lora, how, shelf, todo, state
         return {
             "prefill": (Sampler.prefill, (self, params, lora, prompts, shelf)),
@@ -446,7 +485,7 @@ class Sampler:
 
     def _unstacked(self, params):
         """XLA on a CPU copies each layer's weights out of the stack at every step: here, once."""
-        if self.mesh.devices.flat[0].platform != "cpu":
+        if self.shard or self.mesh.devices.flat[0].platform != "cpu":
             return params
         return params | {"layers": _unstack(params["layers"], self.cfg.num_hidden_layers)}
 
@@ -466,7 +505,7 @@ class Sampler:
         repetition: ends a rollout once so many tokens in a row each equal the one p before, for
         any one p up to 64; 0 = off. Temperature 0 is greedy. stats, if given, counts prefills,
         rounds, tokens and slot_steps (decode steps * slots, over all devices).
-        params may be sharded: they are gathered once, as devices decode each at its own pace.
+        params may be sharded: without the sampler's `shard` they are gathered once, here.
         """
         prompts = dict(prompts if isinstance(prompts, Mapping) else enumerate(prompts))
         max_new = self.max_new if max_new is None else max_new
@@ -479,7 +518,9 @@ class Sampler:
 
     def _run(self, params, lora, prompts, n, max_new, how, rules, stats):
         stats.update(prefills=0, rounds=0, tokens=0, slot_steps=0)
-        params, lora, how = hosts.on_own((params, lora, how), self.mesh)
+        on_own = lambda tree, spec: hosts.on_own(tree, self.mesh, spec)
+        lora, how = on_own((lora, how), P())
+        params = jax.tree.map(on_own, params, self.specs) if self.shard else on_own(params, P())
         if not prompts:
             return
         texts, waiting = {}, {}  # equal prompts are one text, prefilled once

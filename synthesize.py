@@ -7,7 +7,7 @@
     python train_sft.py --data runs/traces/rows.jsonl
     python train_simpo.py --data runs/pairs/pairs.jsonl --adapter runs/sft
 
-Data is what eval.py reads; `python synthesize.py --help` ends with a row for each of some domains.
+Data is what eval.py reads; the README has a row for each of some domains.
 
 1. Completions are what costs. Each is on disk as soon as it is there (teacher/replies.jsonl, or
    samples.jsonl of the mesh) and never asked for again, kill or not. All else is derived from them,
@@ -40,7 +40,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from tqdm import tqdm
 
 import data
@@ -177,7 +176,7 @@ def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
     teacher = getattr(config, "teacher", None)
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
@@ -290,7 +289,7 @@ def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
                "checksum of the prompts": prompts}  # fmt: skip
     evaluation.check_folder(Path(config.out), record)
     runs.write_json(Path(config.out) / "config.json", dataclasses.asdict(config) | record)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     dtype = jnp.dtype(config.dtype)
     cfg, params = gemma.load(start.weights, dtype, mesh)
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
@@ -520,7 +519,8 @@ def main(config: Config) -> Path:
     """Makes the rows or pairs and returns the file of them."""
     runs.check_jax()
     runs.compilation_cache()
-    config, out = resolve(config), Path(config.out)
+    config = resolve(config)
+    out = Path(config.out)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     start = lora.start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
@@ -554,33 +554,10 @@ def main(config: Config) -> Path:
     return out / f"{name}.jsonl"
 
 
-# A row for each of some domains, as `traces`, `pairs`, train_grpo.py and eval.py read them.
-EXAMPLES = [
-    {"task_type": "medical", "question": "The lack of which vitamin causes scurvy?",
-     "choices": ["Vitamin A", "Vitamin C", "Vitamin D", "Vitamin K"], "answer": "B"},
-    {"task_type": "chemistry", "question": "How many grams are 2.5 mol of water (18 g/mol)?",
-     "answer": "45 g"},
-    {"task_type": "legal", "question": "A promises B a gift, by word of mouth and for nothing in "
-     "return. Can B enforce it under common law?", "answer": "no"},
-    {"task_type": "robotics", "question": "An arm with one gripper holds the red block and must "
-     "put the blue block into the box. Plan its steps.", "rubrics": [
-         {"title": "Gripper", "description": "It puts the red block down first.", "weight": 1.0},
-         {"title": "Box", "description": "It checks that the box is open.", "weight": "Optional"}]},
-    {"task_type": "creative writing", "question": "Write four lines on rain in an empty city.",
-     "rubrics": "1. It has four lines.\n2. Its images are fresh.\n3. The city is empty."},
-    {"task_type": "summarisation", "question": "Summarise in one sentence: The museum closes for "
-     "two years. Its roof leaks, and the city has at last voted the money for a new one.",
-     "reference": "The museum closes for two years to get a new roof."},
-    {"task_type": "code", "question": "Write a Python function f that reverses a line's words.",
-     "rubrics": ["It reverses words, not letters.", "It handles an empty line."],
-     "reference": "def f(line): return ' '.join(line.split()[::-1])"},
-]  # fmt: skip
-
 if __name__ == "__main__":
     import tyro
 
     try:
-        examples = "\n\n".join(map(json.dumps, EXAMPLES))
-        main(tyro.cli(Config, description=f"{__doc__}\n{examples}"))
+        main(tyro.cli(Config, description=__doc__))
     except ValueError as e:
         sys.exit(f"error: {e}")

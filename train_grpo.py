@@ -18,8 +18,10 @@ the usual, and why:
    the reference of an adapter is the starting adapter on the same base.
 2. Where kl_coef is 0 a completion with an advantage of 0 has no gradient, so it is not computed,
    though it counts in every mean.
-3. Sequences are packed best-fit; every weight in a mean is known on the host, so the loss is a
-   plain weighted sum: neither packing, micro-batches nor devices change it (tests).
+3. A row of an update holds a prompt once, followed by completions of it that see it and
+   themselves: fewer tokens to compute, the same gradient (a test). Every weight in a mean is known
+   on the host, so the loss is a plain weighted sum: neither packing, micro-batches nor devices
+   change it (tests).
 4. k3 is the KL term of the loss; k1's gradient would not depend on the reference at all.
 5. A reward that could not be computed is missing, not 0: the completion leaves its group's mean and
    has no gradient. One masked for its length stays in the mean and in the number of rows.
@@ -44,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -54,7 +56,7 @@ import judge as judges
 import lora
 import rewards
 import runs
-from eval import Problem, evaluate, load_problems
+from eval import Problem, eval_metrics, evaluate, load_problems
 from sampler import Rollout, Sampler
 from train_sft import (
     base_name,
@@ -66,6 +68,7 @@ from train_sft import (
     opt_specs,
     optimizer,  # fmt: skip
     place,
+    samples_sharded,
     schedule,
     trained_specs,
     vary,
@@ -282,7 +285,7 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
@@ -307,6 +310,9 @@ def resolve(config: Config) -> Config:
 
 
 # ----------------------------------------------------------------------------------------- batch
+
+INTS = ("tokens", "segments", "parents", "positions", "source")  # of an update's arrays [.., B, T]
+FLOATS = ("mask", "weight", "advantage", "sampler", "old", "ref")
 
 
 class Prompts:
@@ -434,8 +440,8 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
 def n_packed(config: Config, n_devices: int) -> tuple[int, int]:
     """(micro-batches at most, rows of one over all devices) of an update.
 
-    Any two rows of a best-fit packing hold more than one row's tokens together, so there are at
-    most 2 total / pack_length + 1.
+    A row is begun only where no other has room, so any two hold more than one row's tokens together
+    and there are at most 2 total / pack_length + 1.
     """
     n_samples = config.prompts * config.group
     total = n_samples * (config.max_prompt + config.max_new)
@@ -444,39 +450,84 @@ def n_packed(config: Config, n_devices: int) -> tuple[int, int]:
     return -(-n_rows // rows), rows
 
 
+def rows_of(prompts: list[int], completions: list[list[int]], size: int) -> list[list]:
+    """Packs lengths into rows of `size`: a row is a list of (prompt, [its completions there]).
+
+    Completions of a prompt share one copy of it in a row. The largest group comes first, and goes
+    to the fullest row that takes it whole, else part of it to the emptiest, else to a new one.
+    A prompt of 2 with completions of 3, 5 and 1 in 8 -> [[(0, [1, 2])], [(0, [0])]]: 2+5+1, 2+3.
+    """
+    rows, room = [], []
+    total = [p + sum(lengths) for p, lengths in zip(prompts, completions, strict=True)]
+    for q in sorted(range(len(prompts)), key=lambda q: -total[q]):
+        left = sorted(range(len(completions[q])), key=lambda i: -completions[q][i])
+        while left:
+            need = prompts[q] + sum(completions[q][i] for i in left)
+            whole = [r for r in range(len(rows)) if room[r] >= need]
+            r = min(whole, key=room.__getitem__) if whole else int(np.argmax([*room, -1]))
+            if r == len(rows) or room[r] < prompts[q] + completions[q][left[-1]]:
+                r = len(rows)
+                rows.append([])
+                room.append(size)
+            room[r] -= prompts[q]
+            here = []
+            for i in left:
+                if completions[q][i] <= room[r]:
+                    room[r] -= completions[q][i]
+                    here.append(i)
+            rows[r].append((q, here))
+            left = [i for i in left if i not in here]
+    return rows
+
+
 def pack(samples: list[Sample], weights: list[float], config: Config,
          n_devices: int) -> tuple[dict, int, list]:  # fmt: skip
     """(arrays [micro-batches at most, rows, pack_length], micro-batches used, where they lie).
 
     A completion lies at (its index, flat row, slice). What has no gradient is left out.
-    [p p c c] with advantage 2 -> mask [0 0 1 1], advantage [0 0 2 2], sampler [0 0 logp logp].
+    Prompt [p p], completions [c c] and [d] of advantages 2 and -1, log-probs l and m:
+    segments 1 1 2 2 3, parents 1 1 1 1 1, source 0 0 1 2 1 (the token that predicts this one),
+    mask 0 0 1 1 1, advantage 0 0 2 2 -1, sampler 0 0 l l m.
     """
     n_max, rows = n_packed(config, n_devices)
-    live = [i for i, s in enumerate(samples)
-            if weights[i] and (s.advantage or config.kl_coef)]  # fmt: skip
-    lengths = [len(samples[i].problem.prompt) + len(samples[i].rollout.ids) for i in live]
-    bins = data.pack(lengths, config.pack_length)
+    groups = {}  # by prompt
+    for i, s in enumerate(samples):
+        if weights[i] and (s.advantage or config.kl_coef):
+            groups.setdefault(s.problem.prompt, []).append(i)
+    prompts, live = list(groups), list(groups.values())
+    lengths = [[len(samples[i].rollout.ids) for i in group] for group in live]
+    packed = rows_of([len(p) for p in prompts], lengths, config.pack_length)
     shape = n_max * rows, config.pack_length
-    batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "segments", "positions")}
-    floats = ("mask", "weight", "advantage", "sampler", "old", "ref")
-    batch |= {k: np.zeros(shape, np.float32) for k in floats}
-    spans = []
-    n_micro = -(-len(bins) // rows)
-    for b, items in enumerate(bins):
+    batch = {k: np.zeros(shape, np.int32) for k in INTS}
+    batch |= {k: np.zeros(shape, np.float32) for k in FLOATS}
+    spans, n_micro = [], -(-len(packed) // rows)
+    for b, parts in enumerate(packed):
         # Row b goes to micro-batch b % n_micro, so that the last one is not the only one with gaps.
-        r, start = (b % n_micro) * rows + b // n_micro, 0
-        for segment, i in enumerate((live[j] for j in items), 1):
-            s = samples[i]
-            ids = [*s.problem.prompt, *s.rollout.ids.tolist()]
-            row = slice(start, start + len(ids))
-            span = slice(start + len(s.problem.prompt), row.stop)
-            batch["tokens"][r, row], batch["segments"][r, row] = ids, segment
-            batch["positions"][r, row] = np.arange(len(ids))
-            batch["mask"][r, span], batch["weight"][r, span] = 1.0, weights[i]
-            batch["advantage"][r, span] = s.advantage
-            batch["sampler"][r, span] = s.rollout.logps
-            spans.append((i, r, span))
-            start = row.stop
+        r, at, segment = (b % n_micro) * rows + b // n_micro, 0, 0
+
+        def put(ids, first, r=r, **values):
+            """Writes a segment, whose first token has position `first`, behind the others."""
+            nonlocal at, segment
+            span, segment = slice(at, at + len(ids)), segment + 1
+            values |= {"tokens": ids, "segments": segment,
+                       "positions": np.arange(first, first + len(ids))}  # fmt: skip
+            for k, v in values.items():
+                batch[k][r, span] = v
+            at = span.stop
+            return span
+
+        for q, here in parts:
+            prompt = put(prompts[q], 0)
+            batch["parents"][r, prompt] = parent = segment
+            for i in (live[q][j] for j in here):
+                s = samples[i]
+                span = put(
+                    s.rollout.ids, len(prompts[q]), parents=parent, mask=1.0, weight=weights[i],
+                    advantage=s.advantage, sampler=s.rollout.logps,
+                )  # fmt: skip
+                batch["source"][r, span] = np.arange(span.start - 1, span.stop - 1)
+                batch["source"][r, span.start] = prompt.stop - 1
+                spans.append((i, r, span))
     return {k: v.reshape(n_max, rows, -1) for k, v in batch.items()}, n_micro, spans
 
 
@@ -525,14 +576,14 @@ def policy_loss(logp_BT, b: dict, config: Config):
 def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
     """Log-probs and entropies [B, T] of the completion tokens of B packed rows; 0 elsewhere."""
     params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
-    x_BTD = gemma.hidden(params, cfg, b["tokens"], b["positions"], b["segments"],
+    x_BTD = gemma.hidden(params, cfg, b["tokens"], b["positions"], b["segments"], b["parents"],
                          lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
-    out = gemma.token_logps(
-        x_BTD[:, :-1], gemma.head(params, cfg, fsdp), b["tokens"][:, 1:],
-        temperature=config.temperature, softcap=cfg.final_logit_softcapping,
-        wanted_BT=b["mask"][:, 1:],
+    # A completion's first token is predicted by its prompt's last, wherever in the row that lies.
+    x_BTD = jnp.take_along_axis(x_BTD, b["source"][:, :, None], axis=1)
+    return gemma.token_logps(
+        x_BTD, gemma.head(params, cfg, fsdp), b["tokens"], temperature=config.temperature,
+        softcap=cfg.final_logit_softcapping, wanted_BT=b["mask"],
     )  # fmt: skip
-    return [jnp.pad(z, ((0, 0), (1, 0))) for z in out]
 
 
 def loss(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
@@ -600,7 +651,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, n_micro, on_policy, lr), reference(...)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
@@ -614,7 +666,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     fsdp, rows = "data" if sharded else None, P(None, "data")
     reference = jax.jit(jax.shard_map(
         partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
-        in_specs=(specs, fixed, rows, P()), out_specs=rows,
+        in_specs=(specs, fixed, rows, P()), out_specs=rows, check_vma=check_vma,
     ))  # fmt: skip
     return train_step, reference
 
@@ -643,12 +695,11 @@ def programs(config: Config, mesh: Mesh) -> dict:
     fixed = on_mesh(fixed, fixed_specs(cfg, config, sharded))
     opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
     n_max, rows = n_packed(config, mesh.size)
-    ints = ("tokens", "segments", "positions")
     batch = {
         k: jax.ShapeDtypeStruct((n_max, rows, config.pack_length),
-                                jnp.int32 if k in ints else jnp.float32,
+                                jnp.int32 if k in INTS else jnp.float32,
                                 sharding=NamedSharding(mesh, P(None, "data")))
-        for k in (*ints, "mask", "weight", "advantage", "sampler", "old", "ref")
+        for k in INTS + FLOATS
     }  # fmt: skip
     n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
     out = make_sampler(cfg, config, mesh).programs(base, adapter)
@@ -663,7 +714,8 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
 
 def row_of(problem: Problem, rollout: Rollout, p: float, config: Config) -> dict:
@@ -821,7 +873,7 @@ def main(config: Config) -> Path:
     hosts.connect(config)
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     # load
     mix = rewards.read_mix(config.rewards, config.reward_file)
@@ -900,8 +952,7 @@ def main(config: Config) -> Path:
         """Held-out greedy accuracy and format, logged and shown -> the score."""
         params, adapter = join(trained, fixed, dtype)
         results, _ = evaluate(sampler, params, tok, held_out, adapter=adapter, every_s=None)
-        names = {"pass@1": "eval_accuracy", "format": "eval_format", "length": "eval_length"}
-        metrics = {ours: results[name] for name, ours in names.items() if name in results}
+        metrics = eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics.get("eval_accuracy", metrics["eval_format"])

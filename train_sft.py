@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -44,7 +44,7 @@ import hosts
 import lora
 import rewards
 import runs
-from eval import Problem, evaluate
+from eval import Problem, eval_metrics, evaluate
 from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
@@ -174,7 +174,7 @@ MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
@@ -301,7 +301,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -319,7 +320,8 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 
     specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
-        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P())
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P()),
+        check_vma=check_vma,
     ))  # fmt: skip
     return train_step, eval_step
 
@@ -386,10 +388,21 @@ def is_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
     per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    device = mesh.local_devices[0] if hosts.count > 1 else mesh.devices.flat[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    limit = (stats or {}).get("bytes_limit", 16 * 2**30)
-    return cfg.n_params * per_weight > 0.4 * limit
+    return too_large(cfg, per_weight, mesh)
+
+
+def samples_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
+    """Whether rollouts leave a sharded base where it is rather than gather it once a phase."""
+    itemsize = jnp.dtype(config.dtype).itemsize
+    return is_sharded(cfg, config, mesh) and too_large(cfg, itemsize, mesh)
+
+
+def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
+    """Whether a copy of all weights takes over 40 % of a device's memory."""
+    device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
+    here = device.platform != "cpu" and device in jax.devices()  # else compiled for, not run on
+    limit = ((device.memory_stats() if here else None) or {}).get("bytes_limit", 16 * 2**30)
+    return cfg.n_params * bytes_per_weight > 0.4 * limit
 
 
 def new_adapter(cfg: gemma.Config, config: Config) -> dict:
@@ -449,8 +462,11 @@ def load_model(config: Config, mesh: Mesh) -> Model:
         trained, scale = lora.split(adapter)
         fixed = {"base": base} | place(scale, mesh, P())
     specs = trained_specs(cfg, config, sharded)
-    runs.say(f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
-             f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+    rollouts = "in their place" if samples_sharded(cfg, config, mesh) else "from a copy on each"
+    runs.say(
+        f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind}" + f"; rollouts read them {rollouts}" * sharded
+    )
     trained = place(trained, mesh, specs)
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
 
@@ -529,7 +545,7 @@ def main(config: Config) -> Path:
     hosts.connect(config)
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     n_micro, _ = batch_shape(config, mesh)
 
     # load
@@ -549,7 +565,8 @@ def main(config: Config) -> Path:
     problems = [problem(*e, tok) for e in held_out[: max(config.eval_accuracy, config.show)]]
     longest = max((len(p.prompt) for p in problems), default=1)
     sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
-                      max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                      max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                      shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
     def measure(run, step) -> float:
         """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
@@ -561,7 +578,7 @@ def main(config: Config) -> Path:
             params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
             results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
             if config.eval_accuracy:
-                metrics |= {"eval_accuracy": results["pass@1"], "eval_format": results["format"]}
+                metrics |= eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
@@ -569,7 +586,7 @@ def main(config: Config) -> Path:
         run.log_samples(step, keep)
         for row in keep:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
-        return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
+        return metrics.get("eval_accuracy", -metrics["eval_loss"])
 
     def write(folder: Path | None) -> None:
         write_model(folder, config, model, trained)

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -50,7 +50,7 @@ import gemma
 import hosts
 import lora
 import runs
-from eval import evaluate
+from eval import eval_metrics, evaluate
 from sampler import Sampler
 from train_sft import (
     base_name,
@@ -64,6 +64,7 @@ from train_sft import (
     optimizer,
     place,
     problem,
+    samples_sharded,
     schedule,
     trained_specs,
     vary,
@@ -210,7 +211,7 @@ MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's and the loss's defaults; checks the rest."""
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
@@ -377,7 +378,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded)
+    check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
+    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -396,7 +398,8 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 
     specs, fixed = specs_of(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
-        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P()
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
+        check_vma=check_vma,
     ))  # fmt: skip
     return train_step, eval_step
 
@@ -485,7 +488,7 @@ def main(config: Config) -> Path:
     hosts.connect(config)
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     n_micro, _ = batch_shape(config, mesh)
 
     # load
@@ -506,7 +509,8 @@ def main(config: Config) -> Path:
     problems = [problem(*w, tok) for w, _ in held_out[: max(config.eval_accuracy, config.show)]]
     longest = max((len(p.prompt) for p in problems), default=1)
     sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
-                      max_new=config.max_new, dtype=jnp.dtype(config.dtype))  # fmt: skip
+                      max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                      shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
     def measure(run, step) -> float:
         """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
@@ -518,7 +522,7 @@ def main(config: Config) -> Path:
             params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
             results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
             if config.eval_accuracy:
-                metrics |= {"eval_accuracy": results["pass@1"], "eval_format": results["format"]}
+                metrics |= eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
@@ -526,7 +530,7 @@ def main(config: Config) -> Path:
         run.log_samples(step, keep)
         for row in keep:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
-        return metrics["eval_accuracy"] if config.eval_accuracy else -metrics["eval_loss"]
+        return metrics.get("eval_accuracy", -metrics["eval_loss"])
 
     def write(folder: Path | None) -> None:
         write_model(folder, config, model, trained)

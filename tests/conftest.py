@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -69,11 +70,42 @@ def small(tmp_path_factory):
     return folder
 
 
+def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args) -> None:
+    """One train_step over eight devices, base replicated and sharded: the same to 1e-5.
+
+    Adam's first moments are a tenth of the gradient, so they are compared with their largest entry.
+    """
+    import train_sft
+
+    trained, fixed = jax.device_get((trained, fixed))  # so that nothing of it can be donated
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    after = []
+    for sharded in (False, True):
+        specs, fixed_specs = specs_of(cfg, config, sharded)
+        here = train_sft.place(trained, mesh, specs)
+        opt = train_sft.optimizer(config).init(here)
+        base = train_sft.place(fixed, mesh, fixed_specs)
+        here, opt, metrics, *_ = make_steps(cfg, config, mesh, sharded)[0](here, opt, base, *args)
+        metrics = {k: metrics[k] for k in ("loss", "grad_norm")}
+        after.append(jax.device_get((here, opt[1].mu, metrics)))
+    for path, x in jax.tree_util.tree_leaves_with_path(after[0]):
+        y, name = dict(jax.tree_util.tree_leaves_with_path(after[1]))[path], path[0].idx
+        scale = np.abs(x).max() if name == 1 else 1.0
+        assert scale > 0, path
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * scale, err_msg=str(path))
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), after[0][0], trained)
+    assert all(jax.tree.leaves(moved)), moved
+
+
 def contents(run) -> dict:
-    """Everything a run leaves but timings, and the record of where it ran."""
+    """Everything a run leaves but timings, and the record of where it ran.
+
+    report.html is a function of the files compared here and of timings (tests/test_report.py).
+    """
     timing = lambda k: k.endswith("_s") or "per_s" in k
     found = {}
-    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name != ".lock"):
+    apart = (".lock", "report.html")
+    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name not in apart):
         name = str(file.relative_to(run))
         if file.name == "metrics.jsonl":
             lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -238,3 +238,25 @@ def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
     (tmp_path / "test.jsonl").write_text('{"question": "Q", "answer": "r #### 4"}\n')
     [(where, row)] = data.read_rows("gsm8k:test")
     assert where.endswith("test.jsonl:1") and row["question"] == "Q"
+
+
+def test_data_is_found_among_the_inputs_of_kaggle(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "KAGGLE", tmp_path)
+    monkeypatch.delenv("GSM8K", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "datasets/somebody/other", "datasets/somebody/grade-gsm8k/main"):
+        (tmp_path / "input" / folder).mkdir(parents=True)
+    (tmp_path / "input/mine/rows.jsonl").write_text('{"a": 1}')
+    (tmp_path / "input/datasets/somebody/grade-gsm8k/main/train.jsonl").write_text('{"a": 2}')
+    assert [row for _, row in data.read_rows("rows.jsonl")] == [{"a": 1}]
+    assert [row for _, row in data.read_rows("mine/rows.jsonl")] == [{"a": 1}]
+    assert [row for _, row in data.read_rows("gsm8k")] == [{"a": 2}]
+    (tmp_path / "input/datasets/somebody/other/rows.jsonl").write_text('{"a": 3}')
+    with pytest.raises(ValueError, match="several inputs have it, give more of the path"):
+        list(data.read_rows("rows.jsonl"))
+    assert [row for _, row in data.read_rows("other/rows.jsonl")] == [{"a": 3}]
+    (tmp_path / "rows.jsonl").write_text('{"a": 4}')  # here goes first
+    assert [row for _, row in data.read_rows("rows.jsonl")] == [{"a": 4}]
+    for absent in ("none.jsonl", "/none.jsonl", "../none.jsonl"):
+        with pytest.raises(ValueError, match=f"--data {absent}: no such file"):
+            list(data.read_rows(absent))

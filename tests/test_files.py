@@ -519,7 +519,7 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(payload)
     message = one_line(gemma.load, folder)
-    assert "found none (pickled .bin/.pt weights are never opened" in message
+    assert "pytorch_model.bin), which are never opened" in message
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}')
     assert "pytorch_model.bin: not a safetensors file" in one_line(gemma.load, folder)
@@ -659,6 +659,37 @@ def test_not_found_lists_every_place_and_the_commands(bare, monkeypatch, model):
     monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
     with pytest.raises(ValueError, match="Searched:\n  " + str(bare / "mine") + "\n"):
         gemma.find(model)
+
+
+FORMATS = [  # as Kaggle mounts them -> what the message says of each
+    ("gemma-3/flax/gemma3-1b-it/1", "gemma3-1b-it/_METADATA", "Flax"),
+    ("models/google/gemma-3/flax/gemma3-1b-it/1", "gemma3-1b-it/manifest.ocdbt", "Flax"),
+    ("gemma-3/flax/gemma-3-1b-it/1", "gemma-3-1b-it/checkpoint", "Flax"),
+    ("gemma-3/pytorch/gemma-3-1b-it/1", "model.ckpt", "PyTorch"),
+    ("somebody/gemma-3-1b-it", "pytorch_model.bin", "PyTorch"),
+    ("gemma-3/keras/gemma-3-1b-it/1", "model.weights.h5", "Keras"),
+]
+
+
+@pytest.mark.parametrize("folder, file, name", FORMATS)
+def test_other_formats_are_recognised_and_named(bare, folder, file, name):
+    folder = bare / "kaggle" / folder
+    (folder / file).parent.mkdir(parents=True)
+    for other in (file, "config.json", "tokenizer.model"):  # of Kaggle's own, not Hugging Face's
+        (folder / other).write_text("{}")
+    with pytest.raises(ValueError) as error:
+        gemma.find("gemma3-1b")
+    assert (
+        "Found, but only Transformers weights (safetensors) can be read:\n  "
+        f"{name} weights ({folder / file})\n" in str(error.value)
+    )
+    assert "Add Input > Models > gemma-3 > Transformers > gemma-3-1b-it" in str(error.value)
+    for call, arguments in ((gemma.find, ("gemma3-1b", folder)), (gemma.load, (folder,))):
+        message = one_line(call, *arguments)
+        assert f"{folder}: holds {name} weights ({folder / file}), which are never" in message
+        assert "take the Transformers ones" in message
+    best = place(bare / "kaggle/gemma-3/transformers/gemma-3-1b-it/1", "gemma3-1b")
+    assert gemma.find("gemma3-1b") == best
 
 
 def test_unknown_names_and_wrong_flags(bare):

@@ -430,6 +430,128 @@ def test_packed_sequences_and_padding_do_not_see_each_other(family):
     assert (seen_TT[real][~same[real]] == 0).all() and (seen_TT[real][same[real]] > 0).all()
 
 
+# ------------------------------------------------------------------------------- splash attention
+
+
+def with_tiles(family):
+    """The smallest heads that splash takes, a window that turns within a sequence, two layers."""
+    return dataclasses.replace(TINY[family], head_dim=128, sliding_window=40, num_hidden_layers=2,
+                               is_global=(False, True))  # fmt: skip
+
+
+def packed_rows(B, T):
+    segments, positions = packed(B, T, np.random.default_rng(0))
+    assert segments.max() > 1 and (segments == 0).any()
+    return jnp.asarray(positions), jnp.asarray(segments)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
+    """In both kinds of layers, packed, padded to whole blocks (256), with soft caps and GQA."""
+    cfg = with_tiles(family)
+    positions_BT, segments_BT = packed_rows(B, T)
+    K, N, H = cfg.num_key_value_heads, cfg.num_attention_heads, cfg.head_dim
+    shapes = (B, T, N, H), (B, K, T, H), (B, K, T, H), (B, T, N, H)
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, weight = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    weight *= (segments_BT > 0)[:, :, None, None]  # what padding attends to is nobody's business
+
+    def plain(qkv, window):
+        distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
+        same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+        mask_BTT = same_BTT & (distance_BTT >= 0) & (distance_BTT < window)
+        return gemma.attend(cfg, qkv[0], [(*qkv[1:], mask_BTT)])
+
+    def splash(qkv, window):
+        return gemma.splash(cfg, qkv[0], [(*qkv[1:], None)], segments_BT=segments_BT,
+                            window=window, interpret=True)  # fmt: skip
+
+    @functools.partial(jit, static_argnums=0)
+    def both(attention, qkv, window):
+        total = lambda qkv: jnp.sum(attention(qkv, window) * weight)
+        return attention(qkv, window) * weight, jax.grad(total)(qkv)
+
+    for is_global in (False, True):
+        window = gemma._window(cfg, is_global)
+        expected, found = (both(f, qkv, window) for f in (plain, splash))
+        for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            assert_close(y, x, 1e-5 * jnp.abs(x).max())
+    local, everything = (plain(qkv, gemma._window(cfg, g)) * weight for g in (False, True))
+    assert jnp.abs(local - everything).max() > 0.1  # or the window is not tested
+    half = [z.astype(jnp.bfloat16) for z in qkv]
+    a, b = (jit(f)(half, 40) * weight for f in (plain, splash))
+    assert jnp.abs(a - b).mean() < 2 * jnp.abs(a - jit(plain)(qkv, 40) * weight).mean()
+
+
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(gemma, "on_tpu", lambda mesh=None: True)
+    interpreted = functools.partial(gemma.splash, interpret=True)
+    monkeypatch.setattr(gemma, "splash", interpreted)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_splash_is_the_model(family, as_on_a_tpu):
+    """Hidden states of packed rows, their gradient, and the keys and values of a prefill."""
+    cfg, T = with_tiles(family), 130
+    params, tokens = random_params(cfg), jnp.asarray(random_tokens(cfg, 2, T))
+    packing = packed_rows(2, T)
+    real_BT1 = (packing[1] > 0)[..., None]
+
+    def run(params):  # a function of its own for each time, or jit would not trace it again
+        def total(params):
+            x_BTD = gemma.hidden(params, cfg, tokens, *packing, remat="layer")
+            return jnp.sum(jnp.where(real_BT1, jnp.cos(x_BTD), 0)), x_BTD * real_BT1
+
+        cache = gemma.init_cache(cfg, 2, T, jnp.float32)
+        positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
+        valid = positions < jnp.array([[T], [70]])
+        prefilled = gemma.extend(params, cfg, cache, tokens, positions, valid, empty=True)
+        return jax.grad(total, has_aux=True)(params), (
+            prefilled[0] * valid[..., None],
+            prefilled[1],
+        )
+
+    found = jit(run)(params)
+    as_on_a_tpu.setattr(gemma, "on_tpu", lambda mesh=None: False)
+    expected = jit(lambda params: run(params))(params)
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert_close(y, x, 1e-5 * jnp.abs(x).max() * (x.dtype == jnp.float32))
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
+def test_with_splash_the_backward_pass_is_left_no_scores(remat, as_on_a_tpu):
+    cfg, T = with_tiles("gemma3"), 136
+    params, tokens = random_params(cfg), jnp.zeros((1, T), jnp.int32)
+
+    def n_square():  # of the arrays kept for the backward pass
+        kept = jax.eval_shape(lambda p: jax.vjp(
+            lambda p: gemma.hidden(p, cfg, tokens, remat=remat), p)[1], params)  # fmt: skip
+        return sum(x.shape.count(T) > 1 for x in jax.tree.leaves(kept) if x.dtype == jnp.float32)
+
+    assert n_square() == 0
+    as_on_a_tpu.setattr(gemma, "on_tpu", lambda mesh=None: False)
+    assert (n_square() > 0) == (remat == "none")  # as it would be seen
+
+
+def test_splash_is_for_tpus_long_rows_and_heads_of_whole_tiles():
+    """The lowering follows the devices of the mesh, of a kind that this machine does not have."""
+    kind = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    of_tpus = jax.sharding.AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Auto,),
+                                        abstract_device=kind)  # fmt: skip
+
+    def splashes(mesh, T=128, head_dim=128):
+        cfg = dataclasses.replace(with_tiles("gemma3"), head_dim=head_dim)
+        body = lambda params, tokens: gemma.hidden(params, cfg, tokens)
+        f = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        return "pallas_call" in str(jax.make_jaxpr(f)(random_params(cfg), jnp.zeros((1, T), int)))
+
+    assert splashes(of_tpus)
+    assert not splashes(of_tpus, T=127) and not splashes(of_tpus, head_dim=32)
+    assert not splashes(mesh())
+
+
 # ------------------------------------------------------------------------------------ eight devices
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from conftest import KILLER, ROOT, contents
+from conftest import KILLER, ROOT, check_sharded_step, contents
 from jax.sharding import AxisType
 
 import gemma
@@ -216,11 +216,14 @@ def test_masked_and_missing_completions(golden):
 
 
 def samples_of(n=16, seed=0, zeros=0):
+    """Completions of prompts that four of them share."""
     rng = np.random.default_rng(seed)
     out = []
     for i in range(n):
-        prompt, ids = (rng.integers(3, 97, rng.integers(1, top)) for top in (9, 13))
-        out.append(sample(prompt.tolist(), ids, logps=-rng.random(len(ids)) * 4,
+        if i % 4 == 0:
+            prompt = rng.integers(3, 97, rng.integers(1, 9)).tolist()
+        ids = rng.integers(3, 97, rng.integers(1, 13))
+        out.append(sample(prompt, ids, logps=-rng.random(len(ids)) * 4,
                           advantage=0.0 if i < zeros else rng.normal()))  # fmt: skip
     return out
 
@@ -303,6 +306,16 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
           gradient(fill(one), n_one, config), 2e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
+    config, samples = change(lora_rank=rank, kl_coef=0.1), samples_of()
+    batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
+    specs_of = lambda *args: (trained_specs(*args), fixed_specs(*args))
+    check_sharded_step(CFG, config, train_grpo.make_steps, specs_of, *weights_for(config),
+                       off_policy(samples)(batch), np.int32(n), np.bool(False),
+                       np.float32(1e-3))  # fmt: skip
+
+
 @pytest.mark.parametrize("micro_rows", [2, 4, 8])
 def test_micro_batches_change_no_gradient(micro_rows):
     samples = samples_of()
@@ -351,30 +364,55 @@ def test_packing_wastes_little_and_never_overflows(n_devices):
     lengths = {
         "long tail": np.minimum(768, rng.lognormal(5.2, 0.5, 256).astype(int) + 1),
         "all full": np.full(256, 768), "all short": np.full(256, 1),
-        "just over a third": np.full(256, 683 - 256),
+        "just over a third": np.full(256, 683 - 256), "no prompt is shared": np.full(256, 768),
     }  # fmt: skip
     for name, sizes in lengths.items():
-        n_prompt = rng.integers(60, 257, 256) if name == "long tail" else np.full(256, 256)
-        rows = [sample([3] * p, [4] * n, advantage=1.0)
-                for p, n in zip(n_prompt, sizes, strict=True)]  # fmt: skip
+        each = 1 if name == "no prompt is shared" else 8
+        n_prompt = rng.integers(60, 257, 32) if name == "long tail" else np.full(256 // each, 256)
+        rows = [sample([3 + i // each] * n_prompt[i // each], [4] * n, advantage=1.0)
+                for i, n in enumerate(sizes)]  # fmt: skip
         batch, n_micro, spans = pack(rows, token_weights(rows, config), config, n_devices)
         used = batch["segments"][:n_micro]
         assert len(spans) == 256 and not batch["segments"][n_micro:].any()
-        assert (used > 0).sum() == sizes.sum() + n_prompt.sum()
+        assert batch["mask"].sum() == sizes.sum()
+        apart = sizes.sum() + each * n_prompt.sum()
         if name == "long tail":
-            assert (used == 0).mean() < 0.1
+            assert (used == 0).mean() < 0.1 and (used > 0).sum() < 0.7 * apart
+        else:
+            assert (used > 0).sum() <= apart
+
+
+def test_rows_share_prompts_and_hold_everything_once():
+    rng = np.random.default_rng(1)
+    for size in (24, 40, 200):
+        prompts = rng.integers(1, 9, 30).tolist()
+        completions = [rng.integers(1, 16, rng.integers(1, 9)).tolist() for _ in prompts]
+        rows = train_grpo.rows_of(prompts, completions, size)
+        total = [sum(prompts[q] + sum(completions[q][i] for i in here) for q, here in row)
+                 for row in rows]  # fmt: skip
+        assert max(total) <= size and all(a + b > size for a, b in zip(total, total[1:]))  # noqa: B905
+        held = sorted((q, i) for row in rows for q, here in row for i in here)
+        assert held == [(q, i) for q, c in enumerate(completions) for i in range(len(c))]
+        assert all(here for row in rows for _, here in row)
+    assert train_grpo.rows_of([2], [[3, 5, 1]], 8) == [[(0, [1, 2])], [(0, [0])]]
 
 
 def test_packed_arrays_hold_the_sampled_tokens():
     a = sample([5, 6], [7, 8], logps=[-1, -2], advantage=2.0)
-    b = sample([9], [10], logps=[-3], advantage=-1.0)
-    batch, n, spans = pack([a, b], [0.25, 0.5], change(pack_length=20), 1)
-    row = {k: v[0, 0, :7].tolist() for k, v in batch.items()}
-    assert n == 1 and spans == [(0, 0, slice(2, 4)), (1, 0, slice(5, 6))]
-    assert row["tokens"] == [5, 6, 7, 8, 9, 10, 0] and row["segments"] == [1, 1, 1, 1, 2, 2, 0]
-    assert row["positions"] == [0, 1, 2, 3, 0, 1, 0] and row["mask"] == [0, 0, 1, 1, 0, 1, 0]
-    assert row["advantage"] == [0, 0, 2, 2, 0, -1, 0] and row["sampler"] == [0, 0, -1, -2, 0, -3, 0]
-    assert row["weight"] == [0, 0, 0.25, 0.25, 0, 0.5, 0]
+    b = sample([5, 6], [10], logps=[-3], advantage=-1.0)
+    c = sample([9], [11], logps=[-4], advantage=3.0)
+    batch, n, spans = pack([a, c, b], [0.25, 0.125, 0.5], change(pack_length=20), 1)
+    row = {k: v[0, 0, :8].tolist() for k, v in batch.items()}
+    assert n == 1 and spans == [(0, 0, slice(2, 4)), (2, 0, slice(4, 5)), (1, 0, slice(6, 7))]
+    assert row["tokens"] == [5, 6, 7, 8, 10, 9, 11, 0]
+    assert row["segments"] == [1, 1, 2, 2, 3, 4, 5, 0]
+    assert row["parents"] == [1, 1, 1, 1, 1, 4, 4, 0]
+    assert row["positions"] == [0, 1, 2, 3, 2, 0, 1, 0]
+    assert row["source"] == [0, 0, 1, 2, 1, 0, 5, 0]
+    assert row["mask"] == [0, 0, 1, 1, 1, 0, 1, 0]
+    assert row["advantage"] == [0, 0, 2, 2, -1, 0, 3, 0]
+    assert row["sampler"] == [0, 0, -1, -2, -3, 0, -4, 0]
+    assert row["weight"] == [0, 0, 0.25, 0.25, 0.5, 0, 0.125, 0]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -561,6 +599,8 @@ def test_what_a_run_leaves(whole):
         assert 0 < m["sampling/sampling_logp_difference/mean"] < 1e-4
         assert m["sampling/sampling_logp_difference/p99"] < 1e-3
     assert any(m["rewards/score/missing"] > 0 for m in steps)
+    assert any("eval_accuracy_low" in m for m in metrics)
+    assert "Reward: score" in (out / "report.html").read_text()
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     failed = [r for r in rows if r["errors"]]
     assert failed and all(r["reward"] is None and r["rewards"]["score"] is None for r in failed)

@@ -1,14 +1,17 @@
 """lora.py: PEFT's files and logits both ways, merging, dropout, and what is refused."""
 
 import json
+import re
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
+import data
 import gemma
 import lora
 
@@ -182,6 +185,27 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     np.testing.assert_allclose(gemma.logits(params, cfg, tokens, lora=adapter), theirs, atol=2e-5)
 
 
+def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path):
+    """Its base is that model, not the one --model or --weights names; gone, it is asked for."""
+    (cfg, params), tuned = base(), tmp_path / "sft" / "final"
+    for folder in (tuned, tmp_path / "original"):
+        gemma.save(folder, cfg, params)
+    lora.write_prompt(tuned, "")
+    for folder, on in (("simpo", tuned), ("other", tmp_path / "original"), ("hub", "google/gemma")):
+        lora.save(tmp_path / folder / "final", random_adapter(cfg), cfg, str(on))
+    original = str(tmp_path / "original")
+    for weights in (None, original):
+        start = lora.start("tiny", weights, str(tmp_path / "simpo"))
+        assert start == (tuned, tmp_path / "simpo" / "final")
+    assert lora.start("tiny", original, str(tmp_path / "other")).weights == tmp_path / "original"
+    assert lora.start("tiny", None, str(tmp_path / "hub")).weights.name == "tiny"
+    tuned.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"sft/final.*--weights names it"):
+        lora.start("tiny", None, str(tmp_path / "simpo"))
+    moved = lora.start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
+    assert moved.weights == tmp_path / "moved"
+
+
 def test_the_same_rank_is_continued_and_another_merged(tmp_path):
     """Whatever order the matrices are named in; at its own rank nothing is stacked in final/."""
     cfg, params = base()
@@ -306,3 +330,72 @@ def test_adapter_of_another_kind_is_refused(tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
         with pytest.raises(ValueError, match="plain LoRA"):
             lora.load(tmp_path, cfg)
+
+
+# ------------------------------------------------------------------------------- other programs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder as the README has it: tiny/ and runs/grpo/final with an adapter for it."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "tiny").symlink_to(ROOT / "tiny")
+    cfg = gemma.read_config(ROOT / "tiny")
+    adapter = random_adapter(cfg)
+    lora.save(folder / "runs/grpo/final", adapter, cfg, "tiny")
+    lora.write_prompt(folder / "runs/grpo/final", "Be brief.")
+    return folder
+
+
+def test_readme_answers_with_peft_as_we_do(trained, monkeypatch, capsys):
+    """The README's own lines, run: PEFT's greedy answer is ours."""
+    pytest.importorskip("peft")
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(from peft .*?)```", readme, re.S)
+    monkeypatch.chdir(trained)
+    exec(compile(block, "README.md", "exec"), {})
+    tok, (cfg, params) = data.Tokenizer("tiny"), gemma.load("tiny")
+    adapter = lora.load("runs/grpo/final", cfg)
+    question = re.search(r'"content": "(.*?)"', block)[1]
+    ids = tok.chat([{"role": "user", "content": question}])
+    ours = gemma.greedy(lora.merge(params, adapter, cfg), cfg, jnp.asarray(ids), 32).tolist()
+    stop = next((i for i, t in enumerate(ours) if t in tok.stop_ids), len(ours))
+    assert capsys.readouterr().out.strip() == tok.decode(ours[:stop]).strip() != ""
+
+
+def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
+    """`python lora.py`: transformers opens it; names and keys that vLLM and llama.cpp look for."""
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    monkeypatch.chdir(trained)
+    lora.main("runs/grpo", "merged", dtype="float32")
+    cfg, params = gemma.load("tiny")
+    adapter = lora.load("runs/grpo/final", cfg)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(3, cfg.vocab_size, (1, 20))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    found = gemma.logits(params, cfg, ids, lora=adapter)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    tok = transformers.AutoTokenizer.from_pretrained("merged")
+    chat = [{"role": "user", "content": "Hi"}]
+    rendered = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert rendered == data.Tokenizer("tiny").chat(chat)
+    config, generation, tokenizer = (
+        json.loads((trained / "merged" / name).read_text())
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    )
+    assert config["architectures"] == ["Gemma3ForCausalLM"] and config["eos_token_id"] == 1
+    assert generation["eos_token_id"] == [1, 11] and "chat_template" in tokenizer
+    names = set(load_file(trained / "merged/model.safetensors"))
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= names
+    original = (trained / "tiny/tokenizer.model").read_bytes()
+    assert (trained / "merged/tokenizer.model").read_bytes() == original
+    assert lora.read_prompt("merged", None) == "Be brief."
+
+
+def test_what_cannot_be_merged(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    with pytest.raises(ValueError, match="--adapter tiny: a whole model already"):
+        lora.main("tiny", "merged-twice")
+    with pytest.raises(ValueError, match="--out tiny is the base itself"):
+        lora.main("runs/grpo", "tiny", weights="tiny")

@@ -1,12 +1,19 @@
-"""Every Python command in the README names a script that exists and flags that it takes."""
+"""The README: commands name scripts and flags that exist, and example rows are read."""
 
+import functools
 import importlib
+import json
 import re
 import shlex
 
 import pytest
 import tyro
 from conftest import ROOT
+
+import data
+import eval as evaluation
+import judge
+import rewards
 
 pytestmark = pytest.mark.smoke
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -24,23 +31,54 @@ def test_the_two_commands_are_there():
     assert "pip install -r requirements-dev.txt && python -m pytest -q -n 2" in lines
 
 
+def parse(script, flags):
+    """As the script itself would: what it gives tyro.cli, with nothing behind it."""
+    source = (ROOT / script).read_text()
+    entry = re.search(r"tyro\.cli\((\w+)", source)[1]
+    entry = getattr(importlib.import_module(script.removesuffix(".py")), entry)
+    if not isinstance(entry, type) and callable(entry):  # a function would do its work
+        entry = functools.wraps(entry)(lambda **_: None)
+    by_place = (tyro.conf.PositionalRequiredArgs,) if "PositionalRequiredArgs" in source else ()
+    config, rest = tyro.cli(entry, args=flags, return_unknown_args=True, config=by_place)
+    assert not rest or script == "to_kaggle.py", rest
+    if rest:  # of the script that it is given
+        parse(config.script, rest)
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_command_parses(command):
-    if command[0] == "pip":
-        assert command[1:3] == ["install", "-r"] and (ROOT / command[3]).exists()
-        return
     if command[0] in ("gcloud", "srun"):  # what is before python is theirs
         words = [w for part in command for w in shlex.split(part.removeprefix("--command="))]
         command = words[words.index("python") :]
-    assert command[0] == "python"
-    if command[1] == "-m":
-        assert command[2] == "pytest"
+    program, *arguments = command
+    if program in ("vllm", "llama-cli") or arguments[0].startswith("llama.cpp/"):
+        return  # not ours
+    if program == "pip":
+        assert arguments[:2] == ["install", "-r"] and (ROOT / arguments[2]).exists()
         return
-    module = importlib.import_module(command[1].removesuffix(".py"))
-    if command[1] == "gemma.py":  # its main has no Config: parsing would run it
-        assert set(command[2::2]) <= {"--weights", "--tokenizer"}
-    else:
-        tyro.cli(module.Config, args=command[2:])
+    given = [word.partition("=")[0] for word in command if "=" in word.split("/")[0]]
+    if command[len(given)] == "bash":  # what a recipe runs is parsed in test_recipes.py
+        script, *more = command[len(given) + 1 :]
+        names = re.findall(r"^pick (\w+)", (ROOT / script).read_text(), re.M)
+        assert {*given} <= {"ACTS", "OUT", *names} and more in ([], ["--model", "tiny"])
+        return
+    assert program == "python"
+    if arguments[0] == "-m":
+        assert arguments[1] == "pytest"
+        return
+    if arguments[0] == "recipes/table.py":
+        assert all(folder.startswith("runs/") for folder in arguments[1:])
+        return
+    parse(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["train_sft.py --stepz 2", "gemma.py --weight x", "to_kaggle.py eval.py --row 2"]
+)
+def test_a_wrong_command_would_not_parse(wrong):
+    script, *flags = wrong.split()
+    with pytest.raises((SystemExit, AssertionError)):
+        parse(script, flags)
 
 
 TABLE = re.findall(r"^\| [^|]*\| `(--[^`]+)`", (ROOT / "README.md").read_text(), re.M)
@@ -51,3 +89,32 @@ def test_settings_of_the_literature_parse(flags):
     assert len(TABLE) >= 9
     config = tyro.cli(importlib.import_module("train_grpo").Config, args=flags.split())
     importlib.import_module("train_grpo").resolve(config)
+
+
+# ------------------------------------------------------------------------------------ example rows
+
+TOK = data.Tokenizer(ROOT / "tiny")
+LINES = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+ROWS = [json.loads(line) for block in LINES for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.get("task_type", "shape"))
+def test_an_example_row_is_read_by_all_who_take_it(row):
+    problem = evaluation.read_problem(row, TOK, data.SYSTEM)
+    trained = "reasoning" in row or not {"task_type", "rubrics"} & row.keys()
+    if trained:  # as SFT shows the question, so it is asked
+        ids, mask = data.read_example(row, TOK, data.SYSTEM)
+        assert tuple(ids[: mask.argmax()]) == problem.prompt
+        _, answer, strict = rewards.parse(TOK.decode(ids[mask.argmax() :]))
+        told = problem.gold, problem.kind, problem.choices
+        assert problem.gold is None or (strict and rewards.correct(answer, *told))
+    assert trained or row.get("rubrics") or row.get("reference")
+    given = row | {"question": problem.question, "answer": problem.gold}
+    assert judge.rubric(row) and judge.opening("grar", given)
+
+
+def test_there_is_a_row_of_every_domain():
+    domains = "medical, chemistry, legal, robotics, creative writing, summarisation, code"
+    assert ", ".join(row["task_type"] for row in ROWS if "task_type" in row) == domains
+    kinds = [evaluation.read_problem(row, TOK).kind for row in ROWS if "task_type" in row]
+    assert kinds[:3] == ["choice", "number", "boolean"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_gemma import TINY, random_params
 
 import gemma
@@ -192,17 +193,41 @@ def test_tokens_do_not_depend_on_devices_slots_or_order(family):
     assert tokens(others[1].sample(sharded, backwards, **settings)) == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_stays_sharded_gives_the_rollouts_of_a_replicated_one(family):
+    """Eight devices that have 15, 3 and 1 rollouts to share: each waits for all at every step."""
+    cfg, params = CFG[family], params_of(family)
+    adapter = live_adapter(cfg)
+    how = {"lora": adapter, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "min_p": 0.01,
+           "stop": range(3, 8)}  # fmt: skip
+    split = sampler(family, n_devices=8, slots=2, shard=True)
+    compiled = split.programs(params, adapter, Rules(20, True, True))["decode"][1][2]["layers"]
+    assert compiled["q_proj"].sharding.spec == P(None, "data", None, None)  # never unstacked
+    for prompts, n in ((random_prompts(5, 40, 33), 5), (random_prompts(40), 3), ([[7]], 1)):
+        expected = by_number(sampler(family).sample(params, prompts, n, **how))
+        stats = {}
+        found = by_number(split.sample(params, prompts, n, stats=stats, **how))
+        assert found.keys() == expected.keys()
+        for k, r in found.items():
+            assert (r.ids.tolist(), r.stop) == (expected[k].ids.tolist(), expected[k].stop)
+            np.testing.assert_allclose(r.logps, expected[k].logps, atol=1e-5)
+    assert stats["slot_steps"] % (8 * 2) == 0  # the seven devices without work stepped with it
+
+
 # --------------------------------------------------------------------------------- log-probs, ends
+
+
+def live_adapter(cfg):
+    adapter = lora.init(cfg, jax.random.key(0), rank=4, alpha=8.0)
+    b = lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape)
+    return adapter | {"b": jax.tree.map(b, adapter["b"])}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logps_are_the_trainers(family):
     """With an adapter, a temperature and every truncation: gemma.hidden on the whole sequence."""
     cfg, params = CFG[family], params_of(family)
-    adapter = lora.init(cfg, jax.random.key(0), rank=4, alpha=8.0)
-    adapter["b"] = jax.tree.map(
-        lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape), adapter["b"]
-    )
+    adapter = live_adapter(cfg)
     prompts = random_prompts(3, 40, 14)
     for temperature in (0.6, 0):
         rollouts = sampler(family).sample(

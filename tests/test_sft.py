@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KILLER, ROOT, contents
+from conftest import KILLER, ROOT, check_sharded_step, contents
 from jax.sharding import AxisType
 
 import data
@@ -122,6 +122,15 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
     close(gradient(PACKED, 2, 8, config, sharded, check_vma), one)
 
 
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
+    config = dataclasses.replace(CONFIG, lora_rank=rank)
+    specs_of = lambda *args: (train_sft.trained_specs(*args), train_sft.fixed_specs(*args))
+    batch = {k: v[None] for k, v in PACKED.items()}
+    check_sharded_step(CFG, config, train_sft.make_steps, specs_of, *weights(config), batch,
+                       np.float32(1e-3), jax.random.key(0))  # fmt: skip
+
+
 @pytest.mark.parametrize("remat", ["attention", "layer"])
 def test_remat_changes_no_gradient(remat):
     config = dataclasses.replace(CONFIG, remat=remat)
@@ -173,6 +182,21 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
     assert f.lower(*arguments).compile().memory_analysis().argument_size_in_bytes > 0
 
 
+@pytest.mark.parametrize("model, rank, expected", [
+    ("gemma3-1b", 16, (False, False)),  # 2 GB on each device
+    ("gemma3-1b", 0, (True, False)),  # 16 bytes a weight are split, a copy of 2 GB fits
+    ("gemma2-2b", 0, (True, False)),
+    ("gemma3-4b", 16, (True, True)),
+    ("gemma3-12b", 16, (True, True)),
+])  # fmt: skip
+def test_what_is_split_and_what_rollouts_gather_follows_from_the_sizes(model, rank, expected):
+    config = train_sft.resolve(train_sft.Config(model=model, lora_rank=rank))
+    args = gemma.CONFIGS[model], config, mesh_of(8)
+    assert (train_sft.is_sharded(*args), train_sft.samples_sharded(*args)) == expected
+    whole = dataclasses.replace(config, shard="no")
+    assert not train_sft.samples_sharded(args[0], whole, args[2])
+
+
 # --------------------------------------------------------------------------------- whole runs
 
 
@@ -206,6 +230,7 @@ def test_killed_and_resumed_equals_uninterrupted(small, whole, tmp_path, kill_at
     sft(small, tmp_path, kill_at=kill_at, code=-9)
     assert not (tmp_path / "final").exists()
     sft(small, tmp_path)
+    assert "Held-out loss" in (tmp_path / "report.html").read_text()
     one, other = contents(whole), contents(tmp_path)
     assert one.keys() == other.keys()
     for name in one:

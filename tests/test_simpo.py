@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, check_sharded_step
 from test_sft import CFG, KILLER, contents, mesh_of
 
 import data
 import gemma
 import lora
+import train_grpo
 import train_sft
 import train_simpo
 
@@ -323,6 +324,14 @@ def test_eight_devices_change_no_gradient(loss, rank, sharded, check_vma):
     close(gradient(PACKED, 2, 8, config, sharded, check_vma), undivided(config), 2e-5)
 
 
+@pytest.mark.parametrize("loss,rank", [("simpo", 4), ("dpo", 0)])
+def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(loss, rank):
+    config = dataclasses.replace(config_of(loss), lora_rank=rank)
+    batch = {k: v[None] for k, v in PACKED.items()}
+    check_sharded_step(CFG, config, train_simpo.make_steps, train_simpo.specs_of, *weights(config),
+                       batch, np.float32(1e-3), jax.random.key(0))  # fmt: skip
+
+
 def test_remat_changes_no_gradient():
     config = config_of("dpo")
     layer = dataclasses.replace(config, remat="layer")
@@ -497,9 +506,11 @@ def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path)
     assert {"loss", "grad_norm", "lr", "n_pairs", *train_simpo.METRICS} <= steps[0].keys()
     held_out = [m for m in lines if "eval_loss" in m]
     assert held_out[-1]["eval_margin"] > steps[0]["margin"] and {
-        "eval_pair_accuracy", "eval_accuracy", "eval_format"} <= held_out[-1].keys()  # fmt: skip
+        "eval_pair_accuracy", "eval_accuracy", "eval_accuracy_low",
+        "eval_format"} <= held_out[-1].keys()  # fmt: skip
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert (tmp_path / "a/samples.jsonl").read_text()
+    assert "Held-out margin" in (tmp_path / "a/report.html").read_text()
     config = dataclasses.replace(config, adapter=str(final), loss="dpo", out=str(tmp_path / "b"))
     config = train_simpo.resolve(config)
     model = train_sft.load_model(config, mesh_of(8))
@@ -507,6 +518,28 @@ def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path)
     left = lora.load(final, model.cfg)
     for k in "ab":
         jax.tree.map(np.testing.assert_array_equal, fixed["reference"][k], left[k])
+
+
+def test_three_acts_chain_by_their_weights(small, tmp_path):
+    """Full SFT, an adapter on it, and RL that goes on training that adapter on that model."""
+    cfg, params = gemma.load(small)
+    tuned = jax.tree.map(lambda x: x + 0.01, params)
+    gemma.save(tmp_path / "sft/final", cfg, tuned)
+    data.Tokenizer(small).save(tmp_path / "sft/final")
+    lora.write_prompt(tmp_path / "sft/final", "Think.")
+    config = train_simpo.Config(**flags(small, tmp_path / "simpo"), adapter=str(tmp_path / "sft"),
+                                lora_rank=4)  # fmt: skip
+    train_simpo.main(dataclasses.replace(config, steps=1, eval_every=0))
+    left = lora.load(tmp_path / "simpo/final", cfg)
+    assert all(b.any() for b in left["b"].values())
+    config = train_grpo.resolve(train_grpo.Config(
+        weights=str(small), adapter=str(tmp_path / "simpo"), lora_rank=4, kl_coef=0.1
+    ))  # fmt: skip
+    model = train_sft.load_model(config, mesh_of(8))
+    assert config.system == "Think."
+    jax.tree.map(np.testing.assert_array_equal, model.fixed["base"], tuned)
+    for k in "ab":  # of which train_grpo.py makes its reference
+        jax.tree.map(np.testing.assert_array_equal, model.trained[k], left[k])
 
 
 def test_no_prompt_is_on_both_sides(small, tmp_path):

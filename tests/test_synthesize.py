@@ -16,7 +16,6 @@ from test_judge import serving
 
 import data
 import eval as evaluation
-import judge
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
@@ -386,6 +385,16 @@ def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
         assert "not asked for, as 4 others had no reply" in rejects[-1]["detail"]
 
 
+def test_where_nobody_listens_every_row_is_a_reject(tmp_path):
+    with serving(lambda n, body: reply(question(body))) as server:
+        pass  # its port is closed from here on
+    rows, rejects = traces_of(teacher_of(server, tmp_path, tries=2))
+    assert not rows and [row["problem"] for row in rejects] == [*range(N)]
+    assert {row["reason"] for row in rejects} == {"no reply"}
+    assert "ConnectionRefusedError" in rejects[0]["detail"]
+    assert len(evaluation.read_lines(tmp_path / "spent")) == 2 * N
+
+
 def test_every_reason_to_leave_a_trace_out(tmp_path):
     say = data.format_completion
     good = "Half of 24 is 12, and then 3 more make 12 + 3 = 15 cards."
@@ -434,17 +443,6 @@ def test_every_reason_to_leave_a_trace_out(tmp_path):
 
 
 # ------------------------------------------------------------------------------ flags and formats
-
-
-def test_an_example_row_of_every_domain_is_read(tmp_path):
-    file = write(tmp_path / "examples.jsonl", synthesize.EXAMPLES)
-    problems, _ = evaluation.load_problems(file, TOK["gemma3"])
-    domains = "medical, chemistry, legal, robotics, creative writing, summarisation, code"
-    assert ", ".join(p.domain for p in problems) == domains
-    assert [p.kind for p in problems[:3]] == ["choice", "number", "boolean"]
-    for problem in problems:
-        assert problem.gold or problem.row.get("rubrics") or problem.row.get("reference")
-        assert judge.rubric(problem.row) and judge.opening("grar", problem.row)
 
 
 def test_flags():

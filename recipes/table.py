@@ -1,0 +1,44 @@
+"""Prints the stages of recipe runs as one table: python recipes/table.py runs/NAME ...
+
+Accuracy, format and length are eval.py's, of the greedy answers; maj@8 is of eight samples. Minutes
+are the wall-clock of the stage's commands, with loading and compiling, all starts of them but one
+that was killed together with the script. What is made for the next stage (traces, pairs) counts as
+that one's; eval.py's own minutes count nowhere.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def rows(folder: Path) -> list[tuple[str, float, dict]]:
+    """(stage, minutes, results) of each stage that was evaluated, in the order they ran."""
+    seconds, noted = {}, folder / "seconds"
+    for line in noted.read_text().splitlines() if noted.exists() else []:
+        name, s = line.split()
+        seconds[name] = seconds.get(name, 0) + int(s)
+    out, waiting = [], 0
+    for name in ["start", *seconds]:
+        waiting += seconds.get(name, 0)
+        file = folder / f"eval-{name}" / "results.json"
+        if file.exists():
+            out.append((name, waiting / 60, json.loads(file.read_text())))
+            waiting = 0
+    return out
+
+
+def table(folders: list[Path]) -> str:
+    lines = ["| stage | minutes | pass@1, % | maj@8, % | format, % | tokens a completion |"]
+    lines.append("|---" * 6 + "|")
+    for folder in folders:
+        prefix = f"{folder.name}: " if len(folders) > 1 else ""
+        for name, minutes, r in rows(folder):
+            percent = lambda key, r=r: "" if r.get(key) is None else f"{100 * r[key]:.1f}"
+            cells = [prefix + name, f"{minutes:.1f}" if minutes else ""]
+            cells += [*map(percent, ("pass@1", "maj@8", "format")), f"{r['length']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table([Path(folder) for folder in sys.argv[1:]]))

@@ -1,0 +1,285 @@
+"""What to_kaggle.py writes is run by a real Jupyter kernel, on the tiny model."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from queue import Empty
+
+import pip
+import pytest
+from conftest import ROOT
+
+import lora
+import runs
+import to_kaggle
+
+nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
+KernelManager = pytest.importorskip("jupyter_client").KernelManager
+QUICK = "--prompts 2 --group 2 --max-new 16 --eval-rows 4 --rows 50 --slots 4".split()
+
+
+def export(folder, *flags, script="train_grpo.py", one_file=False):
+    """The exported file, written into a folder that holds nothing else."""
+    folder.mkdir(exist_ok=True)
+    to = str(folder / ("one.py" if one_file else "it.ipynb"))
+    return to_kaggle.main(to_kaggle.Config(script, one_file, to), list(flags))
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """Kernels with one device each, which compile a program once between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+        patch.setenv("XLA_FLAGS", flags)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
+# ---------------------------------------------------------------------------------- in a kernel
+
+
+def test_notebook_trains_evaluates_and_reports(tmp_path, one_device):
+    path = export(tmp_path / "nb", "--steps", "2", *QUICK)
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    there = {"metadata": {"path": path.parent}}
+    client = nbclient.NotebookClient(notebook, timeout=600, startup_timeout=300, resources=there)
+    client.execute()  # raises where a cell does
+    for file in path.parent.glob("*.py"):
+        assert file.read_bytes() == (ROOT / file.name).read_bytes()
+    for file in (path.parent / "tiny").iterdir():
+        assert file.read_bytes() == (ROOT / "tiny" / file.name).read_bytes()
+    lines = (path.parent / "runs/grpo/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2]
+    results = json.loads((path.parent / "runs/grpo-eval/results.json").read_text())
+    assert results["n"] == 4 and "pass@1" in results
+
+
+def talk(client, code, until=None, then=None):
+    """Runs a cell: (all it printed, its error or None); when `until` is printed calls `then`."""
+    said, error, sent = "", None, client.execute(code)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        try:
+            message = client.get_iopub_msg(timeout=5)
+        except Empty:
+            continue
+        content = message["content"]
+        if message["parent_header"].get("msg_id") != sent:
+            continue
+        said += content.get("text", "")
+        if then and until in said:
+            then = then()
+        if message["msg_type"] == "error":
+            error = f"{content['ename']}: {content['evalue']}"
+            said += re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(content["traceback"]))
+        elif content.get("execution_state") == "idle":
+            return said, error
+    raise AssertionError(f"the cell did not end: {said[-2000:]}")
+
+
+def test_one_file_in_a_kernel(tmp_path, one_device):
+    path = export(tmp_path / "one", "--steps", "1000", *QUICK, one_file=True)
+    cell = path.read_text()
+    path.unlink()
+    kernel = KernelManager()
+    # ipykernel shows what is written to file descriptor 2, but not where it believes to be tested
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    kernel.start_kernel(cwd=str(path.parent), env=environment)
+    client = kernel.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=300)
+        said, error = talk(client, cell, "step 2/", kernel.interrupt_kernel)
+        stopped = re.fullmatch(
+            r"SystemExit: stopped by SIGINT at step (\d+) of runs/grpo: .*", error
+        )
+        assert stopped and "SIGINT: finishing this step, then saving" in said
+        # nothing is left behind: signals are the kernel's again, the folder is unlocked
+        said, error = talk(client, "while True: pass", "", kernel.interrupt_kernel)
+        assert error == "KeyboardInterrupt: "
+        n = int(stopped[1]) + 1
+        said, error = talk(client, f"main(dataclasses.replace(CONFIG, steps={n}, eval_every=0))")
+        assert error is None and f"resuming runs/grpo at step {n - 1}" in said
+        assert f"step {n}/{n}" in said and "done: runs/grpo/final" in said
+        # a sibling's error shows its lines
+        said, error = talk(client, 'gemma.load("nowhere")')
+        assert error.startswith("ValueError: nowhere/config.json: no such file")
+        assert "cfg = read_config(path)" in said and "gemma.py" in said
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    assert {p.name for p in path.parent.iterdir()} == {"runs"}
+
+
+# -------------------------------------------------------------------------------------- exporting
+
+
+def test_one_file_as_a_script_takes_flags(tmp_path):
+    path = export(tmp_path, "--prompts", "3", one_file=True)
+    run = lambda *flags: subprocess.run(
+        [sys.executable, path.name, *flags], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert re.search(r"--prompts .*\(default: 3\)", " ".join(run("--help").stdout.split()))
+    wrong = run("--group", "1")
+    assert wrong.returncode and wrong.stderr == "error: --group 1: expected 2 or more, to compare\n"
+
+
+def test_the_same_flags_give_the_same_bytes(tmp_path):
+    for one_file in (False, True):
+        first, second = (
+            export(tmp_path / name, "--steps", "2", one_file=one_file).read_bytes() for name in "ab"
+        )
+        assert first == second
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        ("train_grpo.py", ["--group", "1"], "--group 1: expected 2 or more"),
+        ("train_grpo.py", ["--reward-file", "no.py:f"], "--reward-file no.py:f: no file 'no.py'"),
+        ("gemma.py", [], "gemma.py: expected one of bench.py, eval.py"),
+    ],
+)
+def test_a_wrong_value_fails_at_export(tmp_path, script, flags, message):
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path, *flags, script=script)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_typo_fails_at_export(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export(tmp_path, "--stepz", "2")
+    assert "--stepz" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_files_come_after_those_they_import():
+    files = to_kaggle.needed("bench.py")
+    assert files[-1] == "bench.py" and len(set(files)) == len(files)
+    assert {"train_grpo.py", "judge.py", "data.py", "runs.py"} < set(files)
+    for file in files:
+        for name in re.findall(r"^(?:import|from) (\w+)", (ROOT / file).read_text(), re.M):
+            if f"{name}.py" in files:
+                assert files.index(f"{name}.py") < files.index(file)
+    assert "data.py" in to_kaggle.needed("gemma.py")  # only a function imports it
+
+
+def test_a_reward_file_comes_along(tmp_path):
+    text = "def score(completion, row):\n    \"\"\"A '''quoted''' word.\"\"\"\n    return 0.0\n"
+    (tmp_path / "my.py").write_text(text)
+    flags = ["--model", "gemma3-1b", "--reward-file", f"{tmp_path}/my.py:score"]
+    cells = json.loads(export(tmp_path / "nb", *flags).read_text())["cells"]
+    sources = {cell["id"]: "".join(cell["source"]) for cell in cells}
+    assert sources["my-py"] + "\n" == "%%writefile my.py\n" + text
+    assert "reward_file='my.py:score'" in sources["run"] and "tiny" not in sources
+    assert "adapter='runs/grpo'" in sources["eval"] and "model='gemma3-1b'" in sources["eval"]
+    one = export(tmp_path / "one", *flags, one_file=True).read_text()
+    strings = {node.value for node in ast.walk(ast.parse(one)) if isinstance(node, ast.Constant)}
+    assert "\n" + text in strings and "\n" + (ROOT / "gemma.py").read_text() in strings
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_simpo.py", "eval.py", "synthesize.py"])
+def test_other_scripts_export_too(tmp_path, script):
+    flags = ["pairs", "--data", "gsm8k"] if script == "synthesize.py" else []
+    flags += ["--model", "gemma3-1b"]
+    notebook = nbformat.read(export(tmp_path / "nb", *flags, script=script), as_version=4)
+    nbformat.validate(notebook)
+    assert ("eval" in {cell.id for cell in notebook.cells}) == script.startswith("train_")
+    ast.parse(export(tmp_path / "one", *flags, script=script, one_file=True).read_text())
+
+
+# ------------------------------------------------------------------------------ inputs and outputs
+
+
+def test_output_goes_where_kaggle_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "KAGGLE", tmp_path)
+    assert runs.output("runs/sft") == Path("runs/sft")
+    (tmp_path / "working").mkdir()
+    assert runs.output("runs/sft") == tmp_path / "working/runs/sft"
+    assert runs.output("/elsewhere/sft") == Path("/elsewhere/sft")
+    monkeypatch.chdir(tmp_path)
+    for name in ("train_sft", "train_simpo", "train_grpo", "eval"):
+        module = importlib.import_module(name)
+        out = module.resolve(module.Config(model="tiny")).out
+        assert Path(out).parent == tmp_path / "working/runs"
+        assert module.resolve(module.Config(model="tiny", out=out)).out == out
+
+
+def test_adapters_are_found_in_the_output_and_among_the_inputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "KAGGLE", tmp_path)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="--adapter runs/a: expected adapter_config.json"):
+        lora.start("tiny", None, "runs/a")
+    last = None
+    for where in ("input/notebooks/me/first/runs/a", "working/runs/a"):
+        last = tmp_path / where / "final"
+        last.mkdir(parents=True)
+        (last / "adapter_config.json").write_text("{}")
+        lora.write_prompt(last, where)
+        assert lora.start("tiny", None, "runs/a").adapter == last
+        assert lora.read_prompt("runs/a", None) == where
+    assert lora.start("tiny", None, str(last)).adapter == last
+    for where in ("first", "second"):
+        (tmp_path / "input/notebooks/me" / where / "runs/b").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="--adapter runs/b: several inputs have it, .*second/runs/b"
+    ):
+        lora.start("tiny", None, "runs/b")
+
+
+# ----------------------------------------------------------------------------------- installation
+
+
+def wheel(folder, name, version, requires=""):
+    """A package of one empty module."""
+    info, needs = f"{name}-{version}.dist-info", f"Requires-Dist: {requires}\n" * bool(requires)
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", "")
+        file.writestr(f"{info}/METADATA", metadata)
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+        )
+        file.writestr(f"{info}/RECORD", f"{info}/RECORD,,\n")
+    return file.filename
+
+
+def test_the_install_cell_leaves_jax_alone(tmp_path, monkeypatch):
+    """The newest optax wants a newer JAX; on a machine with its own build an older one must do."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (tmp_path / "pip").symlink_to(Path(pip.__file__).parent)  # quicker than one of its own
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (site,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    for there in ("jax 0.10.0+tpu", "numpy 1.0", "tqdm 1.0"):
+        zipfile.ZipFile(wheel(tmp_path, *there.split())).extractall(site)
+    wheel(tmp_path, "jax", "0.12.0")
+    wheel(tmp_path, "optax", "1.0", "jax>=0.9")
+    wheel(tmp_path, "optax", "2.0", "jax>=0.12")
+    for name in ("numpy", "safetensors", "sentencepiece", "tqdm"):
+        wheel(tmp_path, name, "2.0")
+
+    def run():
+        command = [tmp_path / "venv/bin/python", "-c", to_kaggle.install()]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stderr, {p.stem for p in site.glob("*.dist-info")}
+
+    error, _ = run()
+    assert error.endswith("pip could not install optax, safetensors, sentencepiece, tyro: is "
+                          "Internet on?\n")  # fmt: skip
+    wheel(tmp_path, "tyro", "2.0")
+    error, installed = run()
+    assert error == "" and installed == {
+        "jax-0.10.0+tpu", "numpy-1.0", "tqdm-1.0", "optax-1.0", "safetensors-2.0",
+        "sentencepiece-2.0", "tyro-2.0",
+    }  # fmt: skip
