@@ -41,6 +41,7 @@ from jax.sharding import PartitionSpec as P
 
 FLAGS = ("coordinator", "n_processes", "process_id")  # the fields that may differ between hosts
 HEARTBEAT_S = 20  # a process that was silent for so long is dead to the others
+BROKEN = "Gloo|UNAVAILABLE"  # what JAX's errors say when a connection to another process breaks
 FOREVER_MS = 10**9  # whoever waits for a dead process is ended by HEARTBEAT_S, not by this
 
 index, count = 0, 1  # of this process; connect() sets them
@@ -106,9 +107,7 @@ def _say_why_at_the_end() -> None:
     ctypes.CDLL(None).signal(signal.SIGABRT, _say_why_at_the_end.handler)
 
     def uncaught(kind, error, trace):
-        if issubclass(kind, jax.errors.JaxRuntimeError) and re.search(
-            "Gloo|UNAVAILABLE", str(error)
-        ):
+        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(BROKEN, str(error)):
             lost()
         sys.__excepthook__(kind, error, trace)
 
@@ -131,12 +130,9 @@ def _check(config) -> None:
     mine |= {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
     device, n = jax.local_devices()[0], jax.local_device_count()
     mine |= {"Python": platform.python_version(), "the device": f"{n} x {device.device_kind}"}
-    folder, files = Path(__file__).resolve().parent, set()
-    for module in list(sys.modules.values()):
-        files.add(Path(getattr(module, "__file__", None) or "").resolve())
-    files = {f for f in files if f.parent == folder and f.suffix == ".py"}
-    if own := getattr(config, "reward_file", None):
-        files.add(Path(own.rpartition(":")[0]))
+    files = [*Path(__file__).resolve().parent.glob("*.py")]
+    if reward_file := getattr(config, "reward_file", None):
+        files.append(Path(reward_file.rpartition(":")[0]))
     mine |= {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files if f.exists()}
     first, *others = everyone(mine)
     for i, other in enumerate(others, 1):
