@@ -130,7 +130,7 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
     mesh = mesh or all_devices()
-    dtype, shard = fitting(gemma.read_config(folder), mesh, dtype)
+    dtype, shard = layout(gemma.read_config(folder), mesh, dtype)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
@@ -141,10 +141,33 @@ def all_devices() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
 
 
-def fitting(cfg: gemma.Config, mesh: Mesh, dtype=None) -> tuple[jnp.dtype, bool]:
-    """(dtype, whether to shard) of a judge on the mesh."""
+def layout(cfg: gemma.Config, mesh: Mesh, dtype=None) -> tuple[jnp.dtype, bool]:
+    """(dtype, whether the weights are split over the mesh) of a judge."""
     dtype = jnp.dtype(dtype or (jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16))
     return dtype, mesh.size > 1 and cfg.n_params * dtype.itemsize > REPLICATED_BYTES
+
+
+def programs(config, mesh: Mesh) -> dict[str, tuple]:
+    """What a Config's judge runs on the mesh, if it does: name -> (function, argument shapes).
+
+    For it no two rows share a beginning, the most memory that a batch takes. Needs no weights.
+    """
+    if not (name := config.judge) or name.startswith(("http://", "https://")):
+        return {}
+    folder = config.judge_weights or (name if Path(name).is_dir() else None)
+    if folder is None and name.removesuffix("-it") not in gemma.CONFIGS:
+        raise ValueError(f"--judge {name}: expected one of {', '.join(gemma.CONFIGS)}, a folder or "
+                         "http(s)://host/v1")  # fmt: skip
+    cfg = gemma.read_config(folder) if folder else gemma.CONFIGS[name.removesuffix("-it")]
+    dtype, shard = layout(cfg, mesh)
+
+    def one(spec, pspec):
+        sharding = NamedSharding(mesh, pspec)
+        return jax.ShapeDtypeStruct(spec.shape(cfg), dtype, sharding=sharding)
+
+    params = jax.tree.map(one, gemma.specs(cfg), gemma.pspecs(cfg, shard))
+    judge = OnMesh(cfg, params, None, mesh, config.judge_style, shard=shard)
+    return judge.programs(X=judge.rows)
 
 
 # --------------------------------------------------------------------------------------- rubrics
@@ -436,13 +459,14 @@ class OnMesh(Judge):
     repeats it in one thread repeats its scores to the bit.
     """
 
-    def __init__(self, cfg: gemma.Config, params: dict, tok: data.Tokenizer, mesh: Mesh,
+    def __init__(self, cfg: gemma.Config, params: dict, tok: data.Tokenizer | None, mesh: Mesh,
                  style: str = "grar", *, missing: float = 0.2, shard: bool = False, rows: int = 8,
                  max_tokens: int = 8192):  # fmt: skip
         super().__init__(style, missing)
         self.cfg, self.params, self.tok, self.mesh, self.shard = cfg, params, tok, mesh, shard
         self.rows, self.max_tokens = rows, min(max_tokens, cfg.max_position_embeddings)
-        self.ids_A = np.array(answer_ids(tok, DIGITS[style]), np.int32)
+        ids = answer_ids(tok, DIGITS[style]) if tok else range(len(DIGITS[style]))  # compiled only
+        self.ids_A = np.array(ids, np.int32)
         self.arrived = queue.SimpleQueue()
         self.waiting: dict[tuple[int, int], list[_Row]] = {}  # by bucket
         self.flying: list[tuple[jax.Array, list[tuple[int, _Row]]]] = []
@@ -902,7 +926,7 @@ def speed(config: Command, repeats: int = 3) -> dict[str, float]:
         cfg = gemma.CONFIGS[config.judge]
     else:
         raise ValueError(f"--judge {config.judge}: expected one of {', '.join(gemma.CONFIGS)}")
-    dtype, shard = fitting(cfg, mesh)
+    dtype, shard = layout(cfg, mesh)
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), gemma.pspecs(cfg, shard))
     init = jax.jit(functools.partial(gemma.init, cfg, dtype=dtype), out_shardings=specs)
     params = init(jax.random.key(0))

@@ -243,6 +243,9 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
 
 
 REAL = dict(
@@ -697,7 +700,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
     if config.kl_coef:
         out["reference"] = reference, (trained, fixed, batch, n_micro)
-    return out
+    return out | judges.programs(config, mesh)
 
 
 # -------------------------------------------------------------------------------------- rollouts
@@ -850,9 +853,13 @@ def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
 
 
 @runs.one_line
-def main(config: Config) -> Path:
+def main(config: Config) -> Path | dict:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
+    if config.plan:
+        import bench  # which imports this file
+
+        return bench.plan("grpo", config)
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))

@@ -143,6 +143,9 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
 
 
 REAL = dict(
@@ -391,7 +394,9 @@ def samples_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
 def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
     """Whether a copy of all weights takes over 40 % of a device's memory."""
     device = mesh.devices.flat[0]
-    here = device.platform != "cpu" and device in jax.devices()  # else compiled for, not run on
+    here = device.platform != "cpu" and device in jax.local_devices()  # else only compiled for
+        device.platform != "cpu" and device in jax.local_devices()
+    )  # else compiled for, not run on
     limit = ((device.memory_stats() if here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
 
@@ -526,9 +531,13 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
 
 
 @runs.one_line
-def main(config: Config) -> Path:
+def main(config: Config) -> Path | dict:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
+    if config.plan:
+        import bench  # which imports this file
+
+        return bench.plan("sft", config)
     runs.compilation_cache()
     config = resolve(config)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
