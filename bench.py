@@ -1,81 +1,236 @@
-"""Speed and memory of the training scripts' own jitted functions, on the devices at hand.
+"""Does it fit, and how fast is it? The training scripts' own jitted functions, run or compiled.
 
-    python bench.py --model gemma3-1b --rows 8 --length 1024
+    python bench.py --model gemma3-1b --rows 8 --length 1024    # measured on the devices at hand
     python bench.py --weights folder/with/a/config.json --dtype float32 --remat none --json
-    python bench.py --phases grpo --mean-length 40       # completions of many lengths
+    python bench.py --phases grpo --mean-length 40              # completions of many lengths
+    python bench.py --model gemma3-1b --target v5e:2x4          # compiled for an absent TPU
+    python train_grpo.py --model gemma3-1b --plan               # the same, with a script's flags
 
-sft: one LoRA (or full) update. grpo: one step of --prompts times --group completions, its rollout,
-reference log-probs and update (one inner epoch) timed apart. Weights and tokens are random; nothing
-is loaded but config.json. Random logits are nearly uniform, so a share 1/mean of the vocabulary as
-stop tokens makes lengths geometric; without --mean-length every completion is --new-tokens long.
-Prints one line a phase and, with --json, one JSON object last.
+Measuring: sft is one LoRA (or full) update; grpo one step of --prompts times --group completions,
+its rollout, reference log-probs and update (one inner epoch) timed apart. Weights and tokens are
+random; nothing is loaded but config.json. Random logits are nearly uniform, so a share 1/mean of
+the vocabulary as stop tokens makes lengths geometric; without --mean-length every completion is
+--new-tokens long.
+
+Compiling needs no TPU, only its compiler, the package libtpu. Where that has no wheel (macOS,
+Windows) the arguments of each program are added up from their shapes, and temporaries unknown.
+
+1. Memory is what the compiler reports of a core; a program that is too large does not compile. What
+   the script keeps there besides (optimizer, judge, ...) is the column "beside".
+2. FLOPs, bytes to and from HBM and over the interconnect are counted in the traced program, see
+   `count`: a matrix product or a reduction reads its operands and writes its result, all else is
+   taken to be fused into these. (XLA's own count takes the body of every loop once.)
+3. A phase takes as long as the slowest of the three does at the device's peak, the roofline.
+   Nothing runs that fast: what a session buys is for a share of it, --efficiency, an assumption.
+
+Prints a table and, with --json, one JSON object last.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
+import math
+import os
+import re
 import resource
 import statistics
 import sys
 import time
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import gemma
 import rewards
+import runs
 import train_grpo
 import train_sft
+import train_simpo
 from eval import Problem
+
+# ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Fields left at None: measuring takes them from MEASURED, compiling from the scripts."""
+
     model: str = "gemma3-1b"
     """Which Gemma's shapes."""
     weights: str | None = None
     """Folder whose config.json gives the shapes instead."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] | None = None
     """Of the base and the activations."""
-    phases: str = "sft,grpo"
-    """What to measure; peak memory is that of all of them."""
-    lora_rank: int = 16
+    phases: str | None = None
+    """What to measure, sft and grpo (peak memory is that of all of them), or to compile: sft,
+    simpo, grpo, or one of their phases, as grpo_update."""
+    lora_rank: int | None = None
     """Rank of the adapter; 0: every weight is trained."""
-    remat: Literal["none", "attention", "layer"] = "layer"
+    remat: Literal["none", "attention", "layer"] | None = None
     """What the backward pass computes again."""
     micro_rows: int | None = None
-    """Rows a device computes at a time; default: in SFT all of its rows, in GRPO 4."""
+    """Rows a device computes at a time; measuring: in SFT all of its rows, in GRPO 4."""
     repeats: int = 5
     """Timed steps; the median is printed."""
     json: bool = False
     """Print a JSON object as the last line."""
 
-    # sft
-    rows: int = 8
-    """Rows of one update, over all devices."""
-    length: int = 1024
-    """Tokens in a row, none of them padding, all of them in the loss."""
+    # compiling
+    target: str | None = None
+    """Compile for a TPU that is not here, v5e:2x4 for Kaggle's, and run nothing."""
+    efficiency: float = 0.5
+    """Share of the roofline taken to be reached in what a session buys."""
+    time_limit: str = "9h"
+    """How long a session is."""
+    judge: str | None = None
+    """GRPO's judge on the mesh, a Gemma's name."""
+
+    # sft and simpo
+    rows: int | None = None
+    """Rows of one update, over all devices; measuring: none of their tokens is padding."""
+    length: int | None = None
+    """Tokens in a row."""
 
     # grpo
-    prompts: int = 8
+    prompts: int | None = None
     """Prompts of one step, over all devices."""
-    group: int = 8
+    group: int | None = None
     """Completions of each."""
-    prompt_length: int = 64
+    prompt_length: int | None = None
     """Tokens of a prompt."""
-    new_tokens: int = 128
+    new_tokens: int | None = None
     """Tokens of the longest completion."""
     mean_length: int = 0
-    """Mean length of the completions before the cut at --new-tokens; 0: all are that long."""
-    slots: int = 64
+    """Measuring: mean length of completions before the cut at --new-tokens; 0: all that long."""
+    slots: int | None = None
     """Completions that a device writes at a time."""
     pack_length: int | None = None
-    """Tokens in a packed row of the update; default: the longest sequence."""
-    kl_coef: float = 0.04
+    """Tokens in a packed row of the update; measuring: the longest sequence."""
+    kl_coef: float | None = None
     """0: no reference pass."""
+
+
+MEASURED = dict(
+    dtype="bfloat16", phases="sft,grpo", lora_rank=16, remat="layer", rows=8, length=1024,
+    prompts=8, group=8, prompt_length=64, new_tokens=128, slots=64, kl_coef=0.04,
+)  # fmt: skip
+
+
+class Peak(NamedTuple):
+    """Of one device, as its maker publishes them; per second where that makes sense."""
+
+    flops: float  # bfloat16, dense
+    bytes: float  # to and from its memory
+    ici: float  # bytes that come in from the other devices of the mesh
+    hbm: float  # bytes that a program may have; 0: as the device itself says
+
+
+PEAKS = {  # by jax's device_kind
+    # cloud.google.com/tpu/docs/v5e. 400 GB/s a chip over four ports, both ways; two of the ports
+    # are used in a slice of 2x4. A program gets 15.75 GiB of the 16 (its compiler says so).
+    "TPU v5 lite": Peak(197e12, 819e9, 100e9, 15.75 * 2**30),
+    # nvidia.com/en-us/data-center/h100, SXM, without sparsity
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12, 450e9, 0),
+}
+
+# -------------------------------------------------------------------------------------- counting
+
+
+class Work(NamedTuple):
+    """What one device does. `loops` come besides: loops whose trips are not known beforehand."""
+
+    flops: float = 0.0  # of matrix products
+    bytes: float = 0.0  # to and from its memory
+    ici: float = 0.0  # bytes that come in from other devices
+    loops: tuple = ()  # (trips at most, Work of one trip)
+
+    def __add__(self, other):
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def __mul__(self, n: float):
+        loops = tuple((most, work * n) for most, work in self.loops)
+        return Work(self.flops * n, self.bytes * n, self.ici * n, loops)
+
+    def run(self, *trips: float) -> "Work":
+        """All of it: loops make so many trips, loops in them the next number; left out, at most. A
+        float is a share of that."""
+        total, (here, *inner) = self._replace(loops=()), trips or (1.0,)
+        for most, work in self.loops:
+            n = math.ceil(here * most) if isinstance(here, float) else here
+            total += work.run(*inner) * n
+        return total
+
+
+def size(x) -> int:
+    """Bytes of what has a shape."""
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def count(jaxpr: Jaxpr, n: int, inside: bool = False) -> Work:
+    """The work of a traced program on each of n devices.
+
+    Outside shard_map only the optimizer is, which `step_work` adds.
+    """
+    work = Work()
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        parts = [x for p in params.values() for x in (p if isinstance(p, list | tuple) else [p])]
+        parts = [x for x in (getattr(x, "jaxpr", x) for x in parts) if isinstance(x, Jaxpr)]
+        parts = [count(x, n, inside or name == "shard_map") for x in parts]
+        if name == "scan":
+            work += parts[0] * params["length"]
+        elif name == "while":
+            most = max((x.shape[0] for x in (v.aval for v in eqn.outvars) if x.ndim > 1), default=1)
+            body = count(params["body_jaxpr"].jaxpr, n, inside)
+            work += Work(loops=((most, body),))
+        elif name == "cond":
+            work += max(parts, key=lambda part: part.run())
+        elif name == "pallas_call":
+            work += kernel(eqn, parts)
+        elif parts:
+            work += sum(parts, Work())
+        elif inside:
+            work += leaf(name, params, [v.aval for v in eqn.invars], eqn.outvars[0].aval, n)
+    return work
+
+
+def leaf(name: str, params: dict, ins: list, out, n: int) -> Work:
+    """The work of one operation of a traced program."""
+    if name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        flops = 2 * math.prod(out.shape) * math.prod(ins[0].shape[i] for i in contract)
+        return Work(flops, sum(map(size, ins[:2])) + size(out))
+    if name.startswith(("reduce_max", "reduce_sum", "argm", "top_k", "sort", "cum")):
+        return Work(0, size(ins[0]))
+    if name == "gather":
+        return Work(0, 2 * size(out))
+    if name.startswith(("scatter", "dynamic_update_slice")):
+        return Work(0, 2 * size(ins[2] if name.startswith("scatter") else ins[1]))
+    if name.startswith("psum") and "scatter" not in name:  # around a ring: scatter, then gather
+        return Work(0, 0, 2 * sum(map(size, ins)) * (n - 1) / n)
+    if name.startswith(("all_gather", "all_to_all")):
+        return Work(0, 2 * size(out), size(out) * (n - 1) / n)
+    if name in ("reduce_scatter", "psum_scatter"):
+        return Work(0, 2 * size(ins[0]), size(ins[0]) * (n - 1) / n)
+    return Work()
+
+
+def kernel(eqn, parts: list[Work]) -> Work:
+    """The work of a Pallas kernel: what it says itself, else its whole grid, masked blocks too."""
+    if (cost := eqn.params.get("cost_estimate")) is not None:
+        return Work(cost.flops, cost.bytes_accessed)
+    flops = sum(part.flops for part in parts) * math.prod(eqn.params["grid_mapping"].grid)
+    return Work(flops, sum(size(v.aval) for v in (*eqn.invars, *eqn.outvars)))
+
+
+# ------------------------------------------------------------------------------------- measuring
 
 
 def materialise(shapes, vocab: int):
@@ -115,12 +270,16 @@ def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         trained, opt, metrics = train_step(trained, opt, fixed, batch, np.float32(1e-5), key)
         jax.block_until_ready((trained, metrics))
         seconds.append(time.perf_counter() - start)
-    step_s = statistics.median(seconds[1:])
+    step_s, n_tokens = statistics.median(seconds[1:]), config.rows * config.length
+    model_flops = (4 if config.lora_rank else 6) * cfg.n_params * n_tokens / mesh.size
     return {
-        "sft_tokens_per_s": config.rows * config.length / step_s,
+        "sft_tokens_per_s": n_tokens / step_s,
         "sft_step_s": step_s,
         "sft_step_s_all": seconds[1:],
         "sft_first_step_s": seconds[0],
+        "sft_compile_s": seconds[0] - step_s,
+        "sft_flops_per_s": traced_work(train_step, shapes, mesh.size)[1].run().flops / step_s,
+        "sft_model_flops_per_s": model_flops / step_s,
         "loss": float(metrics["loss"]),
     }
 
@@ -144,13 +303,14 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     if config.mean_length:
         n_stop = cfg.vocab_size // config.mean_length
     times = {"rollout_s": [], "reference_s": [], "update_s": [], "step_s": []}
-    rates, lengths, padding = [], [], []
+    rates, reads, lengths, padding = [], [], [], []
+    step_bytes = traced_work(*programs["decode"], mesh.size)[1].loops[0][1].bytes
     for step in range(config.repeats + 1):
         prompts = rng.integers(n_stop, cfg.vocab_size, (c.prompts, c.max_prompt)).tolist()
-        marks = [time.perf_counter()]
+        marks, stats = [time.perf_counter()], {}
         params, adapter = train_sft.join(trained, fixed, dtype)
         rollouts = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
-                                       stop=range(n_stop)))  # fmt: skip
+                                       stop=range(n_stop), stats=stats))  # fmt: skip
         marks.append(time.perf_counter())
         samples = []
         for r in sorted(rollouts, key=lambda r: (r.prompt, r.index)):
@@ -175,44 +335,411 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
             times[name].append(float(took))
         if step:
             rates.append(sum(len(r.ids) for r in rollouts) / times["rollout_s"][-1])
+            n_steps = stats["slot_steps"] / c.slots / mesh.size
+            reads.append(n_steps * step_bytes / times["rollout_s"][-1])
             lengths.append(float(np.mean([len(r.ids) for r in rollouts])))
             padding.append(1 - float((host["segments"][:n_micro] > 0).mean()))
     median = {name: statistics.median(took[1:]) for name, took in times.items()}
     return {
         "rollout_tokens_per_s": statistics.median(rates),
+        "rollout_bytes_per_s": statistics.median(reads),
         "grpo_step_s": median["step_s"],
         **{f"grpo_{name}": median[name] for name in ("rollout_s", "reference_s", "update_s")},
         "grpo_step_s_all": times["step_s"][1:],
         "grpo_first_step_s": times["step_s"][0],
+        "grpo_compile_s": times["step_s"][0] - median["step_s"],
         "mean_length": statistics.mean(lengths),
         "padding": statistics.mean(padding),
     }
 
 
-def main(config: Config) -> dict:
-    """Measures what --phases names and returns the figures."""
+def measure(config: Config) -> dict:
+    """Runs what --phases names on the devices at hand, prints and returns the figures."""
+    filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
+    config = dataclasses.replace(config, **filled)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    if config.weights:
-        cfg = gemma.read_config(config.weights)
-    else:
-        cfg = gemma.CONFIGS[train_sft.base_name(config)]
-    out = {"device": f"{mesh.size} {mesh.devices.flat[0].device_kind}", "jax": jax.__version__}
+    cfg = shapes_of(config)
+    device = mesh.devices.flat[0]
+    out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}
     for phase in config.phases.split(","):
         if phase not in (known := {"sft": sft, "grpo": grpo}):
             raise ValueError(f"--phases {phase}: expected some of {', '.join(known)}")
         out |= known[phase](config, cfg, mesh)
     out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "peak_bytes_in_use" in stats:
+        out["peak_device_bytes"] = stats["peak_bytes_in_use"]
+    peak = PEAKS.get(device.device_kind)
+    share = lambda name, of: f" ({out[name] / of:.1%} of its peak)" if peak else ""
     if "sft_step_s" in out:
         print(f"SFT {out['sft_tokens_per_s']:.0f} tokens/s, {out['sft_step_s']:.2f} s a step of "
               f"{config.rows}x{config.length}, first step {out['sft_first_step_s']:.1f} s with "
-              "compiling")  # fmt: skip
+              f"compiling; {4 if config.lora_rank else 6}N FLOPs a token: "
+              f"{out['sft_model_flops_per_s'] / 1e12:.3g} TFLOP/s a device"
+              + share("sft_model_flops_per_s", peak and peak.flops))  # fmt: skip
     if "grpo_step_s" in out:
         print(f"GRPO {out['grpo_step_s']:.2f} s a step of {config.prompts}x{config.group} "
               f"completions of {out['mean_length']:.0f} tokens: rollout {out['grpo_rollout_s']:.2f}"
               f" ({out['rollout_tokens_per_s']:.0f} tokens/s), reference "
               f"{out['grpo_reference_s']:.2f}, update {out['grpo_update_s']:.2f}, padding "
-              f"{out['padding']:.1%}, first step {out['grpo_first_step_s']:.1f} s")  # fmt: skip
-    print(f"peak memory {out['peak_rss_bytes'] / 2**30:.2f} GiB on the host")
+              f"{out['padding']:.1%}, first step {out['grpo_first_step_s']:.1f} s; decoding "
+              f"{out['rollout_bytes_per_s'] / 1e9:.3g} GB/s a device"
+              + share("rollout_bytes_per_s", peak and peak.bytes))  # fmt: skip
+    if not peak:
+        print(f"the peaks of a {device.device_kind} are not known here, so no shares of them")
+    print(f"peak memory {out['peak_rss_bytes'] / 2**30:.2f} GiB on the host"
+          + (f", {out['peak_device_bytes'] / 2**30:.2f} GiB on a device" if
+             "peak_device_bytes" in out else ""))  # fmt: skip
+    return out
+
+
+# ------------------------------------------------------------------------------------- compiling
+
+SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo}
+NAMES = {  # phase of a script: its program, and the flags to lower where that does not fit
+    "sft": {"sft": ("train_step", "--micro-rows, --max-length or --lora-rank"),
+            "sft_eval": ("eval_step", "--micro-rows")},
+    "simpo": {"simpo": ("train_step", "--micro-rows, --max-length or --lora-rank"),
+              "simpo_eval": ("eval_step", "--micro-rows")},
+    "grpo": {"grpo_prefill": ("prefill", "--max-prompt"),
+             "grpo_decode": ("decode", "--slots or --max-new"),
+             "grpo_reference": ("reference", "--micro-rows"),
+             "grpo_update": ("train_step", "--micro-rows, --pack-length or --lora-rank"),
+             "grpo_judge": ("judge", "--judge, to a smaller one")},
+}  # fmt: skip
+ENVIRONMENT = {  # so that libtpu looks for no TPU, minds no other process that has it, says little
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+
+
+def find_libtpu() -> str | None:
+    """The library's version, once JAX can find it; None, after saying how to get it, if it cannot.
+
+    It is imported, or lies in $LIBTPU_DIR or ~/.cache/libtpu-VERSION: not in site-packages, or JAX
+    would try it at every start.
+    """
+    wanted = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
+    version = re.search(r"==([\d.]*\d)", wanted[0])[1]  # "libtpu==0.0.42.*; extra == 'tpu'"
+    folder = os.environ.get("LIBTPU_DIR", f"~/.cache/libtpu-{version}")
+    for place in (Path(folder).expanduser(), *map(Path, sys.path)):
+        if (library := place / "libtpu" / "libtpu.so").exists():
+            os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
+            found = [d.name for d in place.glob("libtpu-*.dist-info")]
+            return found[0].split("-")[1].removesuffix(".dist") if found else version
+    say("the compiler for TPUs is not here, so memory is added up from shapes, without temporaries."
+        f" Where it has a wheel (Linux): pip install --no-deps --target {folder} "
+        f"libtpu=={version}.*")  # fmt: skip
+    return None
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
+    """(the mesh to compile for, libtpu's version): of a target, else of the accelerator here.
+
+    Where neither is, Kaggle's TPU; without its compiler, a mesh of as many CPU devices.
+    """
+    make = lambda devices: jax.make_mesh((len(devices),), ("data",), devices=devices,
+                                         axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
+    if target is None and jax.default_backend() != "cpu":
+        return make(jax.devices()), None
+    target = target or "v5e:2x4"
+    if not (shape := re.fullmatch(r"v5e:(\d+)x(\d+)", target)):
+        raise ValueError(f"--target {target}: expected v5e: and a shape, as in v5e:2x4")
+    if version := find_libtpu():
+        from jax.experimental import topologies
+
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
+        return make(topology.devices), version
+    n = int(shape[1]) * int(shape[2])
+    if len(jax.devices("cpu")) < n:
+        raise ValueError(f"--target {target}: set XLA_FLAGS=--xla_force_host_platform_device_count="
+                         f"{n}, JAX has begun with fewer")  # fmt: skip
+    return make(jax.devices("cpu")[:n]), None
+
+
+def prepare(target: str | None) -> None:
+    """What must be set before JAX looks for devices; a TPU that is here and meant is left alone."""
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    if target or not chips:
+        os.environ |= {k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()}
+    if target:
+        jax.config.update("jax_platforms", "cpu")
+    if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # it has looked already
+            jax.config.update("jax_num_cpu_devices", 8)
+
+
+def traced_work(function, args, n: int) -> tuple[Any, Work]:
+    """A jitted function traced for its argument shapes, and its work on each of n devices."""
+    traced = function.trace(*args)
+    return traced, count(traced.jaxpr.jaxpr, n)
+
+
+def memory(traced) -> dict:
+    """Bytes of a program on one core as its compiler reports them, and how long that took."""
+    start = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        needed = re.search(r"hbm.*?([\d.]+)([GM])\)? (?:of|exceeds)", str(e), re.I | re.S)
+        if not needed and "CompileTimeHbmOom" not in str(e):
+            raise
+        unit = {"G": 2**30, "M": 2**20}
+        return {"needs_bytes": float(needed[1]) * unit[needed[2]] if needed else None,
+                "compile_s": time.perf_counter() - start}  # fmt: skip
+    m, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return {
+        "arguments_bytes": m.argument_size_in_bytes,
+        "temporaries_bytes": m.temp_size_in_bytes,
+        "output_bytes": m.output_size_in_bytes,
+        "aliased_bytes": m.alias_size_in_bytes,
+        "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
+        - m.alias_size_in_bytes,
+        "compiler_flops": cost.get("flops") if isinstance(cost, dict) else None,  # loops once
+        "compile_s": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def tree_bytes(*trees) -> int:
+    """Bytes of arrays on one device; arguments that are none (a config) count nothing."""
+    total = 0
+    for x in jax.tree.leaves(trees):
+        if getattr(x, "sharding", None) is not None:
+            x = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+        total += size(x) if isinstance(x, jax.ShapeDtypeStruct | np.ndarray) else 0
+    return total
+
+
+def beside(program: str, programs: dict) -> int:
+    """Bytes that a script keeps on a core while one of its programs runs, not as its arguments."""
+    held = dict(zip(("trained", "opt", "fixed"), programs["train_step"][1], strict=False))
+    uses = {
+        "train_step": {"trained", "opt", "fixed"},
+        "eval_step": {"trained", "fixed"},
+        "reference": {"reference", "fixed"},
+        "judge": {"judge"},
+    }.get(program, set())
+    if "reference" in programs:
+        held["reference"] = programs["reference"][1][0]  # the starting adapter
+    if "judge" in programs:
+        held["judge"] = programs["judge"][1][0]
+    if program in ("prefill", "decode", "judge"):  # they take turns
+        _, _, params, _, _, shelf, _, state = programs["decode"][1]
+        same = tree_bytes(params) == tree_bytes(held["fixed"].get("base"))
+        held |= {"shelf": shelf, "state": state} | ({} if same else {"copy": params})
+        if program != "judge":
+            uses = {"shelf", "copy"} | ({"trained", "fixed"} if same else set())
+            uses |= {"state"} if program == "decode" else set()
+    return tree_bytes([v for k, v in held.items() if k not in uses])
+
+
+def step_work(script: str, works: dict[str, Work], programs: dict, config, n: int) -> dict:
+    """What each phase of one step does on a core: every prompt and completion at its longest."""
+    trained, opt = programs["train_step"][1][:2]
+    adam = Work(0, 3 * tree_bytes(trained) + 2 * tree_bytes(opt))  # with the gradient
+    if script != "grpo":
+        return {script: works["train_step"].run() + adam}
+    n_samples, here = config.prompts * config.group, -(-config.prompts * config.group // n)
+    rows = len(train_grpo.rows_of([config.max_prompt] * config.prompts, [
+        [config.max_new] * config.group] * config.prompts, config.pack_length))  # fmt: skip
+    n_micro = -(-rows // (config.micro_rows * n))
+    computed = n_micro * config.micro_rows * n * config.pack_length
+    wanted = n_samples * config.max_new / computed  # the share of tokens that need logits
+    step, admit = (lambda w: (w._replace(loops=()), w.loops[0][1]))(works["decode"].loops[0][1])
+    phases = {
+        "grpo_prefill": works["prefill"].loops[-1][1] * -(-config.prompts // n),
+        "grpo_decode": step * (-(-here // config.slots) * config.max_new) + admit.run() * here,
+        "grpo_update": (works["train_step"].run(n_micro, wanted) + adam) * config.inner_epochs,
+    }
+    if "reference" in works:
+        phases["grpo_reference"] = works["reference"].run(n_micro, wanted)
+    if "judge" in works:
+        rows = programs["judge"][1][4]["n_B"].shape[0]
+        phases["grpo_judge"] = works["judge"].run() * -(-n_samples // rows)
+    return phases
+
+
+def roofline(work: Work, peak: Peak) -> tuple[float, str]:
+    """(seconds, what they are spent on) at the device's peaks."""
+    times = {"FLOPs": work.flops / peak.flops, "HBM": work.bytes / peak.bytes,
+             "ICI": work.ici / peak.ici}  # fmt: skip
+    return max((s, name) for name, s in times.items())
+
+
+def session(script: str, config, step_s: float, seconds: float) -> dict:
+    """What a session buys: whole steps, and what they hold."""
+    steps = int(seconds / step_s)
+    if script != "grpo":
+        n_tokens = config.batch_rows * config.max_length
+        return {"steps": steps, "tokens": steps * n_tokens, "tokens_per_s": n_tokens / step_s}
+    n = config.prompts * config.group
+    return {"steps": steps, "rollouts": steps * n, "tokens": steps * n * config.max_new,
+            "tokens_per_s": n * config.max_new / step_s}  # fmt: skip
+
+
+def shapes_of(config) -> gemma.Config:
+    """The model of a Config: of --weights' config.json, else by name. No weights are needed."""
+    if config.weights:
+        return gemma.read_config(config.weights)
+    if (name := train_sft.base_name(config)) not in gemma.CONFIGS:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    return gemma.CONFIGS[name]
+
+
+def plan(script: str, config, target: str | None = None, only: str = "", efficiency: float = 0.5,
+         time_limit: str | None = None) -> dict:  # fmt: skip
+    """Compiles a script's programs, prints what they need and how far the time goes; returns it.
+
+    config: the script's own. only: a phase to compile, the others are counted alone.
+    """
+    prepare(target)
+    module = SCRIPTS[script]
+    config = module.resolve(config)
+    shapes_of(config)
+    mesh, version = mesh_of(target)
+    compiles = mesh.devices.flat[0].platform != "cpu"
+    kind = mesh.devices.flat[0].device_kind if compiles else "TPU v5 lite"
+    peak, programs = PEAKS.get(kind), module.programs(config, mesh)
+    target = (target or "v5e:2x4") if version or not compiles else None
+    out = {"target": target, "device": f"{mesh.size} {kind}", "jax": jax.__version__,
+           "libtpu": version, "hbm_bytes": {}, "phases": {}}  # fmt: skip
+    announce(script, config, programs, out, compiles)
+    works = {}
+    for phase, (program, flags) in NAMES[script].items():
+        if program not in programs:
+            continue
+        traced, works[program] = traced_work(*programs[program], mesh.size)
+        if phase.startswith(only):
+            row = {"flags": flags, "arguments_bytes": tree_bytes(programs[program][1])}
+            if compiles:
+                say(f"compiling {phase}")
+                row |= memory(traced)
+            row["beside_bytes"] = beside(program, programs)
+            total = row.get("total_bytes", row.get("needs_bytes", row["arguments_bytes"]))
+            row["hbm_bytes"] = None if total is None else total + row["beside_bytes"]
+            out["phases"][phase], out["hbm_bytes"][phase] = row, row["hbm_bytes"]
+    for phase, work in step_work(script, works, programs, config, mesh.size).items():
+        row = out["phases"].setdefault(phase, {})
+        row |= {"flops": work.flops, "bytes": work.bytes, "ici_bytes": work.ici}
+        if peak:
+            row["roofline_s"], row["bound"] = roofline(work, peak)
+    show_memory(out["phases"], peak.hbm if peak else 0, compiles)
+    if not peak:
+        say(f"the peaks of a {kind} are not known here, so nothing is said of time")
+        return out
+    out["step_s"] = sum(row.get("roofline_s", 0.0) for row in out["phases"].values()) / efficiency
+    seconds = runs.parse_time(time_limit or config.time_limit or "9h")
+    out |= {"efficiency": efficiency, "session_s": seconds}
+    out["session"] = session(script, config, out["step_s"], seconds)
+    show_time(script, config, out)
+    return out
+
+
+def announce(script: str, config, programs: dict, out: dict, compiles: bool) -> None:
+    """Prints what is planned, and for what."""
+    base = programs["train_step"][1][2].get("base", programs["train_step"][1][0])
+    split = "data" in base["embed_tokens"].sharding.spec
+    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
+    how = f"libtpu {out['libtpu']}" if out["libtpu"] else "compiled here"
+    print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} "
+          f"{'split over the cores' if split else 'on every core'}; for {out['target'] or 'here'}, "
+          f"{out['device']}, JAX {out['jax']}, {how if compiles else 'not compiled'}")  # fmt: skip
+
+
+def table(head: list[str], rows: list[list]) -> None:
+    """Prints rows under a head: the first column to the left, numbers to the right."""
+    number = lambda x: "?" if x is None else x if isinstance(x, str) else f"{x:,.2f}"
+    rows = [head, *([number(x) for x in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [x.rjust(w) for x, w in zip(others, widths[1:], strict=True)]
+        print("  ".join(["", first.ljust(widths[0]), *cells]))
+
+
+def show_memory(phases: dict, limit: float, compiles: bool) -> None:
+    """Prints what every program takes of a core, and whether it is there."""
+    keys = ["arguments", "temporaries", "output", "aliased", "total", "beside", "hbm"]
+    gib = lambda row, key: None if row.get(f"{key}_bytes") is None else row[f"{key}_bytes"] / 2**30
+    phases = {k: row for k, row in phases.items() if "arguments_bytes" in row}
+    print("\nGiB on a core, " + ("as the compiler reports them:" if compiles else
+          "of the arguments alone, by their shapes; temporaries come on top:"))  # fmt: skip
+    table(["", *keys[:-1], "in all"], [[k, *(gib(row, x) for x in keys)] for k, row in
+                                       phases.items()])  # fmt: skip
+    if not limit:
+        return
+    limit, fits = limit / 2**30, True
+    for name, row in phases.items():
+        if "needs_bytes" in row or row["hbm_bytes"] > limit * 2**30:
+            needs = gib(row, "hbm")
+            needs = "more than there is" if needs is None else f"{needs:.2f} GiB or more"
+            print(
+                f"{name} does not fit: needs {needs}, a core has {limit:.2f}; lower {row['flags']}"
+            )
+            fits = False
+    if fits and compiles and phases:
+        most = max(gib(row, "hbm") for row in phases.values())
+        print(f"It fits: at most {most:.2f} of {limit:.2f} GiB.")
+
+
+def show_time(script: str, config, out: dict) -> None:
+    """Prints what one step takes at the roofline, and what a session buys below it."""
+    if script == "grpo":
+        what = (f"{config.prompts} prompts of {config.max_prompt} tokens, {config.group} "
+                f"completions of {config.max_new} each")  # fmt: skip
+    else:
+        what = f"{config.batch_rows} rows of {config.max_length} tokens"
+    print(f"\nOne step on a core, counted from the shapes: {what}")
+    phases = {k: row for k, row in out["phases"].items() if "roofline_s" in row}
+    table(["", "TFLOP", "HBM GB", "ICI GB", "roofline s", "bound by"], [
+        [k, row["flops"] / 1e12, row["bytes"] / 1e9, row["ici_bytes"] / 1e9,
+         f"{row['roofline_s']:.3f}", row["bound"]] for k, row in phases.items()])  # fmt: skip
+    bought = dict(out["session"])
+    rate, hours = bought.pop("tokens_per_s"), out["session_s"] / 3600
+    print(f"\nAt {out['efficiency']:.0%} of the roofline (assumed) a step takes "
+          f"{out['step_s']:.2f} s: {rate:,.0f} tokens/s.\n{hours:g} h are "
+          + ", ".join(f"{v:,} {k}" for k, v in bought.items())
+          + ", less what compiling, evaluations and checkpoints take.")  # fmt: skip
+    if config.steps:
+        print(f"The {config.steps} steps asked for: {config.steps * out['step_s'] / 3600:.2f} h.")
+
+
+def compile_for(config: Config) -> dict:
+    """What --phases names of the training scripts, compiled for --target."""
+    common = {"model": config.model, "weights": config.weights, "dtype": config.dtype,
+              "lora_rank": config.lora_rank, "remat": config.remat,
+              "micro_rows": config.micro_rows}  # fmt: skip
+    rows = {"batch_rows": config.rows, "max_length": config.length}
+    fields = {"sft": rows, "simpo": rows, "grpo": {
+        "prompts": config.prompts, "group": config.group, "max_prompt": config.prompt_length,
+        "max_new": config.new_tokens, "slots": config.slots, "pack_length": config.pack_length,
+        "kl_coef": config.kl_coef, "judge": config.judge}}  # fmt: skip
+    out = {"phases": {}, "hbm_bytes": {}, "sessions": {}}
+    for phase in (config.phases or "sft,simpo,grpo").split(","):
+        script = phase.split("_")[0]
+        if script not in SCRIPTS or phase not in {script, *NAMES[script]}:
+            known = [name for names in NAMES.values() for name in names]
+            raise ValueError(f"--phases {phase}: expected some of {', '.join(known)}")
+        given = {k: v for k, v in (common | fields[script]).items() if v is not None}
+        found = plan(script, SCRIPTS[script].Config(**given), config.target, phase,
+                     config.efficiency, config.time_limit)  # fmt: skip
+        for name, value in found.items():
+            out[name] = out[name] | value if name in ("phases", "hbm_bytes") else value
+        if "session" in found:
+            out["sessions"][script] = out.pop("session") | {"step_s": out.pop("step_s")}
+        print()
+    out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory {out['peak_rss_bytes'] / 2**30:.2f} GiB on the host, of the compiler")
+    return out
+
+
+def main(config: Config) -> dict:
+    """Measures here, or compiles for a device that is not here; returns the figures."""
+    out = measure(config) if config.target is None else compile_for(config)
     if config.json:
         print(json.dumps(out))
     return out

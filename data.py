@@ -573,7 +573,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict | ValueError]]:
                 row = json.loads(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-            except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            except (ValueError, RecursionError) as e:  # of JSON, UTF-8; of brackets in brackets
                 row = ValueError(str(e))
             yield f"{path}:{n}", row
 

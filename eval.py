@@ -3,6 +3,7 @@
     python eval.py                                                 # the tiny model, word problems
     python eval.py --model gemma3-1b --data gsm8k:test --samples 8 --adapter runs/sft
     python eval.py --adapter runs/grpo --out runs/eval-grpo --compare runs/eval-sft
+    python eval.py --data mine.jsonl --rewards judge:0.6,format:0.2,answer:0.2 --judge gemma3-12b
 
 Every problem is answered once greedily and `samples` times at a temperature. What to know:
 
@@ -15,18 +16,22 @@ Every problem is answered once greedily and `samples` times at a temperature. Wh
    percentiles of 2,000 bootstrap resamples *of problems*: the samples of one are not independent.
 4. --compare pairs the same problems: the exact McNemar test where they count 0 or 1, and a paired
    bootstrap interval of every difference.
-5. Rows without an answer to check (rubrics, a reference) count for format, length and stops alone.
+5. Rows without an answer to check (rubrics, a reference) count for format, length, stops and
+   --rewards: the mean score of what was scored; `missing` is the share that could not be.
 
 Rows: what data.messages reads, {"question", "answer"}, {"question", "choices", "answer"} (a letter,
 a text or a number from 0), {"prompt", "rubrics" | "reference"}; `task_type` or `domain` names the
 row of the table. The folder gets results.json (pass@1, format, n, ...) and samples.jsonl. The same
 command continues: a rollout's noise depends on (seed, problem, sample) alone, so what is finished
-stays, and the results are those of an uninterrupted run.
+stays, and the results are those of an uninterrupted run. Scores come last, in the order of the
+data; other --rewards sample nothing again.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -44,6 +49,7 @@ from tqdm import tqdm
 import data
 import gemma
 import hosts
+import judge
 import lora
 import rewards
 import runs
@@ -53,7 +59,7 @@ from sampler import Rollout, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(judge.Config):
     """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
 
     # model
@@ -100,6 +106,12 @@ class Config:
     slots: int | None = None
     """Completions that a device writes at a time; lower it when out of memory."""
 
+    # scores
+    rewards: str = ""
+    """Weighted sum, as in judge:0.6,format:0.2, or a preset: tunix, ideae, pinocchio, grar."""
+    reward_file: str | None = None
+    """A reward of your own: my.py:score, a function of (completion, row)."""
+
     # the run
     out: str = "runs/eval"
     """Folder of results.json and samples.jsonl; the same command continues what is there."""
@@ -123,7 +135,8 @@ DEFAULTS = {
 }  # fmt: skip
 # What a resumed evaluation may give anew; the weights and prompts themselves are checked instead.
 MAY_CHANGE = ("model", "weights", "tokenizer", "adapter", "data", "rows", "system", "skip_bad_rows",
-              "max_prompt", "slots", "out", "compare")  # fmt: skip
+              "max_prompt", "slots", "out", "compare", "rewards", "reward_file",
+              *(field.name for field in dataclasses.fields(judge.Config)))  # fmt: skip
 EVERY_S = 10.0  # between two lines of progress
 N_RESAMPLES = 2_000
 Z = 1.959963984540054  # the normal distribution has 95 % within Z standard deviations
@@ -141,6 +154,16 @@ def resolve(config: Config) -> Config:
     if config.samples < 0 or not (config.greedy or config.samples):
         raise ValueError(f"--samples {config.samples} leaves nothing to do: expected 1 or more, or "
                          "0 without --no-greedy")  # fmt: skip
+    if not 0 <= config.temperature < math.inf:
+        raise ValueError(f"--temperature {config.temperature}: expected 0 (greedy) or more")
+    asked = []  # of the judge; mistakes are better said before the sampling
+    if config.rewards or config.reward_file:
+        mix = rewards.read_mix(config.rewards, config.reward_file)
+        asked = [name for name in mix.weights if name in rewards.JUDGED]
+    if asked and config.judge is None:
+        raise ValueError(f"--rewards {asked[0]}: needs --judge")
+    if config.judge is not None and not asked:
+        raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
     return config
 
 
@@ -317,6 +340,47 @@ def grade(rollout: Rollout, mode: str, problem: Problem, tok: data.Tokenizer) ->
     }  # fmt: skip
 
 
+def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
+          config) -> list[rewards.Scored]:  # fmt: skip
+    """What --rewards gives each row; judged in their order, so the same after a kill."""
+    mix = rewards.read_mix(config.rewards, config.reward_file)
+    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
+    names = [name for name in names if config.judge and name in mix.weights]
+    own = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
+    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
+    functions, given, scored = rewards.prepare(mix, own, config.reward_file, judged), [], []
+    for row in rows:
+        problem, n_tokens = problems[row["problem"]], row.get("n_tokens")
+        given.append(problem.row | {
+            "question": problem.question, "answer": problem.gold, "kind": problem.kind,
+            "choices": problem.choices, "n_tokens": n_tokens or len(tok.encode(row["completion"])),
+            "max_new": config.max_new, "overlong_buffer": 0.2 * config.max_new,
+            "stop": row["stop"], "progress": 0.0,
+        })  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if names:
+            judge_ = judge.open(config, cache=Path(config.out) / "judge" / "replies.jsonl")
+            stack.callback(judge_.close)
+            for row, about in zip(rows, given, strict=True):
+                about["verdict"] = judge_.submit(row["completion"], dict(about))
+                judge_.pump()
+            judge_.pump(flush=True)
+        progress = tqdm(rows, "scores", mininterval=EVERY_S)
+        for row, about in zip(progress, given, strict=True):
+            scored.append(rewards.score(mix, functions, row["completion"], about))
+            if names and (trouble := judge_.trouble()):
+                raise SystemExit(f"{trouble}; the same command continues from there")
+    return scored
+
+
+def verdict(name: str, completion: str, row: dict) -> float:
+    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
+    parts = row["verdict"].result()
+    if parts[name] is None:
+        raise RuntimeError(parts["judge_error"])
+    return parts[name]
+
+
 def show(n_done: int, n_all: int, s_each: float) -> None:
     left = tqdm.format_interval(s_each * (n_all - n_done))
     runs.say(f"{n_done:,}/{n_all:,} completions  {1 / s_each:.3g} a second  {left} left")
@@ -331,7 +395,8 @@ def read_lines(path: Path) -> list[dict]:
     rows = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):  # torn by a kill
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
     return rows
 
 
@@ -389,7 +454,7 @@ def bootstrap(values: Iterable[float]) -> tuple[float, float]:
 
 
 def is_binary(name: str, values: np.ndarray) -> bool:
-    return not name.startswith("length") and bool(np.isin(values, (0.0, 1.0)).all())
+    return not name.startswith(("length", "reward")) and bool(np.isin(values, (0.0, 1.0)).all())
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -418,7 +483,20 @@ def measure(rows: list[dict]) -> dict[str, float]:
         out[f"length{suffix}"] = mean([r["n_tokens"] for r in group])
         for stop in ("stop", "length", "repetition"):
             out[f"stop_{stop}{suffix}"] = mean([r["stop"] == stop for r in group])
+        out |= measure_scores([r for r in group if "reward" in r], suffix)
     return out
+
+
+def measure_scores(rows: list[dict], suffix: str) -> dict[str, float]:
+    """Means of --rewards over the completions that have them; missing ones are in none, not 0."""
+    if not rows:
+        return {}
+    columns = {"reward": [r["reward"] for r in rows]}
+    for name in dict.fromkeys(name for r in rows for name in r["rewards"]):
+        columns[f"reward_{name}"] = [r["rewards"].get(name) for r in rows]
+    there = {name: [x for x in column if x is not None] for name, column in columns.items()}
+    out = {f"{name}{suffix}": float(np.mean(column)) for name, column in there.items() if column}
+    return out | {f"missing{suffix}": float(np.mean([r["reward"] is None for r in rows]))}
 
 
 def by_problem(rows: Iterable[dict]) -> dict[str, tuple[str, dict[str, float]]]:
@@ -439,9 +517,14 @@ def summarize(rows: list[dict]) -> dict:
     return {"pass@1": None} | means(everything) | {"domains": parts}
 
 
+def names_of(measured: list[dict[str, float]]) -> list[str]:
+    """Of all metrics, in the order of the problem that has most: one with an answer to check."""
+    return list(dict.fromkeys(itertools.chain(max(measured, key=len), *measured)))
+
+
 def means(measured: list[dict[str, float]]) -> dict:
     out = {"n": len(measured), "n_graded": sum("pass@1" in m for m in measured), "intervals": {}}
-    for name in max(measured, key=len):  # all the names: those of a problem that can be checked
+    for name in names_of(measured):
         values = np.array([m[name] for m in measured if name in m])
         out[name] = float(values.mean())
         rate = wilson(int(values.sum()), len(values)) if is_binary(name, values) else None
@@ -465,7 +548,7 @@ def compare(rows: list[dict], others: list[dict]) -> dict:
         raise ValueError(f"--compare: none of its {len(theirs)} problems is among the {len(ours)} "
                          "of this run")  # fmt: skip
     out = {"n": len(both)}
-    for name in max((a for a, _ in both), key=len):
+    for name in names_of([a for a, _ in both]):
         pairs = np.array([(a[name], b[name]) for a, b in both if name in a and name in b])
         if not len(pairs):
             continue
@@ -483,23 +566,25 @@ def compare(rows: list[dict], others: list[dict]) -> dict:
 
 
 def table(results: dict) -> str:
-    """The results for people: rates in percent, lengths in tokens."""
-    scale = lambda name: 1 if name.startswith("length") else 100
+    """The results for people: rates in percent, lengths in tokens, rewards as they are."""
+    scale = lambda name: 1 if name.startswith(("length", "reward")) else 100
+    digits = lambda name: 3 if name.startswith("reward") else 1
 
     def cell(part, name):
         if name not in part["intervals"]:
             return f"{'-':>6}{'':18}"
         value, (low, high) = part[name], part["intervals"][name]
-        interval = f"[{scale(name) * low:.1f}, {scale(name) * high:.1f}]"
-        return f"{scale(name) * value:6.1f}  {interval:16}"
+        interval = ", ".join(f"{scale(name) * x:.{digits(name)}f}" for x in (low, high))
+        return f"{scale(name) * value:6.{digits(name)}f}  {f'[{interval}]':16}"
 
     lines = [f"{results['n']} problems, {results['n_graded']} with an answer to check; percent and "
              "95 % interval: Wilson, of averaged samples bootstrap"]  # fmt: skip
     lines += [f"  {name:26}{cell(results, name)}" for name in results["intervals"]]
     if len(results["domains"]) > 1:
-        lines.append(f"  {'domain':20}{'n':>6}  {'pass@1':24}{'format':24}length")
+        names = ["pass@1", "format", "length"] + ["reward"] * ("reward" in results)
+        lines.append(f"  {'domain':20}{'n':>6}  " + "".join(f"{name:24}" for name in names))
         for domain, part in results["domains"].items():
-            cells = "".join(cell(part, name) for name in ("pass@1", "format", "length"))
+            cells = "".join(cell(part, name) for name in names)
             lines.append(f"  {domain:20.20}{part['n']:6}{cells}")
     pairs = dict(results.get("compare", {}))
     if pairs:
@@ -509,7 +594,8 @@ def table(results: dict) -> str:
             scale(name) * x
             for x in (pair["this"], pair["other"], pair["difference"], *pair["interval"])
         )
-        line = f"  {name:26}{this:6.1f}{other:8.1f}{d:+8.1f} [{low:+.1f}, {high:+.1f}]"
+        n = digits(name)
+        line = f"  {name:26}{this:6.{n}f}{other:8.{n}f}{d:+8.{n}f} [{low:+.{n}f}, {high:+.{n}f}]"
         if "p" in pair:
             line += f"  {pair['wins']} won, {pair['losses']} lost, McNemar p {pair['p']:.3g}"
         lines.append(line)
@@ -532,7 +618,11 @@ def fingerprint(start: lora.Start) -> str:
 def check_folder(out: Path, record: dict) -> None:
     """Begins a folder; an evaluation of something else in it is an error, not overwritten."""
     if (out / "config.json").exists() and (out / "samples.jsonl").exists():
-        old = json.loads((out / "config.json").read_bytes())
+        try:
+            old = dict(json.loads((out / "config.json").read_bytes()))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{out / 'config.json'} cannot be read: {e}; put it back, or choose "
+                             "another --out") from None  # fmt: skip
         for key in [key for key in record if key not in MAY_CHANGE]:
             if (was := old.get(key)) != (now := record[key]):
                 flag = key if " " in key else "--" + key.replace("_", "-")
@@ -543,6 +633,7 @@ def check_folder(out: Path, record: dict) -> None:
         runs.write_json(out / "config.json", record)
 
 
+@runs.one_line
 def main(config: Config) -> dict:
     """Runs the evaluation, writes its folder, prints the table and returns the results."""
     runs.check_jax()
@@ -567,27 +658,32 @@ def main(config: Config) -> dict:
     record |= {"checksum of the weights": fingerprint(start), "checksum of the prompts": prompts}
 
     out = Path(config.out)
-    check_folder(out, record)
-
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    dtype = jnp.dtype(config.dtype)
-    cfg, params = gemma.load(start.weights, dtype, mesh)
-    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
-    if adapter is not None:
-        runs.say(lora.describe(adapter))
-    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                      max_new=config.max_new, dtype=dtype)  # fmt: skip
-    results, rows = evaluate(
-        sampler, params, tok, problems, adapter=adapter, greedy=config.greedy,
-        samples=config.samples, temperature=config.temperature, top_k=config.top_k,
-        top_p=config.top_p, min_p=config.min_p, repetition=config.repetition, seed=config.seed,
-        journal=out / "samples.jsonl",
-    )  # fmt: skip
-    if others is not None:
-        results["compare"] = compare(rows, others)
-    with runs._writing(out):
-        runs._replace(out / "samples.jsonl", to_lines(rows))
-        runs.write_json(out / "results.json", results)
+    with runs.lock(out):
+        check_folder(out, record)
+        axes = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
+        dtype = jnp.dtype(config.dtype)
+        cfg, params = gemma.load(start.weights, dtype, mesh)
+        adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
+        if adapter is not None:
+            runs.say(lora.describe(adapter))
+        sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                          max_new=config.max_new, dtype=dtype)  # fmt: skip
+        results, rows = evaluate(
+            sampler, params, tok, problems, adapter=adapter, greedy=config.greedy,
+            samples=config.samples, temperature=config.temperature, top_k=config.top_k,
+            top_p=config.top_p, min_p=config.min_p, repetition=config.repetition, seed=config.seed,
+            journal=out / "samples.jsonl",
+        )  # fmt: skip
+        if config.rewards or config.reward_file:
+            for row, scored in zip(rows, score(problems, rows, tok, config), strict=True):
+                row |= {"reward": scored.total, "rewards": scored.parts, "errors": scored.errors}
+            results = summarize(rows)
+        if others is not None:
+            results["compare"] = compare(rows, others)
+        with runs._writing(out):
+            runs._replace(out / "samples.jsonl", to_lines(rows))
+            runs.write_json(out / "results.json", results)
     print(table(results))
     return results
 

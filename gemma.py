@@ -41,7 +41,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
@@ -461,10 +460,7 @@ def layer(cfg, w, lora, x_BTD, positions_BT, freq_H, mask_BTT, past=(), attentio
 
 
 def gather(tree: dict, spec: dict, axis: str | None) -> dict:
-    """All-gathers sharded parameters along D (inside shard_map); its transpose scatters and sums.
-
-    The result is named so that no rematerialisation policy ever saves it for the backward pass.
-    """
+    """All-gathers sharded parameters along D, inside shard_map; its transpose scatters and sums."""
     if axis is None:
         return tree
 
@@ -472,7 +468,7 @@ def gather(tree: dict, spec: dict, axis: str | None) -> dict:
         if not s.inp:
             return w
         dim = s.axes.replace("L", "").index("D")  # w{D/devices} -> all-gather -> w{D}
-        return checkpoint_name(lax.all_gather(w, axis, axis=dim, tiled=True), "weight")
+        return lax.all_gather(w, axis, axis=dim, tiled=True)
 
     return jax.tree.map(one, tree, spec)
 
@@ -526,8 +522,8 @@ def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora
     window_L = jnp.asarray([_window(cfg, g) for g in cfg.is_global])
     if remat == "layer":
         step = jax.checkpoint(step, prevent_cse=False)
-    elif fsdp is not None:  # keep everything but the gathered weights
-        policy = jax.checkpoint_policies.save_anything_except_these_names("weight")
+    elif remat == "attention" or fsdp is not None:  # keep what products with weights gave, no more
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # no gathered weights
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     return lax.scan(step, x_BTD, (params["layers"], lora, freq_LH, window_L))
 

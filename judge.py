@@ -6,6 +6,7 @@
     judge.pump(flush=True)                    # all that is still waiting
     future.result()                           # {"judge": 0.83, ...}, or None and "judge_error"
     python judge.py --judge gemma3-4b         # how far injections move its scores
+    python judge.py --judge gemma3-4b --speed # verdicts a second, against decoding them
 
 Styles (G-RaR; Rubrics as Rewards, arXiv 2507.17746; Pinocchio):
 
@@ -43,6 +44,7 @@ import queue
 import random
 import re
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -64,6 +66,7 @@ from jax.sharding import PartitionSpec as P
 import data
 import gemma
 import hosts
+from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -86,6 +89,20 @@ class Config:
     """Requests that may be sent, those of earlier sessions in the cache included; 0: no limit."""
     judge_missing: float = 0.2
     """Share of missing judgements, of the latest 200, above which the run stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Config):
+    """Measures how far injections move a judge's scores or, with --speed, how fast it judges."""
+
+    problems: int = 8
+    """Word problems whose answers are judged."""
+    speed: bool = False
+    """Verdicts a second, by a prefill and by decoding them; random weights of the judge's shape."""
+    group: int = 8
+    """With --speed: responses to each problem."""
+    new_tokens: int = 16
+    """With --speed: tokens of a verdict in JSON."""
 
 
 REPLICATED_BYTES = 2.5e9  # a larger judge is sharded over the mesh
@@ -116,14 +133,8 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
     except ValueError as e:
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
-    if mesh is None:
-        mesh = jax.make_mesh(
-            (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-        )
-    mesh = hosts.own(mesh)  # each host judges its own completions, in an order of its own
-    n = gemma.read_config(folder).n_params
-    dtype = jnp.dtype(dtype or (jnp.float32 if n < 10**8 else jnp.bfloat16))
-    shard = mesh.size > 1 and n * dtype.itemsize > REPLICATED_BYTES
+    mesh = hosts.own(mesh or all_devices())  # each host judges its own completions
+    dtype, shard = layout(gemma.read_config(folder), mesh, dtype)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
@@ -134,6 +145,40 @@ def total(stats: list[dict[str, float]]) -> dict[str, float]:
     out = {name: sum(s[name] for s in stats) for name in stats[0]}
     missing = sum(s["judge_n"] * s["judge_missing"] for s in stats)
     return out | {"judge_missing": missing / max(1, out["judge_n"])}
+
+
+def all_devices() -> Mesh:
+    axes = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
+
+
+def layout(cfg: gemma.Config, mesh: Mesh, dtype=None) -> tuple[jnp.dtype, bool]:
+    """(dtype, whether the weights are split over the mesh) of a judge."""
+    dtype = jnp.dtype(dtype or (jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16))
+    return dtype, mesh.size > 1 and cfg.n_params * dtype.itemsize > REPLICATED_BYTES
+
+
+def programs(config, mesh: Mesh) -> dict[str, tuple]:
+    """What a Config's judge runs on the mesh, if it does: name -> (function, argument shapes).
+
+    For it no two rows share a beginning, the most memory that a batch takes. Needs no weights.
+    """
+    if not (name := config.judge) or name.startswith(("http://", "https://")):
+        return {}
+    folder = config.judge_weights or (name if Path(name).is_dir() else None)
+    if folder is None and name.removesuffix("-it") not in gemma.CONFIGS:
+        raise ValueError(f"--judge {name}: expected one of {', '.join(gemma.CONFIGS)}, a folder or "
+                         "http(s)://host/v1")  # fmt: skip
+    cfg = gemma.read_config(folder) if folder else gemma.CONFIGS[name.removesuffix("-it")]
+    dtype, shard = layout(cfg, mesh)
+
+    def one(spec, pspec):
+        sharding = NamedSharding(mesh, pspec)
+        return jax.ShapeDtypeStruct(spec.shape(cfg), dtype, sharding=sharding)
+
+    params = jax.tree.map(one, gemma.specs(cfg), gemma.pspecs(cfg, shard))
+    judge = OnMesh(cfg, params, None, mesh, config.judge_style, shard=shard)
+    return judge.programs(X=judge.rows)
 
 
 # --------------------------------------------------------------------------------------- rubrics
@@ -425,13 +470,14 @@ class OnMesh(Judge):
     repeats it in one thread repeats its scores to the bit.
     """
 
-    def __init__(self, cfg: gemma.Config, params: dict, tok: data.Tokenizer, mesh: Mesh,
+    def __init__(self, cfg: gemma.Config, params: dict, tok: data.Tokenizer | None, mesh: Mesh,
                  style: str = "grar", *, missing: float = 0.2, shard: bool = False, rows: int = 8,
                  max_tokens: int = 8192):  # fmt: skip
         super().__init__(style, missing)
         self.cfg, self.params, self.tok, self.mesh, self.shard = cfg, params, tok, mesh, shard
         self.rows, self.max_tokens = rows, min(max_tokens, cfg.max_position_embeddings)
-        self.ids_A = np.array(answer_ids(tok, DIGITS[style]), np.int32)
+        ids = answer_ids(tok, DIGITS[style]) if tok else range(len(DIGITS[style]))  # compiled only
+        self.ids_A = np.array(ids, np.int32)
         self.arrived = queue.SimpleQueue()
         self.waiting: dict[tuple[int, int], list[_Row]] = {}  # by bucket
         self.flying: list[tuple[jax.Array, list[tuple[int, _Row]]]] = []
@@ -853,9 +899,10 @@ def attack(judge, cases: list[tuple[str, dict]]) -> dict[str, list[float]]:
     return {name: of[~np.isnan(of)].tolist() for name, of in moved}
 
 
-def main(config: Config, n: int = 8) -> dict[str, list[float]]:
+def injections(config: Command) -> dict[str, list[float]]:
     """Judges right and wrong answers to word problems, then what ATTACKS does to the wrong ones."""
-    rows, judge = [data.word_problem("test", i) for i in range(n)], open(config)
+    n, judge = config.problems, open(config)
+    rows = [data.word_problem("test", i) for i in range(n)]
     case = lambda row, answer: (data.format_completion(row["reasoning"], answer), row)
     right = [case(row, row["answer"]) for row in rows]
     wrong = [case(row, str(int(row["answer"]) + 7)) for row in rows]
@@ -864,17 +911,73 @@ def main(config: Config, n: int = 8) -> dict[str, list[float]]:
     found |= {f"wrong, {name}: added": moved for name, moved in attack(judge, wrong).items()}
     judge.close()
     for name, values in found.items():
+        n_judged = sum(value is not None for value in values)
         values = [value for value in values if value is not None] or [math.nan]
-        print(f"{name:24}{np.mean(values):+.3f}  at most {max(values):+.3f}")
+        print(f"{name:24}{np.mean(values):+.3f}  from {min(values):+.3f} to {max(values):+.3f}, "
+              f"{n_judged} judged")  # fmt: skip
     if judge.error:
         print(f"not everything could be judged: {judge.error}")
     return found
+
+
+# ------------------------------------------------------------------------------------------ speed
+
+
+def speed(config: Command, repeats: int = 3) -> dict[str, float]:
+    """Verdicts a second of one prefill each (OnMesh), and of the same prompts' decoded (Sampler).
+
+    Weights are random, of the shape of --judge-weights' config.json or of --judge by name; texts
+    are in the tokens of the tiny model, whose ids every vocabulary has. Decoded verdicts are a
+    digit, and --new-tokens tokens as JSON takes them; each prompt is prefilled whole.
+    """
+    mesh, tok = all_devices(), data.Tokenizer(gemma.find("tiny"))
+    if config.judge_weights:
+        cfg = gemma.read_config(config.judge_weights)
+    elif config.judge in gemma.CONFIGS:
+        cfg = gemma.CONFIGS[config.judge]
+    else:
+        raise ValueError(f"--judge {config.judge}: expected one of {', '.join(gemma.CONFIGS)}")
+    dtype, shard = layout(cfg, mesh)
+    specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), gemma.pspecs(cfg, shard))
+    init = jax.jit(functools.partial(gemma.init, cfg, dtype=dtype), out_shardings=specs)
+    params = init(jax.random.key(0))
+    rows = [data.word_problem("test", i) for i in range(config.problems + config.group)]
+    texts = [data.format_completion(row["reasoning"], row["answer"]) for row in rows]
+    cases = [(texts[i + j], rows[i]) for i in range(config.problems) for j in range(config.group)]
+    judge = OnMesh(cfg, params, tok, mesh, config.judge_style, shard=shard)
+    prompts = [sum(judge._cut(shared, rest), ()) for shared, rests in
+               (digit_prompts(config.judge_style, *case) for case in cases)
+               for rest in rests]  # fmt: skip
+    lengths = [len(ids) for ids in prompts]
+    sampler = Sampler(cfg, mesh, slots=-(-len(prompts) // mesh.size), max_prompt=max(lengths),
+                      max_new=config.new_tokens, dtype=dtype)  # fmt: skip
+    decode = lambda n: list(sampler.sample(params, prompts, temperature=0, stop=(), max_new=n))
+    ways = {"by one prefill": lambda: scores(judge, cases), "decoding a digit": lambda: decode(1),
+            f"decoding {config.new_tokens} tokens": lambda: decode(config.new_tokens)}  # fmt: skip
+    print(f"{len(cases)} verdicts, {len(prompts)} prompts of {np.mean(lengths):.0f} tokens, "
+          f"{cfg.n_params:,} random weights in {dtype}, {mesh.size} "
+          f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+    found = {}
+    for name, judge_all in ways.items():
+        seconds = []
+        for _ in range(repeats + 1):  # the first one compiles
+            began = time.perf_counter()
+            judge_all()
+            seconds.append(time.perf_counter() - began)
+        found[name] = len(cases) / statistics.median(seconds[1:])
+        each = ", ".join(f"{s:.2f}" for s in seconds[1:])
+        print(f"{name:20}{found[name]:8.2f} verdicts/s  ({each} s)", flush=True)
+    return found
+
+
+def main(config: Command) -> dict:
+    return (speed if config.speed else injections)(config)
 
 
 if __name__ == "__main__":
     import tyro
 
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Command, description=__doc__))
     except ValueError as e:
         sys.exit(f"error: {e}")

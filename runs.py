@@ -18,6 +18,7 @@ timings aside. What is wrong in a folder is said in one line that names the path
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -45,9 +47,10 @@ from tqdm import tqdm
 
 import hosts
 
-# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process (but not
-# that of a notebook's kernel, which may have trained before).
-STARTED = time.monotonic() - (0.0 if "ipykernel" in sys.modules else time.process_time())
+# Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process. But the
+# kernel of a notebook may be hours old: a run in it counts from its own beginning.
+IN_NOTEBOOK = "ipykernel" in sys.modules
+STARTED = None if IN_NOTEBOOK else time.monotonic() - time.process_time()
 
 
 # ---------------------------------------------------------------------------- environment
@@ -108,6 +111,55 @@ def say(line: str) -> None:
     """Print to stderr without tearing the progress bar; of several hosts the first."""
     if hosts.index == 0:
         tqdm.write(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def one_line(main: Callable) -> Callable:
+    """Decorates a script's main(config): what is no fault of the program ends it in one line.
+
+    SIGTERM and Ctrl-C too, where no Run is open that finishes its step first.
+    """
+
+    @functools.wraps(main)
+    def call(config):
+        def stop(number, frame):
+            raise SystemExit(
+                f"stopped by {signal.Signals(number).name}: the same command continues {config.out}"
+            )
+
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():  # Python allows no other
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    before = signal.signal(number, stop)
+                    stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            try:
+                return main(config)
+            except RuntimeError as error:  # as XLA's are
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                said = str(error).splitlines()[0]
+                raise SystemExit(f"out of memory: {_lower(config, error)} ({said})") from error
+            except FloatingPointError as error:
+                raise SystemExit(f"{error}: are the weights or the adapter damaged?") from error
+            except KeyboardInterrupt:  # the second Ctrl-C of a Run, which did not want to wait
+                raise SystemExit(f"interrupted: the same command continues {config.out}") from None
+
+    return call
+
+
+def _lower(config: Any, error: BaseException) -> str:
+    """Which flags need less memory, by the function of ours that ran out of it."""
+    names = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
+    there = lambda *flags: [f for f in flags if hasattr(config, f.replace("-", "_"))]
+    if any(name.startswith("OnMesh.") for name in names):
+        return "take a smaller --judge"
+    if any(name.startswith("Sampler.") for name in names):
+        return "lower --" + " or --".join(there("slots", "eval-accuracy", "max-new"))
+    if there("micro-rows"):
+        return "lower --micro-rows, or take --remat layer or --shard yes"
+    return "take --dtype bfloat16 or a smaller --model"
 
 
 # ---------------------------------------------------------------------------- time budget
@@ -230,6 +282,28 @@ def _writing(path: Path):
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; make "
             "room or choose another --out; the checkpoints are intact"
         ) from error
+
+
+@contextlib.contextmanager
+def lock(folder: Path):
+    """One process at a time in a folder; at any death the kernel unlocks it."""
+    with contextlib.ExitStack() as stack:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SystemExit(
+                f"{folder} is in use by process {file.read()}: "
+                "stop that one, or choose another folder with --out"
+            ) from None
+        with _writing(folder):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
 
 
 def _fsync(path: Path) -> None:
@@ -478,26 +552,12 @@ class Run:
         self._stack.close()
 
     def _open(self, stack, config, may_change):
+        stack.enter_context(lock(self.folder))
         with _writing(self.folder):
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock(stack)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
             _tidy(self.folder)
             _tidy(self.folder / "checkpoints")
             self._check_config(config, may_change)
-
-    def _lock(self, stack):
-        lock = stack.enter_context(open(self.folder / ".lock", "a+"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it at any death
-        except BlockingIOError:
-            lock.seek(0)
-            raise SystemExit(
-                f"{self.folder} is in use by process {lock.read()}: "
-                "stop that one, or choose another folder with --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
 
     def _check_config(self, config, may_change):
         path = self.folder / "config.json"

@@ -27,13 +27,13 @@ Data is what eval.py reads; the README has a row for each of some domains.
    way when one is reached, up to --teacher-threads, is still paid for. $TEACHER_API_KEY is the key.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Literal
@@ -203,16 +203,17 @@ class Teacher(judge.Endpoint):
     """An endpoint with a rate and a budget; every request leaves a line in the file `spent`."""
 
     def __init__(self, url: str, model: str | None = None, *, spent: Path, rate: float = 0.0,
-                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):  # fmt: skip
+                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0,
+                 clock: Callable[[], float] = time.monotonic, **more):  # fmt: skip
         super().__init__(url, model, key_variable="TEACHER_API_KEY", **more)
-        self.spent, self.price, self.budget = spent, price, budget
+        self.spent, self.price, self.budget, self.clock = spent, price, budget, clock
         self.pause_s, self.next_s = 60 / rate if rate else 0.0, 0.0
         before = evaluation.read_lines(spent) if spent.exists() else []
         self.n_sent, self.dollars = len(before), sum(line["dollars"] for line in before)
 
     def _post(self, body: bytes):
         with self.lock:
-            now = self.now()
+            now = self.clock()  # that of the wall may be set back, by hours
             wait_s = max(0.0, self.next_s - now)
             self.next_s = now + wait_s + self.pause_s
         if wait_s:
@@ -302,48 +303,7 @@ def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
     )[1]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------- scores
-
-
-def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
-          config: Config) -> list[rewards.Scored]:  # fmt: skip
-    """What --rewards gives each row; judged in their order, so the same after a kill."""
-    mix = rewards.read_mix(config.rewards, config.reward_file)
-    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-    names = [name for name in names if config.judge and name in mix.weights]
-    own = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
-    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
-    functions, given, scored = rewards.prepare(mix, own, config.reward_file, judged), [], []
-    for row in rows:
-        problem, n_tokens = problems[row["problem"]], row.get("n_tokens")
-        given.append(problem.row | {
-            "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-            "choices": problem.choices, "n_tokens": n_tokens or len(tok.encode(row["completion"])),
-            "max_new": config.max_new, "overlong_buffer": 0.2 * config.max_new,
-            "stop": row["stop"], "progress": 0.0,
-        })  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        if names:
-            judge_ = judge.open(config, cache=Path(config.out) / "judge" / "replies.jsonl")
-            stack.callback(judge_.close)
-            for row, about in zip(rows, given, strict=True):
-                about["verdict"] = judge_.submit(row["completion"], dict(about))
-                judge_.pump()
-            judge_.pump(flush=True)
-        progress = tqdm(rows, "scores", mininterval=evaluation.EVERY_S)
-        for row, about in zip(progress, given, strict=True):
-            scored.append(rewards.score(mix, functions, row["completion"], about))
-            if names and (trouble := judge_.trouble()):
-                raise SystemExit(f"{trouble}; the same command continues from there")
-    return scored
-
-
-def verdict(name: str, completion: str, row: dict) -> float:
-    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
-    parts = row["verdict"].result()
-    if parts[name] is None:
-        raise RuntimeError(parts["judge_error"])
-    return parts[name]
+# -------------------------------------------------------------------------------------- problems
 
 
 def is_right(problem: Problem, completion: str) -> bool | None:
@@ -416,7 +376,7 @@ def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
             continue
         others.append((said, f"sample {row['sample']} of {problem.id}"))
         kept.append(row)
-    scored = score(problems, kept, tok, config) if config.rewards else [None] * len(kept)
+    scored = evaluation.score(problems, kept, tok, config) if config.rewards else [None] * len(kept)
     teacher = config.teacher_model or config.teacher or config.adapter or config.model
     out = []
     for row, s in zip(kept, scored, strict=True):
@@ -488,7 +448,8 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
     rows = rows + [{"problem": i, "sample": -1, "completion": text, "stop": "stop"}
                    for i, text in enumerate(texts) if text]  # fmt: skip
     groups, out, rejects = {}, [], []
-    for row, s in zip(rows, score(problems, rows, tok, config), strict=True):
+    scored = evaluation.score(problems, rows, tok, config)
+    for row, s in zip(rows, scored, strict=True):
         right = is_right(problems[row["problem"]], row["completion"])
         row = row | {"reward": s.total, "parts": s.parts, "errors": s.errors, "right": right}
         groups.setdefault(row["problem"], []).append(row)
@@ -515,6 +476,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 # ------------------------------------------------------------------------------------------ main
 
 
+@runs.one_line
 def main(config: Config) -> Path:
     """Makes the rows or pairs and returns the file of them."""
     runs.check_jax()
@@ -528,26 +490,29 @@ def main(config: Config) -> Path:
         config.data, tok, config.system, config.rows, config.max_prompt, config.skip_bad_rows
     )
     runs.say(f"data: {len(problems):,} problems of {config.data}, {len(bad)} bad rows left out")
-    if getattr(config, "teacher", None):
+    with runs.lock(out):
+        if getattr(config, "teacher", None):
+            with runs._writing(out):
+                (out / "teacher").mkdir(parents=True, exist_ok=True)
+                runs.write_json(out / "config.json", dataclasses.asdict(config))
+            teacher = Teacher(
+                config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
+                rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
+                threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
+            )  # fmt: skip
+            with runs._writing(out):  # of a reply that could not be kept; all else is a reject
+                rows = ask(teacher, problems, config)
+            runs.say(
+                f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price"
+            )
+        else:
+            rows = sample(config, start, tok, problems)
+        make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
+        made, rejects = make(problems, rows, tok, config)
+        rejects += [{"reason": "bad row", "detail": line} for line in bad]
         with runs._writing(out):
-            (out / "teacher").mkdir(parents=True, exist_ok=True)
-            runs.write_json(out / "config.json", dataclasses.asdict(config))
-        teacher = Teacher(
-            config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
-            rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
-            threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
-        )  # fmt: skip
-        with runs._writing(out):  # of a reply that could not be kept; all else is a reject
-            rows = ask(teacher, problems, config)
-        runs.say(f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price")
-    else:
-        rows = sample(config, start, tok, problems)
-    make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
-    made, rejects = make(problems, rows, tok, config)
-    rejects += [{"reason": "bad row", "detail": line} for line in bad]
-    with runs._writing(out):
-        runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
-        runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
+            runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
+            runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")

@@ -56,7 +56,7 @@ import judge as judges
 import lora
 import rewards
 import runs
-from eval import Problem, eval_metrics, evaluate, load_problems
+from eval import Problem, eval_metrics, evaluate, load_problems, verdict
 from sampler import Rollout, Sampler
 from train_sft import (
     base_name,
@@ -244,6 +244,9 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
 
     # several hosts (hosts.py)
     coordinator: str | None = None
@@ -706,7 +709,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
     if config.kl_coef:
         out["reference"] = reference, (trained, fixed, batch, n_micro)
-    return out
+    return out | judges.programs(config, mesh)
 
 
 # -------------------------------------------------------------------------------------- rollouts
@@ -737,14 +740,6 @@ def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards
         right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
     scored = rewards.score(mix, functions, text, row)
     return Sample(problem, rollout.prompt, rollout, text, right, strict, scored)
-
-
-def verdict(name: str, completion: str, row: dict) -> float:
-    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
-    parts = row["verdict"].result()
-    if parts[name] is None:
-        raise RuntimeError(parts["judge_error"])
-    return parts[name]
 
 
 def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:
@@ -866,13 +861,21 @@ def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
     return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
 
 
-def main(config: Config) -> Path:
+@runs.one_line
+def main(config: Config) -> Path | dict:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
+    if config.plan:
+        import bench  # which imports this file
+
+        return bench.plan("grpo", config)
     config = resolve(config)
     hosts.connect(config)
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    if config.group == 2 and config.scale == "group":
+        runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
+                 "apart the rewards are; --scale none keeps that")  # fmt: skip
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     # load
@@ -1019,10 +1022,12 @@ def main(config: Config) -> Path:
                 measured = step
             elif config.save_every and step % config.save_every == 0 and not ends:
                 save()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run))
         return run.finish(write)
 

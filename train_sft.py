@@ -144,6 +144,9 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
 
     # several hosts (hosts.py)
     coordinator: str | None = None
@@ -179,7 +182,7 @@ def resolve(config: Config) -> Config:
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if config.from_scratch:
+    if config.from_scratch and config.lora_rank is None:
         filled["lora_rank"] = 0
     if config.time_limit is not None and config.steps is None:
         filled["steps"] = None  # the clock alone decides
@@ -400,7 +403,7 @@ def samples_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
 def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
     """Whether a copy of all weights takes over 40 % of a device's memory."""
     device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
-    here = device.platform != "cpu" and device in jax.devices()  # else compiled for, not run on
+    here = device.platform != "cpu" and device in jax.local_devices()  # else only compiled for
     limit = ((device.memory_stats() if here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
 
@@ -538,9 +541,14 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
     return Problem(question, prompt, question, gold, kind, (), "held-out")
 
 
-def main(config: Config) -> Path:
+@runs.one_line
+def main(config: Config) -> Path | dict:
     """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
+    if config.plan:
+        import bench  # which imports this file
+
+        return bench.plan("sft", config)
     config = resolve(config)
     hosts.connect(config)
     runs.compilation_cache()
@@ -646,10 +654,12 @@ def main(config: Config) -> Path:
                 save()
                 began = time.perf_counter()
         log_pending()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run, step))
         return run.finish(write)
 

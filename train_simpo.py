@@ -177,6 +177,9 @@ class Config:
     """Checkpoints kept, besides the best."""
     report_to: str = ""
     """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
 
     # several hosts (hosts.py)
     coordinator: str | None = None
@@ -481,9 +484,14 @@ def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
     return batches, held_out[: config.eval_rows]
 
 
-def main(config: Config) -> Path:
+@runs.one_line
+def main(config: Config) -> Path | dict:
     """Runs the training and returns the folder that --adapter of the next stage takes."""
     runs.check_jax()
+    if config.plan:
+        import bench  # which imports this file
+
+        return bench.plan("simpo", config)
     config = resolve(config)
     hosts.connect(config)
     runs.compilation_cache()
@@ -591,10 +599,12 @@ def main(config: Config) -> Path:
                 save()
                 began = time.perf_counter()
         log_pending()
+        unsaved = step != measured and (saved is None or step > saved.step)
         if p < 1:
-            save()
+            if unsaved:  # again, it would lose its score
+                save()
             run.stop()
-        if step != measured and (saved is None or step > saved.step):
+        if unsaved:
             save(measure(run, step))
         return run.finish(write)
 

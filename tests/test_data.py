@@ -235,6 +235,12 @@ def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=data.GSM8K["train"]) as e:
         list(data.read_rows("gsm8k"))
     assert hashlib.sha256(b"{}").hexdigest() in str(e.value)
+    assert not [*tmp_path.rglob("*.jsonl")]  # what is not the file is not kept
+    monkeypatch.setitem(data.GSM8K, "train", hashlib.sha256(b"{}").hexdigest())
+    [(where, _)] = data.read_rows("gsm8k")
+    assert where == f"{tmp_path}/home/.cache/gsm8k/train.jsonl:1"
+    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+    assert len([*data.read_rows("gsm8k")]) == 1  # from there from now on
     (tmp_path / "test.jsonl").write_text('{"question": "Q", "answer": "r #### 4"}\n')
     [(where, row)] = data.read_rows("gsm8k:test")
     assert where.endswith("test.jsonl:1") and row["question"] == "Q"

@@ -3,13 +3,12 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_judge import serving
 
 import data
 import eval as evaluation
@@ -35,8 +34,9 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
         for k in range(1, n + 1) if c <= n else ():
             draws = [any(i < c for i in draw) for draw in itertools.combinations(range(n), k)]
             assert evaluation.pass_at_k(n, c, k) == pytest.approx(np.mean(draws))
-    with pytest.raises(ValueError, match="pass@5 of 4"):
-        evaluation.pass_at_k(4, 1, 5)
+    for k in (5, 0, -1):
+        with pytest.raises(ValueError, match=f"pass@{k} of 4"):
+            evaluation.pass_at_k(4, 1, k)
 
 
 def test_ties_of_a_vote_count_as_the_share_that_is_right():
@@ -57,6 +57,19 @@ def test_intervals_by_hand():
     low, high = evaluation.bootstrap(values)
     np.testing.assert_allclose((low, high), (values.mean() - half, values.mean() + half), atol=4e-3)
     assert evaluation.bootstrap(values) == (low, high)
+
+
+def test_bootstrap_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(2).random(300) ** 3  # skewed
+    ci = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile",
+                         random_state=1).confidence_interval  # fmt: skip
+    np.testing.assert_allclose(evaluation.bootstrap(values), (ci.low, ci.high), atol=4e-3)
+
+
+def test_progress_says_how_long_it_will_take(capsys):
+    evaluation.show(200, 1319, 0.5)
+    assert capsys.readouterr().err == "200/1,319 completions  2 a second  09:19 left\n"
 
 
 def test_mcnemar_by_hand():
@@ -222,6 +235,34 @@ def test_accuracy_and_format_are_two_questions():
     assert (b["pass@1"], b["format"], b["pass@1_tags"]) == (1.0, 1.0, 1.0)
 
 
+def test_scores_are_means_of_what_was_scored():
+    """By hand: a reward for the first letter, one that fails for "cut", one for rows with gold."""
+    _, rows = evaluation.evaluate(PARROT, None, TOK, PROBLEMS, samples=4, every_s=None)
+    for row in rows:
+        parts = {"a": None if "cut" in row["completion"] else float(row["sample"])}
+        parts |= {"b": float(row["correct"])} if row["correct"] is not None else {}
+        total = None if None in parts.values() else sum(parts.values())
+        row |= {"reward": total, "rewards": parts, "errors": {}}
+    results = evaluation.summarize(rows)
+    # of the samples of a problem: numbers 0 to 3, the fourth and the third of two of them cut
+    a = [(0 + 1 + 2) / 3, 6 / 4, (0 + 1 + 3) / 3, 6 / 4]
+    b = [3 / 4, 2 / 4, 2 / 4]
+    right = [2 / 3, 2 / 4, 2 / 3]  # of those with a total
+    expected = {"reward_a_sampled": np.mean(a), "reward_b_sampled": np.mean(b),
+                "reward_sampled": np.mean([x + y for x, y in zip(a, [*right, 0], strict=True)]),
+                "missing_sampled": 2 / 16, "missing": 0.0, "reward_a": 0.0,
+                "reward": (1 + 1 + 0 + 0) / 4}  # fmt: skip
+    assert {k: results[k] for k in expected} == pytest.approx(expected)
+    poems = results["domains"]["poems"]
+    assert poems["reward_sampled"] == 1.5 and "reward_b" not in poems
+    assert "reward_a_sampled           1.333 [" in evaluation.table(results).replace("  [", " [")
+    for row in rows:  # a problem of which nothing was scored is in no mean
+        row["reward"] = None if row["problem"] == 3 else row["reward"]
+    results = evaluation.summarize(rows)
+    assert results["reward"] == pytest.approx(2 / 3) and results["missing"] == 1 / 4
+    assert "reward" not in results["domains"]["poems"]
+
+
 def test_without_greedy_the_samples_are_pass_at_1_and_without_gold_there_is_none():
     results, _ = evaluation.evaluate(
         PARROT, None, TOK, PROBLEMS, greedy=False, samples=4, every_s=None
@@ -353,14 +394,54 @@ def test_an_adapter_brings_its_system_text_and_can_be_compared(config, folder, t
         evaluation.main(dataclasses.replace(config, compare=str(tmp_path)))
 
 
+def test_rewards_and_a_judge(config, tmp_path, monkeypatch, capsys):
+    """Free-form rows get a score; another judge samples nothing; a lost verdict is missing."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-of-this-evaluation")
+    lost = lambda body: "It rhymes." in body["messages"][0]["content"]
+
+    def answer(n, body):
+        return {"status": 400} if lost(body) else {"content": json.dumps({"score": 4})}
+
+    with serving(answer) as server:
+        scored = dataclasses.replace(
+            config, rewards="judge:0.6,format:0.2,answer:0.2", judge=server.url, judge_missing=0.9
+        )
+        results = evaluation.main(scored)
+        assert len(server.bodies) == 6 * 3 + sum(map(lost, server.bodies)) // 2
+    printed = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        missing = row["domain"] == "poems"
+        assert ("HTTP 400" in row["errors"].get("judge", "")) == missing == (row["reward"] is None)
+        assert missing or row["reward"] == pytest.approx(
+            0.6 * 0.75 + 0.2 * row["format"] + 0.2 * row["correct"]
+        )
+    assert results["reward_judge"] == 0.75 and results["missing"] == pytest.approx(1 / 6)
+    assert results == evaluation.summarize(rows) and "reward_judge" in printed
+    for file in (tmp_path / "out").rglob("*.json*"):
+        assert "sk-of-this-evaluation" not in file.read_text(), file
+    sampled = (tmp_path / "out/samples.jsonl").read_text()
+    again = evaluation.main(dataclasses.replace(scored, rewards="format:2", judge=None))
+    assert again["reward"] == 2 * results["format"] and "reward_judge" not in again
+    completions = lambda text: [json.loads(line)["completion"] for line in text.splitlines()]
+    assert completions(sampled) == completions((tmp_path / "out/samples.jsonl").read_text())
+
+
 def test_defaults_and_bad_flags():
     config = evaluation.resolve(evaluation.Config(model="gemma3-1b", samples=8))
     assert (config.samples, config.data, config.dtype) == (8, "gsm8k:test", "bfloat16")
     for config in (evaluation.Config(samples=-1), evaluation.Config(samples=0, greedy=False)):
         with pytest.raises(ValueError, match="--samples"):
             evaluation.resolve(config)
-    with pytest.raises(ValueError, match="--model llama"):
-        evaluation.resolve(evaluation.Config(model="llama"))
+    for flags, match in (
+        ({"model": "llama"}, "--model llama"),
+        ({"temperature": -1.0}, "--temperature -1.0: expected 0"),
+        ({"rewards": "fromat:1"}, "--rewards 'fromat:1'"),
+        ({"rewards": "format:1,judge:2"}, "--rewards judge: needs --judge"),
+        ({"rewards": "format:1", "judge": "tiny"}, "--judge tiny: needs --rewards"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            evaluation.resolve(evaluation.Config(**flags))
 
 
 def test_the_system_text_is_that_of_training():
@@ -369,15 +450,3 @@ def test_the_system_text_is_that_of_training():
     for module in (evaluation, train_sft):
         assert module.DEFAULTS["gemma3"]["system"] is data.SYSTEM
     assert all(tag in data.SYSTEM for tag in rewards.TAGS)
-
-
-def test_help_says_a_sentence_about_every_field():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    for field in dataclasses.fields(evaluation.Config):
-        assert "--" + field.name.replace("_", "-") in done.stdout, field.name

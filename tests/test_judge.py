@@ -23,10 +23,13 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gemma import random_params
+from test_grpo import grpo
 
 import data
 import gemma
 import judge
+import train_grpo
+from sampler import Sampler
 
 CFG = {  # a window of 16 tokens: most of a prompt is out of a local layer's sight
     "gemma3": gemma.Config(
@@ -351,7 +354,7 @@ class Server:
     A dict is a good reply's content or, with "status", anything else; a float waits and goes on.
     """
 
-    def __init__(self, answer):
+    def __init__(self, answer, port=0):
         self.bodies, self.keys, self.lock, self.stop = [], [], threading.Lock(), threading.Event()
         server = self
 
@@ -400,14 +403,14 @@ class Server:
         class Quiet(ThreadingHTTPServer):
             daemon_threads, request_queue_size = True, 256
 
-        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.http = Quiet(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @contextmanager
-def serving(answer):
-    server = Server(answer)
+def serving(answer, port=0):
+    server = Server(answer, port)
     try:
         yield server
     finally:
@@ -777,5 +780,172 @@ def test_attacks_are_measured():
 
 
 def test_the_command_reports_attacks(capsys):
-    found = judge.main(judge.Config(judge="tiny"), n=2)
+    found = judge.main(judge.Command(judge="tiny", problems=2))
     assert len(found) == 2 + len(judge.ATTACKS) and "wrong, turn: added" in capsys.readouterr().out
+    assert all(len(of) == 2 and None not in of for of in found.values())
+
+
+def test_the_command_times_the_same_verdicts_three_ways(tmp_path, monkeypatch, capsys):
+    gemma.save(tmp_path, CFG["gemma3"], params_of("gemma3"))  # for its config.json
+    asked, sample = [], judge.Sampler.sample
+
+    def spy(self, params, prompts, **more):
+        rollouts = list(sample(self, params, prompts, **more))
+        asked.append((prompts, {len(r.ids) for r in rollouts}))
+        return rollouts
+
+    monkeypatch.setattr(judge.Sampler, "sample", spy)
+    monkeypatch.setattr(judge, "all_devices", lambda: mesh(1))
+    command = judge.Command(judge_weights=str(tmp_path), speed=True, problems=2, group=2,
+                            new_tokens=3)  # fmt: skip
+    found = judge.speed(command, repeats=1)
+    assert len(found) == 3 and min(found.values()) > 0
+    assert capsys.readouterr().out.count(" verdicts/s ") == 3
+    assert [lengths for _, lengths in asked] == [{1}, {1}, {3}, {3}]
+    prompts = {tuple(ids) for ids in asked[0][0]}
+    row = data.word_problem("test", 1)
+    mine = data.format_completion(row["reasoning"], row["answer"])
+    (whole,) = whole_prompts("grar", mine, row, TOK["gemma3"])
+    assert len(prompts) == 4 and tuple(whole) in prompts
+    with pytest.raises(ValueError, match="--judge llama: expected one of"):
+        judge.speed(judge.Command(judge="llama", speed=True))
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
+
+def run_config(tmp_path, **more):
+    """GRPO of a tiny random model, 16 completions a step, on one slot for each of eight devices."""
+    folder = tmp_path / "model"
+    if not folder.exists():
+        gemma.save(folder, CFG["gemma3"], params_of("gemma3"))
+        TOK["gemma3"].save(folder)
+        rows = [{"question": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(8)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = dict(
+        weights=str(folder), data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "run"),
+        rewards="judge:0.6,format:0.2,answer:0.2", prompts=2, group=8, max_prompt=40, max_new=24,
+        pack_length=64, micro_rows=1, slots=1, lora_rank=2, steps=3, eval_every=0, eval_rows=1,
+        save_every=0, show=1,
+    )  # fmt: skip
+    return train_grpo.Config(**fields | more)
+
+
+def watch_rollouts(monkeypatch, wait):
+    """Notes the rounds of decoding of each training call; `wait` runs after the first rollout."""
+    calls, sample = [], Sampler.sample
+
+    def watched(self, *args, **more):
+        if "step" not in more:  # an evaluation
+            yield from sample(self, *args, **more)
+            return
+        calls.append(stats := {})
+        for n, rollout in enumerate(sample(self, *args, stats=stats, **more)):
+            yield rollout
+            if n == 0:
+                wait()
+                stats["rounds when judged"] = stats["rounds"]
+
+    monkeypatch.setattr(Sampler, "sample", watched)
+    return calls
+
+
+def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
+    """Judged while it decodes; stopped and saved when the judge fails; the key is in no file."""
+    healthy = False
+
+    def answer(n, body):
+        if not healthy and n % 4:
+            return {"status": 404, "text": f"bad key {SECRET}"}
+        return {"content": json.dumps({"score": 1 + n % 10, "why": SECRET})}
+
+    def a_request_comes():
+        deadline = time.monotonic() + 60
+        while len(server.bodies) == before[-1]:
+            assert time.monotonic() < deadline, "nothing is judged before the decoding ends"
+            time.sleep(0.005)
+        before.append(16 * len(before))
+
+    before = [0]
+    calls = watch_rollouts(monkeypatch, a_request_comes)
+    with serving(answer) as server:
+        config = run_config(tmp_path, judge=server.url, judge_style="implicit", judge_missing=0.5)
+        with pytest.raises(SystemExit, match="step 2: 75% of the last 32 judgements.*HTTP 404"):
+            train_grpo.main(config)
+        run = tmp_path / "run"
+        assert (run / "checkpoints/step_2").is_dir() and not (run / "final").exists()
+        assert len(server.bodies) == 32 and {*server.keys} == {f"Bearer {SECRET}"}
+        healthy = True
+        train_grpo.main(config)  # the same command goes on
+        assert len(server.bodies) == 48 and (run / "final").is_dir()
+    assert len(calls) == 3 and all(c["rounds when judged"] < c["rounds"] for c in calls)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in metrics if "reward" in m]
+    assert [m["judge_missing"] for m in steps] == [0.75, 0.75, 0]
+    assert [m["frac_reward_missing"] for m in steps] == [0.75, 0.75, 0]
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lost = [row for row in rows if row["errors"]]
+    assert len(lost) == 24 and "***" in lost[0]["errors"]["judge"]
+    assert all(row["reward"] is None and row["advantage"] == 0 for row in lost)
+    files = [file for file in run.rglob("*") if file.is_file()]
+    assert {"replies.jsonl", "config.json", "samples.jsonl"} <= {file.name for file in files}
+    for file in files:
+        assert SECRET.encode() not in file.read_bytes(), file
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_a_judge_on_the_mesh_reads_while_others_decode(tmp_path, monkeypatch):
+    calls, read = watch_rollouts(monkeypatch, lambda: None), judge.read_answers
+    rounds = []
+
+    def spy(*args):
+        rounds.append(calls[-1]["rounds"])
+        return read(*args)
+
+    monkeypatch.setattr(judge, "read_answers", spy)
+    monkeypatch.setattr(judge, "open", functools.partial(judge.open, rows=1))
+    train_grpo.main(run_config(tmp_path, judge=str(tmp_path / "model"), steps=1))
+    assert len(calls) == 1 and len(rounds) >= 2 and rounds[0] < calls[0]["rounds"]
+
+
+def write_judge_of_steps(folder):
+    """A judge made by hand for the tiny model's tokenizer: the more "=" it reads, the higher.
+
+    A layer without queries attends to all tokens alike. So beside a constant (axis 0, moved to 2)
+    it brings the share of "=" (axis 1, times 200, to 3), and the digits ask which of them is more.
+    """
+    tok = TOK["gemma3"]
+    cfg = gemma.Config(
+        "gemma3_text", tok.vocab_size, 4, 4, 1, 1, 1, 2, 2, 16, (True,), 1e4, 1e6,
+        max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    params = jax.tree.map(lambda spec: np.zeros(spec.shape(cfg), "f4"), gemma.specs(cfg))
+    equals = [i for i in range(tok.vocab_size) if "=" in tok.sp.id_to_piece(i)]
+    params["embed_tokens"][:, 0] = params["embed_tokens"][equals, 1] = 1
+    v_DKH, o_NHD = (params["layers"][name][0] for name in ("v_proj", "o_proj"))
+    v_DKH[0, 0, 0], v_DKH[1, 0, 1], o_NHD[0, 0, 2], o_NHD[0, 1, 3] = 1, 200, 1, 1
+    for digit in range(1, 6):
+        params["lm_head"][tok.encode(str(digit))] = np.array([0, 0, -2, 2]) * (digit - 3)
+    gemma.save(folder, cfg, params)
+    tok.save(folder)
+
+
+def test_a_grar_run_raises_what_its_judge_likes(tmp_path):
+    """The tiny model often leaves its steps out; a judge that counts "=" teaches it to show them.
+
+    The same four problems at every step, so that steps can be compared.
+    """
+    write_judge_of_steps(tmp_path / "judge")
+    ours = judge.open(judge.Config(judge=str(tmp_path / "judge")), mesh(1))
+    row = data.word_problem("train", 0)
+    few, more, most = scores(ours, [(text, row) for text in ("30", "2 = 2", "2 = 2, 3 = 3, 4 = 4")])
+    assert few < more < most - 0.05
+    grpo(tmp_path / "run", "--judge", str(tmp_path / "judge"), "--rewards",
+         "judge:0.6,format:0.2,answer:0.2", "--steps", "6", "--rows", "4", "--prompts", "4",
+         "--group", "8", "--max-new", "64", "--slots", "32", "--learning-rate", "2e-3",
+         "--eval-every", "0", "--eval-rows", "1", "--save-every", "0")  # fmt: skip
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    steps = [m for m in map(json.loads, lines) if "reward" in m]
+    judged, total = ([m[name] for m in steps] for name in ("rewards/judge/mean", "reward"))
+    assert len(steps) == 6 and all(m["judge_missing"] == 0 for m in steps)
+    assert np.mean(judged[-2:]) > 1.4 * judged[0] and np.mean(total[-2:]) > total[0] + 0.03

@@ -33,13 +33,13 @@ def test_the_two_commands_are_there():
 
 def parse(script, flags):
     """As the script itself would: what it gives tyro.cli, with nothing behind it."""
-    source = (ROOT / script).read_text()
-    entry = re.search(r"tyro\.cli\((\w+)", source)[1]
+    text = (ROOT / script).read_text()
+    entry = re.search(r"tyro\.cli\((\w+)", text)[1]
     entry = getattr(importlib.import_module(script.removesuffix(".py")), entry)
     if not isinstance(entry, type) and callable(entry):  # a function would do its work
         entry = functools.wraps(entry)(lambda **_: None)
-    by_place = (tyro.conf.PositionalRequiredArgs,) if "PositionalRequiredArgs" in source else ()
-    config, rest = tyro.cli(entry, args=flags, return_unknown_args=True, config=by_place)
+    by_place = (tyro.conf.PositionalRequiredArgs,) if "PositionalRequiredArgs" in text else ()
+    config, rest = tyro.cli(entry, args=flags, config=by_place, return_unknown_args=True)
     assert not rest or script == "to_kaggle.py", rest
     if rest:  # of the script that it is given
         parse(config.script, rest)
@@ -118,3 +118,10 @@ def test_there_is_a_row_of_every_domain():
     assert ", ".join(row["task_type"] for row in ROWS if "task_type" in row) == domains
     kinds = [evaluation.read_problem(row, TOK).kind for row in ROWS if "task_type" in row]
     assert kinds[:3] == ["choice", "number", "boolean"]
+
+
+def test_no_requirement_replaces_an_installed_jax():
+    """A bound, an extra or a jaxlib of its own could swap a TPU build for another."""
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        lines = (ROOT / file).read_text().splitlines()
+        assert [line for line in lines if line.startswith("jax")] in (["jax"], [])

@@ -2,10 +2,10 @@
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -515,6 +515,17 @@ def test_before_anything_was_measured_five_percent_are_kept():
     assert budget.eta_s() == pytest.approx(855)
 
 
+def test_a_notebook_of_yesterday_has_its_whole_limit_left(monkeypatch):
+    """The second stage of a session in one kernel, too, counts from its own beginning."""
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    spec = importlib.util.spec_from_file_location("runs_in_a_notebook", runs.__file__)
+    in_notebook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(in_notebook)
+    assert in_notebook.STARTED is None and runs.STARTED is not None
+    clock = FakeClock(86400.0)
+    assert in_notebook.Budget(limit_s=3600, clock=clock, start=in_notebook.STARTED).progress(0) == 0
+
+
 def test_clock_jumps():
     clock = FakeClock()
     budget = runs.Budget(limit_s=1000, clock=clock, needs=())
@@ -636,6 +647,17 @@ def test_second_interrupt_raises_and_handlers_come_back(tmp_path, capfd):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_second_interrupt_of_a_script_is_one_line_too(tmp_path):
+    @runs.one_line
+    def main(config):
+        with open_run(config.out):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit, match=f"^interrupted: the same command continues {tmp_path}/x$"):
+        main(Config(out=tmp_path / "x"))
+
+
 def test_other_threads_leave_signals_alone(tmp_path):
     before, seen = signal.getsignal(signal.SIGINT), []
 
@@ -711,19 +733,40 @@ def fake_module(tmp_path, monkeypatch, name, code):
     monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def test_hung_wandb_does_not_stall(tmp_path, monkeypatch):
-    fake_module(
-        tmp_path,
-        monkeypatch,
-        "wandb",
-        """
+FAKES = {  # modules as far as they are used; `{}` is what the first call does
+    "wandb": """
         import time
-        def init(**options): time.sleep(3600)
+        seen = []
+        def init(**options): seen.append(options["config"]["lr"])
+        def log(metrics, step): {}; seen.append((step, metrics))
+        def finish(): seen.append("closed")
     """,
-    )
+    "tensorboard": """
+        import sys, time
+        __path__, seen, self = [], [], sys.modules[__name__]
+        class Writer:
+            def __init__(self, folder): seen.append(1e-4)
+            def add_scalar(self, key, value, step): {}; seen.append((step, {{key: value}}))
+            def close(self): seen.append("closed")
+        self.Writer = Writer
+        sys.modules["tensorboard.summary"] = self
+    """,
+}
+either_logger = pytest.mark.parametrize("name", runs.LOGGERS)
+
+
+def fake_logger(tmp_path, monkeypatch, name, does="pass"):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)  # so that it is put back
+    del sys.modules["tensorboard.summary"]
+    fake_module(tmp_path, monkeypatch, name, FAKES[name].format(does))
+
+
+@either_logger
+def test_hung_logger_does_not_stall(tmp_path, monkeypatch, name):
+    fake_logger(tmp_path, monkeypatch, name, "time.sleep(3600)")
     monkeypatch.setattr(runs._Reporter.close, "__defaults__", (0.2,))
     begin = time.monotonic()
-    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+    with open_run(tmp_path / "x", report_to=(name,)) as run:
         run.restore(LIKE)
         for step in range(1, 400):  # more than the queue holds
             run.log(step, {"loss": 1.0})
@@ -731,39 +774,24 @@ def test_hung_wandb_does_not_stall(tmp_path, monkeypatch):
     assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 399
 
 
-def test_failing_wandb_is_reported_once(tmp_path, monkeypatch, capsys):
-    fake_module(
-        tmp_path,
-        monkeypatch,
-        "wandb",
-        """
-        def init(**options): pass
-        def log(metrics, step): raise RuntimeError("quota")
-    """,
-    )
-    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+@either_logger
+def test_failing_logger_is_reported_once(tmp_path, monkeypatch, capsys, name):
+    fake_logger(tmp_path, monkeypatch, name, "raise RuntimeError('quota')")
+    with open_run(tmp_path / "x", report_to=(name,)) as run:
         run.restore(LIKE)
         for step in range(1, 400):
             run.log(step, {"loss": 1.0})
-    assert capsys.readouterr().err.count("wandb is off for the rest of the run") == 1
+    said = capsys.readouterr().err
+    assert said.count(f"{name} is off for the rest of the run") == said.count("quota") == 1
 
 
-def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
-    fake_module(
-        tmp_path,
-        monkeypatch,
-        "wandb",
-        """
-        seen = []
-        def init(**options): seen.append(options["config"]["lr"])
-        def log(metrics, step): seen.append((step, metrics))
-        def finish(): seen.append("finish")
-    """,
-    )
-    with open_run(tmp_path / "x", report_to=("wandb",)) as run:
+@either_logger
+def test_logger_gets_the_numbers(tmp_path, monkeypatch, name):
+    fake_logger(tmp_path, monkeypatch, name)
+    with open_run(tmp_path / "x", report_to=(name,)) as run:
         run.restore(LIKE)
         run.log(1, {"loss": np.float32(0.5), "note": "text", "kl": None})
-    assert sys.modules["wandb"].seen == [1e-4, (1, {"loss": 0.5}), "finish"]
+    assert sys.modules[name].seen == [1e-4, (1, {"loss": 0.5}), "closed"]
 
 
 def test_logger_that_is_not_there(tmp_path):
@@ -799,14 +827,6 @@ def test_in_a_kernel_the_command_says_to_restart_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     with pytest.raises(SystemExit, match=r'-U "jax\[tpu\]", then restart the kernel$'):
         runs.check_jax("0.9.0", ["libtpu"])
-
-
-def test_in_a_kernel_the_clock_starts_with_the_import(monkeypatch):
-    used = time.process_time()
-    assert used > 0.5 and runpy.run_path(runs.__file__)["STARTED"] <= time.monotonic() - used
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    before = time.monotonic()
-    assert runpy.run_path(runs.__file__)["STARTED"] >= before
 
 
 OLD_JAX = """

@@ -387,6 +387,18 @@ def test_caches_are_updated_in_place():
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
 
 
+def test_prefill_makes_no_logits_and_local_layers_keep_a_ring():
+    """A prompt is read without the head: its first token is drawn by a step of decoding."""
+    cfg, s = CFG["gemma3"], sampler()
+    headless = {k: v for k, v in params_of("gemma3").items() if k != "lm_head"}
+    function, args = s.programs(headless)["prefill"]
+    assert "while" in function.lower(*args).as_text()
+    shelf, state = jax.eval_shape(s.empty)
+    for held, longest in ((shelf, 40), (state["cache"], 40 + 64)):
+        sizes = [k.shape[2] for k in held["k"]]
+        assert sizes == [longest if g else cfg.sliding_window for g in cfg.is_global]
+
+
 def test_shapes_of_programs_are_those_of_a_call():
     """What an ahead-of-time compilation is given is what a call then uses."""
     s = sampler()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import json
 import os
 import subprocess
@@ -552,21 +551,6 @@ def test_no_prompt_is_on_both_sides(small, tmp_path):
     prompt = lambda pair: tuple(pair[0][0][: np.argmax(pair[0][1])])
     assert len(held_out) == 6 and len(batches.sources[0]) == 194
     assert not {prompt(p) for p in held_out} & {prompt(p) for p in batches.sources[0]}
-
-
-def test_every_config_field_is_documented_and_read():
-    page = subprocess.run([sys.executable, str(ROOT / "train_simpo.py"), "--help"],
-                          capture_output=True, text=True, timeout=120).stdout  # fmt: skip
-    own = (ROOT / "train_simpo.py").read_text()
-    imported = [
-        f for f in vars(train_simpo).values() if getattr(f, "__module__", "") == "train_sft"
-    ]
-    source = own + "".join(map(inspect.getsource, imported)) + (ROOT / "hosts.py").read_text()
-    for field in dataclasses.fields(train_simpo.Config):
-        assert "--" + field.name.replace("_", "-") in page, field.name
-        assert f"config.{field.name}" in source, f"{field.name} is never read"
-        doc = own.split(f"    {field.name}: ", 1)[1].split("\n")[1].strip()
-        assert doc.startswith('"""') and len(doc) > 20, field.name
 
 
 @pytest.mark.parametrize(

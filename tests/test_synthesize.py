@@ -372,7 +372,7 @@ def test_limits_hold_over_sessions(tmp_path):
             pauses.append(s)
             clock[0] += s
 
-        rows, _ = run("rate", rate=120, sleep=sleep, now=lambda: clock[0])
+        rows, _ = run("rate", rate=120, sleep=sleep, clock=lambda: clock[0])
         assert len(rows) == N and pauses == [0.5] * (N - 1)
 
 

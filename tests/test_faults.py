@@ -1,0 +1,514 @@
+"""One fault suite over the scripts: each fault ends in one line, and the same command goes on.
+
+A fault meets a folder whose run was stopped half-way. What the same command makes of the folder
+afterwards must equal what a run that met no fault leaves, byte for byte but for timings.
+"""
+
+import builtins
+import contextlib
+import dataclasses
+import errno
+import functools
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT, contents
+from test_judge import serving
+
+import data
+import eval as evaluation
+import gemma
+import judge
+import lora
+import runs
+import sampler
+import synthesize
+import train_grpo
+import train_sft
+import train_simpo
+
+TRAINERS = ("train_sft", "train_simpo", "train_grpo")
+SCRIPTS = (*TRAINERS, "eval", "synthesize")
+MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
+          "eval": evaluation, "synthesize": synthesize}  # fmt: skip
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+every_trainer = pytest.mark.parametrize("name", TRAINERS)
+
+
+def configs(folder: Path) -> dict:
+    """The command of each script, on a model of 0.1 M weights and rows of a few tokens."""
+    rows, start = str(folder / "rows.jsonl"), dict(weights=str(folder), system="Add.")
+    start["adapter"] = str(folder / "adapter")
+    run = dict(lora_rank=4, steps=4, save_every=1, eval_every=2, micro_rows=1, show=1, keep=9,
+               max_new=8)  # fmt: skip
+    rollouts = dict(max_prompt=32, max_new=8, slots=1, data=rows)
+    return {
+        "train_sft": train_sft.Config(**start, **run, data=rows, batch_rows=8, max_length=64,
+                                      eval_rows=8),
+        "train_simpo": train_simpo.Config(**start, **run, data=str(folder / "pairs.jsonl"),
+                                          batch_rows=8, max_length=64, eval_rows=8),
+        "train_grpo": train_grpo.Config(**start, **run | rollouts, prompts=2, group=4, eval_rows=4,
+                                        inner_epochs=2, kl_coef=0.1, pack_length=40,
+                                        rewards="language:1,repetition:1"),
+        "eval": evaluation.Config(**start, **rollouts, samples=2, rows=8),
+        "synthesize": synthesize.Pairs(**start, **rollouts, samples=3, rows=8, margin=0.01,
+                                       rewards="language:1,repetition:1"),
+    }  # fmt: skip
+
+
+@dataclasses.dataclass
+class World:
+    """The folder of the model, the commands, and what they leave with and without a stop."""
+
+    folder: Path
+    configs: dict
+    compiled: list
+    wholes: dict = dataclasses.field(default_factory=dict)
+
+    def run(self, name: str, out: Path, **change):
+        return MODULE[name].main(dataclasses.replace(self.configs[name], out=str(out), **change))
+
+    def ends(self, name: str, out: Path, *says: str, **change) -> str:
+        """The command ends in one line, as a script shows it, that says all of this."""
+        with pytest.raises((SystemExit, ValueError)) as end:
+            self.run(name, out, **change)
+        line = str(end.value)
+        assert "\n" not in line and all(part in line for part in says), line
+        return line
+
+    def whole(self, name: str) -> dict:
+        if name not in self.wholes:
+            out = self.folder / f"whole-{name}"
+            self.run(name, out)
+            self.wholes[name] = contents(out)
+        return self.wholes[name]
+
+    def half(self, name: str, out: Path, number=signal.SIGTERM) -> Path:
+        """A folder whose run a signal stopped: after two of four steps, or some completions."""
+        first = self.folder / f"half-{name}-{number.name}"
+        if not first.exists():
+            self.stop(name, first, number)
+        return Path(shutil.copytree(first, out, dirs_exist_ok=True))
+
+    def stop(self, name: str, out: Path, number: signal.Signals) -> None:
+        owner, step, last = (evaluation, "grade", 20)
+        if name in TRAINERS:
+            owner, step, last = runs.Run, "log", 2 + (name == "train_grpo")  # it evaluates first
+        real, calls = getattr(owner, step), []
+
+        def one(*a, **k):
+            calls.append(a)
+            if len(calls) == last:
+                os.kill(os.getpid(), number)
+            return real(*a, **k)
+
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(owner, step, one)
+            self.ends(name, out, f"stopped by {number.name}", "the same command continues")
+
+    def goes_on(self, name: str, out: Path) -> None:
+        """The same command ends as if nothing had been."""
+        self.run(name, out)
+        found, whole = contents(out), self.whole(name)
+        assert found.keys() == whole.keys()
+        for file in whole:
+            assert found[file] == whole[file], file
+
+
+@pytest.fixture(scope="module")
+def world(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    for file in small.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    rows = [{"question": f"{i} + 1?", "reasoning": f"{i} and 1.", "answer": str(i + 1)}
+            for i in range(40)]  # fmt: skip
+    pairs = [{"prompt": r["question"], "chosen": f"It is {r['answer']}.", "rejected": "No idea."}
+             for r in rows]  # fmt: skip
+    for name, lines in (("rows", rows), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cfg, params = gemma.load(folder)
+    save_adapter(folder / "adapter", cfg)
+    save_adapter(folder / "other", dataclasses.replace(cfg, hidden_size=48))
+    norm = params["norm"].at[0].set(jnp.nan)
+    gemma.save(folder / "nan", cfg, params | {"norm": norm})
+    compiled = []
+    with pytest.MonkeyPatch.context() as m:  # the same program is traced once
+        for script in map(MODULE.get, TRAINERS):
+            m.setattr(script, "make_steps", once_for_each_shape(script.make_steps, compiled))
+        yield World(folder, configs(folder), compiled)
+
+
+def save_adapter(folder, cfg):
+    adapter = lora.init(cfg, jax.random.key(3), 4, 8.0)
+    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(4), b.shape)
+    lora.save(folder, adapter | {"b": jax.tree.map(noise, adapter["b"])}, cfg)
+
+
+def once_for_each_shape(make_steps, compiled):
+    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards=None)
+
+    @functools.cache
+    def made(*a):
+        steps = make_steps(*a)
+        compiled.extend(steps)
+        return steps
+
+    def make(cfg, config, mesh, sharded):
+        known = {k: v for k, v in blank.items() if hasattr(config, k)}
+        return made(cfg, dataclasses.replace(config, **known), mesh, sharded)
+
+    return make
+
+
+@contextlib.contextmanager
+def in_place_of(file: Path, content: bytes):
+    before = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
+
+
+@contextlib.contextmanager
+def refusing(number: int, part: str, after: int = 0):
+    """The system refuses to open for writing, or to make, what has `part` in its path."""
+    left = [after]
+
+    def refuse(real, writes):
+        def call(path, *a, **k):
+            if part in str(path) and writes(*a, **k):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(number, os.strerror(number), str(path))
+            return real(path, *a, **k)
+
+        return call
+
+    writes = lambda mode="r", *a, **k: bool({*mode} & {*"wax+"})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(io, "open", refuse(io.open, writes))
+        m.setattr(builtins, "open", refuse(builtins.open, writes))
+        m.setattr(os, "mkdir", refuse(os.mkdir, lambda *a: True))
+        yield
+    assert left[0] < 0, "nothing was refused"
+
+
+# -------------------------------------------------------------------------------------- the process
+
+KILLED = """
+import os, pathlib, runpy, signal, sys
+real, left = pathlib.Path.open, 2
+def torn(path, mode="r", *a, **k):
+    global left
+    file = real(path, mode, *a, **k)
+    if path.name == "samples.jsonl" and mode == "ab":
+        left -= 1
+        if left < 0:
+            file.write(b'{"problem": 0, "mode": "gre')
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return file
+pathlib.Path.open = torn
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["eval", "synthesize"])  # the trainers' own tests kill them
+def test_kill_9(world, tmp_path, name):
+    """In the middle of a line; the process has one device, and the one that goes on has eight."""
+    command = [sys.executable, "-c", KILLED, str(ROOT / f"{name}.py")]
+    command += ["pairs"] * (name == "synthesize")
+    config = dataclasses.replace(world.configs[name], out=str(tmp_path))
+    unset = type(config)()
+    for field in dataclasses.fields(config):
+        if (value := getattr(config, field.name)) != getattr(unset, field.name):
+            command += ["--" + field.name.replace("_", "-"), str(value)]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert len((tmp_path / "samples.jsonl").read_bytes().splitlines()) > 2
+    world.goes_on(name, tmp_path)
+
+
+@every_script
+def test_sigterm(world, tmp_path, name):
+    out = world.half(name, tmp_path)
+    if name in TRAINERS:
+        assert {p.name for p in (out / "checkpoints").iterdir()} == {"step_1", "step_2"}
+    world.goes_on(name, out)
+    # what an update leaves, a checkpoint brings or a start makes is the same to the compiler
+    assert {step._cache_size() for step in world.compiled} <= {0, 1}
+
+
+def test_ctrl_c(world, tmp_path):
+    """Where no run folder waits for the end of the step; tests/test_runs.py has the other case."""
+    world.half("eval", tmp_path, signal.SIGINT)
+
+
+@every_script
+def test_two_runs_on_one_folder(world, tmp_path, name):
+    out = world.half(name, tmp_path)
+    with runs.lock(out):
+        world.ends(name, out, f"{out} is in use by process {os.getpid()}", "--out")
+    world.goes_on(name, out)
+
+
+LOWER = {
+    "train_sft": ("--micro-rows", "--remat layer", "--eval-accuracy or --max-new"),
+    "train_simpo": ("--micro-rows", "--remat layer", "--eval-accuracy or --max-new"),
+    "train_grpo": ("--micro-rows", "--remat layer", "--slots or --max-new"),
+    "eval": ("--slots or --max-new",),
+    "synthesize": ("--slots or --max-new",),
+}
+
+
+@every_script
+def test_out_of_memory(world, tmp_path, monkeypatch, name):
+    """In the update, and while completions are written; each names its own flags."""
+    out, (*update, rollout) = world.half(name, tmp_path), LOWER[name]
+
+    def full(*a, **k):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes\n  a\n  b")
+
+    if update:
+        with monkeypatch.context() as m:
+            m.setattr(MODULE[name], "make_steps", lambda *a: (full, full))
+            world.ends(name, out, "out of memory: lower", *update, "9 bytes")
+    with monkeypatch.context() as m:
+        m.setattr(sampler.Sampler, "decode", full)
+        world.ends(name, out, "out of memory: lower", rollout)
+    world.goes_on(name, out)
+
+
+def test_out_of_memory_of_a_real_device(world, tmp_path):
+    """What XLA itself says when an allocation fails, in a process that may have 6 GB."""
+    command = [sys.executable, str(ROOT / "eval.py"), "--weights", str(world.folder), "--rows", "2",
+               "--data", str(world.folder / "rows.jsonl"), "--out", str(tmp_path), "--slots",
+               "9000000"]  # fmt: skip
+    command = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "bash", *command]
+    env = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("out of memory: lower --slots or --max-new (RESOURCE_EXHAUSTED"), line
+
+
+def test_other_errors_of_the_devices_are_not_hidden(world, tmp_path, monkeypatch):
+    def broken(*a, **k):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a fault of ours")
+
+    monkeypatch.setattr(sampler.Sampler, "decode", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        world.run("eval", tmp_path)
+
+
+class Clock:
+    """Reads what it is told by the number of the reading."""
+
+    def __init__(self, at):
+        self.at, self.n = at, 0
+
+    def __call__(self):
+        self.n += 1
+        return self.at(self.n)
+
+
+@every_trainer
+def test_clock_set_back(world, tmp_path, monkeypatch, name):
+    """By a day at every third reading: the run loses no step to it."""
+    clock = Clock(lambda n: n - 86400.0 * (n // 3))
+    monkeypatch.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
+    monkeypatch.setattr(runs, "STARTED", 0.0)
+    out = world.half(name, tmp_path)
+    world.run(name, out, time_limit="9h")
+    found, whole = contents(out), world.whole(name)
+    for file in ("metrics.jsonl", "samples.jsonl", "final/adapter_model.safetensors"):
+        assert found[file] == whole[file]
+
+
+@every_trainer
+def test_clock_set_forward(world, tmp_path, monkeypatch, name):
+    """By a day: the limit is over, and the run ends as one whose time is up."""
+    out = world.half(name, tmp_path)
+    with monkeypatch.context() as m:
+        clock = Clock(lambda n: 86400.0 * (n > 4))
+        m.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
+        world.run(name, out, time_limit="1h")
+    steps = [int(p.name[5:]) for p in (out / "checkpoints").iterdir()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == max(steps) == 3 and any(k.startswith("eval_") for k in lines[-1])
+    assert runs.verify(out / "final") is None
+    world.run(name, out)
+    assert runs.verify(out / "checkpoints" / "step_4") is None
+
+
+# ----------------------------------------------------------------------------------------- the disk
+
+LAST = {"eval": "samples.jsonl", "synthesize": "samples.jsonl"}  # trainers: a checkpoint
+
+
+@every_script
+def test_disk_full(world, tmp_path, name):
+    out = world.half(name, tmp_path)
+    with refusing(errno.ENOSPC, LAST.get(name, "tmp-step_3"), after=2):
+        world.ends(name, out, str(out), "No space left on device")
+    assert not [*out.rglob("tmp-step*")]
+    world.goes_on(name, out)
+
+
+@every_script
+def test_read_only_output(world, tmp_path, name):
+    out = world.half(name, tmp_path)
+    with refusing(errno.EROFS, str(out)):
+        world.ends(name, out, f"cannot write {out}", "Read-only file system", "--out")
+    world.goes_on(name, out)
+
+
+@every_script
+def test_corrupt_checkpoint(world, tmp_path, capsys, name):
+    """A flipped bit; in a journal of completions, a line of garbage and a torn one."""
+    out = world.half(name, tmp_path)
+    if name in TRAINERS:
+        file = out / "checkpoints/step_2/resume/arrays.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 4
+        file.write_bytes(content)
+    else:
+        with (out / "samples.jsonl").open("ab") as file:
+            file.write(b'\xff\xfe\x00\n3\n["a"]\n{"problem": 3, "mode": "gre')
+    world.goes_on(name, out)
+    said = capsys.readouterr().err
+    if name in TRAINERS:
+        assert f"refused {out}/checkpoints/step_2: resume/arrays.safetensors: sha256" in said
+        assert f"resuming {out} at step 1" in said
+
+
+@pytest.mark.parametrize("name", ["eval", "synthesize"])
+def test_corrupt_config(world, tmp_path, name):
+    out = world.half(name, tmp_path)
+    with in_place_of(out / "config.json", b'{"seed": '):
+        world.ends(name, out, f"{out}/config.json cannot be read", "put it back")
+    world.goes_on(name, out)
+
+
+# ---------------------------------------------------------------------------- weights and adapters
+
+
+def damaged(world, tmp_path, name, file, content, *says):
+    """One line where the run goes on; eval and synthesize see there that it is not what it was."""
+    out = world.half(name, tmp_path / "half")
+    with in_place_of(file, content):
+        if name in TRAINERS:
+            world.ends(name, out, *says)
+        else:
+            world.ends(name, out, "checksum of the weights was", "put it back")
+            world.ends(name, tmp_path / "new", *says)
+    return out
+
+
+@every_script
+def test_corrupt_weights(world, tmp_path, name):
+    file = world.folder / "model.safetensors"
+    half = file.read_bytes()[:-1000]
+    world.goes_on(name, damaged(world, tmp_path, name, file, half, str(file), "a part of one"))
+
+
+@every_script
+def test_wrong_adapter_for_the_model(world, tmp_path, name):
+    file = world.folder / "adapter/adapter_model.safetensors"
+    other = (world.folder / "other/adapter_model.safetensors").read_bytes()
+    says = str(file), "has lora_A, lora_B of shapes", "(4, 48)", "expected ((4, 32)"
+    world.goes_on(name, damaged(world, tmp_path, name, file, other, *says))
+
+
+@every_script
+def test_nan_in_the_weights(world, tmp_path, name):
+    file, says = world.folder / "model.safetensors", ("the logits are not finite", "weights")
+    if name in ("train_sft", "train_simpo"):
+        says = f"step 3 of {tmp_path}", "loss is nan", "nan_step_3.npz"
+    nan = (world.folder / "nan/model.safetensors").read_bytes()
+    out = damaged(world, tmp_path, name, file, nan, *says)
+    (out / "nan_step_3.npz").unlink(missing_ok=True)
+    world.goes_on(name, out)
+
+
+# ------------------------------------------------------------------------------------- the endpoint
+
+
+def test_judge_down_from_the_start(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, tries=1))
+    with serving(None) as server:
+        change, port = dict(judge=server.url, rewards="judge:1"), server.http.server_port
+    world.ends("train_grpo", tmp_path, "no completion of the first step could be scored",
+               "ConnectionRefused", **change)  # fmt: skip
+    with serving(lambda n, body: {"content": '{"score": 3}'}, port):
+        world.run("train_grpo", tmp_path, **change)
+
+
+@pytest.mark.parametrize("name", ["train_grpo", "synthesize"])
+def test_judge_down(world, tmp_path, monkeypatch, name):
+    """Down after some judgements: the run stops; up again: those that it had are not asked for."""
+    up = [9]
+    asked = []
+
+    def answer(n, body):
+        text = body["messages"][0]["content"]
+        if up[0] == 0:
+            return "hang up"
+        up[0] -= 1
+        asked.append(text)
+        return {"content": json.dumps({"score": 1 + len(text) % 5})}
+
+    monkeypatch.setattr(judge, "ENOUGH", 4)
+    monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, tries=2,
+                                                             sleep=lambda s: None))  # fmt: skip
+    with serving(answer) as server:
+        change = dict(judge=server.url, rewards="judge:1", judge_threads=1)
+        line = world.ends(name, tmp_path, "judgements could not be had", "--judge-missing",
+                          **change)  # fmt: skip
+        assert "Remote" in line
+        up[0] = 10**6
+        world.run(name, tmp_path, **change)
+        assert len(asked) > 9 and len({*asked}) == len(asked)
+    if name == "train_grpo":
+        assert runs.verify(tmp_path / "final") is None
+    else:
+        assert (tmp_path / "pairs.jsonl").exists()
+
+
+def test_teacher_down(world, tmp_path, monkeypatch, capsys):
+    """Every question it did not answer is a reject, said so, and asked for by the same command."""
+    up = [5]
+
+    def answer(n, body):
+        if up[0] == 0:
+            return "hang up"
+        up[0] -= 1
+        trace = "It is one more than the number."
+        return {"content": data.format_completion(trace, str(len(body["messages"][0]["content"])))}
+
+    real = synthesize.Teacher
+    monkeypatch.setattr(
+        synthesize, "Teacher", lambda *a, **k: real(*a, **k, tries=2, sleep=lambda s: None)
+    )
+    with serving(answer) as server:
+        rows = world.folder / "rows.jsonl"
+        config = synthesize.Traces(teacher=server.url, data=str(rows), out=str(tmp_path), rows=12,
+                                   teacher_threads=1, weights=str(world.folder))  # fmt: skip
+        synthesize.main(config)
+        assert "7 no reply" in capsys.readouterr().err
+        up[0], before = 10**6, len(server.bodies)
+        synthesize.main(config)
+        assert len(server.bodies) - before == 7 and "no reply" not in capsys.readouterr().err
