@@ -91,7 +91,7 @@ JOBS = {
     "train_simpo": SMALL | dict(batch_rows=8, micro_rows=1, max_length=256, show=0),
     "train_grpo": SMALL | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
                                slots=4, micro_rows=1, inner_epochs=2, kl_coef=0.1, rows=30,
-                               rewards="length:1,judge:0.1", judge="tiny", log_samples=99),
+                               rewards="score:1,judge:0.1", judge="tiny", log_samples=99),
 }  # fmt: skip
 KINDS = [(script, shard, 8) for shard in ("no", "yes") for script in reversed(JOBS)]
 KINDS += [("train_sft", "yes", 0)]  # all weights are trained: the arrays of a checkpoint are split
@@ -106,12 +106,15 @@ def folder(small, tmp_path_factory):
     good = lambda row: data.format_completion(row["reasoning"], row["answer"])
     bad = data.format_completion("No.", "7")
     pairs = [{"prompt": r["question"], "chosen": good(r), "rejected": bad} for r in rows]
+    (out / "own.py").write_text("score = lambda text, row: sum(map(ord, text)) % 7 / 7\n")
     (out / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     return out
 
 
 def job(folder, out, script, **fields):
     source = "pairs.jsonl" if script == "train_simpo" else "model/rows.jsonl"
+    if script == "train_grpo":
+        fields = {"reward_file": str(folder / "own.py:score")} | fields
     fields = JOBS[script] | fields
     return script, fields | dict(weights=str(folder / "model"), data=str(folder / source),
                                  out=str(folder / out))  # fmt: skip
@@ -186,8 +189,10 @@ def test_two_processes_of_four_devices_are_one_of_eight(both, kind):
     if kind[0] == "train_grpo":
         ours, theirs = (lines(run / "samples.jsonl") for run in (one, two))
         assert len(ours) == len(theirs) == 2 * 3 * 4 and len({s["completion"] for s in ours}) > 4
-        for a, b in zip(ours, theirs, strict=True):
-            assert b == a | {"advantage": pytest.approx(a["advantage"], abs=1e-5)}
+        for a, b in zip(ours, theirs, strict=True):  # of a judge the scores, too, but for rounding
+            near = {k: pytest.approx(a[k], abs=1e-5) for k in ("reward", "rewards", "advantage")}
+            assert b == a | near
+        assert np.ptp([s["advantage"] for s in ours]) > 1
     assert contents(one / "final").keys() == contents(two / "final").keys()
 
 
@@ -204,7 +209,7 @@ LOST = r"host 0 of 2: another host ended or was lost.*the same command on every 
 
 
 def test_a_run_goes_on_with_another_number_of_processes_after_a_kill_and_a_signal(folder):
-    flags = dict(steps=8, save_every=1, keep=99, judge=None, rewards="length:1", kl_coef=0.0)
+    flags = dict(steps=8, save_every=1, keep=99, judge=None, rewards="score:1", kl_coef=0.0)
     whole, chain = (job(folder, name, "train_grpo", **flags) for name in ("whole", "chain"))
     alone(*whole)
     shutil.copytree(folder / "whole", folder / "chain")
@@ -237,7 +242,7 @@ def test_a_run_goes_on_with_another_number_of_processes_after_a_kill_and_a_signa
     ours, theirs = (lines(folder / name / "samples.jsonl") for name in ("whole", "chain"))
     assert len(ours) == len(theirs) == 8 * 3 * 4
     for a, b in zip(ours, theirs, strict=True):  # the same problems, the same tokens
-        assert b == a | {"advantage": pytest.approx(a["advantage"], abs=1e-5)}
+        assert b == a
     ours, theirs = (lines(folder / name / "metrics.jsonl") for name in ("whole", "chain"))
     for a, b in zip(ours, theirs, strict=True):
         assert [b.get(k) for k in ("step", "p", "learning_rate", "num_tokens")] == [
