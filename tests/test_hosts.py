@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 import data
 import hosts
+import train_grpo
 import train_sft
 
 WORKER = """
@@ -268,3 +269,12 @@ def test_a_cluster_is_what_jax_detects_with_more_than_one_process(monkeypatch, n
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert hosts.detected() == (n > 1)
+
+
+@pytest.mark.parametrize("name", ["sampler.py", "own.py", "jax", "--seed", "the device"])
+def test_code_versions_and_devices_are_compared_too(folder, monkeypatch, name):
+    config = train_grpo.Config(reward_file=str(folder / "own.py:score"), process_id=1)
+    hosts._check(config)  # of one process nothing differs
+    monkeypatch.setattr(hosts, "everyone", lambda mine: [mine, mine, mine | {name: "other"}])
+    with pytest.raises(SystemExit, match=f"{name} is .* in process 0 but 'other' in process 2"):
+        hosts._check(config)
