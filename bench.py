@@ -591,11 +591,11 @@ def shapes_of(config) -> gemma.Config:
     return gemma.CONFIGS[name]
 
 
-def plan(script: str, config, target: str | None = None, only: str = "", efficiency: float = 0.5,
-         time_limit: str | None = None) -> dict:  # fmt: skip
+def plan(script: str, config, target: str | None = None, only: tuple[str, ...] = ("",),
+         efficiency: float = 0.5, time_limit: str | None = None) -> dict:  # fmt: skip
     """Compiles a script's programs, prints what they need and how far the time goes; returns it.
 
-    config: the script's own. only: a phase to compile, the others are counted alone.
+    config: the script's own. only: phases to compile, all that begin so; the others are counted.
     """
     prepare(target)
     module = SCRIPTS[script]
@@ -614,7 +614,7 @@ def plan(script: str, config, target: str | None = None, only: str = "", efficie
         if program not in programs:
             continue
         traced, works[program] = traced_work(*programs[program], mesh.size)
-        if phase.startswith(only):
+        if phase.startswith(tuple(only)):
             row = {"flags": flags, "arguments_bytes": tree_bytes(programs[program][1])}
             if compiles:
                 say(f"compiling {phase}")
@@ -666,6 +666,8 @@ def show_memory(phases: dict, limit: float, compiles: bool) -> None:
     keys = ["arguments", "temporaries", "output", "aliased", "total", "beside", "hbm"]
     gib = lambda row, key: None if row.get(f"{key}_bytes") is None else row[f"{key}_bytes"] / 2**30
     phases = {k: row for k, row in phases.items() if "arguments_bytes" in row}
+    if not phases:
+        return
     print("\nGiB on a core, " + ("as the compiler reports them:" if compiles else
           "of the arguments alone, by their shapes; temporaries come on top:"))  # fmt: skip
     table(["", *keys[:-1], "in all"], [[k, *(gib(row, x) for x in keys)] for k, row in
@@ -681,7 +683,7 @@ def show_memory(phases: dict, limit: float, compiles: bool) -> None:
                 f"{name} does not fit: needs {needs}, a core has {limit:.2f}; lower {row['flags']}"
             )
             fits = False
-    if fits and compiles and phases:
+    if fits and compiles:
         most = max(gib(row, "hbm") for row in phases.values())
         print(f"It fits: at most {most:.2f} of {limit:.2f} GiB.")
 
@@ -719,13 +721,16 @@ def compile_for(config: Config) -> dict:
         "max_new": config.new_tokens, "slots": config.slots, "pack_length": config.pack_length,
         "kl_coef": config.kl_coef, "judge": config.judge}}  # fmt: skip
     out = {"phases": {}, "hbm_bytes": {}, "sessions": {}}
+    scripts = {}
     for phase in (config.phases or "sft,simpo,grpo").split(","):
         script = phase.split("_")[0]
         if script not in SCRIPTS or phase not in {script, *NAMES[script]}:
             known = [name for names in NAMES.values() for name in names]
             raise ValueError(f"--phases {phase}: expected some of {', '.join(known)}")
+        scripts.setdefault(script, []).append(phase)
+    for script, phases in scripts.items():
         given = {k: v for k, v in (common | fields[script]).items() if v is not None}
-        found = plan(script, SCRIPTS[script].Config(**given), config.target, phase,
+        found = plan(script, SCRIPTS[script].Config(**given), config.target, tuple(phases),
                      config.efficiency, config.time_limit)  # fmt: skip
         for name, value in found.items():
             out[name] = out[name] | value if name in ("phases", "hbm_bytes") else value
