@@ -142,13 +142,20 @@ with runs.Run(sys.argv[6] + "/agree", {}, budget=budget) as run:
     assert run.stopping == "SIGTERM"
 assert i or os.path.exists(sys.argv[6] + "/agree/config.json")
 # No whole matrix is read for a split base.
-import gemma, jax, jax.numpy as jnp, hosts
+import gemma, hosts, jax, jax.numpy as jnp, numpy as np
 gemma._read = None
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-_, params = gemma.load(sys.argv[6] + "/../model", jnp.float32, mesh, True)
+cfg, params = gemma.load(sys.argv[6] + "/../model", jnp.float32, mesh, True)
 assert [s.data.shape for s in params["embed_tokens"].addressable_shards] == [(768, 4)] * 4
+# A base too large for one device is split once more, over each process's own, to sample from.
+own, whole = hosts.own(mesh), hosts.whole(params)
+for spec in (gemma.pspecs(cfg, True), gemma.pspecs(cfg, False)):
+    here = jax.tree.map(lambda x, s: hosts.on_own(x, own, s), params, spec)
+    assert here["embed_tokens"].sharding.mesh.size == 4 and here["norm"].is_fully_addressable
+    n = here["embed_tokens"].addressable_shards[0].data.shape[1]
+    assert n == (8 if "data" in spec["embed_tokens"] else 32)
+    jax.tree.map(np.testing.assert_array_equal, here, whole)
 # What is exchanged comes back in order, whatever its size, and to the bit.
-import numpy as np
 assert hosts.everyone(i) == [0, 1] and hosts.join(hosts.share([*"abcde"])) == [*"abcde"]
 assert hosts.gather("x" * (i * 1000 + 1)) == ["x", "x" * 1001]
 sent = {"a": np.float32([[-0.0, np.nan, 1e-45]]), "n": np.array(7, np.int32)}
