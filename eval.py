@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 import data
 import gemma
+import hosts
 import judge
 import lora
 import rewards
@@ -293,8 +294,9 @@ def evaluate(sampler: Sampler, params: dict, tok: data.Tokenizer, problems: list
     began, n_before, n_all = time.monotonic(), len(rows), len(problems) * sum(n_of.values())
     shown, n_done = began, n_before
     for mode, n in n_of.items():
-        todo = {i: p.prompt for i, p in enumerate(problems) if (mode, i) not in done}
-        if not (n and todo):
+        mine = hosts.share(range(len(problems)))
+        todo = {i: problems[i].prompt for i in mine if (mode, i) not in done}
+        if not n:
             continue
         # Truncation leaves the likeliest token alone; given here too, it compiles only once.
         rollouts = sampler.sample(
@@ -317,6 +319,7 @@ def evaluate(sampler: Sampler, params: dict, tok: data.Tokenizer, problems: list
             if every_s is not None and now - shown >= every_s:
                 show(n_done, n_all, (now - began) / (n_done - n_before))
                 shown = now
+    rows = [row for part in hosts.gather(rows) for row in part]
     rows.sort(key=lambda row: (row["problem"], row["mode"], row["sample"]))
     return summarize(rows), rows
 

@@ -884,6 +884,17 @@ def _read(file: Path, name: str) -> np.ndarray:
         return f.get_tensor(name)
 
 
+def _put(file: Path, name: str, sharding: NamedSharding | None, dtype=None) -> jax.Array:
+    """One tensor on the devices; of several hosts each reads no more than its own shards."""
+    cast = lambda x: x.astype(dtype or x.dtype, copy=False)
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(cast(_read(file, name)), sharding)
+    with _open(file) as f:
+        tensor = f.get_slice(name)
+        read = lambda shard: cast(tensor[shard])
+        return jax.make_array_from_callback(tuple(tensor.get_shape()), sharding, read)
+
+
 def _check_tensors(cfg: Config, where: dict, path: Path) -> None:
     """Raises unless the files hold exactly the tensors of `cfg`, by name, shape and dtype."""
     expected = {}
@@ -969,11 +980,11 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
             here = NamedSharding(mesh, spec.pspec if shard else P())
             there = NamedSharding(mesh, spec.hf_pspec if shard else P())
         if not spec.stacked:  # the embedding, the largest of all, lies in the file as it does here
-            return jax.device_put(_read(*where[spec.name]).astype(dtype, copy=False), here)
+            return _put(*where[spec.name], here, dtype)
         shape = tuple(tuple(_sizes(cfg)[a] for a in g) for g in (spec.out, spec.inp))
         leaf = jnp.zeros(spec.shape(cfg), dtype, device=here)
         for i in range(cfg.num_hidden_layers):
-            tensor = jax.device_put(_read(*where[spec.name.format(i=i)]), there)
+            tensor = _put(*where[spec.name.format(i=i)], there)
             leaf = _place(leaf, tensor, i, shape).block_until_ready()  # one in flight, not many
         return leaf
 

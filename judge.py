@@ -65,6 +65,7 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
+import hosts
 from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
@@ -118,8 +119,11 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
     if name is None:
         raise ValueError("--judge: expected a Gemma's name, a folder or http(s)://host/v1")
     if name.startswith(("http://", "https://")):
-        endpoint = Endpoint(name, config.judge_model, threads=config.judge_threads,
-                            limit=config.judge_limit, cache=cache)  # fmt: skip
+        if hosts.index and cache is not None:  # each host keeps its own
+            cache = cache.with_stem(f"{cache.stem}-{hosts.index}")
+        limit = -(-config.judge_limit // hosts.count)
+        endpoint = Endpoint(name, config.judge_model, threads=config.judge_threads, limit=limit,
+                            cache=cache)  # fmt: skip
         return OverHTTP(endpoint, style, missing)
     if style not in DIGITS:
         raise ValueError(f"--judge-style {style}: on the mesh expected one of {', '.join(DIGITS)}")
@@ -129,11 +133,18 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
     except ValueError as e:
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
-    mesh = mesh or all_devices()
+    mesh = hosts.own(mesh or all_devices())  # each host judges its own completions
     dtype, shard = layout(gemma.read_config(folder), mesh, dtype)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
+
+
+def total(stats: list[dict[str, float]]) -> dict[str, float]:
+    """Judge.stats() of several hosts as one: sums, and the share of all that is missing."""
+    out = {name: sum(s[name] for s in stats) for name in stats[0]}
+    missing = sum(s["judge_n"] * s["judge_missing"] for s in stats)
+    return out | {"judge_missing": missing / max(1, out["judge_n"])}
 
 
 def all_devices() -> Mesh:

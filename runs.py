@@ -45,6 +45,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+import hosts
+
 # Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process. But the
 # kernel of a notebook may be hours old: a run in it counts from its own beginning.
 IN_NOTEBOOK = "ipykernel" in sys.modules
@@ -106,8 +108,9 @@ def compilation_cache() -> str | None:
 
 
 def say(line: str) -> None:
-    """Print to stderr without tearing the progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """Print to stderr without tearing the progress bar; of several hosts the first."""
+    if hosts.index == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- faults
@@ -495,7 +498,8 @@ class Run:
     `may_change` names the config fields a resumed run may give anew. `keep` checkpoints stay, and
     the one with the best score. `show` are the metrics on the progress line (a dict: with labels),
     `every_s` its period where stderr is no terminal; 0: a line for every step, anywhere. Where the
-    main thread opens it, SIGTERM or Ctrl-C sets `stopping`.
+    main thread opens it, SIGTERM or Ctrl-C sets `stopping`. Of several hosts the first alone has
+    the folder and the clock; the others' calls take part and write nothing.
     """
 
     def __init__(
@@ -513,7 +517,8 @@ class Run:
         self.keep, self.every_s = keep, every_s
         self.show = show if isinstance(show, dict) else {name: name for name in show}
         self.step: int | None = None  # of the last line logged; None until restore()
-        self.stopping, self.bar, self.refused = "", None, set()
+        self.asked = self.stopping = ""  # to stop: this process; all of them
+        self.bar, self.refused, self.writes = None, set(), hosts.index == 0
         self.shown, self.shown_at, self.report_due = 0, 0.0, time.monotonic() + 60
         config = _plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
         for name in report_to:
@@ -522,20 +527,18 @@ class Run:
             if importlib.util.find_spec(name) is None:
                 raise SystemExit(f"--report-to {name}: not installed; pip install {name}")
         with contextlib.ExitStack() as stack:  # a failure below unlocks the folder again
-            stack.enter_context(lock(self.folder))
-            with _writing(self.folder):
-                (self.folder / "checkpoints").mkdir(exist_ok=True)
-                _tidy(self.folder)
-                _tidy(self.folder / "checkpoints")
-                self._check_config(config, set(may_change))
-            self.reporters = [_Reporter(name, self.folder, config) for name in report_to]
+            if self.writes:
+                self._open(stack, config, {*may_change, *hosts.FLAGS})
+            names = report_to if self.writes else ()
+            self.reporters = [_Reporter(name, self.folder, config) for name in names]
             for reporter in self.reporters:
                 stack.callback(reporter.close)
             if threading.current_thread() is threading.main_thread():  # Python allows no other
                 for number in (signal.SIGTERM, signal.SIGINT):
                     before = signal.signal(number, self._on_signal)
                     stack.callback(signal.signal, number, before or signal.SIG_DFL)
-            stack.callback(self.report)  # first of all, however the run ends
+            if self.writes:
+                stack.callback(self.report)  # first of all, however the run ends
             self._stack = stack.pop_all()
 
     def __enter__(self):
@@ -547,6 +550,14 @@ class Run:
     def close(self) -> None:
         """Unlock the folder, restore the signal handlers, let the loggers finish."""
         self._stack.close()
+
+    def _open(self, stack, config, may_change):
+        stack.enter_context(lock(self.folder))
+        with _writing(self.folder):
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            _tidy(self.folder)
+            _tidy(self.folder / "checkpoints")
+            self._check_config(config, may_change)
 
     def _check_config(self, config, may_change):
         path = self.folder / "config.json"
@@ -569,19 +580,32 @@ class Run:
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
             "n_devices": jax.device_count(),
+            "n_processes": hosts.count,
         }
         write_json(path, config | {"code": code})
 
     def _on_signal(self, number, frame):
-        if self.stopping and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stopping = signal.Signals(number).name
+        self.asked = signal.Signals(number).name
+        if hosts.count == 1:
+            self.stopping = self.asked
         with contextlib.suppress(OSError):  # not print(): it may be what was interrupted
-            os.write(2, f"\n{self.stopping}: finishing this step, then saving\n".encode())
+            os.write(2, f"\n{self.asked}: finishing this step, then saving\n".encode())
+
+    def progress(self, step: int) -> float:
+        """budget.progress(step), the same on all hosts: by the clock of the first.
+
+        A signal that any of them got since the last call now sets `stopping` on all.
+        """
+        everyone = hosts.everyone((self.budget.progress(step), self.asked))
+        self.budget.p = everyone[0][0]
+        self.stopping = next((asked for _, asked in everyone if asked), "")
+        return self.budget.p
 
     def stop(self) -> None:
         """End a run that was told to stop, after its last save, with a line on how to go on."""
-        newest = max(self.checkpoints(), default=(0, None))[0]
+        newest = hosts.everyone(max(self.checkpoints(), default=(0, None))[0])[0]
         raise SystemExit(
             f"stopped by {self.stopping} at step {newest} of {self.folder}: "
             "the same command continues from there"
@@ -594,6 +618,8 @@ class Run:
         metrics = _plain(metrics)
         self._append("metrics.jsonl", step, [metrics])
         self.step = max(step, self.step)
+        if not self.writes:
+            return
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         for reporter in self.reporters:
             reporter.put(step, numbers)
@@ -605,6 +631,8 @@ class Run:
 
     def _append(self, name, step, rows):
         assert self.step is not None, "call restore() before the first step"
+        if not self.writes:
+            return
         lines = "".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
         with _writing(self.folder / name), open(self.folder / name, "ab") as file:
             file.write(lines.encode(errors="backslashreplace"))  # half a surrogate pair: its escape
@@ -639,14 +667,13 @@ class Run:
             return
         path = self.folder / f"nan_step_{step}.npz"
         arrays = {name: np.asarray(leaf) for name, leaf in _named(jax.device_get(batch)).items()}
-        with _writing(path):  # numpy files know no bfloat16
-            np.savez(
-                path,
-                **{
-                    name: array.astype(np.float32) if array.dtype.kind == "V" else array
-                    for name, array in arrays.items()
-                },
-            )
+        arrays = {  # numpy files know no bfloat16
+            name: array.astype(np.float32) if array.dtype.kind == "V" else array
+            for name, array in arrays.items()
+        }
+        if self.writes:
+            with _writing(path):
+                np.savez(path, **arrays)
         raise SystemExit(
             f"step {step} of {self.folder}: "
             + ", ".join(f"{name} is {value}" for name, value in read.items())
@@ -677,16 +704,18 @@ class Run:
         step: int,
         arrays: Any,
         state: dict,
-        write_model: Callable[[Path], None] | None = None,
+        write_model: Callable[[Path | None], None] | None = None,
         score: float | None = None,
     ) -> Path:
         """Write checkpoints/step_N, all of it or nothing; log step N before.
 
         `arrays` is any pytree of arrays (an optimizer state too), `state` is JSON, `write_model`
-        writes the adapter into the directory it is given, a higher `score` is better.
+        writes the adapter into the directory it is given, a higher `score` is better. All hosts
+        call it: what is split over them is gathered, and write_model(None) gathers and no more.
         """
         assert self.step is not None and self.step >= step, f"log step {step} before saving it"
         target = self.folder / "checkpoints" / f"step_{step}"
+        arrays = hosts.whole(arrays)
         record = {
             "step": step,
             "score": _plain(score),
@@ -706,6 +735,10 @@ class Run:
             (directory / "resume/state.json").write_text(json.dumps(record, indent=2) + "\n")
 
         with self.budget.measure("save"):
+            if not self.writes:
+                if write_model is not None:
+                    write_model(None)
+                return target
             with _writing(self.folder):
                 for path in self.folder.glob("*.jsonl"):  # not behind the checkpoint, ever
                     _fsync(path)
@@ -725,14 +758,13 @@ class Run:
         `like` holds arrays or ShapeDtypeStructs; a leaf that differs is a ValueError. Call it
         before the first step of every run, so that a fresh start begins with empty files.
         """
-        saved = None
-        for step, directory in reversed(self.checkpoints()):
+        saved = record = None
+        for step, directory in reversed(self.checkpoints() if self.writes else []):
             reason = verify(directory)
             if reason is None:
                 record = json.loads((directory / "resume/state.json").read_bytes())
                 named = load_file(directory / "resume/arrays.safetensors")
                 saved = Saved(step, _fill(like, named, directory), record["state"], directory)
-                self.budget.load(record["budget"])
                 say(f"resuming {self.folder} at step {step}")
                 break
             self.refused.add(directory.name)
@@ -740,9 +772,16 @@ class Run:
         else:
             if self.refused:
                 say(f"no valid checkpoint in {self.folder}: starting again at step 0")
-        with _writing(self.folder):
-            for path in self.folder.glob("*.jsonl"):
-                _cut(path, saved.step if saved else -1)
+        if self.writes:
+            with _writing(self.folder):
+                for path in self.folder.glob("*.jsonl"):
+                    _cut(path, saved.step if saved else -1)
+        if hosts.count > 1:  # only the first has read the folder
+            arrays = like if saved is None else saved.arrays
+            saved, record = hosts.everyone((saved and saved._replace(arrays=None), record))[0]
+            saved = saved and saved._replace(arrays=hosts.told(arrays))
+        if saved is not None:
+            self.budget.load(record["budget"])
         self.step = saved.step if saved else 0
         return saved
 
@@ -758,9 +797,13 @@ class Run:
             say(f"no report of {self.folder}: {error!r}")
         self.report_due = time.monotonic() + 100 * (time.monotonic() - began)  # 1 % of the time
 
-    def finish(self, write_model: Callable[[Path], None]) -> Path:
+    def finish(self, write_model: Callable[[Path | None], None]) -> Path:
         """Write final/, all of it or nothing, in place of an earlier one."""
         with self.budget.measure("save"):
-            _publish(self.folder / "final", write_model)
+            if self.writes:
+                _publish(self.folder / "final", write_model)
+            else:
+                write_model(None)
+        hosts.everyone(None)  # nobody leaves before it is there
         say(f"done: {self.folder / 'final'}")
         return self.folder / "final"

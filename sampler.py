@@ -45,6 +45,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gemma
+import hosts
 
 STOPS = (None, "stop", "length", "repetition")
 BLOCK = 128  # words in a block of the vocabulary: the width of a TPU register
@@ -367,8 +368,10 @@ class _Device:
 class Sampler:
     """The sizes that are compiled. Caches exist only while `sample` runs: training has the memory.
 
-    All sizes are of one device. A smaller `shelf` saves memory; with n=1 it is how many rollouts
-    may start at a time. A shorter `chunk` hands rollouts out sooner and talks more to the host.
+    All sizes are of one device. Of several hosts each samples what it is given on its own devices
+    of the mesh; all must call `sample`, if only with no prompts. A smaller `shelf` saves memory;
+    with n=1 it is how many rollouts may start at a time. A shorter `chunk` hands rollouts out
+    sooner and talks more to the host.
     """
 
     cfg: gemma.Config
@@ -385,6 +388,7 @@ class Sampler:
         for name in ("slots", "max_prompt", "max_new", "shelf", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        object.__setattr__(self, "mesh", hosts.own(self.mesh))
 
     # -- compiled
 
@@ -514,9 +518,11 @@ class Sampler:
 
     def _run(self, params, lora, prompts, n, max_new, how, rules, stats):
         stats.update(prefills=0, rounds=0, tokens=0, slot_steps=0)
-        on_mesh = lambda tree, spec: jax.device_put(tree, NamedSharding(self.mesh, spec))
-        lora, how = on_mesh((lora, how), P())
-        params = jax.tree.map(on_mesh, params, self.specs) if self.shard else on_mesh(params, P())
+        on_own = lambda tree, spec: hosts.on_own(tree, self.mesh, spec)
+        lora, how = on_own((lora, how), P())
+        params = jax.tree.map(on_own, params, self.specs) if self.shard else on_own(params, P())
+        if not prompts:
+            return
         texts, waiting = {}, {}  # equal prompts are one text, prefilled once
         for p, ids in prompts.items():
             text = texts.setdefault(tuple(ids), len(texts))

@@ -51,6 +51,7 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
+import hosts
 import judge as judges
 import lora
 import rewards
@@ -246,6 +247,14 @@ class Config:
     plan: bool = False
     """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
     weights are needed, and nothing is run."""
+
+    # several hosts (hosts.py)
+    coordinator: str | None = None
+    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    n_processes: int | None = None
+    """How many run this command, each on a host (or GPU) of its own."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 REAL = dict(
@@ -860,8 +869,9 @@ def main(config: Config) -> Path | dict:
         import bench  # which imports this file
 
         return bench.plan("grpo", config)
-    runs.compilation_cache()
     config = resolve(config)
+    hosts.connect(config)
+    runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     if config.group == 2 and config.scale == "group":
         runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
@@ -894,9 +904,10 @@ def main(config: Config) -> Path | dict:
     def play(chosen: list[int], first: int):
         """Completions of some problems, scored as they finish -> groups, rollout_s, reward_s."""
         began, futures = time.perf_counter(), {}
+        mine = hosts.share(range(len(chosen)))
         params, adapter = join(trained, fixed, dtype)
         rollouts = sampler.sample(
-            params, {first + i: problems[j].prompt for i, j in enumerate(chosen)}, config.group,
+            params, {first + i: problems[chosen[i]].prompt for i in mine}, config.group,
             lora=adapter, seed=config.seed, step=step, temperature=config.temperature,
             top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, stop=tok.stop_ids,
             forbidden=tok.forbidden_ids, vocab_size=tok.vocab_size, repetition=config.repetition,
@@ -912,8 +923,8 @@ def main(config: Config) -> Path | dict:
         ended = time.perf_counter()
         if judge is not None:
             judge.pump(flush=True)
-        groups = [[futures[i, g].result() for g in range(config.group)] for i in range(len(chosen))]
-        return groups, ended - began, time.perf_counter() - ended
+        groups = [[futures[i, g].result() for g in range(config.group)] for i in mine]
+        return hosts.join(groups), ended - began, time.perf_counter() - ended
 
     def update(samples, lr):
         """mu updates from one set of samples -> metrics of the last, logp of the first."""
@@ -931,7 +942,7 @@ def main(config: Config) -> Path | dict:
             if epoch == 0:
                 batch["old"] = logp
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        logp = np.asarray(jax.device_get(batch["old"])).reshape(-1, config.pack_length)
+        logp = np.asarray(hosts.whole(batch["old"])).reshape(-1, config.pack_length)
         n_real, n_rows = (host["segments"] > 0).sum(), n_micro * host["tokens"].shape[1]
         metrics |= drift(samples, spans, logp) | {
             "padding": 1 - n_real / max(1, n_rows * config.pack_length),
@@ -949,7 +960,7 @@ def main(config: Config) -> Path | dict:
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics.get("eval_accuracy", metrics["eval_format"])
 
-    def write(folder: Path) -> None:
+    def write(folder: Path | None) -> None:
         write_model(folder, config, model, trained)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
@@ -973,7 +984,7 @@ def main(config: Config) -> Path | dict:
         def save(score=None):
             run.save(step, {"trained": trained, "opt": opt}, state, write, score)
 
-        while (p := budget.progress(step)) < 1 and not run.stopping:
+        while (p := run.progress(step)) < 1 and not run.stopping:
             began = time.perf_counter()
             groups, seen, times = collect(play, prompts, state["drawn"], p, mix, config)
             everything = [s for group in seen for s in group]
@@ -991,7 +1002,7 @@ def main(config: Config) -> Path | dict:
                 "learning_rate": lr, "p": p, "num_tokens": state["num_tokens"], "step_s": step_s,
                 "tokens_per_s": n_tokens / step_s,
             }  # fmt: skip
-            metrics |= judge.stats() if judge else {}
+            metrics |= judges.total(hosts.everyone(judge.stats())) if judge else {}
             run.check_finite(step, metrics, batch)
             run.log(step, metrics)
             failed = [s for s in everything[config.log_samples :] if s.scored.errors]
@@ -999,7 +1010,8 @@ def main(config: Config) -> Path | dict:
             if config.show and (step == 1 or step % config.show_every == 0):
                 show(everything[:: max(1, len(everything) // config.show)][: config.show])
             check_drift(step, metrics, config)
-            if judge is not None and (trouble := judge.trouble()):
+            troubles = hosts.everyone(judge.trouble()) if judge else []
+            if trouble := next(filter(None, troubles), None):
                 save()
                 raise SystemExit(f"step {step}: {trouble}")
             ends = config.steps is not None and step >= config.steps

@@ -40,6 +40,7 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
+import hosts
 import lora
 import rewards
 import runs
@@ -146,6 +147,14 @@ class Config:
     plan: bool = False
     """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
     weights are needed, and nothing is run."""
+
+    # several hosts (hosts.py)
+    coordinator: str | None = None
+    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    n_processes: int | None = None
+    """How many run this command, each on a host (or GPU) of its own."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 REAL = dict(
@@ -393,7 +402,7 @@ def samples_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
 
 def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
     """Whether a copy of all weights takes over 40 % of a device's memory."""
-    device = mesh.devices.flat[0]
+    device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
     here = device.platform != "cpu" and device in jax.local_devices()  # else only compiled for
     limit = ((device.memory_stats() if here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
@@ -417,8 +426,7 @@ def place(tree, mesh: Mesh, specs):
     """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
     if isinstance(specs, P):
         specs = jax.tree.map(lambda _: specs, tree)
-    put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
-    return jax.tree.map(put, tree, specs)
+    return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
 
 
 class Model(NamedTuple):
@@ -466,16 +474,21 @@ def load_model(config: Config, mesh: Mesh) -> Model:
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
 
 
-def write_model(folder: Path, config: Config, model: Model, trained: dict) -> None:
+def write_model(folder: Path | None, config: Config, model: Model, trained: dict) -> None:
     """What --adapter of the next stage takes: a PEFT adapter, or a whole model in bfloat16."""
     cfg, tok = model.cfg, model.tok
+    if not config.lora_rank:
+        weights = hosts.whole(
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
+        )  # as published
+    if folder is None:  # another host writes
+        return
     if config.lora_rank:
         live = jax.device_get(trained | {"scale": model.fixed["scale"]})
         live = live if model.merged is None else lora.stack(model.merged, live, cfg)
         lora.save(folder, live, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
-        weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)  # as published
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
         tok.save(folder)
     lora.write_prompt(folder, config.system)
@@ -536,8 +549,9 @@ def main(config: Config) -> Path | dict:
         import bench  # which imports this file
 
         return bench.plan("sft", config)
-    runs.compilation_cache()
     config = resolve(config)
+    hosts.connect(config)
+    runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     n_micro, _ = batch_shape(config, mesh)
@@ -582,7 +596,7 @@ def main(config: Config) -> Path | dict:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
         return metrics.get("eval_accuracy", -metrics["eval_loss"])
 
-    def write(folder: Path) -> None:
+    def write(folder: Path | None) -> None:
         write_model(folder, config, model, trained)
 
     # loop
@@ -616,7 +630,7 @@ def main(config: Config) -> Path | dict:
             log_pending()
             run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
 
-        while (p := budget.progress(step)) < 1 and not run.stopping:
+        while (p := run.progress(step)) < 1 and not run.stopping:
             batch = batches.batch(step)
             # the share of the run at the end of this step, so that the first step moves
             lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)

@@ -47,6 +47,7 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
+import hosts
 import lora
 import runs
 from eval import eval_metrics, evaluate
@@ -179,6 +180,14 @@ class Config:
     plan: bool = False
     """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
     weights are needed, and nothing is run."""
+
+    # several hosts (hosts.py)
+    coordinator: str | None = None
+    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    n_processes: int | None = None
+    """How many run this command, each on a host (or GPU) of its own."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 REAL = dict(
@@ -483,8 +492,9 @@ def main(config: Config) -> Path | dict:
         import bench  # which imports this file
 
         return bench.plan("simpo", config)
-    runs.compilation_cache()
     config = resolve(config)
+    hosts.connect(config)
+    runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     n_micro, _ = batch_shape(config, mesh)
@@ -530,7 +540,7 @@ def main(config: Config) -> Path | dict:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
         return metrics.get("eval_accuracy", -metrics["eval_loss"])
 
-    def write(folder: Path) -> None:
+    def write(folder: Path | None) -> None:
         write_model(folder, config, model, trained)
 
     # loop
@@ -565,7 +575,7 @@ def main(config: Config) -> Path | dict:
             log_pending()
             run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
 
-        while (p := budget.progress(step)) < 1 and not run.stopping:
+        while (p := run.progress(step)) < 1 and not run.stopping:
             batch = batches.batch(step)
             # the share of the run at the end of this step, so that the first step moves
             lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
