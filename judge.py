@@ -358,7 +358,6 @@ def schema_of(fields: dict) -> dict:
 
 # ---------------------------------------------------------------------------------------- judges
 
-
 Place = tuple[Any, int, int]  # of a completion: its question, its index there, of how many
 
 
@@ -879,7 +878,7 @@ def verdicts(style: str, text: str, items: list[tuple[str, float]], n: int) -> l
 
 
 def parts_of(style: str, reply: dict, items: list[tuple[str, float]]) -> dict[str, float]:
-    """The parts of one verdict."""
+    """The parts of one verdict, of whose fields only the names are known."""
     if style in ("grar", "implicit"):
         best = {"grar": 5, "implicit": 10}[style]
         return {"judge": (_number(reply["score"], best, 1) - 1) / (best - 1)}
@@ -905,7 +904,8 @@ class OverHTTP(Judge):
     """A model behind an endpoint: a request for each completion or, `calls` "group", each question.
 
     A group leaves when its last completion has come, or as it is when flushed. In the prompt it is
-    in the order of the indices, so whichever was finished first, a resumed run asks the same.
+    in the order of the indices, so whichever was finished first, a resumed run asks the same. One
+    by itself is asked about as a completion is.
     """
 
     def __init__(self, endpoint: Endpoint, style: str = "grar", missing: float = 0.2,

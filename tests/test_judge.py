@@ -8,6 +8,7 @@ import functools
 import json
 import random
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -541,18 +542,16 @@ def good_group(n, body):
     return {"content": json.dumps({"responses": verdicts})}
 
 
-@pytest.mark.parametrize("style, content, expected", [
-    ("grar", {"score": 4}, {"judge": 0.75}),
-    ("implicit", {"score": 10}, {"judge": 1.0}),
-    ("explicit", {"verdicts": [False, True]}, {"judge": 0.5 / 1.5}),
+@pytest.mark.parametrize("style, content, worst, expected", [
+    ("grar", {"score": 4}, {"score": 1}, {"judge": 0.75}),
+    ("implicit", {"score": 10}, {"score": 1}, {"judge": 1.0}),
+    ("explicit", {"verdicts": [False, True]}, {"verdicts": [False] * 2}, {"judge": 0.5 / 1.5}),
     ("pinocchio", {"correctness": 0.8, "reasoning": 3, "answer": 4.5, "flags": ["looping"]},
-     {"judge": 0.7, "judge_correctness": 0.8, "judge_reasoning": 3.0, "judge_answer": 4.5,
-      "judge_penalty": 2.0}),
+     {"correctness": 0, "reasoning": 0, "answer": 0, "flags": ["off_target"]}, {"judge": 0.7,
+      "judge_correctness": 0.8, "judge_reasoning": 3.0, "judge_answer": 4.5, "judge_penalty": 2.0}),
 ])  # fmt: skip
-def test_one_request_judges_a_group_in_every_style(style, content, expected):
-    other = dict(zip(content, ({"grar": [1], "implicit": [1], "explicit": [[False, False]]} | {
-        "pinocchio": [0, 0, 0, ["off_target"]]})[style], strict=True))  # fmt: skip
-    reply = {"responses": [{"response": 1, **content}, {"response": 2, **other}]}
+def test_one_request_judges_a_group_in_every_style(style, content, worst, expected):
+    reply = {"responses": [{"response": 1, **content}, {"response": 2, **worst}]}
     with serving(lambda n, body: {"content": json.dumps(reply)}) as server:
         ours = over_http(server, style, "group")
         futures = [ours.submit(text, ROW, (7, i, 2)) for i, text in enumerate(["MINE", "YOURS"])]
@@ -1026,7 +1025,8 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts,
             time.sleep(0.005)
         before.append(16 * len(before))
 
-    before = [0]
+    before, sample = [0], Sampler.sample
+    monkeypatch.setattr(judge, "ENOUGH", 20 * n_each)  # more than a step has
     watched = watch_rollouts(monkeypatch, a_request_comes, first=n_each)
     with serving(answer) as server:
         config = run_config(tmp_path, judge=server.url, judge_style="implicit", judge_missing=0.5,
@@ -1039,12 +1039,21 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts,
         healthy = True
         train_grpo.main(config)  # the same command goes on
         assert len(server.bodies) == 48 and (run / "final").is_dir()
+        # as if killed late in step 3; what finishes now in another order is asked as it was before
+        line = (run / "metrics.jsonl").read_text().splitlines()[2]
+        for folder in ("final", "checkpoints/step_3"):
+            shutil.rmtree(run / folder)
+        other_way = lambda self, *args, **more: iter([*sample(self, *args, **more)][::-1])
+        monkeypatch.setattr(Sampler, "sample", other_way)
+        train_grpo.main(config)
+        assert len(server.bodies) == 48 and (run / "final").is_dir()
     shown = [responses_in(body) for body in server.bodies]
     assert {*map(len, shown)} == {n_each}
     assert len(watched) == 3 and all(c["rounds when judged"] < c["rounds"] for c in watched)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in metrics if "frac_reward_missing" in m]
     assert [m["judge_missing"] for m in steps] == [0.75, 0.75, 0]
+    assert steps[2]["reward"] == json.loads(line)["reward"] and steps[2]["judge_cached"] == 16
     assert [m["frac_reward_missing"] for m in steps] == [0.75, 0.75, 0]
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     lost = [row for row in rows if row["errors"]]
