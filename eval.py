@@ -361,8 +361,9 @@ def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
         if names:
             judge_ = judge.open(config, cache=Path(config.out) / "judge" / "replies.jsonl")
             stack.callback(judge_.close)
-            for row, about in zip(rows, given, strict=True):
-                about["verdict"] = judge_.submit(row["completion"], dict(about))
+            groups = judge.in_groups([row["problem"] for row in rows])
+            for row, about, group in zip(rows, given, groups, strict=True):
+                about["verdict"] = judge_.submit(row["completion"], dict(about), group)
                 judge_.pump()
             judge_.pump(flush=True)
         progress = tqdm(rows, "scores", mininterval=EVERY_S)

@@ -122,6 +122,8 @@ class Config:
     """Folder of the judge's weights; default: looked for by name."""
     judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
     """One metric 1-5, all items of a rubric at once, item by item; or Pinocchio's, over HTTP."""
+    judge_calls: Literal["completion", "group"] = "completion"
+    """What a request to an endpoint judges: one completion, or all those of a prompt at once."""
     judge_threads: int = 16
     """Requests in flight at an endpoint."""
     judge_limit: int = 0
@@ -916,7 +918,7 @@ def main(config: Config) -> Path | dict:
             problem, text = problems[chosen[r.prompt - first]], tok.decode(r.ids)
             row = row_of(problem, r, p, config)
             if judge is not None:
-                row["verdict"] = judge.submit(text, row)
+                row["verdict"] = judge.submit(text, row, (r.prompt, r.index, config.group))
                 judge.pump()
             score = pool.submit(grade, r, problem, text, row, mix, functions)
             futures[r.prompt - first, r.index] = score

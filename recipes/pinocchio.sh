@@ -12,8 +12,9 @@
 #   act 3   GRPO, 4 h at most: LoRA r64 alpha 64, G 8, mu 2, beta 0.07, eps 0.25, T 1, top-k 200,
 #           256 + 768 tokens, 800 optimiser steps, lr 5e-6, ~2k prompts; the reference is the model
 #           after act 2
-#   reward  5 x correctness (0-1) + reasoning (0-5) - fatal flags, by a judge behind 16 threads, + 5
-#           for the strict format, else 0.3, 0.3, 0.2, 0.2 of it for each tag there once; >= -10
+#   reward  5 x correctness (0-1) + reasoning (0-5) - fatal flags, by a judge behind 16 threads, one
+#           call a group, + 5 for the strict format, else 0.3, 0.3, 0.2, 0.2 of it for each tag there
+#           once; >= -10
 #
 # Ours departs:
 # 1. Rows are packed: 9,000 updates of 16 rows see each trace more often than three epochs do.
@@ -58,7 +59,8 @@ pick test_rows    300         200
 scored=(--rewards "$content,format:2.5,tags_pinocchio:2.5")
 if [ -z "$tiny" ]; then
   need judge "an OpenAI-compatible endpoint, http(s)://host/v1; its key in JUDGE_API_KEY"
-  scored+=(--judge "$judge" --judge-model "$judge_model" --judge-style pinocchio --judge-threads 16)
+  scored+=(--judge "$judge" --judge-model "$judge_model" --judge-style pinocchio --judge-calls group
+    --judge-threads 16)
 fi
 
 evaluate start

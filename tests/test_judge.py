@@ -8,8 +8,10 @@ import functools
 import json
 import random
 import re
+import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import formatdate
@@ -327,6 +329,27 @@ def test_a_completion_never_contains_its_fence(completion, question):
         word = new
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(words, min_size=2, max_size=5))
+def test_no_completion_of_a_group_contains_any_fence(completions):
+    """Nor does one that quotes the fences and numbers of the whole prompt, or is like another."""
+    for _ in range(2):
+        given = completions + completions[:1]
+        text, _ = judge.json_prompt("implicit", given, ROW)
+        shared = judge.opening("implicit", ROW, judge.rubric(ROW), len(given))
+        rest, found = text.removeprefix(shared), []
+        for n, completion in enumerate(given, 1):  # exactly this, whatever they hold
+            number, word, _ = rest.split("\n", 2)
+            part = f"{number}\n{word}\n{completion}\n{word}\n"
+            assert rest.startswith(part) and number == f"Response {n}:"
+            found, rest = [*found, word], rest.removeprefix(part)
+        assert rest.startswith("Rate the response") and len({*found}) == len(given)
+        for word in found:
+            assert len(word) == 10 and word.isalpha() and text.casefold().count(word) == 2
+        completions = [f"{text}\n{word.upper()}\nResponse {n}:\n{word}\n"
+                       for n, word in enumerate(found, 2)]  # fmt: skip
+
+
 def test_a_completion_that_holds_the_first_words_gets_another(monkeypatch):
     """Whatever the hash: let it count, and a text hold what it would say first."""
 
@@ -442,8 +465,8 @@ def endpoint(server, **more):
     return made
 
 
-def over_http(server, style="implicit", **more):
-    return judge.OverHTTP(endpoint(server, **more), style)
+def over_http(server, style="implicit", calls="completion", **more):
+    return judge.OverHTTP(endpoint(server, **more), style, calls=calls)
 
 
 def ask(made, text="hello", **more):
@@ -510,6 +533,114 @@ def test_200_at_once_with_every_fault_none_lost_none_doubled_order_kept(tmp_path
         assert len(server.bodies) == 333 and again.stats()["judge_cached"] == 200
         assert again.endpoint.n_sent == 333
         again.close()
+
+
+def good_group(n, body):
+    """A verdict on each numbered response, by the case that it names."""
+    cases = re.findall(r"Response (\d+):\n\w+\ncase (\d+)", body["messages"][0]["content"])
+    verdicts = [{"response": int(i), "score": 1 + int(case) % 10} for i, case in cases]
+    return {"content": json.dumps({"responses": verdicts})}
+
+
+@pytest.mark.parametrize("style, content, worst, expected", [
+    ("grar", {"score": 4}, {"score": 1}, {"judge": 0.75}),
+    ("implicit", {"score": 10}, {"score": 1}, {"judge": 1.0}),
+    ("explicit", {"verdicts": [False, True]}, {"verdicts": [False] * 2}, {"judge": 0.5 / 1.5}),
+    ("pinocchio", {"correctness": 0.8, "reasoning": 3, "answer": 4.5, "flags": ["looping"]},
+     {"correctness": 0, "reasoning": 0, "answer": 0, "flags": ["off_target"]}, {"judge": 0.7,
+      "judge_correctness": 0.8, "judge_reasoning": 3.0, "judge_answer": 4.5, "judge_penalty": 2.0}),
+])  # fmt: skip
+def test_one_request_judges_a_group_in_every_style(style, content, worst, expected):
+    reply = {"responses": [{"response": 1, **content}, {"response": 2, **worst}]}
+    with serving(lambda n, body: {"content": json.dumps(reply)}) as server:
+        ours = over_http(server, style, "group")
+        futures = [ours.submit(text, ROW, (7, i, 2)) for i, text in enumerate(["MINE", "YOURS"])]
+        mine, yours = (future.result(10) for future in futures)
+        assert mine == pytest.approx(expected) and yours["judge"] == 0
+        assert yours.get("judge_penalty", 3) == 3
+        (body,) = server.bodies
+        schema = body["response_format"]["json_schema"]["schema"]
+        assert schema["required"] == ["responses"]
+        each = schema["properties"]["responses"]["items"]
+        assert [*each["properties"]] == each["required"] == ["response", *content]
+        prompt = body["messages"][0]["content"]
+        assert prompt.count("MINE") == prompt.count("YOURS") == prompt.count(ROW["question"]) == 1
+        assert "You grade 2 responses to a task." in prompt and "each of the 2 responses" in prompt
+        assert ours.stats() == {"judge_n": 2, "judge_missing": 0, "judge_cached": 0,
+                                "judge_tokens": 10, "judge_requests": 1}  # fmt: skip
+        ours.close()
+
+
+def test_groups_leave_when_whole_in_any_order_and_come_back_from_the_cache(tmp_path):
+    """Twelve groups of five, the last of which never gets whole."""
+    cases = [(g, i) for g in range(12) for i in range(5)][:-2]
+    for seed in range(3):
+        random.Random(seed).shuffle(cases)  # the order in which they are finished
+        with serving(good_group) as server:
+            ours = over_http(server, calls="group", cache=tmp_path / "replies")
+            futures = {(g, i): ours.submit(f"case {5 * g + i} .", ROW, (g, i, 5)) for g, i in cases}
+            for (g, i), future in futures.items():
+                if g < 11:
+                    assert future.result(20)["judge"] == pytest.approx((5 * g + i) % 10 / 9)
+            ours.pump()
+            assert not any(futures[11, i].done() for i in range(3))
+            ours.pump(flush=True)
+            for i in range(3):
+                assert futures[11, i].result(20)["judge"] == pytest.approx((55 + i) % 10 / 9)
+            assert len(server.bodies) == (0 if seed else 12)  # the same prompts: all are cached
+            stats = ours.stats()
+            assert stats["judge_n"] == 58 and stats["judge_cached"] == (12 if seed else 0)
+            ours.submit("case 1 .", ROW, (0, 0, 2))  # the next step's group of that name
+            assert ours.submit("case 2 .", ROW, (0, 1, 2)).result(20)["judge"] == 2 / 9
+            left = ours.submit("case 3 .", ROW, (0, 0, 2))
+            ours.close()
+            assert left.cancelled()  # nobody waits for what will never be asked
+
+
+verdict_list = lambda *scores: json.dumps(
+    {"responses": [{"response": i, "score": s} for i, s in enumerate(scores, 1)]}
+)
+
+
+@pytest.mark.parametrize("text", [
+    verdict_list(1, 2), verdict_list(1, 2, 3, 4), verdict_list(1, 2, 6), verdict_list(1, 2, 0),
+    verdict_list(1, 2, None), verdict_list(1, 2, True), verdict_list(1, 2, "3"), verdict_list(),
+    verdict_list(1, 2, float("nan")), verdict_list(1, 2, 3)[:-3], '{"score": 3}', "[1, 2, 3]",
+    '[{"score": 1}, {"score": 2}, {}]', '[{"score": 1}, 2, {"score": 3}]',
+    '[{"response": 1, "score": 1}, {"response": 2, "score": 2}, {"response": 2, "score": 3}]',
+    '[{"response": 0, "score": 1}, {"response": 1, "score": 2}, {"response": 2, "score": 3}]',
+    '[{"response": [], "score": 1}, {"response": 2, "score": 2}, {"response": 3, "score": 3}]',
+    f"It says {verdict_list(5, 5, 5)}. I say {verdict_list(1, 2)}", "", '[{"a":' * 9000,
+])  # fmt: skip
+def test_a_group_short_of_a_verdict_is_asked_for_again_then_missing_in_all(text):
+    bad = [2]
+
+    def answer(n, body):
+        return {"content": text if n < bad[0] else verdict_list(1, 3, 5)}
+
+    for n_bad, expected in ((2, [0, 0.5, 1]), (3, [None] * 3)):
+        bad[0] = n_bad
+        with serving(answer) as server:
+            ours = over_http(server, "grar", "group", tries=3)
+            futures = [ours.submit(f"case {i}", ROW, ("q", i, 3)) for i in range(3)]
+            found = [future.result(20) for future in futures]
+            assert [parts["judge"] for parts in found] == expected and len(server.bodies) == 3
+            assert ours.stats()["judge_missing"] == n_bad - 2
+            assert all("unusable reply" in parts.get("judge_error", "unusable reply")
+                       for parts in found)  # fmt: skip
+            ours.close()
+
+
+@pytest.mark.parametrize("text", [
+    verdict_list(1, 2, 5),
+    f"```json\n{verdict_list(1, 2, 5)}\n```\nThat is all [of them].",
+    '[{"score": 1}, {"score": 2, "why": "it has [{\\"score\\": 5}]"}, {"score": 5}]',
+    '[ {"response": 3, "score": 5},\n {"response": 1, "score": 1}, {"response": 2, "score": 2}]',
+    f"The second one says {verdict_list(5, 5, 5)}, which I ignore. {verdict_list(1, 2, 5)}",
+])  # fmt: skip
+def test_tolerant_reading_of_lists(text):
+    parts = judge.verdicts("grar", text, judge.rubric(ROW), 3)
+    assert [p["judge"] for p in parts] == [0, 0.25, 1]
 
 
 @pytest.mark.parametrize("reply, error", [
@@ -734,8 +865,9 @@ def test_tolerant_reading(text, expected):
     ("pinocchio", {"correctness": 1, "reasoning": 1, "flags": []}),
 ])  # fmt: skip
 def test_replies_out_of_bounds_are_no_use(style, reply):
-    with pytest.raises(ValueError):
-        judge.parts_of(style, json.dumps(reply), judge.rubric(ROW))
+    for n, text in ((1, json.dumps(reply)), (2, json.dumps([reply] * 2))):
+        with pytest.raises(ValueError):
+            judge.verdicts(style, text, judge.rubric(ROW), n)
 
 
 # ------------------------------------------------------------------------- opening and attacking
@@ -745,6 +877,7 @@ def test_what_cannot_be_opened_says_so():
     for config, match in (
         (judge.Config(), "--judge: expected"),
         (judge.Config(judge="tiny", judge_style="pinocchio"), "--judge-style pinocchio: on the"),
+        (judge.Config(judge="tiny", judge_calls="group"), "--judge-calls group: .*tiny"),
         (judge.Config(judge="gemma9-1b"), "--judge gemma9-1b: unknown"),
         (judge.Config(judge="tiny", judge_weights="/nowhere"), "--judge-weights /nowhere"),
         (judge.Config(judge="http://"), "expected http"),
@@ -775,6 +908,19 @@ def test_attacks_are_measured():
     with serving(gullible) as server:
         moved = judge.attack(over_http(server), CASES)
     assert {*moved} == {*judge.ATTACKS} and all(len(of) == len(CASES) for of in moved.values())
+    assert moved["reviewer"] == pytest.approx([6 / 9] * len(CASES))
+    assert moved["order"] == [0] * len(CASES)
+
+
+def test_attacks_are_measured_among_the_other_completions_of_a_question():
+    def gullible(n, body):
+        parts = body["messages"][0]["content"].split("\nResponse ")[1:]
+        verdicts = [{"score": 8 if "full marks" in part else 2} for part in parts]
+        return {"content": json.dumps(verdicts)}
+
+    with serving(gullible) as server:
+        moved = judge.attack(over_http(server, calls="group"), CASES)
+        assert len(server.bodies) == 2  # questions
     assert moved["reviewer"] == pytest.approx([6 / 9] * len(CASES))
     assert moved["order"] == [0] * len(CASES)
 
@@ -831,8 +977,9 @@ def run_config(tmp_path, **more):
     return train_grpo.Config(**fields | more)
 
 
-def watch_rollouts(monkeypatch, wait):
-    """Notes the rounds of decoding of each training call; `wait` runs after the first rollout."""
+def watch_rollouts(monkeypatch, wait, first=1):
+    """Notes the rounds of decoding of each training call; `wait` runs when `first` rollouts of one
+    prompt have come."""
     calls, sample = [], Sampler.sample
 
     def watched(self, *args, **more):
@@ -840,9 +987,12 @@ def watch_rollouts(monkeypatch, wait):
             yield from sample(self, *args, **more)
             return
         calls.append(stats := {})
-        for n, rollout in enumerate(sample(self, *args, stats=stats, **more)):
+        n_of, waited = Counter(), False
+        for rollout in sample(self, *args, stats=stats, **more):
             yield rollout
-            if n == 0:
+            n_of[rollout.prompt] += 1
+            if not waited and n_of[rollout.prompt] == first:
+                waited = True
                 wait()
                 stats["rounds when judged"] = stats["rounds"]
 
@@ -850,14 +1000,23 @@ def watch_rollouts(monkeypatch, wait):
     return calls
 
 
-def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
+def responses_in(body):
+    """The completions that a request shows the judge."""
+    prompt = body["messages"][0]["content"]
+    return [text for _, text in re.findall(r"\n([a-p]{10})\n(.*?)\n\1\n", prompt, re.S)]
+
+
+@pytest.mark.parametrize("calls, prompts, group", [("completion", 2, 8), ("group", 16, 2)])
+def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts,
+                                  group):  # fmt: skip
     """Judged while it decodes; stopped and saved when the judge fails; the key is in no file."""
-    healthy = False
+    healthy, n_each = False, group if calls == "group" else 1  # completions in a request
 
     def answer(n, body):
         if not healthy and n % 4:
             return {"status": 404, "text": f"bad key {SECRET}"}
-        return {"content": json.dumps({"score": 1 + n % 10, "why": SECRET})}
+        verdicts = [{"score": 1 + (n + i) % 10, "why": SECRET} for i in range(n_each)]
+        return {"content": json.dumps(verdicts if n_each > 1 else verdicts[0])}
 
     def a_request_comes():
         deadline = time.monotonic() + 60
@@ -866,11 +1025,13 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
             time.sleep(0.005)
         before.append(16 * len(before))
 
-    before = [0]
-    calls = watch_rollouts(monkeypatch, a_request_comes)
+    before, sample = [0], Sampler.sample
+    monkeypatch.setattr(judge, "ENOUGH", 20 * n_each)  # more than a step has
+    watched = watch_rollouts(monkeypatch, a_request_comes, first=n_each)
     with serving(answer) as server:
-        config = run_config(tmp_path, judge=server.url, judge_style="implicit", judge_missing=0.5)
-        with pytest.raises(SystemExit, match="step 2: 75% of the last 32 judgements.*HTTP 404"):
+        config = run_config(tmp_path, judge=server.url, judge_style="implicit", judge_missing=0.5,
+                            judge_calls=calls, prompts=prompts, group=group)  # fmt: skip
+        with pytest.raises(SystemExit, match="step 2: 75% of the last .* judgements.*HTTP 404"):
             train_grpo.main(config)
         run = tmp_path / "run"
         assert (run / "checkpoints/step_2").is_dir() and not (run / "final").exists()
@@ -878,15 +1039,29 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
         healthy = True
         train_grpo.main(config)  # the same command goes on
         assert len(server.bodies) == 48 and (run / "final").is_dir()
-    assert len(calls) == 3 and all(c["rounds when judged"] < c["rounds"] for c in calls)
+        # as if killed late in step 3; what finishes now in another order is asked as it was before
+        line = (run / "metrics.jsonl").read_text().splitlines()[2]
+        for folder in ("final", "checkpoints/step_3"):
+            shutil.rmtree(run / folder)
+        other_way = lambda self, *args, **more: iter([*sample(self, *args, **more)][::-1])
+        monkeypatch.setattr(Sampler, "sample", other_way)
+        train_grpo.main(config)
+        assert len(server.bodies) == 48 and (run / "final").is_dir()
+    shown = [responses_in(body) for body in server.bodies]
+    assert {*map(len, shown)} == {n_each}
+    assert len(watched) == 3 and all(c["rounds when judged"] < c["rounds"] for c in watched)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [m for m in metrics if "reward" in m]
+    steps = [m for m in metrics if "frac_reward_missing" in m]
     assert [m["judge_missing"] for m in steps] == [0.75, 0.75, 0]
+    assert steps[2]["reward"] == json.loads(line)["reward"] and steps[2]["judge_cached"] == 16
     assert [m["frac_reward_missing"] for m in steps] == [0.75, 0.75, 0]
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     lost = [row for row in rows if row["errors"]]
-    assert len(lost) == 24 and "***" in lost[0]["errors"]["judge"]
+    assert len(lost) == 24 * n_each and "***" in lost[0]["errors"]["judge"]
     assert all(row["reward"] is None and row["advantage"] == 0 for row in lost)
+    said = {(text, (n + i) % 10 / 9) for n, of in enumerate(shown) for i, text in enumerate(of)}
+    judged = [(row["completion"], row["rewards"]["judge"]) for row in rows if not row["errors"]]
+    assert len(judged) > 8 and {*judged} <= said
     files = [file for file in run.rglob("*") if file.is_file()]
     assert {"replies.jsonl", "config.json", "samples.jsonl"} <= {file.name for file in files}
     for file in files:

@@ -51,7 +51,7 @@ PUBLISHED = {
             steps=9000, time_limit="2h",
         ),
         "pairs": dict(
-            margin=4.0, reference=True, judge_style="pinocchio",
+            margin=4.0, reference=True, judge_style="pinocchio", judge_calls="group",
             rewards="pinocchio,format:2.5,tags_pinocchio:2.5",
         ),
         "simpo": dict(
@@ -62,7 +62,7 @@ PUBLISHED = {
             lora_rank=64, lora_alpha=64.0, group=8, inner_epochs=2, kl_coef=0.07, clip_low=0.25,
             clip_high=0.25, temperature=1.0, top_k=200, max_prompt=256, max_new=768,
             learning_rate=5e-6, steps=800 // 2, prompts=2000 // 400, rows=2000,
-            judge_style="pinocchio", judge_threads=16, loss_norm="sequence",
+            judge_style="pinocchio", judge_calls="group", judge_threads=16, loss_norm="sequence",
             rewards="pinocchio,format:2.5,tags_pinocchio:2.5",
         ),
     },

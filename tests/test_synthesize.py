@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,34 @@ def test_missing_judgements_are_no_pair(tmp_path):
     assert (pair["chosen_reward"], pair["rejected_reward"]) == (1.0, 0.0)
     assert reject["rewards"] == [None, 0.25, None, None] and reject["reason"] == "no score"
     assert "HTTP 400" in reject["errors"]["judge"]
+
+
+def test_all_completions_of_a_prompt_are_judged_by_one_request(tmp_path):
+    """The row's own trace among them; of a prompt without a verdict nothing becomes a pair."""
+
+    def answer(n, body):
+        prompt = body["messages"][0]["content"]
+        if "Why not?" in prompt:
+            return {"status": 400}
+        said = re.findall(r"Response (\d):\n\w+\n.*?It says (\d)", prompt, re.S)
+        verdicts = [{"response": int(i), "score": int(d)} for i, d in said]
+        return {"content": json.dumps({"responses": verdicts[::-1]})}
+
+    rows = [{"question": q, "reasoning": "It says 4", "answer": "x", "rubrics": ["It is true."]}
+            for q in ("Why?", "Why not?", "And why?")]  # fmt: skip
+    problems = problems_of(rows)
+    said = [["3", "1", "2"], ["9", "2", "9"], ["1", "5", "2"]]
+    rows = [{"problem": i, "sample": j, "completion": f"It says {d}", "stop": "stop"}
+            for i, digits in enumerate(said) for j, d in enumerate(digits)]  # fmt: skip
+    with serving(answer) as server:
+        config = Pairs(judge=server.url, rewards="judge", margin=0.5, out=str(tmp_path), max_new=9,
+                       reference=True, judge_calls="group", judge_missing=0.9)  # fmt: skip
+        made, (reject,) = synthesize.pairs(problems, rows, TOK["gemma3"], config)
+        assert sum("Why not?" not in b["messages"][0]["content"] for b in server.bodies) == 2
+    found = [(p["prompt"], p["chosen_sample"], p["rejected_sample"]) for p in made]
+    assert found == [("Why?", 0, 1), ("Why?", -1, 1), ("And why?", 1, 0), ("And why?", -1, 0)]
+    assert [p["chosen_reward"] for p in made] == [0.5, 0.75, 1, 0.75]
+    assert reject["rewards"] == [None] * 4 and "HTTP 400" in reject["errors"]["judge"]
 
 
 # ---------------------------------------------------------------------------------------- traces
