@@ -200,22 +200,23 @@ def check_parity(model, path, i, T=18):
     theirs = their_logits(model, tokens)
     spread = theirs.std()
     assert 0.3 < spread < 5, f"logits of spread {spread:.2f} tell little"
+    tol = LOGITS_TOL * max(1.0, spread)  # float32's rounding grows with the logits
 
     def ours(segments, positions):
         return np.asarray(packed_logits(params, cfg, tokens, positions, segments))
 
     whole = np.ones((B, T), int), np.broadcast_to(np.arange(T), (B, T))
-    assert_close(ours(*whole), theirs, LOGITS_TOL, "whole rows")
+    assert_close(ours(*whole), theirs, tol, "whole rows")
     mask, positions = padded(B, T, rng)
     theirs = their_logits(model, tokens, mask)
-    assert_close(ours(mask, positions)[mask > 0], theirs[mask > 0], LOGITS_TOL, "padded rows")
+    assert_close(ours(mask, positions)[mask > 0], theirs[mask > 0], tol, "padded rows")
     segments, positions = packed(B, T, rng)
     together = ours(segments, positions)
     for b in range(B):
         for s in range(1, segments[b].max() + 1):
             here = segments[b] == s
             alone = their_logits(model, tokens[b : b + 1, here])[0]
-            assert_close(together[b, here], alone, LOGITS_TOL, "packed rows")
+            assert_close(together[b, here], alone, tol, "packed rows")
 
 
 @pytest.mark.parametrize("i", range(N_CONFIGS))
