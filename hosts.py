@@ -36,7 +36,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 FLAGS = ("coordinator", "n_processes", "process_id")  # the fields that may differ between hosts
@@ -226,7 +226,8 @@ def own(mesh: Mesh) -> Mesh:
     """The part of a mesh that is this process's own devices."""
     if count == 1:
         return mesh
-    return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=(AxisType.Auto,))
+    axes = (jax.sharding.AxisType.Auto,)
+    return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=axes)
 
 
 def on_own(tree, mesh: Mesh, spec: P):
