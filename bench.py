@@ -357,7 +357,7 @@ def measure(config: Config) -> dict:
     """Runs what --phases names on the devices at hand, prints and returns the figures."""
     filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **filled)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = gemma.all_devices()
     cfg = shapes_of(config)
     device = mesh.devices.flat[0]
     out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}

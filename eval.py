@@ -41,7 +41,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -661,8 +660,7 @@ def main(config: Config) -> dict:
     out = Path(config.out)
     with runs.lock(out):
         check_folder(out, record)
-        axes = (jax.sharding.AxisType.Auto,)
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
+        mesh = gemma.all_devices()
         dtype = jnp.dtype(config.dtype)
         cfg, params = gemma.load(start.weights, dtype, mesh)
         adapter = None if start.adapter is None else lora.load(start.adapter, cfg)

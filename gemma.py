@@ -349,6 +349,12 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def all_devices() -> Mesh:
+    """The one mesh of every script: an axis "data" over all devices, those of other hosts too."""
+    axes = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
+
+
 def on_tpu(mesh: Mesh | None = None) -> bool:
     """Whether the devices of a mesh are TPUs; None: of the `shard_map` that is being traced.
 

@@ -140,7 +140,7 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
     except ValueError as e:
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
-    mesh = hosts.own(mesh or all_devices())  # each host judges its own completions
+    mesh = hosts.own(mesh or gemma.all_devices())  # each host judges its own completions
     dtype, shard = layout(gemma.read_config(folder), mesh, dtype)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
@@ -152,11 +152,6 @@ def total(stats: list[dict[str, float]]) -> dict[str, float]:
     out = {name: sum(s[name] for s in stats) for name in stats[0]}
     missing = sum(s["judge_n"] * s["judge_missing"] for s in stats)
     return out | {"judge_missing": missing / max(1, out["judge_n"])}
-
-
-def all_devices() -> Mesh:
-    axes = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
 
 
 def layout(cfg: gemma.Config, mesh: Mesh, dtype=None) -> tuple[jnp.dtype, bool]:
@@ -1046,7 +1041,7 @@ def speed(config: Command, repeats: int = 3) -> dict[str, float]:
     are in the tokens of the tiny model, whose ids every vocabulary has. Decoded verdicts are a
     digit, and --new-tokens tokens as JSON takes them; each prompt is prefilled whole.
     """
-    mesh, tok = all_devices(), data.Tokenizer(gemma.find("tiny"))
+    mesh, tok = gemma.all_devices(), data.Tokenizer(gemma.find("tiny"))
     if config.judge_weights:
         cfg = gemma.read_config(config.judge_weights)
     elif config.judge in gemma.CONFIGS:

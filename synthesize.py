@@ -38,7 +38,6 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
@@ -290,7 +289,7 @@ def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
                "checksum of the prompts": prompts}  # fmt: skip
     evaluation.check_folder(Path(config.out), record)
     runs.write_json(Path(config.out) / "config.json", dataclasses.asdict(config) | record)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = gemma.all_devices()
     dtype = jnp.dtype(config.dtype)
     cfg, params = gemma.load(start.weights, dtype, mesh)
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)

@@ -878,7 +878,7 @@ def main(config: Config) -> Path | dict:
     if config.group == 2 and config.scale == "group":
         runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
                  "apart the rewards are; --scale none keeps that")  # fmt: skip
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = gemma.all_devices()
 
     # load
     mix = rewards.read_mix(config.rewards, config.reward_file)

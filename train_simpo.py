@@ -496,7 +496,7 @@ def main(config: Config) -> Path | dict:
     hosts.connect(config)
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = gemma.all_devices()
     n_micro, _ = batch_shape(config, mesh)
 
     # load
