@@ -82,7 +82,7 @@ def check_jax(version: str | None = None, installed: Iterable[str] | None = None
         "jax-cuda12-plugin": "[cuda12]",
     }
     extra = next((extra for name, extra in extras.items() if name in names), "")
-    package = f'"jax{extra}"' if extra else "jax"
+    package = f'"jax{extra}>=0.10,<0.13"'  # what this was tried on
     then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
     raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}{then}")
 

@@ -805,10 +805,10 @@ def test_logger_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     "version, installed, command",
     [
-        ("0.4.35", ["jax", "libtpu", "jaxlib"], 'pip install -U "jax[tpu]"'),
-        ("0.9.2", ["jax-cuda12-plugin"], 'pip install -U "jax[cuda12]"'),
-        ("0.9.2", ["jax_cuda13_plugin"], 'pip install -U "jax[cuda13]"'),
-        ("0.5", ["numpy"], "pip install -U jax"),
+        ("0.4.35", ["jax", "libtpu", "jaxlib"], 'pip install -U "jax[tpu]>=0.10,<0.13"'),
+        ("0.9.2", ["jax-cuda12-plugin"], 'pip install -U "jax[cuda12]>=0.10,<0.13"'),
+        ("0.9.2", ["jax_cuda13_plugin"], 'pip install -U "jax[cuda13]>=0.10,<0.13"'),
+        ("0.5", ["numpy"], 'pip install -U "jax>=0.10,<0.13"'),
         ("0.10.0", [], None),
         ("0.12.1.dev3", [], None),
         ("1.0", [], None),
@@ -825,7 +825,7 @@ def test_old_jax_names_the_one_command(version, installed, command):
 
 def test_in_a_kernel_the_command_says_to_restart_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    with pytest.raises(SystemExit, match=r'-U "jax\[tpu\]", then restart the kernel$'):
+    with pytest.raises(SystemExit, match=r'-U "jax\[tpu\]>=0.10,<0.13", then restart the kernel$'):
         runs.check_jax("0.9.0", ["libtpu"])
 
 
