@@ -941,7 +941,7 @@ def test_the_command_times_the_same_verdicts_three_ways(tmp_path, monkeypatch, c
         return rollouts
 
     monkeypatch.setattr(judge.Sampler, "sample", spy)
-    monkeypatch.setattr(judge, "all_devices", lambda: mesh(1))
+    monkeypatch.setattr(judge.gemma, "all_devices", lambda: mesh(1))
     command = judge.Command(judge_weights=str(tmp_path), speed=True, problems=2, group=2,
                             new_tokens=3)  # fmt: skip
     found = judge.speed(command, repeats=1)

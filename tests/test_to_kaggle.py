@@ -103,7 +103,7 @@ def test_one_file_in_a_kernel(tmp_path, one_device):
         )
         assert stopped and "SIGINT: finishing this step, then saving" in said
         # nothing is left behind: signals are the kernel's again, the folder is unlocked
-        said, error = talk(client, "while True: pass", "", kernel.interrupt_kernel)
+        said, error = talk(client, "print('on')\nwhile True: pass", "on\n", kernel.interrupt_kernel)
         assert error == "KeyboardInterrupt: "
         n = int(stopped[1]) + 1
         said, error = talk(client, f"main(dataclasses.replace(CONFIG, steps={n}, eval_every=0))")
