@@ -339,13 +339,15 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
         if cap := cfg.attn_logit_softcapping:
             s_BKMTS = cap * jnp.tanh(s_BKMTS / cap)
         scores.append(jnp.where(mask_BTS[:, None, None], s_BKMTS, -1e30))
-    p_BKMTS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BTNH.dtype)
-    out, start = 0, 0
-    for _, v_BKSH, mask_BTS in parts:
-        part_BKMTS = p_BKMTS[..., start : start + mask_BTS.shape[-1]]
+    top_BKMT1 = functools.reduce(jnp.maximum, [jnp.max(s, -1, keepdims=True) for s in scores])
+    top_BKMT1, total, out = lax.stop_gradient(top_BKMT1), 0, 0
+    for (_, v_BKSH, _), s_BKMTS in zip(parts, scores, strict=True):
+        e_BKMTS = jnp.exp(s_BKMTS - top_BKMT1)
+        total += jnp.sum(e_BKMTS, -1, keepdims=True)
         # not ->BTKMH: XLA on a CPU would copy the whole cache into another layout, at every step
-        out = out + jnp.einsum("BKMTS,BKSH->BKMTH", part_BKMTS, v_BKSH)
-        start += mask_BTS.shape[-1]
+        out += jnp.einsum("BKMTS,BKSH->BKMTH", e_BKMTS.astype(v_BKSH.dtype), v_BKSH,
+                          preferred_element_type=jnp.float32)  # fmt: skip
+    out = (out / total).astype(q_BTNH.dtype)  # H numbers are divided, not S
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -750,12 +752,14 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
 
 def _chunk(x_cD, head_VD, target_c, temperature, softcap):
     """One chunk: log-probs of all words [c, V], the target's, the entropy, d logit/d raw logit."""
-    raw_cV = jnp.einsum("cD,VD->cV", x_cD, head_VD, preferred_element_type=jnp.float32)
+    logit_cV = jnp.einsum("cD,VD->cV", x_cD, head_VD, preferred_element_type=jnp.float32)
     slope = 1.0 / temperature
     if softcap:
-        capped_cV = jnp.tanh(raw_cV / softcap)
-        raw_cV, slope = capped_cV * softcap, (1.0 - capped_cV**2) / temperature
-    logp_cV = jax.nn.log_softmax(raw_cV / temperature, axis=-1)
+        capped_cV = jnp.tanh(logit_cV / softcap)
+        logit_cV, slope = capped_cV * softcap, (1.0 - capped_cV**2) / temperature
+    logit_cV /= temperature
+    # log_softmax means the same, but XLA on a CPU fuses it with the product: three times as slow
+    logp_cV = logit_cV - jax.nn.logsumexp(logit_cV, axis=-1, keepdims=True)
     logp_c = jnp.take_along_axis(logp_cV, target_c[:, None], axis=1)[:, 0]
     entropy_c = -jnp.sum(jnp.exp(logp_cV) * logp_cV, axis=-1)
     return logp_cV, logp_c, entropy_c, slope
