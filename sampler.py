@@ -331,7 +331,8 @@ def _step(cfg, rules, fsdp, params, lora, how, state):
 def _decode(cfg, rules, chunk, fsdp, params, lora, how, shelf, todo, state):
     """Up to `chunk` steps; fewer when all is done or too many slots wait for the host.
 
-    With fsdp a device whose slots are all free steps on with the others; nothing of it is kept.
+    With fsdp always `chunk` steps, because a step holds collectives that every device must reach;
+    of those of free slots nothing is kept.
     """
     state |= {"next": jnp.zeros_like(state["next"])}
     end = state["steps"][0] + chunk
@@ -339,12 +340,13 @@ def _decode(cfg, rules, chunk, fsdp, params, lora, how, shelf, todo, state):
     def more(state):
         waiting, active_B = state["next"][0] < todo["n"][0], state["active_B"]
         starved = ~waiting & (jnp.sum(~active_B) >= todo["leave_at"][0])
-        return (state["steps"][0] < end) & (waiting | jnp.any(active_B)) & ~starved
+        useful = (waiting | jnp.any(active_B)) & ~starved
+        return (state["steps"][0] < end) & (useful if fsdp is None else True)
 
     def step(state):
         return _step(cfg, rules, fsdp, params, lora, how, _admit(shelf, todo, state))
 
-    return _loop(more, step, state, fsdp)
+    return lax.while_loop(more, step, state)
 
 
 # ---------------------------------------------------------------------------- what the host does

@@ -269,7 +269,7 @@ DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", rows=5000, system="", rewards="format:0.1,answer:1",
         prompts=16, max_prompt=88, max_new=104, slots=64, kl_coef=0.0, is_cap=0.0, lora_rank=16,
-        steps=80, pack_length=256, micro_rows=2, learning_rate=1e-3, remat="none", eval_every=20,
+        steps=80, pack_length=384, micro_rows=1, learning_rate=1e-3, remat="none", eval_every=20,
         eval_rows=200, save_every=20,
     ),
     "gemma2": REAL,

@@ -232,6 +232,25 @@ def test_missing_judgements_are_no_pair(tmp_path):
     assert "HTTP 400" in reject["errors"]["judge"]
 
 
+def test_a_judge_on_the_mesh_picks_the_pairs(tmp_path):
+    """The best and the worst by the scores that the judge gives one completion at a time."""
+    problems = problems_of([{"question": q, "rubrics": ["It is true."]} for q in ("Why?", "How?")])
+    said = ["It is so.", "2 + 2 = 4, so 4.", "no", "<answer>7</answer>", ""]
+    rows = [{"problem": i, "sample": j, "completion": text, "stop": "stop"}
+            for i in range(2) for j, text in enumerate(said)]  # fmt: skip
+    config = Pairs(judge="tiny", rewards="judge", margin=1e-4, out=str(tmp_path), max_new=32)
+    made, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
+    judge = synthesize.judge.open(config)
+    for pair, problem in zip(made, problems, strict=True):
+        alone = [synthesize.judge.scores(judge, [(text, problem.row)])[0] for text in said]
+        best = max(range(4), key=lambda j: alone[j])  # nothing to train on in the empty one
+        worst = min(range(4), key=lambda j: alone[j])
+        assert (pair["chosen_sample"], pair["rejected_sample"]) == (best, worst)
+        assert pair["chosen_reward"] == pytest.approx(alone[best], abs=1e-5)
+        assert pair["rejected_reward"] == pytest.approx(alone[worst], abs=1e-5)
+    assert len(made) == 2 and not rejects
+
+
 def test_all_completions_of_a_prompt_are_judged_by_one_request(tmp_path):
     """The row's own trace among them; of a prompt without a verdict nothing becomes a pair."""
 
