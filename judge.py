@@ -113,7 +113,7 @@ REPLICATED_BYTES = 2.5e9  # a larger judge is sharded over the mesh
 WINDOW, ENOUGH = 200, 20  # judgements that `trouble` looks back on; fewer say nothing
 
 
-def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=None, rows: int = 8):
+def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=None, rows: int = 4):
     """The judge of a Config, or of a script's with the same fields.
 
     cache: file of the replies of an endpoint. Not a *.jsonl in the run folder itself: resuming cuts
@@ -517,7 +517,7 @@ class OnMesh(Judge):
     """
 
     def __init__(self, cfg: gemma.Config, params: dict, tok: data.Tokenizer | None, mesh: Mesh,
-                 style: str = "grar", *, missing: float = 0.2, shard: bool = False, rows: int = 8,
+                 style: str = "grar", *, missing: float = 0.2, shard: bool = False, rows: int = 4,
                  max_tokens: int = 8192):  # fmt: skip
         super().__init__(style, missing)
         self.cfg, self.params, self.tok, self.mesh, self.shard = cfg, params, tok, mesh, shard
