@@ -58,8 +58,8 @@ from sampler import Rollout, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(judge.Config):
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+class Sampling(judge.Config):
+    """What is answered, by whom and how; the flags that synthesize.py has too."""
 
     # model
     model: str = "tiny"
@@ -75,7 +75,7 @@ class Config(judge.Config):
 
     # data
     data: str | None = None
-    """Comma-separated: problems:test (built in), gsm8k:test, JSONL files."""
+    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
     rows: int | None = None
     """Problems from the start of each source; 0: all of them."""
     system: str | None = None
@@ -84,10 +84,6 @@ class Config(judge.Config):
     """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
 
     # sampling
-    greedy: bool = True
-    """Answer every problem once with the likeliest tokens: pass@1."""
-    samples: int | None = None
-    """Random completions of every problem, the k of pass@k and maj@k; 0: none."""
     temperature: float = 1.0
     """Of the random completions."""
     top_k: int = 0
@@ -104,18 +100,24 @@ class Config(judge.Config):
     """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
     """Completions that a device writes at a time; lower it when out of memory."""
-
-    # scores
-    rewards: str = ""
-    """Weighted sum, as in judge:0.6,format:0.2, or a preset: tunix, ideae, pinocchio, grar."""
+    seed: int = 0
+    """Of the random completions."""
     reward_file: str | None = None
     """A reward of your own: my.py:score, a function of (completion, row)."""
 
-    # the run
+
+@dataclasses.dataclass(frozen=True)
+class Config(Sampling):
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+
+    greedy: bool = True
+    """Answer every problem once with the likeliest tokens: pass@1."""
+    samples: int | None = None
+    """Random completions of every problem, the k of pass@k and maj@k; 0: none."""
+    rewards: str = ""
+    """Weighted sum, as in judge:0.6,format:0.2, or a preset: tunix, ideae, pinocchio, grar."""
     out: str = "runs/eval"
     """Folder of results.json and samples.jsonl; the same command continues what is there."""
-    seed: int = 0
-    """Of the random completions."""
     compare: str | None = None
     """Folder of an earlier evaluation, to compare with on the problems both have."""
 
@@ -684,7 +686,7 @@ def answer(config, start: lora.Start, tok: data.Tokenizer, problems: list[Proble
     return evaluate(
         sampler, params, tok, problems, adapter=adapter, greedy=greedy, samples=config.samples,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        min_p=getattr(config, "min_p", 0.0), repetition=config.repetition, seed=config.seed,
+        min_p=config.min_p, repetition=config.repetition, seed=config.seed,
         journal=Path(config.out) / "samples.jsonl",
     )  # fmt: skip
 
