@@ -414,7 +414,7 @@ def main(config: Config) -> Path:
             )  # fmt: skip
             with runs._writing(out):  # of a reply that could not be kept; all else is a reject
                 rows = ask(teacher, problems, config)
-            runs.say(f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price")
+            runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
             _, rows = evaluation.answer(config, start, tok, problems, greedy=False)
         make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
