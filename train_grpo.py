@@ -53,23 +53,32 @@ import data
 import gemma
 import hosts
 import judge as judges
-import lora
 import rewards
 import runs
-from eval import Problem, eval_metrics, evaluate, load_problems, verdict
+from eval import (
+    Problem,
+    check,
+    eval_metrics,
+    evaluate,
+    fill,
+    load_problems,
+    reward_functions,
+    row_of,
+)
 from sampler import Rollout, Sampler
 from train_sft import (
-    base_name,
     fixed_specs,
     is_sharded,
     join,
     load_model,
-    new_adapter,
+    model_of,
     opt_specs,
-    optimizer,  # fmt: skip
+    optimizer,
     place,
+    random_weights,
     samples_sharded,
     schedule,
+    state_shapes,
     trained_specs,
     vary,
     write_model,
@@ -79,8 +88,11 @@ from train_sft import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+class Config(judges.Config):
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed.
+
+    The flags of a judge are those of judge.py.
+    """
 
     # model
     model: str = "tiny"
@@ -114,22 +126,6 @@ class Config:
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
     reward_file: str | None = None
     """A reward of your own: my.py:score, a function of (completion, row)."""
-    judge: str | None = None
-    """For the reward "judge": a Gemma by name or folder, run on the mesh; or http(s)://host/v1."""
-    judge_model: str | None = None
-    """The judge's name at the endpoint."""
-    judge_weights: str | None = None
-    """Folder of the judge's weights; default: looked for by name."""
-    judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
-    """One metric 1-5, all items of a rubric at once, item by item; or Pinocchio's, over HTTP."""
-    judge_calls: Literal["completion", "group"] = "completion"
-    """What a request to an endpoint judges: one completion, or all those of a prompt at once."""
-    judge_threads: int = 16
-    """Requests in flight at an endpoint."""
-    judge_limit: int = 0
-    """Requests that may be sent, those of earlier sessions included; 0: no limit."""
-    judge_missing: float = 0.2
-    """Share of missing judgements, of the latest 200, above which the run stops."""
     overlong_buffer: float = 0.2
     """Share of --max-new over which the reward "overlong" falls from 0 to -1 (DAPO)."""
 
@@ -289,15 +285,7 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
-    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
-    if table is None:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if config.time_limit is not None and config.steps is None:
-        filled["steps"] = None  # the clock alone decides
-    config = dataclasses.replace(config, **filled)
+    config = fill(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
     longest = config.max_prompt + config.max_new
@@ -311,6 +299,7 @@ def resolve(config: Config) -> Config:
     ):  # fmt: skip
         if not ok:
             raise ValueError(f"--{flag} {value}: expected {expected}")
+    rewards.read_mix(config.rewards, config.reward_file)  # a mistake is better said now
     return config
 
 
@@ -679,26 +668,13 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
+    cfg = model_of(config)
     sharded, dtype = is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
     train_step, reference = make_steps(cfg, config, mesh, sharded)
-
-    def on_mesh(tree, specs):
-        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-        return jax.tree.map(place, tree, specs)
-
-    base = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype))
-    adapter = None
-    if config.lora_rank:
-        adapter = jax.eval_shape(lambda: new_adapter(cfg, config))
-        trained, scale = lora.split(adapter)
-        fixed = {"base": base} | scale
-    else:
-        trained, fixed = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0))), {}
-    specs, tx = trained_specs(cfg, config, sharded), optimizer(config)
-    trained = on_mesh(trained, specs)
-    fixed = on_mesh(fixed, fixed_specs(cfg, config, sharded))
-    opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
+    specs = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    weights = partial(random_weights, cfg, config)
+    trained, opt, fixed = state_shapes(config, mesh, weights, specs)
+    base, adapter = jax.eval_shape(partial(join, dtype=dtype), trained, fixed)
     n_max, rows = n_packed(config, mesh.size)
     batch = {
         k: jax.ShapeDtypeStruct((n_max, rows, config.pack_length),
@@ -723,23 +699,10 @@ def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
                    shard=samples_sharded(cfg, config, mesh))  # fmt: skip
 
 
-def row_of(problem: Problem, rollout: Rollout, p: float, config: Config) -> dict:
-    """What a reward is told besides the completion: all that the data's row has, and this."""
-    return problem.row | {
-        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-        "choices": problem.choices, "n_tokens": len(rollout.ids), "max_new": config.max_new,
-        "overlong_buffer": config.overlong_buffer * config.max_new, "stop": rollout.stop,
-        "progress": p,
-    }  # fmt: skip
-
-
 def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards.Mix,
           functions: dict) -> Sample:  # fmt: skip
     """One completion and its score; runs in a thread while the devices write others."""
-    _, answer, strict = rewards.parse(text)
-    right = None
-    if problem.gold is not None:
-        right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
+    _, right, strict = check(problem, text)
     scored = rewards.score(mix, functions, text, row)
     return Sample(problem, rollout.prompt, rollout, text, right, strict, scored)
 
@@ -845,21 +808,19 @@ def show(samples: list[Sample]) -> None:
 
 
 def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
-    """The problems to train on and those held out; says what was read and left out."""
-
-    def read(sources, rows):
-        problems, bad = load_problems(sources, tok, config.system, rows, config.max_prompt,
-                                      config.skip_bad_rows)  # fmt: skip
-        left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
-        runs.say(f"data: {len(problems):,} problems of {sources}{left_out}")
-        return problems
-
+    """The problems to train on and those held out."""
+    read = lambda source, rows: load_problems(source, tok, config.system, rows, config.max_prompt,
+                                              config.skip_bad_rows)[0]  # fmt: skip
     problems = read(config.data, config.rows)
     built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
     if config.eval_data or built_in:
         return problems, read(config.eval_data or built_in, config.eval_rows)
+    if len(problems) == 1:
+        raise ValueError(f"--data {config.data}: one problem is too few to hold some out; "
+                         "--eval-data names other held-out ones")  # fmt: skip
     order = np.random.default_rng((config.seed, 1)).permutation(len(problems))
-    n = min(len(problems) // 50 + 1, len(problems) - 1, config.eval_rows)
+    n = len(problems) // 50 + 1
+    n = min(n, config.eval_rows or n)
     return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
 
 
@@ -881,15 +842,11 @@ def main(config: Config) -> Path | dict:
     mesh = gemma.all_devices()
 
     # load
-    mix = rewards.read_mix(config.rewards, config.reward_file)
     model = load_model(config, mesh)
     cfg, tok, trained, fixed, specs = model.cfg, model.tok, model.trained, model.fixed, model.specs
     problems, held_out = load_data(config, tok)
     prompts = Prompts(problems, config.curriculum, config.seed)
-    traces = [t for p in problems if isinstance(t := p.row.get("reasoning"), str)]
-    judged = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-    judged = {name: rewards.Reward(partial(verdict, name)) for name in judged if config.judge}
-    functions = rewards.prepare(mix, traces, config.reward_file, judged)
+    mix, functions = reward_functions(config, problems)
     judge = None
     if config.judge:
         judge = judges.open(config, mesh, cache=Path(config.out) / "judge" / "replies.jsonl")
@@ -916,7 +873,7 @@ def main(config: Config) -> Path | dict:
         )  # fmt: skip
         for r in rollouts:
             problem, text = problems[chosen[r.prompt - first]], tok.decode(r.ids)
-            row = row_of(problem, r, p, config)
+            row = row_of(problem, len(r.ids), r.stop, config.max_new, config.overlong_buffer, p)
             if judge is not None:
                 row["verdict"] = judge.submit(text, row, (r.prompt, r.index, config.group))
                 judge.pump()
@@ -968,7 +925,7 @@ def main(config: Config) -> Path | dict:
     # loop: rollout -> reward -> advantage -> update -> log -> save
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
                          needs=("step", "save", "eval"))  # fmt: skip
-    report_to = filter(None, config.report_to.split(","))
+    report_to = [name for name in config.report_to.split(",") if name]
     closing = contextlib.closing(judge) if judge else contextlib.nullcontext()
     with pool, closing, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to,
                                  LABELS, every_s=0.0) as run:  # fmt: skip

@@ -203,7 +203,6 @@ KNOBS = {  # the fields that each loss reads, with their defaults
     "ipo": dict(beta=0.1),
     "orpo": dict(orpo_lambda=0.1),
 }
-MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every")
 
 
 def resolve(config: Config) -> Config:

@@ -547,9 +547,7 @@ def test_no_prompt_is_on_both_sides(small, tmp_path):
     rows += [row | {"rejected": "I do not know."} for row in rows]
     file.write_text("\n".join(map(json.dumps, rows)))
     config = train_simpo.resolve(train_simpo.Config(data=str(file)))
-    batches, held_out = train_sft.load_data(
-        config, data.Tokenizer(ROOT / "tiny"), data.read_pair
-    )
+    batches, held_out = train_sft.load_data(config, data.Tokenizer(ROOT / "tiny"), data.read_pair)
     prompt = lambda pair: tuple(pair[0][0][: np.argmax(pair[0][1])])
     assert len(held_out) == 6 and len(batches.sources[0]) == 194
     assert not {prompt(p) for p in held_out} & {prompt(p) for p in batches.sources[0]}
