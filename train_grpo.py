@@ -50,39 +50,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
+import eval as evaluation
 import gemma
 import hosts
 import judge as judges
 import rewards
 import runs
-from eval import (
-    Problem,
-    check,
-    eval_metrics,
-    evaluate,
-    fill,
-    load_problems,
-    reward_functions,
-    row_of,
-)
+import train_sft
+from eval import Problem, check, evaluate, row_of
 from sampler import Rollout, Sampler
-from train_sft import (
-    fixed_specs,
-    is_sharded,
-    join,
-    load_model,
-    model_of,
-    opt_specs,
-    optimizer,
-    place,
-    random_weights,
-    samples_sharded,
-    schedule,
-    state_shapes,
-    trained_specs,
-    vary,
-    write_model,
-)
+from train_sft import join, place, vary
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -285,7 +262,7 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    config = fill(config, DEFAULTS)
+    config = evaluation.fill(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
     longest = config.max_prompt + config.max_new
@@ -635,7 +612,7 @@ def reference_logps(reference, fixed, batch, n_micro, *, cfg, config, fsdp):
 
 def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     """grads() under shard_map: (trained, fixed, batch, n_micro, on_policy) -> its results."""
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = train_sft.specs_of(cfg, config, sharded)
     fsdp, rows = "data" if sharded else None, P(None, "data")
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -646,7 +623,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, n_micro, on_policy, lr), reference(...)."""
     check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    mesh_grads = grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    tx = train_sft.optimizer(config)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
@@ -656,7 +634,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
         trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
         return trained, opt, metrics, logp_nBT
 
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = train_sft.specs_of(cfg, config, sharded)
     fsdp, rows = "data" if sharded else None, P(None, "data")
     reference = jax.jit(jax.shard_map(
         partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -668,12 +646,12 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = model_of(config)
-    sharded, dtype = is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
+    cfg = train_sft.model_of(config)
+    sharded, dtype = train_sft.is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
     train_step, reference = make_steps(cfg, config, mesh, sharded)
-    specs = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
-    weights = partial(random_weights, cfg, config)
-    trained, opt, fixed = state_shapes(config, mesh, weights, specs)
+    specs = train_sft.specs_of(cfg, config, sharded)
+    weights = partial(train_sft.random_weights, cfg, config)
+    trained, opt, fixed = train_sft.state_shapes(config, mesh, weights, specs)
     base, adapter = jax.eval_shape(partial(join, dtype=dtype), trained, fixed)
     n_max, rows = n_packed(config, mesh.size)
     batch = {
@@ -696,7 +674,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
 def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
                    max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                   shard=samples_sharded(cfg, config, mesh))  # fmt: skip
+                   shard=train_sft.samples_sharded(cfg, config, mesh))  # fmt: skip
 
 
 def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards.Mix,
@@ -809,8 +787,9 @@ def show(samples: list[Sample]) -> None:
 
 def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
     """The problems to train on and those held out."""
-    read = lambda source, rows: load_problems(source, tok, config.system, rows, config.max_prompt,
-                                              config.skip_bad_rows)[0]  # fmt: skip
+    read = lambda source, rows: evaluation.load_problems(
+        source, tok, config.system, rows, config.max_prompt, config.skip_bad_rows
+    )[0]
     problems = read(config.data, config.rows)
     built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
     if config.eval_data or built_in:
@@ -842,11 +821,11 @@ def main(config: Config) -> Path | dict:
     mesh = gemma.all_devices()
 
     # load
-    model = load_model(config, mesh)
-    cfg, tok, trained, fixed, specs = model.cfg, model.tok, model.trained, model.fixed, model.specs
+    model = train_sft.load_model(config, mesh)
+    cfg, tok, trained, fixed = model.cfg, model.tok, model.trained, model.fixed
     problems, held_out = load_data(config, tok)
     prompts = Prompts(problems, config.curriculum, config.seed)
-    mix, functions = reward_functions(config, problems)
+    mix, functions = evaluation.reward_functions(config, problems)
     judge = None
     if config.judge:
         judge = judges.open(config, mesh, cache=Path(config.out) / "judge" / "replies.jsonl")
@@ -854,9 +833,7 @@ def main(config: Config) -> Path | dict:
 
     # compile
     train_step, reference_step = make_steps(cfg, config, mesh, model.sharded)
-    tx = optimizer(config)
-    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
-        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
+    opt = train_sft.init_opt(config, trained, mesh, model.specs)
     sampler, dtype = make_sampler(cfg, config, mesh), jnp.dtype(config.dtype)
     pool = ThreadPoolExecutor(config.reward_threads)
 
@@ -914,13 +891,13 @@ def main(config: Config) -> Path | dict:
         """Held-out greedy accuracy and format, logged and shown -> the score."""
         params, adapter = join(trained, fixed, dtype)
         results, _ = evaluate(sampler, params, tok, held_out, adapter=adapter, every_s=None)
-        metrics = eval_metrics(results)
+        metrics = evaluation.eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics.get("eval_accuracy", metrics["eval_format"])
 
     def write(folder: Path | None) -> None:
-        write_model(folder, config, model, trained)
+        train_sft.write_model(folder, config, model, trained)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
@@ -933,8 +910,8 @@ def main(config: Config) -> Path | dict:
         step, state = 0, {"drawn": 0, "num_tokens": 0}
         if saved is not None:
             step, state = saved.step, saved.state
-            trained = place(saved.arrays["trained"], mesh, specs)
-            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
+            trained = train_sft.place_like(saved.arrays["trained"], trained)
+            opt = train_sft.place_like(saved.arrays["opt"], opt)
         elif config.eval_every:
             with budget.measure("eval"):
                 measure(run)
@@ -951,7 +928,8 @@ def main(config: Config) -> Path | dict:
                 raise SystemExit("no completion of the first step could be scored: "
                                  f"{everything[0].scored.errors}")  # fmt: skip
             # the share of the run at the end of this step, so that the first step moves
-            lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
+            p_end = min(1.0, p + (1 / config.steps if config.steps else 0.0))
+            lr = train_sft.schedule(p_end, config)
             metrics, batch = update([s for group in groups for s in group], lr)
             n_tokens = sum(len(s.rollout.ids) + len(s.problem.prompt) for s in everything)
             state = {"drawn": state["drawn"] + len(seen),

@@ -269,24 +269,20 @@ def schedule(p: float, config: Config) -> float:
     return config.learning_rate * float(config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def trained_specs(cfg: gemma.Config, config: Config, sharded: bool):
-    """PartitionSpecs of what is trained: an adapter is replicated, whole weights may be split."""
-    if config.lora_rank:
-        names = lora.parse_targets(config.lora_targets)
-        return {k: {n: P() for n in names} for k in "ab"}
-    return gemma.pspecs(cfg, sharded)
+def specs_of(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
+    """PartitionSpecs of (what is trained, what is fixed).
 
-
-def fixed_specs(cfg: gemma.Config, config: Config, sharded: bool):
+    An adapter is replicated; a base, or weights that are trained, may be split.
+    """
     if not config.lora_rank:
-        return {}
-    names = lora.parse_targets(config.lora_targets)
-    return {"base": gemma.pspecs(cfg, sharded), "scale": {n: P() for n in names}}
+        return gemma.pspecs(cfg, sharded), {}
+    each = {n: P() for n in lora.parse_targets(config.lora_targets)}
+    return {"a": each, "b": each}, {"base": gemma.pspecs(cfg, sharded), "scale": each}
 
 
 def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     """grads() under shard_map: (trained, fixed, batch, key) -> (gradient, metrics)."""
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = specs_of(cfg, config, sharded)
     fsdp = "data" if sharded else None
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -313,7 +309,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
         total, count = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
         return lax.psum({"loss": total, "count": count}, "data")
 
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = specs_of(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
         eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
         check_vma=check_vma,
@@ -326,7 +322,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
     config = resolve(config)
     cfg = model_of(config)
     sharded = is_sharded(cfg, config, mesh)
-    specs = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs = specs_of(cfg, config, sharded)
     state = state_shapes(config, mesh, partial(random_weights, cfg, config), specs)
     return step_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
 
@@ -426,11 +422,23 @@ def opt_specs(tx, trained, specs):
     )  # fmt: skip
 
 
+def init_opt(config: Config, trained: dict, mesh: Mesh, specs: dict):
+    """The optimizer's state of what is trained, as it lies on the mesh."""
+    tx = optimizer(config)
+    at = jax.tree.map(partial(NamedSharding, mesh), opt_specs(tx, trained, specs))
+    return jax.jit(tx.init, out_shardings=at)(trained)
+
+
 def place(tree, mesh: Mesh, specs):
     """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
     if isinstance(specs, P):
         specs = jax.tree.map(lambda _: specs, tree)
     return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
+
+
+def place_like(tree, like):
+    """Host arrays onto the devices as arrays of the same tree already are."""
+    return jax.tree.map(lambda x, now: hosts.put(x, now.sharding), tree, like)
 
 
 class Model(NamedTuple):
@@ -468,7 +476,7 @@ def load_model(config: Config, mesh: Mesh) -> Model:
         runs.say(lora.describe(adapter))
         trained, scale = lora.split(adapter)
         fixed = {"base": base} | place(scale, mesh, P())
-    specs = trained_specs(cfg, config, sharded)
+    specs, _ = specs_of(cfg, config, sharded)
     rollouts = "in their place" if samples_sharded(cfg, config, mesh) else "from a copy on each"
     runs.say(
         f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
@@ -564,10 +572,9 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
 
     steps: (train_step, eval_step) of this script or of train_simpo.py. show: metrics of the line.
     """
-    (train_step, eval_step), tok, fixed, specs = steps, model.tok, model.fixed, model.specs
-    trained, tx, n_micro = model.trained, optimizer(config), batch_shape(config, mesh)[0]
-    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
-        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
+    (train_step, eval_step), tok, fixed = steps, model.tok, model.fixed
+    trained, (n_micro, _) = model.trained, batch_shape(config, mesh)
+    opt = init_opt(config, trained, mesh, model.specs)
     key = jax.random.key(config.seed)
     eval_rows = config.micro_rows * mesh.size
     eval_set = data.eval_batches(held_out, config.max_length, eval_rows)
@@ -612,8 +619,8 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
         step = 0
         if saved is not None:
             step = saved.step
-            trained = place(saved.arrays["trained"], mesh, specs)
-            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
+            trained = place_like(saved.arrays["trained"], trained)
+            opt = place_like(saved.arrays["opt"], opt)
         pending, measured, began = None, None, time.perf_counter()
 
         def log_pending():

@@ -48,23 +48,9 @@ import gemma
 import hosts
 import lora
 import runs
+import train_sft
 from eval import fill
-from train_sft import (
-    batch_shape,
-    fit,
-    fixed_specs,
-    is_sharded,
-    join,
-    load_data,
-    load_model,
-    model_of,
-    optimizer,
-    random_weights,
-    state_shapes,
-    step_programs,
-    trained_specs,
-    vary,
-)
+from train_sft import join, vary
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -342,7 +328,7 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
 
 def specs_of(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
     """PartitionSpecs of what is trained and of what is fixed; a reference lies like the former."""
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = train_sft.specs_of(cfg, config, sharded)
     return specs, fixed | ({"reference": specs} if config.loss in ("dpo", "ipo") else {})
 
 
@@ -368,7 +354,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
     check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    mesh_grads = grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    tx = train_sft.optimizer(config)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -396,15 +383,15 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = model_of(config)
-    sharded = is_sharded(cfg, config, mesh)
+    cfg = train_sft.model_of(config)
+    sharded = train_sft.is_sharded(cfg, config, mesh)
 
     def weights():
-        trained, fixed = random_weights(cfg, config)
+        trained, fixed = train_sft.random_weights(cfg, config)
         return trained, with_reference(trained, fixed, config)
 
-    state = state_shapes(config, mesh, weights, specs_of(cfg, config, sharded))
-    return step_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
+    state = train_sft.state_shapes(config, mesh, weights, specs_of(cfg, config, sharded))
+    return train_sft.step_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -426,13 +413,13 @@ def main(config: Config) -> Path | dict:
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     mesh = gemma.all_devices()
-    batch_shape(config, mesh)  # what is wrong with it is better said before all is loaded
-    model = load_model(config, mesh)
-    batches, held_out = load_data(config, model.tok, data.read_pair)
+    train_sft.batch_shape(config, mesh)  # what is wrong with it is better said before all is loaded
+    model = train_sft.load_model(config, mesh)
+    batches, held_out = train_sft.load_data(config, model.tok, data.read_pair)
     steps = make_steps(model.cfg, config, mesh, model.sharded)
     model = model._replace(fixed=with_reference(model.trained, model.fixed, config))
     show = "loss", "pair_accuracy", "margin", "tokens_per_s"
-    return fit(config, mesh, model, steps, batches, held_out, show)
+    return train_sft.fit(config, mesh, model, steps, batches, held_out, show)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import train_grpo
 from eval import Problem
 from sampler import Rollout
 from train_grpo import Prompts, Sample, advantages, pack, policy_loss, token_weights
-from train_sft import fixed_specs, new_adapter, optimizer, place, trained_specs
+from train_sft import new_adapter, optimizer, place, specs_of
 
 CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
@@ -257,8 +257,7 @@ def one_each(samples, config):
 def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False):
     mesh = mesh_of(devices)
     trained, fixed = weights_for(config)
-    trained = place(trained, mesh, trained_specs(CFG, config, sharded))
-    fixed = place(fixed, mesh, fixed_specs(CFG, config, sharded))
+    trained, fixed = place((trained, fixed), mesh, specs_of(CFG, config, sharded))
     f = jax.jit(train_grpo.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     return jax.device_get(f(trained, fixed, batch, np.int32(n_micro), np.bool(on_policy)))
 
@@ -318,7 +317,6 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config, samples = change(lora_rank=rank, kl_coef=0.1), samples_of()
     batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
-    specs_of = lambda *args: (trained_specs(*args), fixed_specs(*args))
     check_sharded_step(CFG, config, train_grpo.make_steps, specs_of, *weights_for(config),
                        off_policy(samples)(batch), np.int32(n), np.bool(False),
                        np.float32(1e-3))  # fmt: skip
@@ -430,8 +428,8 @@ def test_one_step_moves_b_and_leaves_base_and_reference_bit_identical(sharded, i
     base = gemma.init(CFG, jax.random.key(0), jnp.bfloat16)
     trained, scale = lora.split(new_adapter(CFG, config))
     before = jax.device_get((base, trained))
-    fixed = place({"base": base} | scale, mesh, fixed_specs(CFG, config, sharded))
-    trained = place(trained, mesh, trained_specs(CFG, config, sharded))
+    state = trained, {"base": base} | scale
+    trained, fixed = place(state, mesh, specs_of(CFG, config, sharded))
     reference = jax.tree.map(jnp.copy, trained)
     train_step, ref_step = train_grpo.make_steps(CFG, config, mesh, sharded)
     opt = optimizer(config).init(trained)

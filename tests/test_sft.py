@@ -58,9 +58,8 @@ def weights(config=CONFIG, seed=0, dtype=jnp.float32):
 def gradient(batch, n_micro=1, devices=1, config=CONFIG, sharded=False, check_vma=True):
     """(gradient, metrics) of one update whose rows are laid out as asked."""
     mesh = mesh_of(devices)
-    trained, fixed = weights(config)
-    trained = train_sft.place(trained, mesh, train_sft.trained_specs(CFG, config, sharded))
-    fixed = train_sft.place(fixed, mesh, train_sft.fixed_specs(CFG, config, sharded))
+    specs = train_sft.specs_of(CFG, config, sharded)
+    trained, fixed = train_sft.place(weights(config), mesh, specs)
     batch = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
     f = jax.jit(train_sft.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     out = f(trained, fixed, batch, jax.random.key(0))
@@ -148,10 +147,9 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config = dataclasses.replace(CONFIG, lora_rank=rank)
-    specs_of = lambda *args: (train_sft.trained_specs(*args), train_sft.fixed_specs(*args))
     batch = {k: v[None] for k, v in PACKED.items()}
-    check_sharded_step(CFG, config, train_sft.make_steps, specs_of, *weights(config), batch,
-                       np.float32(1e-3), jax.random.key(0))  # fmt: skip
+    check_sharded_step(CFG, config, train_sft.make_steps, train_sft.specs_of, *weights(config),
+                       batch, np.float32(1e-3), jax.random.key(0))  # fmt: skip
 
 
 @pytest.mark.parametrize("remat", ["attention", "layer"])
@@ -168,10 +166,8 @@ def test_one_step_moves_b_and_leaves_the_base_bit_identical(sharded):
     config = dataclasses.replace(CONFIG, dtype="bfloat16", learning_rate=3e-6)
     trained, fixed = lora.split(train_sft.new_adapter(CFG, config))
     before = jax.device_get((base, trained))
-    fixed = train_sft.place(
-        {"base": base} | fixed, mesh, train_sft.fixed_specs(CFG, config, sharded)
-    )
-    trained = train_sft.place(trained, mesh, train_sft.trained_specs(CFG, config, sharded))
+    specs = train_sft.specs_of(CFG, config, sharded)
+    trained, fixed = train_sft.place((trained, {"base": base} | fixed), mesh, specs)
     train_step, _ = train_sft.make_steps(CFG, config, mesh, sharded)
     opt = train_sft.optimizer(config).init(trained)
     batch = {k: v[None] for k, v in PACKED.items()}
