@@ -75,7 +75,7 @@ from sampler import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The judge's flags; a training script repeats these fields."""
+    """The judge's flags, also those of the scripts that score completions."""
 
     judge: str | None = None
     """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
@@ -113,11 +113,11 @@ REPLICATED_BYTES = 2.5e9  # a larger judge is sharded over the mesh
 WINDOW, ENOUGH = 200, 20  # judgements that `trouble` looks back on; fewer say nothing
 
 
-def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=None, rows: int = 8):
-    """The judge of a Config, or of a script's with the same fields.
+def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None, rows: int = 8):
+    """The judge of a Config.
 
     cache: file of the replies of an endpoint. Not a *.jsonl in the run folder itself: resuming cuts
-    those. dtype, rows: of a judge on the mesh, see OnMesh; float32 where it is small.
+    those. rows: of a judge on the mesh, see OnMesh.
     """
     name, style, missing = config.judge, config.judge_style, config.judge_missing
     if name is None:
@@ -141,7 +141,7 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
     mesh = hosts.own(mesh or gemma.all_devices())  # each host judges its own completions
-    dtype, shard = layout(gemma.read_config(folder), mesh, dtype)
+    dtype, shard = layout(gemma.read_config(folder), mesh)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
@@ -154,24 +154,31 @@ def total(stats: list[dict[str, float]]) -> dict[str, float]:
     return out | {"judge_missing": missing / max(1, out["judge_n"])}
 
 
-def layout(cfg: gemma.Config, mesh: Mesh, dtype=None) -> tuple[jnp.dtype, bool]:
-    """(dtype, whether the weights are split over the mesh) of a judge."""
-    dtype = jnp.dtype(dtype or (jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16))
+def layout(cfg: gemma.Config, mesh: Mesh) -> tuple[jnp.dtype, bool]:
+    """(dtype, float32 if small, whether the weights are split over the mesh) of a judge."""
+    dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
     return dtype, mesh.size > 1 and cfg.n_params * dtype.itemsize > REPLICATED_BYTES
 
 
-def programs(config, mesh: Mesh) -> dict[str, tuple]:
+def shape_of(config: Config) -> gemma.Config:
+    """The shape of a judge on the mesh, by name or by a folder's config.json; needs no weights."""
+    name = str(config.judge)
+    if folder := config.judge_weights or (name if Path(name).is_dir() else None):
+        return gemma.read_config(folder)
+    if (base := name.removesuffix("-it")) not in gemma.CONFIGS:
+        raise ValueError(f"--judge {name}: expected one of {', '.join(gemma.CONFIGS)}, a folder or "
+                         "http(s)://host/v1")  # fmt: skip
+    return gemma.CONFIGS[base]
+
+
+def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
     """What a Config's judge runs on the mesh, if it does: name -> (function, argument shapes).
 
     For it no two rows share a beginning, the most memory that a batch takes. Needs no weights.
     """
-    if not (name := config.judge) or name.startswith(("http://", "https://")):
+    if not config.judge or config.judge.startswith(("http://", "https://")):
         return {}
-    folder = config.judge_weights or (name if Path(name).is_dir() else None)
-    if folder is None and name.removesuffix("-it") not in gemma.CONFIGS:
-        raise ValueError(f"--judge {name}: expected one of {', '.join(gemma.CONFIGS)}, a folder or "
-                         "http(s)://host/v1")  # fmt: skip
-    cfg = gemma.read_config(folder) if folder else gemma.CONFIGS[name.removesuffix("-it")]
+    cfg = shape_of(config)
     dtype, shard = layout(cfg, mesh)
 
     def one(spec, pspec):
@@ -1041,13 +1048,7 @@ def speed(config: Command, repeats: int = 3) -> dict[str, float]:
     are in the tokens of the tiny model, whose ids every vocabulary has. Decoded verdicts are a
     digit, and --new-tokens tokens as JSON takes them; each prompt is prefilled whole.
     """
-    mesh, tok = gemma.all_devices(), data.Tokenizer(gemma.find("tiny"))
-    if config.judge_weights:
-        cfg = gemma.read_config(config.judge_weights)
-    elif config.judge in gemma.CONFIGS:
-        cfg = gemma.CONFIGS[config.judge]
-    else:
-        raise ValueError(f"--judge {config.judge}: expected one of {', '.join(gemma.CONFIGS)}")
+    mesh, tok, cfg = gemma.all_devices(), data.Tokenizer(gemma.find("tiny")), shape_of(config)
     dtype, shard = layout(cfg, mesh)
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), gemma.pspecs(cfg, shard))
     init = jax.jit(functools.partial(gemma.init, cfg, dtype=dtype), out_shardings=specs)
