@@ -158,7 +158,7 @@ def fill(config, defaults: dict[str, dict]):
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if getattr(config, "time_limit", None) is not None:
+    if runs.parse_time(getattr(config, "time_limit", None)) is not None:
         filled.pop("steps", None)
     return dataclasses.replace(config, **filled)
 

@@ -630,14 +630,14 @@ def score(mix: Mix, functions: Mapping[str, Reward], completion: str, row: dict)
         except Exception as e:
             line = " ".join(f"{type(e).__name__}: {e}"[:200].split())
             parts[name], errors[name] = None, _safe(line)
-    terms = [(mix.weights[name], part) for name, part in parts.items() if mix.weights[name]]
+    total, terms = None, {name: part for name, part in parts.items() if mix.weights[name]}
     if not terms:
-        return Scored(None, parts, errors | {"total": "no reward with a weight applies to the row"})
-    if any(part is None for _, part in terms):
-        return Scored(None, parts, errors)
-    total = min(max(sum(weight * part for weight, part in terms), mix.low), mix.high)
-    if not math.isfinite(total):
-        return Scored(None, parts, errors | {"total": f"the sum is {total}"})
+        errors["total"] = "no reward with a weight applies to the row"
+    elif None not in terms.values():
+        total = sum(mix.weights[name] * part for name, part in terms.items())
+        total = min(max(total, mix.low), mix.high)
+        if not math.isfinite(total):
+            total, errors["total"] = None, f"the sum is {total}"
     return Scored(total, parts, errors)
 
 

@@ -125,7 +125,7 @@ class Config(train_sft.Training, evaluation.Sampling):
     out: str = "runs/grpo"
     """The run folder; the same command continues what is there."""
     eval_rows: int | None = None
-    """Held-out problems answered greedily at each evaluation."""
+    """Held-out problems answered greedily at each evaluation; 0: all of them."""
     show: int = 2
     """Completions shown at a time, with their rewards."""
     show_every: int = 10
@@ -616,8 +616,8 @@ def collect(play: Callable, prompts: Prompts, drawn: int, p: float, mix: rewards
     for _ in range(1 + config.resample):
         chosen = prompts.take(drawn + len(seen), config.prompts - len(used), p)
         groups, rollout_s, reward_s = play(chosen, len(seen))
-        times = {"rollout_s": times["rollout_s"] + rollout_s,
-                 "reward_s": times["reward_s"] + reward_s}  # fmt: skip
+        times["rollout_s"] += rollout_s
+        times["reward_s"] += reward_s
         a_QG, seen = set_advantages(groups, mix, config), seen + groups
         keep = a_QG.any(axis=1) if config.resample else np.ones(len(groups), bool)
         used += [group for group, k in zip(groups, keep, strict=True) if k]
@@ -676,12 +676,12 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
 
 def show(samples: list[Sample]) -> None:
     """Completions for the terminal, coloured by tag, with what they were rewarded for."""
+    number = lambda x: "missing" if x is None else f"{x:.3g}"
     for s in samples:
-        text = "missing" if s.scored.total is None else f"{s.scored.total:.3g}"
-        number = lambda x: "missing" if x is None else f"{x:.3g}"
         parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
-        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward {text} ({parts}), "
-                 f"advantage {s.advantage:+.2f}, {s.rollout.stop}")  # fmt: skip
+        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
+                 f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
+                 f"{s.rollout.stop}")  # fmt: skip
         for name, error in s.scored.errors.items():
             runs.say(f"  {name}: {error}")
 

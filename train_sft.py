@@ -129,7 +129,7 @@ class Rows(Training):
     lora_dropout: float = 0.0
     """Share of the adapter's inputs dropped in training."""
     eval_rows: int = 256
-    """Held-out examples."""
+    """Held-out examples; 0: all of them."""
     eval_accuracy: int = 0
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
     accurate one, not the one of least loss."""
@@ -528,7 +528,7 @@ def load_data(config: Config, tok: data.Tokenizer,
     else:
         sets, held_out = hold_out(sets, config)
     batches = data.Packed(sets, config.max_length, config.batch_rows, config.seed, weights)
-    return batches, held_out[: config.eval_rows]
+    return batches, held_out[: config.eval_rows or None]
 
 
 def hold_out(sets: list[list], config: Config) -> tuple[list[list], list]:
