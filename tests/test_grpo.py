@@ -15,6 +15,7 @@ import tyro
 from conftest import KILLER, ROOT, check_sharded_step, contents
 from jax.sharding import AxisType
 
+import data
 import gemma
 import lora
 import rewards
@@ -477,7 +478,8 @@ def test_temperature_and_softcap_are_in_the_trainers_log_probs():
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("inner_epochs", [1, 2])
-def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, inner_epochs, kl_coef):
+def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, told, inner_epochs,
+                                       kl_coef):  # fmt: skip
     """mu updates a step, the first of them on-policy, and a reference pass only for the KL term."""
     calls, passes = [], []
     real = gemma.hidden
@@ -506,9 +508,10 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, inn
         weights=str(small), out=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), steps=2,
         group=2, prompts=2, max_prompt=24, max_new=8, pack_length=40, slots=1, rewards="repetition",
         inner_epochs=inner_epochs, kl_coef=kl_coef, eval_every=0, eval_rows=1, max_drift=99.0,
+        report_to="tensorboard",
     ))  # fmt: skip
     step = ["reference"] * (kl_coef > 0) + ["first"] + ["later"] * (inner_epochs - 1)
-    assert calls == step * 2
+    assert calls == step * 2 and told == [1, 2, 2, "closed"]
     assert "--group 2 with --scale group: every advantage is 0.71" in capsys.readouterr().err
 
 
@@ -669,6 +672,20 @@ def test_the_reference_is_the_starting_adapter(whole, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     kl = [m["kl"] for m in steps if "kl" in m]
     assert kl[0] == 0 < kl[1]
+
+
+def test_what_is_held_out_of_ones_own_rows(tmp_path):
+    file, tok = tmp_path / "rows.jsonl", data.Tokenizer(ROOT / "tiny")
+    row = lambda i: json.dumps({"question": f"{i} + 1?", "answer": i + 1})
+    config = train_grpo.resolve(train_grpo.Config(data=str(file)))
+    for n, eval_rows, n_held_out in ((120, 200, 3), (120, 2, 2), (120, 0, 3), (2, 200, 1)):
+        file.write_text("\n".join(map(row, range(n))))
+        parts = train_grpo.load_data(dataclasses.replace(config, eval_rows=eval_rows), tok)
+        ids = [{p.id for p in part} for part in parts]
+        assert [len(part) for part in ids] == [n - n_held_out, n_held_out] and not ids[0] & ids[1]
+    file.write_text(row(1))
+    with pytest.raises(ValueError, match="one problem is too few.*--eval-data"):
+        train_grpo.load_data(config, tok)
 
 
 @pytest.mark.parametrize("flags, why", [

@@ -397,6 +397,24 @@ def test_bad_rows_are_named_with_file_and_line_fatal_or_counted(tmp_path):
         data.load_examples("absent.jsonl", tok, 176)
 
 
+def test_what_is_held_out_of_ones_own_rows(tmp_path):
+    """All rows of 2 % of the prompts; --eval-rows 0 keeps all of them."""
+    file, tok = tmp_path / "rows.jsonl", data.Tokenizer(ROOT / "tiny")
+    row = lambda i: json.dumps({"prompt": f"{i // 2} + 1?", "completion": f"{i}"})
+    config = train_sft.resolve(train_sft.Config(data=str(file)))
+    file.write_text("\n".join(map(row, range(200))))
+    for eval_rows, n_held_out in ((256, 6), (4, 4), (0, 6)):
+        now = dataclasses.replace(config, eval_rows=eval_rows)
+        batches, held_out = train_sft.load_data(now, tok)
+        prompts = [{tuple(ids[: mask.argmax()]) for ids, mask in rows}
+                   for rows in (batches.sources[0], held_out)]  # fmt: skip
+        assert len(held_out) == n_held_out and len(prompts[0]) == 97
+        assert not prompts[0] & prompts[1]
+    file.write_text(row(1))
+    with pytest.raises(ValueError, match="1 prompts are too few.*--eval-data"):
+        train_sft.load_data(config, tok)
+
+
 @pytest.mark.parametrize(
     "flags,why",
     [

@@ -493,14 +493,15 @@ def test_the_starting_adapter_is_the_reference(small, tmp_path, rank):
     )
 
 
-def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path):
+def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path, told):
     """SimPO on one adapter; what it leaves is DPO's reference in the next stage."""
     config = train_simpo.Config(**flags(small, tmp_path / "a"), adapter=str(small / "sft"),
-                                lora_rank=4, eval_accuracy=2)  # fmt: skip
+                                lora_rank=4, eval_accuracy=2, report_to="tensorboard")  # fmt: skip
     final = train_simpo.main(
         dataclasses.replace(config, steps=12, eval_every=0, learning_rate=5e-3, show=1)
     )
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert told == [*range(1, 13), 12, "closed"]  # the steps and the evaluation at the end
     steps = [m for m in lines if "loss" in m]
     assert {"loss", "grad_norm", "lr", "n_pairs", *train_simpo.METRICS} <= steps[0].keys()
     held_out = [m for m in lines if "eval_loss" in m]
