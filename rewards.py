@@ -32,7 +32,6 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -490,8 +489,7 @@ class Reward(NamedTuple):
     needs: str = ""
 
 
-@dataclass(frozen=True)
-class Mix:
+class Mix(NamedTuple):
     """total = clip(sum of weight * reward, low, high); a reward of weight 0 is only logged."""
 
     weights: dict[str, float]
@@ -563,7 +561,7 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
             raise ValueError(wrong + "the weight must be a number")
     if not (weights := preset.weights | own | named):
         raise ValueError("--rewards is empty: expected something like format:0.5,answer:1")
-    return replace(preset, weights=weights)
+    return preset._replace(weights=weights)
 
 
 def _own(reward_file: str) -> tuple[str, str]:

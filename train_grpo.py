@@ -298,18 +298,17 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
 
     lengths 2 and 4: sequence -> 1/4, 1/8; token -> 1/6, 1/6; constant -> 1/(2 max_new) each.
     """
-    there = [s.scored.total is not None for s in samples]
-    cut = [config.mask_truncated and s.rollout.stop == "length" for s in samples]
-    n_rows = max(1, sum(there))  # of the mean over completions: masked ones count, missing don't
-    lengths = [len(s.rollout.ids) for s in samples]
-    kept = [t and not c for t, c in zip(there, cut, strict=True)]
-    n_tokens = max(1, sum(n for n, k in zip(lengths, kept, strict=True) if k))
+    there = [s for s in samples if s.scored.total is not None]
+    masked = lambda s: config.mask_truncated and s.rollout.stop == "length"
+    n_rows = max(1, len(there))  # of the mean over completions: masked ones count, missing don't
+    n_tokens = max(1, sum(len(s.rollout.ids) for s in there if not masked(s)))
     weight = {
         "sequence": lambda n: 1 / (n * n_rows),
         "token": lambda n: 1 / n_tokens,
         "constant": lambda n: 1 / (config.max_new * n_rows),
     }[config.loss_norm]
-    return [weight(n) if k else 0.0 for n, k in zip(lengths, kept, strict=True)]
+    kept = lambda s: s.scored.total is not None and not masked(s)
+    return [weight(len(s.rollout.ids)) if kept(s) else 0.0 for s in samples]
 
 
 def n_packed(config: Config, n_devices: int) -> tuple[int, int]:
