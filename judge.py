@@ -393,6 +393,13 @@ class Judge:
         self.names = ["judge", *(f"judge_{name}" for name in names)]
         self.lock, self.recent, self.counts = threading.Lock(), deque(maxlen=WINDOW), Counter()
         self.error = ""  # the latest
+        self.open: set[Future] = set()
+
+    def _future(self) -> Future:
+        future = Future()
+        self.open.add(future)
+        future.add_done_callback(self.open.discard)
+        return future
 
     def _done(self, parts: dict | None, error: str | None = None) -> dict:
         """Counts a judgement; one that could not be had has all its parts None, and an error."""
@@ -420,6 +427,11 @@ class Judge:
 
     def pump(self, flush: bool = False) -> None:
         """Called by the main thread; `flush`: nothing more will be submitted for now."""
+
+    def close(self) -> None:
+        """Waits for nothing; what has no verdict yet is cancelled."""
+        for future in [*self.open]:
+            future.cancel()
 
 
 # ------------------------------------------------------------------------------------ on the mesh
@@ -536,8 +548,7 @@ class OnMesh(Judge):
         self.flying: list[tuple[jax.Array, list[tuple[int, _Row]]]] = []
 
     def submit(self, completion: str, row: dict, group: Place | None = None) -> Future:
-        future = Future()  # the group does not matter here
-        future.set_running_or_notify_cancel()  # from here on it always gets a result
+        future = self._future()  # the group does not matter here
         try:
             shared, rests = digit_prompts(self.style, completion, row)
             rows = [self._cut(shared, rest) for rest in rests]
@@ -620,14 +631,8 @@ class OnMesh(Judge):
                     future.set_result(self._done(parts, "the judge's logits are not finite"))
 
     def close(self) -> None:
-        """Frees the weights; what is still waiting is missing."""
-        while not self.arrived.empty():
-            self.waiting.setdefault((0, 0), []).append(self.arrived.get())
-        rows = [row for _, places in self.flying for _, row in places]
-        for row in itertools.chain(rows, *self.waiting.values()):
-            if not row.future.done():
-                row.future.set_result(self._done(None, "the judge was closed"))
-        self.params, self.flying, self.waiting = None, [], {}
+        super().close()
+        self.params, self.flying, self.waiting = None, [], {}  # frees the weights
 
 
 # -------------------------------------------------------------------------------------- over HTTP
@@ -931,7 +936,7 @@ class OverHTTP(Judge):
         if self.calls == "completion" or group is None:
             group = object(), 0, 1
         question, index, size = group
-        future = Future()
+        future = self._future()
         with self.lock:
             members = self.waiting.setdefault(question, [])
             members.append((index, completion, row, future))
@@ -946,19 +951,9 @@ class OverHTTP(Judge):
 
     def _send(self, members: list[tuple[int, str, dict, Future]]) -> None:
         _, completions, rows, futures = zip(*sorted(members, key=lambda m: m[0]), strict=True)
+        self.endpoint.pool.submit(self._judge, completions, rows[0], futures)
 
-        def hand_out(sent: Future) -> None:
-            for i, future in enumerate(futures):
-                if sent.cancelled():
-                    future.cancel()
-                elif error := sent.exception():
-                    future.set_exception(error)
-                else:
-                    future.set_result(sent.result()[i])
-
-        self.endpoint.pool.submit(self._judge, completions, rows[0]).add_done_callback(hand_out)
-
-    def _judge(self, completions: tuple[str, ...], row: dict) -> list[dict]:
+    def _judge(self, completions: tuple[str, ...], row: dict, futures: tuple[Future, ...]) -> None:
         try:
             style, n, items = self.style, len(completions), rubric(row)
             text, schema = json_prompt(style, completions, row)
@@ -966,9 +961,12 @@ class OverHTTP(Judge):
                 [{"role": "user", "content": text}], max_tokens=1024 + 128 * (n - 1),
                 schema=schema, read=lambda text: verdicts(style, text, items, n),
             )  # fmt: skip
-            return [self._done(parts) for parts in reply.value]
-        except (Unavailable, ValueError) as e:
-            return [self._done(None, str(e)) for _ in completions]
+            found = [self._done(parts) for parts in reply.value]
+        except (Unavailable, ValueError, OSError) as e:  # OSError: of a reply that cannot be kept
+            found = [self._done(None, str(e)) for _ in completions]
+        for future, parts in zip(futures, found, strict=True):
+            if future.set_running_or_notify_cancel():
+                future.set_result(parts)
 
     def stats(self) -> dict[str, float]:
         with self.endpoint.lock:
@@ -978,9 +976,7 @@ class OverHTTP(Judge):
 
     def close(self) -> None:
         self.endpoint.close()
-        for members in self.waiting.values():
-            for *_, future in members:
-                future.cancel()
+        super().close()
 
 
 # ----------------------------------------------------------------------------------------- attack
