@@ -244,17 +244,15 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
     if not isinstance(choices, list | tuple):
         raise ValueError(f"expected a list of choices, found {choices!r:.60}")
     choices = tuple(map(str, choices))
-    if "messages" in row or isinstance(row.get("prompt"), list):
-        chat = row["messages"] if "messages" in row else row["prompt"]
-    elif "prompt" in row or "question" in row:
-        text = row["prompt"] if "prompt" in row else row["question"]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"expected a text as the question, found {text!r:.60}")
-        chat = [{"role": "user", "content": data.asked(text, choices)}]
-    else:
+    chat = row.get("messages", row.get("prompt", row.get("question")))
+    if chat is None:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
-    if not chat or not all(isinstance(m, dict) and "role" in m for m in chat):
-        raise ValueError("expected a list of messages with role and content")
+    if isinstance(chat, str) and chat.strip():
+        chat = [{"role": "user", "content": data.asked(chat, choices)}]
+    is_turn = lambda m: isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str)
+    if not isinstance(chat, list) or not chat or not all(map(is_turn, chat)):
+        raise ValueError("expected a text or a list of messages, each with role and a text as "
+                         f"content, found {chat!r:.60}")  # fmt: skip
     completion = row.get("completion")
     if chat[-1]["role"] in ("assistant", "model"):
         completion, chat = chat[-1]["content"], chat[:-1]
