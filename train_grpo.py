@@ -65,16 +65,12 @@ from train_sft import join, place, vary
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(train_sft.Training, evaluation.Sampling):
+class Config(train_sft.Training, judges.Config):
     """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
 
-    # rollouts
-    prompts: int | None = None
-    """Prompts (groups) in one step."""
-    group: int = 8
-    """Completions of each prompt, G."""
-    temperature: float = 1.0
-    """Of the rollouts, and of the trainer's log-probs too; --top-k and the like bias the ratios."""
+    # data
+    rows: int | None = None
+    """Problems from the start of each source; 0: all of them."""
     curriculum: str = ""
     """By the rows' "difficulty": ordered (easy first), or phases that begin at a share of the run,
     as in 0:1-2,0.3:1-3,0.6:1-5; default: shuffled."""
@@ -82,8 +78,32 @@ class Config(train_sft.Training, evaluation.Sampling):
     # rewards
     rewards: str | None = None
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
+    reward_file: str | None = None
+    """A reward of your own: my.py:score, a function of (completion, row)."""
     overlong_buffer: float = 0.2
     """Share of --max-new over which the reward "overlong" falls from 0 to -1 (DAPO)."""
+
+    # rollouts
+    prompts: int | None = None
+    """Prompts (groups) in one step."""
+    group: int = 8
+    """Completions of each prompt, G."""
+    max_prompt: int | None = None
+    """Tokens of the longest prompt; longer rows are bad rows."""
+    max_new: int | None = None
+    """Tokens after which a completion is cut; its stop reason is then "length"."""
+    temperature: float = 1.0
+    """Of the rollouts, and of the trainer's log-probs too."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0: from all. Truncation biases the ratios."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that add up to this probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this probable, as a share of the likeliest one's probability."""
+    repetition: int = 0
+    """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
+    slots: int | None = None
+    """Completions that a device writes at a time; lower it when out of memory."""
 
     # algorithm
     inner_epochs: int = 1
