@@ -58,8 +58,8 @@ from sampler import Rollout, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Which model, and which rows: flags of the training scripts too."""
+class Sampling(judge.Config):
+    """What is answered, by whom and how; the flags that synthesize.py has too."""
 
     # model
     model: str = "tiny"
@@ -71,23 +71,19 @@ class Source:
     adapter: str | None = None
     """The final/ of a run, a PEFT adapter, or a fully fine-tuned model; default: the bare model."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights and the activations; what is trained has float32 masters regardless."""
+    """Of the weights and the activations."""
 
     # data
     data: str | None = None
     """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    rows: int | None = None
+    """Problems from the start of each source; 0: all of them."""
     system: str | None = None
     """System text put before every question; default: the one the adapter was trained under."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Sampling(Source, judge.Config):
-    """How it answers: flags of synthesize.py too."""
-
-    rows: int | None = None
-    """Problems from the start of each source; 0: all of them."""
+    # sampling
     temperature: float = 1.0
     """Of the random completions."""
     top_k: int = 0

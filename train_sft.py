@@ -44,19 +44,37 @@ import hosts
 import lora
 import rewards
 import runs
-from eval import Problem, Source, eval_metrics, evaluate, fill
+from eval import Problem, eval_metrics, evaluate, fill
 from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class Training(Source):
+class Training:
     """The flags that all three training scripts have; None is filled from their DEFAULTS."""
 
+    # model
+    model: str = "tiny"
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    weights: str | None = None
+    """Folder of the weights (config.json, safetensors); default: looked for by name."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    adapter: str | None = None
+    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+
     # data
+    data: str | None = None
+    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
     eval_data: str | None = None
     """Held-out rows, as --data; default: the test split of a built-in set, else 2 % of --data."""
+    system: str | None = None
+    """System text put before every question; it travels with the run to the next stage."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
 
     # LoRA
     lora_rank: int | None = None
