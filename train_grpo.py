@@ -65,12 +65,35 @@ from train_sft import join, place, vary
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(train_sft.Training, judges.Config):
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+class Config(judges.Config):
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed.
+
+    The flags of a judge are those of judge.py.
+    """
+
+    # model
+    model: str = "tiny"
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    weights: str | None = None
+    """Folder of the weights (config.json, safetensors); default: looked for by name."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    adapter: str | None = None
+    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
 
     # data
+    data: str | None = None
+    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
     rows: int | None = None
     """Problems from the start of each source; 0: all of them."""
+    eval_data: str | None = None
+    """Held-out problems, as --data; default: the test split of a built-in set, else 2 %."""
+    system: str | None = None
+    """System text put before every question; it travels with the run to the next stage."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
     curriculum: str = ""
     """By the rows' "difficulty": ordered (easy first), or phases that begin at a share of the run,
     as in 0:1-2,0.3:1-3,0.6:1-5; default: shuffled."""
@@ -137,13 +160,49 @@ class Config(train_sft.Training, judges.Config):
     max_drift: float = 0.5
     """Stop when the mean difference of log-probs between sampler and trainer exceeds this."""
 
-    # update
+    # LoRA
+    lora_rank: int | None = None
+    """Rank of the adapter; 0 trains every weight of the model."""
+    lora_alpha: float | None = None
+    """The adapter's output is scaled by alpha / rank; default: the rank."""
+    lora_targets: str = "q,k,v,o,gate,up,down"
+    """Which matrices get an adapter."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+
+    # optimisation
+    steps: int | None = None
+    """Rollout batches; with --time-limit, whichever ends first."""
+    time_limit: str | None = None
+    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
     pack_length: int | None = None
     """Tokens in a packed row of the update."""
+    micro_rows: int | None = None
+    """Packed rows that a device computes at a time; lower it when out of memory."""
+    learning_rate: float | None = None
+    """Peak of the schedule: linear warm-up, then cosine."""
+    warmup: float = 0.05
+    """Share of the run spent warming up."""
+    final_lr: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's, on every trained array."""
+    adam_b2: float = 0.99
+    """AdamW's second decay."""
+    clip_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
+    remat: Literal["none", "attention", "layer"] | None = None
+    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    shard: Literal["auto", "yes", "no"] = "auto"
+    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
 
     # the run
     out: str = "runs/grpo"
     """The run folder; the same command continues what is there."""
+    seed: int = 0
+    """Of the adapter, the order of the prompts and the completions."""
+    eval_every: int | None = None
+    """Steps between evaluations; the best checkpoint is kept. 0: only at the end."""
     eval_rows: int | None = None
     """Held-out problems answered greedily at each evaluation; 0: all of them."""
     show: int = 2
@@ -154,6 +213,23 @@ class Config(train_sft.Training, judges.Config):
     """Completions of each step kept in samples.jsonl, besides those whose reward failed."""
     reward_threads: int = 16
     """Completions scored at a time, while the devices write others."""
+    save_every: int | None = None
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, besides the best."""
+    report_to: str = ""
+    """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
+
+    # several hosts (hosts.py)
+    coordinator: str | None = None
+    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    n_processes: int | None = None
+    """How many run this command, each on a host (or GPU) of its own."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 REAL = dict(

@@ -51,8 +51,8 @@ from sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-    """The flags that all three training scripts have; None is filled from their DEFAULTS."""
+class Config:
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
 
     # model
     model: str = "tiny"
@@ -63,34 +63,46 @@ class Training:
     """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
     adapter: str | None = None
     """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model."""
+    from_scratch: bool = False
+    """Start from random weights of the model's shape (implies training all of them)."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the frozen base and the activations; what is trained has float32 masters regardless."""
 
     # data
     data: str | None = None
     """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    mix: str | None = None
+    """Weights of the sources of --data, as in 0.7,0.3; default: all rows of each."""
     eval_data: str | None = None
     """Held-out rows, as --data; default: the test split of a built-in set, else 2 % of --data."""
     system: str | None = None
     """System text put before every question; it travels with the run to the next stage."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    prompt_loss: float = 0.0
+    """Weight of the prompts' tokens in the loss; from scratch 0.1 teaches the language sooner."""
+    max_length: int | None = None
+    """Tokens in a packed row, and the longest example."""
 
     # LoRA
     lora_rank: int | None = None
     """Rank of the adapter; 0 trains every weight of the model."""
     lora_alpha: float | None = None
-    """The adapter's output is scaled by alpha / rank; default: twice the rank, in GRPO the rank."""
+    """The adapter's output is scaled by alpha / rank; default: twice the rank."""
     lora_targets: str = "q,k,v,o,gate,up,down"
     """Which matrices get an adapter."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
 
     # optimisation
     steps: int | None = None
-    """Updates, in GRPO rollout batches; with --time-limit, whichever ends first."""
+    """Updates; with --time-limit, whichever ends first."""
     time_limit: str | None = None
     """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    batch_rows: int | None = None
+    """Packed rows in one update, over all devices."""
     micro_rows: int | None = None
     """Packed rows that a device computes at a time; lower it when out of memory."""
     learning_rate: float | None = None
@@ -99,7 +111,7 @@ class Training:
     """Share of the run spent warming up."""
     final_lr: float = 0.1
     """Where the cosine ends, as a share of the peak."""
-    weight_decay: float = 0.0
+    weight_decay: float = 0.01
     """AdamW's, on every trained array."""
     adam_b2: float = 0.99
     """AdamW's second decay; 0.999 suits runs of many thousand steps."""
@@ -111,10 +123,21 @@ class Training:
     """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
 
     # the run
+    out: str = "runs/sft"
+    """The run folder; the same command continues what is there."""
     seed: int = 0
-    """Of the adapter, the order of the data, dropout and completions."""
+    """Of the adapter, the data order and dropout."""
     eval_every: int | None = None
-    """Steps between evaluations; the best checkpoint is kept. 0: only at the end."""
+    """Steps between held-out losses; the best checkpoint is kept."""
+    eval_rows: int = 256
+    """Held-out examples; 0: all of them."""
+    eval_accuracy: int = 0
+    """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
+    accurate one, not the one of least loss."""
+    show: int = 2
+    """Completions of held-out prompts shown at each evaluation and kept in samples.jsonl."""
+    max_new: int | None = None
+    """Tokens of such a completion."""
     save_every: int | None = None
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -132,43 +155,6 @@ class Training:
     """How many run this command, each on a host (or GPU) of its own."""
     process_id: int | None = None
     """Which of them this is, from 0."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows(Training):
-    """Those of the scripts that read packed rows: this one and train_simpo.py."""
-
-    mix: str | None = None
-    """Weights of the sources of --data, as in 0.7,0.3; default: all rows of each."""
-    max_length: int | None = None
-    """Tokens in a packed row, and the longest example (of a pair: both, each with the prompt)."""
-    batch_rows: int | None = None
-    """Packed rows in one update, over all devices."""
-    lora_dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training."""
-    eval_rows: int = 256
-    """Held-out examples; 0: all of them."""
-    eval_accuracy: int = 0
-    """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
-    accurate one, not the one of least loss."""
-    show: int = 2
-    """Completions of held-out prompts shown at each evaluation and kept in samples.jsonl."""
-    max_new: int | None = None
-    """Tokens of such a completion."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Rows):
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
-
-    from_scratch: bool = False
-    """Start from random weights of the model's shape (implies training all of them)."""
-    prompt_loss: float = 0.0
-    """Weight of the prompts' tokens in the loss; from scratch 0.1 teaches the language sooner."""
-    weight_decay: float = 0.01
-    """AdamW's, on every trained array."""
-    out: str = "runs/sft"
-    """The run folder; the same command continues what is there."""
 
 
 REAL = dict(

@@ -56,11 +56,37 @@ from train_sft import join, vary
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(train_sft.Rows):
+class Config:
     """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
 
+    # model
+    model: str = "tiny"
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    weights: str | None = None
+    """Folder of the weights (config.json, safetensors); default: looked for by name."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    adapter: str | None = None
+    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model; it is
+    the reference of DPO and IPO."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+
+    # data
     data: str | None = None
     """Comma-separated JSONL files of {"prompt", "chosen", "rejected"}: texts or message lists."""
+    mix: str | None = None
+    """Weights of the sources of --data, as in 0.7,0.3; default: all rows of each."""
+    eval_data: str | None = None
+    """Held-out pairs, as --data; default: those of 2 % of the prompts of --data."""
+    system: str | None = None
+    """System text put before every question; it travels with the run to the next stage."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    max_length: int | None = None
+    """Tokens in a packed row, and in the longest pair: both completions, each with the prompt."""
+
+    # preference
     loss: Literal["simpo", "dpo", "ipo", "orpo"] = "simpo"
     """What is minimised (see above); each reads only its own of the knobs below."""
     beta: float | None = None
@@ -71,10 +97,78 @@ class Config(train_sft.Rows):
     """Share of the pairs taken to be labelled the wrong way round, for simpo and dpo; 0."""
     orpo_lambda: float | None = None
     """Weight of ORPO's odds ratio beside the likelihood of the chosen completion; 0.1."""
+
+    # LoRA
+    lora_rank: int | None = None
+    """Rank of the adapter; 0 trains every weight of the model."""
+    lora_alpha: float | None = None
+    """The adapter's output is scaled by alpha / rank; default: twice the rank."""
+    lora_targets: str = "q,k,v,o,gate,up,down"
+    """Which matrices get an adapter."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training, never in the reference."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+
+    # optimisation
+    steps: int | None = None
+    """Updates; with --time-limit, whichever ends first."""
+    time_limit: str | None = None
+    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    batch_rows: int | None = None
+    """Packed rows in one update, over all devices."""
+    micro_rows: int | None = None
+    """Packed rows that a device computes at a time; lower it when out of memory."""
+    learning_rate: float | None = None
+    """Peak of the schedule: linear warm-up, then cosine."""
     warmup: float = 0.1
     """Share of the run spent warming up."""
+    final_lr: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's, on every trained array."""
+    adam_b2: float = 0.99
+    """AdamW's second decay; 0.999 suits runs of many thousand steps."""
+    clip_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
+    remat: Literal["none", "attention", "layer"] | None = None
+    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    shard: Literal["auto", "yes", "no"] = "auto"
+    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
+
+    # the run
     out: str = "runs/simpo"
     """The run folder; the same command continues what is there."""
+    seed: int = 0
+    """Of the adapter, the data order and dropout."""
+    eval_every: int | None = None
+    """Steps between held-out losses; the best checkpoint is kept."""
+    eval_rows: int = 256
+    """Held-out pairs; 0: all of them."""
+    eval_accuracy: int = 0
+    """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
+    accurate one, not the one of least loss."""
+    show: int = 2
+    """Completions of held-out prompts shown at each evaluation and kept in samples.jsonl."""
+    max_new: int | None = None
+    """Tokens of such a completion."""
+    save_every: int | None = None
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, besides the best."""
+    report_to: str = ""
+    """wandb, tensorboard or both, comma-separated, if installed."""
+    plan: bool = False
+    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
+    weights are needed, and nothing is run."""
+
+    # several hosts (hosts.py)
+    coordinator: str | None = None
+    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    n_processes: int | None = None
+    """How many run this command, each on a host (or GPU) of its own."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 REAL = dict(
