@@ -58,8 +58,8 @@ from sampler import Rollout, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(judge.Config):
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+class Sampling(judge.Config):
+    """What is answered, by whom and how; the flags that synthesize.py has too."""
 
     # model
     model: str = "tiny"
@@ -75,7 +75,7 @@ class Config(judge.Config):
 
     # data
     data: str | None = None
-    """Comma-separated: problems:test (built in), gsm8k:test, JSONL files."""
+    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
     rows: int | None = None
     """Problems from the start of each source; 0: all of them."""
     system: str | None = None
@@ -84,10 +84,6 @@ class Config(judge.Config):
     """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
 
     # sampling
-    greedy: bool = True
-    """Answer every problem once with the likeliest tokens: pass@1."""
-    samples: int | None = None
-    """Random completions of every problem, the k of pass@k and maj@k; 0: none."""
     temperature: float = 1.0
     """Of the random completions."""
     top_k: int = 0
@@ -104,18 +100,24 @@ class Config(judge.Config):
     """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
     """Completions that a device writes at a time; lower it when out of memory."""
-
-    # scores
-    rewards: str = ""
-    """Weighted sum, as in judge:0.6,format:0.2, or a preset: tunix, ideae, pinocchio, grar."""
+    seed: int = 0
+    """Of the random completions."""
     reward_file: str | None = None
     """A reward of your own: my.py:score, a function of (completion, row)."""
 
-    # the run
+
+@dataclasses.dataclass(frozen=True)
+class Config(Sampling):
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+
+    greedy: bool = True
+    """Answer every problem once with the likeliest tokens: pass@1."""
+    samples: int | None = None
+    """Random completions of every problem, the k of pass@k and maj@k; 0: none."""
+    rewards: str = ""
+    """Weighted sum, as in judge:0.6,format:0.2, or a preset: tunix, ideae, pinocchio, grar."""
     out: str = "runs/eval"
     """Folder of results.json and samples.jsonl; the same command continues what is there."""
-    seed: int = 0
-    """Of the random completions."""
     compare: str | None = None
     """Folder of an earlier evaluation, to compare with on the problems both have."""
 
@@ -132,24 +134,34 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }  # fmt: skip
-# What a resumed evaluation may give anew; the weights and prompts themselves are checked instead.
-MAY_CHANGE = ("model", "weights", "tokenizer", "adapter", "data", "rows", "system", "skip_bad_rows",
-              "max_prompt", "slots", "out", "compare", "rewards", "reward_file",
-              *(field.name for field in dataclasses.fields(judge.Config)))  # fmt: skip
+# What a resumed evaluation may not give anew; the weights and prompts themselves are checked too.
+FIXED = ("dtype", "greedy", "samples", "temperature", "top_k", "top_p", "min_p", "max_new",
+         "repetition", "seed")  # fmt: skip
 EVERY_S = 10.0  # between two lines of progress
 N_RESAMPLES = 2_000
 Z = 1.959963984540054  # the normal distribution has 95 % within Z standard deviations
 
 
-def resolve(config: Config) -> Config:
-    """Fills the fields left at None from the model's defaults, and checks the rest."""
+def fill(config, defaults: dict[str, dict]):
+    """Any script's Config with the fields left at None filled from its model's defaults.
+
+    The system text is the one that the adapter was trained under. With a time limit and without
+    steps the clock alone decides, so steps stay None.
+    """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
-    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
+    table = defaults.get(config.model, defaults.get(config.model[: len("gemma3")]))
     if table is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    config = dataclasses.replace(config, **filled)
+    if runs.parse_time(getattr(config, "time_limit", None)) is not None:
+        filled.pop("steps", None)
+    return dataclasses.replace(config, **filled)
+
+
+def resolve(config: Config) -> Config:
+    """Fills the fields left at None from the model's defaults, and checks the rest."""
+    config = fill(config, DEFAULTS)
     if config.samples < 0 or not (config.greedy or config.samples):
         raise ValueError(f"--samples {config.samples} leaves nothing to do: expected 1 or more, or "
                          "0 without --no-greedy")  # fmt: skip
@@ -186,7 +198,10 @@ class Problem:
 def load_problems(source: str, tok: data.Tokenizer, system: str = "", rows: int = 0,
                   max_prompt: int | None = None,
                   skip_bad_rows: bool = False) -> tuple[list[Problem], list[str]]:  # fmt: skip
-    """The first `rows` problems of each source (0: all), and what was wrong with those left out."""
+    """The first `rows` problems of each source (0: all), and what was wrong with those left out.
+
+    Says how many of each there are.
+    """
     problems, bad, seen = [], [], Counter()
     for one in filter(None, (s.strip() for s in source.split(","))):
         n_before = len(problems)
@@ -212,6 +227,8 @@ def load_problems(source: str, tok: data.Tokenizer, system: str = "", rows: int 
             problems.append(problem)
     if not problems:
         raise ValueError(f"--data {source}: no usable row" + (f"; first: {bad[0]}" if bad else ""))
+    left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
+    runs.say(f"data: {len(problems):,} problems of {source}{left_out}")
     return problems, bad
 
 
@@ -223,17 +240,15 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
     if not isinstance(choices, list | tuple):
         raise ValueError(f"expected a list of choices, found {choices!r:.60}")
     choices = tuple(map(str, choices))
-    if "messages" in row or isinstance(row.get("prompt"), list):
-        chat = row["messages"] if "messages" in row else row["prompt"]
-    elif "prompt" in row or "question" in row:
-        text = row["prompt"] if "prompt" in row else row["question"]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"expected a text as the question, found {text!r:.60}")
-        chat = [{"role": "user", "content": data.asked(text, choices)}]
-    else:
+    chat = row.get("messages", row.get("prompt", row.get("question")))
+    if chat is None:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
-    if not chat or not all(isinstance(m, dict) and "role" in m for m in chat):
-        raise ValueError("expected a list of messages with role and content")
+    if isinstance(chat, str) and chat.strip():
+        chat = [{"role": "user", "content": data.asked(chat, choices)}]
+    is_turn = lambda m: isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str)
+    if not isinstance(chat, list) or not chat or not all(map(is_turn, chat)):
+        raise ValueError("expected a text or a list of messages, each with role and a text as "
+                         f"content, found {chat!r:.60}")  # fmt: skip
     completion = row.get("completion")
     if chat[-1]["role"] in ("assistant", "model"):
         completion, chat = chat[-1]["content"], chat[:-1]
@@ -323,14 +338,20 @@ def evaluate(sampler: Sampler, params: dict, tok: data.Tokenizer, problems: list
     return summarize(rows), rows
 
 
+def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
+    """(the answer, whether it is right or None where there is nothing to check, strict format)."""
+    _, answer, strict = rewards.parse(completion)
+    if problem.gold is None:
+        return answer, None, strict
+    right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
+    return answer, right, strict
+
+
 def grade(rollout: Rollout, mode: str, problem: Problem, tok: data.Tokenizer) -> dict:
     """A completion as a row of samples.jsonl."""
     completion = tok.decode(rollout.ids)
-    _, answer, strict = rewards.parse(completion)
-    right = said = None
-    if problem.gold is not None:
-        right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
-        said = rewards.vote(answer, problem.kind, problem.choices)
+    answer, right, strict = check(problem, completion)
+    said = None if right is None else rewards.vote(answer, problem.kind, problem.choices)
     return {
         "problem": rollout.prompt, "id": problem.id, "domain": problem.domain, "mode": mode,
         "sample": rollout.index, "correct": right, "format": strict, "stop": rollout.stop,
@@ -339,27 +360,39 @@ def grade(rollout: Rollout, mode: str, problem: Problem, tok: data.Tokenizer) ->
     }  # fmt: skip
 
 
+def reward_functions(config, problems: list[Problem]) -> tuple[rewards.Mix, dict]:
+    """(weights, functions) of a script's --rewards; a judge's read row["verdict"]."""
+    mix = rewards.read_mix(config.rewards, config.reward_file)
+    traces = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
+    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
+    names = names if config.judge else ()
+    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
+    return mix, rewards.prepare(mix, traces, config.reward_file, judged)
+
+
+def row_of(problem: Problem, n_tokens: int, stop: str, max_new: int, overlong: float = 0.2,
+           progress: float = 0.0) -> dict:  # fmt: skip
+    """What a reward is told besides the completion: all that the data's row has, and this."""
+    return problem.row | {
+        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
+        "choices": problem.choices, "n_tokens": n_tokens, "max_new": max_new,
+        "overlong_buffer": overlong * max_new, "stop": stop, "progress": progress,
+    }  # fmt: skip
+
+
 def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
           config) -> list[rewards.Scored]:  # fmt: skip
     """What --rewards gives each row; judged in their order, so the same after a kill."""
-    mix = rewards.read_mix(config.rewards, config.reward_file)
-    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-    names = [name for name in names if config.judge and name in mix.weights]
-    own = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
-    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
-    functions, given, scored = rewards.prepare(mix, own, config.reward_file, judged), [], []
+    mix, functions = reward_functions(config, problems)
+    given, scored, judging = [], [], contextlib.nullcontext()
     for row in rows:
-        problem, n_tokens = problems[row["problem"]], row.get("n_tokens")
-        given.append(problem.row | {
-            "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-            "choices": problem.choices, "n_tokens": n_tokens or len(tok.encode(row["completion"])),
-            "max_new": config.max_new, "overlong_buffer": 0.2 * config.max_new,
-            "stop": row["stop"], "progress": 0.0,
-        })  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        if names:
-            judge_ = judge.open(config, cache=Path(config.out) / "judge" / "replies.jsonl")
-            stack.callback(judge_.close)
+        n_tokens = row.get("n_tokens") or len(tok.encode(row["completion"]))
+        given.append(row_of(problems[row["problem"]], n_tokens, row["stop"], config.max_new))
+    if config.judge and not mix.weights.keys().isdisjoint(rewards.JUDGED):
+        cache = Path(config.out) / "judge" / "replies.jsonl"
+        judging = contextlib.closing(judge.open(config, cache=cache))
+    with judging as judge_:
+        if judge_:
             groups = judge.in_groups([row["problem"] for row in rows])
             for row, about, group in zip(rows, given, groups, strict=True):
                 about["verdict"] = judge_.submit(row["completion"], dict(about), group)
@@ -368,7 +401,7 @@ def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
         progress = tqdm(rows, "scores", mininterval=EVERY_S)
         for row, about in zip(progress, given, strict=True):
             scored.append(rewards.score(mix, functions, row["completion"], about))
-            if names and (trouble := judge_.trouble()):
+            if judge_ and (trouble := judge_.trouble()):
                 raise SystemExit(f"{trouble}; the same command continues from there")
     return scored
 
@@ -615,15 +648,19 @@ def fingerprint(start: lora.Start) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_folder(out: Path, record: dict) -> None:
-    """Begins a folder; an evaluation of something else in it is an error, not overwritten."""
+def check_folder(config, start: lora.Start, problems: list[Problem]) -> None:
+    """Begins a folder; completions of something else in it are an error, not overwritten."""
+    prompts = repr([(p.id, p.prompt) for p in problems]).encode()
+    out, record = Path(config.out), dataclasses.asdict(config)
+    record |= {"checksum of the weights": fingerprint(start),
+               "checksum of the prompts": hashlib.sha256(prompts).hexdigest()[:16]}  # fmt: skip
     if (out / "config.json").exists() and (out / "samples.jsonl").exists():
         try:
             old = dict(json.loads((out / "config.json").read_bytes()))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{out / 'config.json'} cannot be read: {e}; put it back, or choose "
                              "another --out") from None  # fmt: skip
-        for key in [key for key in record if key not in MAY_CHANGE]:
+        for key in [key for key in record if key in FIXED or " " in key]:
             if (was := old.get(key)) != (now := record[key]):
                 flag = key if " " in key else "--" + key.replace("_", "-")
                 raise ValueError(f"{flag} was {was!r} when {out} was begun, now it is {now!r}: "
@@ -631,6 +668,25 @@ def check_folder(out: Path, record: dict) -> None:
     with runs._writing(out):
         out.mkdir(parents=True, exist_ok=True)
         runs.write_json(out / "config.json", record)
+
+
+def answer(config, start: lora.Start, tok: data.Tokenizer, problems: list[Problem],
+           greedy: bool) -> tuple[dict, list[dict]]:  # fmt: skip
+    """evaluate() with the model of a script's Config; its folder keeps what is finished."""
+    check_folder(config, start, problems)
+    mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
+    cfg, params = gemma.load(start.weights, dtype, mesh)
+    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
+    if adapter is not None:
+        runs.say(lora.describe(adapter))
+    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                      max_new=config.max_new, dtype=dtype)  # fmt: skip
+    return evaluate(
+        sampler, params, tok, problems, adapter=adapter, greedy=greedy, samples=config.samples,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        min_p=config.min_p, repetition=config.repetition, seed=config.seed,
+        journal=Path(config.out) / "samples.jsonl",
+    )  # fmt: skip
 
 
 @runs.one_line
@@ -649,31 +705,11 @@ def main(config: Config) -> dict:
 
     start = lora.start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
-    problems, bad = load_problems(config.data, tok, config.system, config.rows, config.max_prompt,
-                                  config.skip_bad_rows)  # fmt: skip
-    left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
-    runs.say(f"data: {len(problems):,} problems of {config.data}{left_out}")
-    prompts = hashlib.sha256(repr([(p.id, p.prompt) for p in problems]).encode()).hexdigest()[:16]
-    record = dataclasses.asdict(config)
-    record |= {"checksum of the weights": fingerprint(start), "checksum of the prompts": prompts}
-
+    problems, _ = load_problems(config.data, tok, config.system, config.rows, config.max_prompt,
+                                config.skip_bad_rows)  # fmt: skip
     out = Path(config.out)
     with runs.lock(out):
-        check_folder(out, record)
-        mesh = gemma.all_devices()
-        dtype = jnp.dtype(config.dtype)
-        cfg, params = gemma.load(start.weights, dtype, mesh)
-        adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
-        if adapter is not None:
-            runs.say(lora.describe(adapter))
-        sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                          max_new=config.max_new, dtype=dtype)  # fmt: skip
-        results, rows = evaluate(
-            sampler, params, tok, problems, adapter=adapter, greedy=config.greedy,
-            samples=config.samples, temperature=config.temperature, top_k=config.top_k,
-            top_p=config.top_p, min_p=config.min_p, repetition=config.repetition, seed=config.seed,
-            journal=out / "samples.jsonl",
-        )  # fmt: skip
+        results, rows = answer(config, start, tok, problems, config.greedy)
         if config.rewards or config.reward_file:
             for row, scored in zip(rows, score(problems, rows, tok, config), strict=True):
                 row |= {"reward": scored.total, "rewards": scored.parts, "errors": scored.errors}

@@ -75,7 +75,7 @@ from sampler import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The judge's flags; a training script repeats these fields."""
+    """The judge's flags, also those of the scripts that score completions."""
 
     judge: str | None = None
     """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
@@ -113,11 +113,11 @@ REPLICATED_BYTES = 2.5e9  # a larger judge is sharded over the mesh
 WINDOW, ENOUGH = 200, 20  # judgements that `trouble` looks back on; fewer say nothing
 
 
-def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=None, rows: int = 4):
-    """The judge of a Config, or of a script's with the same fields.
+def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None, rows: int = 4):
+    """The judge of a Config.
 
     cache: file of the replies of an endpoint. Not a *.jsonl in the run folder itself: resuming cuts
-    those. dtype, rows: of a judge on the mesh, see OnMesh; float32 where it is small.
+    those. rows: of a judge on the mesh, see OnMesh.
     """
     name, style, missing = config.judge, config.judge_style, config.judge_missing
     if name is None:
@@ -141,7 +141,7 @@ def open(config, mesh: Mesh | None = None, *, cache: Path | None = None, dtype=N
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
     mesh = hosts.own(mesh or gemma.all_devices())  # each host judges its own completions
-    dtype, shard = layout(gemma.read_config(folder), mesh, dtype)
+    dtype, shard = layout(gemma.read_config(folder), mesh)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
@@ -154,24 +154,31 @@ def total(stats: list[dict[str, float]]) -> dict[str, float]:
     return out | {"judge_missing": missing / max(1, out["judge_n"])}
 
 
-def layout(cfg: gemma.Config, mesh: Mesh, dtype=None) -> tuple[jnp.dtype, bool]:
-    """(dtype, whether the weights are split over the mesh) of a judge."""
-    dtype = jnp.dtype(dtype or (jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16))
+def layout(cfg: gemma.Config, mesh: Mesh) -> tuple[jnp.dtype, bool]:
+    """(dtype, float32 if small, whether the weights are split over the mesh) of a judge."""
+    dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
     return dtype, mesh.size > 1 and cfg.n_params * dtype.itemsize > REPLICATED_BYTES
 
 
-def programs(config, mesh: Mesh) -> dict[str, tuple]:
+def shape_of(config: Config) -> gemma.Config:
+    """The shape of a judge on the mesh, by name or by a folder's config.json; needs no weights."""
+    name = str(config.judge)
+    if folder := config.judge_weights or (name if Path(name).is_dir() else None):
+        return gemma.read_config(folder)
+    if (base := name.removesuffix("-it")) not in gemma.CONFIGS:
+        raise ValueError(f"--judge {name}: expected one of {', '.join(gemma.CONFIGS)}, a folder or "
+                         "http(s)://host/v1")  # fmt: skip
+    return gemma.CONFIGS[base]
+
+
+def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
     """What a Config's judge runs on the mesh, if it does: name -> (function, argument shapes).
 
     For it no two rows share a beginning, the most memory that a batch takes. Needs no weights.
     """
-    if not (name := config.judge) or name.startswith(("http://", "https://")):
+    if not config.judge or config.judge.startswith(("http://", "https://")):
         return {}
-    folder = config.judge_weights or (name if Path(name).is_dir() else None)
-    if folder is None and name.removesuffix("-it") not in gemma.CONFIGS:
-        raise ValueError(f"--judge {name}: expected one of {', '.join(gemma.CONFIGS)}, a folder or "
-                         "http(s)://host/v1")  # fmt: skip
-    cfg = gemma.read_config(folder) if folder else gemma.CONFIGS[name.removesuffix("-it")]
+    cfg = shape_of(config)
     dtype, shard = layout(cfg, mesh)
 
     def one(spec, pspec):
@@ -386,6 +393,13 @@ class Judge:
         self.names = ["judge", *(f"judge_{name}" for name in names)]
         self.lock, self.recent, self.counts = threading.Lock(), deque(maxlen=WINDOW), Counter()
         self.error = ""  # the latest
+        self.open: set[Future] = set()
+
+    def _future(self) -> Future:
+        future = Future()
+        self.open.add(future)
+        future.add_done_callback(self.open.discard)
+        return future
 
     def _done(self, parts: dict | None, error: str | None = None) -> dict:
         """Counts a judgement; one that could not be had has all its parts None, and an error."""
@@ -413,6 +427,11 @@ class Judge:
 
     def pump(self, flush: bool = False) -> None:
         """Called by the main thread; `flush`: nothing more will be submitted for now."""
+
+    def close(self) -> None:
+        """Waits for nothing; what has no verdict yet is cancelled."""
+        for future in [*self.open]:
+            future.cancel()
 
 
 # ------------------------------------------------------------------------------------ on the mesh
@@ -529,8 +548,7 @@ class OnMesh(Judge):
         self.flying: list[tuple[jax.Array, list[tuple[int, _Row]]]] = []
 
     def submit(self, completion: str, row: dict, group: Place | None = None) -> Future:
-        future = Future()  # the group does not matter here
-        future.set_running_or_notify_cancel()  # from here on it always gets a result
+        future = self._future()  # the group does not matter here
         try:
             shared, rests = digit_prompts(self.style, completion, row)
             rows = [self._cut(shared, rest) for rest in rests]
@@ -613,14 +631,8 @@ class OnMesh(Judge):
                     future.set_result(self._done(parts, "the judge's logits are not finite"))
 
     def close(self) -> None:
-        """Frees the weights; what is still waiting is missing."""
-        while not self.arrived.empty():
-            self.waiting.setdefault((0, 0), []).append(self.arrived.get())
-        rows = [row for _, places in self.flying for _, row in places]
-        for row in itertools.chain(rows, *self.waiting.values()):
-            if not row.future.done():
-                row.future.set_result(self._done(None, "the judge was closed"))
-        self.params, self.flying, self.waiting = None, [], {}
+        super().close()
+        self.params, self.flying, self.waiting = None, [], {}  # frees the weights
 
 
 # -------------------------------------------------------------------------------------- over HTTP
@@ -924,7 +936,7 @@ class OverHTTP(Judge):
         if self.calls == "completion" or group is None:
             group = object(), 0, 1
         question, index, size = group
-        future = Future()
+        future = self._future()
         with self.lock:
             members = self.waiting.setdefault(question, [])
             members.append((index, completion, row, future))
@@ -939,19 +951,9 @@ class OverHTTP(Judge):
 
     def _send(self, members: list[tuple[int, str, dict, Future]]) -> None:
         _, completions, rows, futures = zip(*sorted(members, key=lambda m: m[0]), strict=True)
+        self.endpoint.pool.submit(self._judge, completions, rows[0], futures)
 
-        def hand_out(sent: Future) -> None:
-            for i, future in enumerate(futures):
-                if sent.cancelled():
-                    future.cancel()
-                elif error := sent.exception():
-                    future.set_exception(error)
-                else:
-                    future.set_result(sent.result()[i])
-
-        self.endpoint.pool.submit(self._judge, completions, rows[0]).add_done_callback(hand_out)
-
-    def _judge(self, completions: tuple[str, ...], row: dict) -> list[dict]:
+    def _judge(self, completions: tuple[str, ...], row: dict, futures: tuple[Future, ...]) -> None:
         try:
             style, n, items = self.style, len(completions), rubric(row)
             text, schema = json_prompt(style, completions, row)
@@ -959,9 +961,12 @@ class OverHTTP(Judge):
                 [{"role": "user", "content": text}], max_tokens=1024 + 128 * (n - 1),
                 schema=schema, read=lambda text: verdicts(style, text, items, n),
             )  # fmt: skip
-            return [self._done(parts) for parts in reply.value]
-        except (Unavailable, ValueError) as e:
-            return [self._done(None, str(e)) for _ in completions]
+            found = [self._done(parts) for parts in reply.value]
+        except (Unavailable, ValueError, OSError) as e:  # OSError: of a reply that cannot be kept
+            found = [self._done(None, str(e)) for _ in completions]
+        for future, parts in zip(futures, found, strict=True):
+            if future.set_running_or_notify_cancel():
+                future.set_result(parts)
 
     def stats(self) -> dict[str, float]:
         with self.endpoint.lock:
@@ -971,9 +976,7 @@ class OverHTTP(Judge):
 
     def close(self) -> None:
         self.endpoint.close()
-        for members in self.waiting.values():
-            for *_, future in members:
-                future.cancel()
+        super().close()
 
 
 # ----------------------------------------------------------------------------------------- attack
@@ -1041,13 +1044,7 @@ def speed(config: Command, repeats: int = 3) -> dict[str, float]:
     are in the tokens of the tiny model, whose ids every vocabulary has. Decoded verdicts are a
     digit, and --new-tokens tokens as JSON takes them; each prompt is prefilled whole.
     """
-    mesh, tok = gemma.all_devices(), data.Tokenizer(gemma.find("tiny"))
-    if config.judge_weights:
-        cfg = gemma.read_config(config.judge_weights)
-    elif config.judge in gemma.CONFIGS:
-        cfg = gemma.CONFIGS[config.judge]
-    else:
-        raise ValueError(f"--judge {config.judge}: expected one of {', '.join(gemma.CONFIGS)}")
+    mesh, tok, cfg = gemma.all_devices(), data.Tokenizer(gemma.find("tiny")), shape_of(config)
     dtype, shard = layout(cfg, mesh)
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), gemma.pspecs(cfg, shard))
     init = jax.jit(functools.partial(gemma.init, cfg, dtype=dtype), out_shardings=specs)

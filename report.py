@@ -46,7 +46,6 @@ CURVES = {  # metric -> (title, unit), in the page's order; what is not here com
     "reward_s": ("Rewards, after it", "s"), "reference_s": ("Reference", "s"),
     "update_s": ("Update", "s"),
 }  # fmt: skip
-HEADLINE = ("eval_loss", "reward", "eval_format", "completions/mean_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +295,7 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
 
 
 def header(runs: list[Run]) -> str:
-    """The answer in one line a run, and the figures that matter most."""
+    """The answer in one line a run."""
     items = []
     for i, run in enumerate(runs):
         css, word, sentence = verdict(run)
@@ -306,15 +305,9 @@ def header(runs: list[Run]) -> str:
             about.append(f"step {max(run.steps)}" + (f" of {steps}" if steps else ""))
             about.append("finished" if run.finished else "not finished")
             about.append(f"{sum(v or 0.0 for _, v in spent) / 60:.1f} minutes of steps")
-        figures = []
-        for name in HEADLINE:
-            if points := curve(run, name):
-                (title, unit), (first, last) = CURVES[name], ends(points, name)
-                figures.append(f"<span>{title} {show(first, unit)} → <b>{show(last, unit)}</b> "
-                               f"{unit}</span>")  # fmt: skip
-        items.append(f"<li>{tag(i, run.name)} <small>{esc(' · '.join(about))}</small><p class="
-                     f'verdict><b class="{css}">{word.capitalize()}:</b> {esc(sentence)}</p>'
-                     f"<p class=figures>{''.join(figures)}</p>")  # fmt: skip
+        about = esc(" · ".join(about))
+        items.append(f"<li>{tag(i, run.name)} <small>{about}</small><p class=verdict>"
+                     f'<b class="{css}">{word.capitalize()}:</b> {esc(sentence)}</p>')  # fmt: skip
     return f"<header><h1>Did it learn?</h1><ul>{''.join(items)}</ul></header>"
 
 
@@ -421,7 +414,7 @@ ul { list-style: none; padding: 0 } li { margin-top: 14px }
 .verdict { font-size: 26px; line-height: 1.3; font-weight: 600 } .verdict b { color: var(--dim) }
 li:not(:only-child) .verdict { font-size: 18px }
 .good, .verdict .good { color: var(--good) } .bad, .verdict .bad { color: var(--bad) }
-.figures, .legend { display: flex; flex-wrap: wrap; gap: 0 20px; align-items: baseline }
+.legend { display: flex; flex-wrap: wrap; gap: 0 20px; align-items: baseline }
 .legend { position: sticky; top: 0; background: var(--bg); padding: 6px 0; z-index: 1 }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px }
 th, td { text-align: left; font-weight: 400; padding: 3px 12px 3px 0; vertical-align: top }

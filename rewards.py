@@ -32,7 +32,6 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -490,8 +489,7 @@ class Reward(NamedTuple):
     needs: str = ""
 
 
-@dataclass(frozen=True)
-class Mix:
+class Mix(NamedTuple):
     """total = clip(sum of weight * reward, low, high); a reward of weight 0 is only logged."""
 
     weights: dict[str, float]
@@ -563,7 +561,7 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
             raise ValueError(wrong + "the weight must be a number")
     if not (weights := preset.weights | own | named):
         raise ValueError("--rewards is empty: expected something like format:0.5,answer:1")
-    return replace(preset, weights=weights)
+    return preset._replace(weights=weights)
 
 
 def _own(reward_file: str) -> tuple[str, str]:
@@ -630,14 +628,14 @@ def score(mix: Mix, functions: Mapping[str, Reward], completion: str, row: dict)
         except Exception as e:
             line = " ".join(f"{type(e).__name__}: {e}"[:200].split())
             parts[name], errors[name] = None, _safe(line)
-    terms = [(mix.weights[name], part) for name, part in parts.items() if mix.weights[name]]
+    total, terms = None, {name: part for name, part in parts.items() if mix.weights[name]}
     if not terms:
-        return Scored(None, parts, errors | {"total": "no reward with a weight applies to the row"})
-    if any(part is None for _, part in terms):
-        return Scored(None, parts, errors)
-    total = min(max(sum(weight * part for weight, part in terms), mix.low), mix.high)
-    if not math.isfinite(total):
-        return Scored(None, parts, errors | {"total": f"the sum is {total}"})
+        errors["total"] = "no reward with a weight applies to the row"
+    elif None not in terms.values():
+        total = sum(mix.weights[name] * part for name, part in terms.items())
+        total = min(max(total, mix.low), mix.high)
+        if not math.isfinite(total):
+            total, errors["total"] = None, f"the sum is {total}"
     return Scored(total, parts, errors)
 
 

@@ -28,7 +28,6 @@ Data is what eval.py reads; the README has a row for each of some domains.
 """
 
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -36,74 +35,26 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import as_completed
 from pathlib import Path
-from typing import Literal
 
-import jax.numpy as jnp
 from tqdm import tqdm
 
 import data
 import eval as evaluation
-import gemma
 import judge
 import lora
 import rewards
 import runs
-from eval import Problem
-from sampler import Sampler
+from eval import Problem, Sampling
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class Common:
-    """The flags of both; those left at None are filled from DEFAULTS."""
+class Traces(Sampling):
+    """Rows for train_sft.py from a teacher: any OpenAI-compatible endpoint, or --model itself.
 
-    # model
-    model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
-    weights: str | None = None
-    """Folder of the weights (config.json, safetensors); default: looked for by name."""
-    tokenizer: str | None = None
-    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
-    adapter: str | None = None
-    """The final/ of a run, a PEFT adapter, or a fully fine-tuned model; default: the bare model."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights and the activations."""
-
-    # data
-    data: str | None = None
-    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
-    rows: int | None = None
-    """Problems from the start of each source; 0: all of them."""
-    system: str | None = None
-    """System text put before every question; default: the one the adapter was trained under."""
-    skip_bad_rows: bool = False
-    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
-
-    # sampling
-    temperature: float = 1.0
-    """Of the completions."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that add up to this probability."""
-    repetition: int = 0
-    """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
-    max_prompt: int | None = None
-    """Tokens of the longest prompt."""
-    max_new: int | None = None
-    """Tokens after which a completion is cut."""
-    slots: int | None = None
-    """Completions that a device writes at a time; lower it when out of memory."""
-    seed: int = 0
-    """Of the completions."""
-    reward_file: str | None = None
-    """A reward of your own: my.py:score, a function of (completion, row)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Traces(judge.Config, Common):
-    """Rows for train_sft.py from a teacher: any OpenAI-compatible endpoint, or --model itself."""
+    Fields left at None are filled from DEFAULTS.
+    """
 
     # teacher
     teacher: str | None = None
@@ -139,7 +90,7 @@ class Traces(judge.Config, Common):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs(judge.Config, Common):
+class Pairs(Sampling):
     """Preference pairs for train_simpo.py: the best and the worst of several completions."""
 
     # pairs
@@ -163,9 +114,9 @@ DEFAULTS = {
                  max_new=168, slots=32),
     "gemma2": REAL,
     "gemma3": REAL,
-    "teacher": dict(rows=0, system=data.SYSTEM, max_new=2048),
 }  # fmt: skip
-MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "repetition", "slots")
+TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
+MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "min_p", "repetition", "slots")
 HTTP_ONLY = ("teacher_model", "rate", "limit", "budget")
 GIVE_UP = 32  # completions without a reply, one after the other: the server is gone
 OVERLAP = 0.8  # of the word triples of two traces, above which they are near-duplicates
@@ -174,18 +125,11 @@ OVERLAP = 0.8  # of the word triples of two traces, above which they are near-du
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
     teacher = getattr(config, "teacher", None)
-    system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
             raise ValueError(f"--{name.replace('_', '-')} {value} {where}")
-    model = "teacher" if teacher else config.model
-    table = DEFAULTS.get(model, DEFAULTS.get(model[: len("gemma3")]))
-    if table is None:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    config = dataclasses.replace(config, **filled)
+    config = evaluation.fill(config, {config.model: TEACHER} if teacher else DEFAULTS)
     if config.data is None:
         raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
     if config.samples < (least := 1 if isinstance(config, Traces) else 2):
@@ -279,38 +223,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
     return [{"problem": i, "sample": sample} | row for (i, sample), row in sorted(rows.items())]
 
 
-def sample(config: Config, start: lora.Start, tok: data.Tokenizer,
-           problems: list[Problem]) -> list[dict]:  # fmt: skip
-    """The same rows from the model on the mesh, those of finished problems from samples.jsonl."""
-    names = ("dtype", "samples", "temperature", "top_k", "top_p", "repetition", "max_new", "seed")
-    prompts = hashlib.sha256(repr([(p.id, p.prompt) for p in problems]).encode()).hexdigest()[:16]
-    record = {name: getattr(config, name) for name in names}
-    record |= {"checksum of the weights": evaluation.fingerprint(start),
-               "checksum of the prompts": prompts}  # fmt: skip
-    evaluation.check_folder(Path(config.out), record)
-    runs.write_json(Path(config.out) / "config.json", dataclasses.asdict(config) | record)
-    mesh = gemma.all_devices()
-    dtype = jnp.dtype(config.dtype)
-    cfg, params = gemma.load(start.weights, dtype, mesh)
-    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
-    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                      max_new=config.max_new, dtype=dtype)  # fmt: skip
-    return evaluation.evaluate(
-        sampler, params, tok, problems, adapter=adapter, greedy=False, samples=config.samples,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        repetition=config.repetition, seed=config.seed, journal=Path(config.out) / "samples.jsonl",
-    )[1]  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------- problems
-
-
-def is_right(problem: Problem, completion: str) -> bool | None:
-    """Whether the answer is; None where there is nothing to check."""
-    if problem.gold is None:
-        return None
-    answer = rewards.parse(completion)[1]
-    return rewards.correct(answer, problem.gold, problem.kind, problem.choices)
 
 
 def prompt_of(problem: Problem) -> str | list[dict]:
@@ -330,10 +243,11 @@ def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None
         return "no reply", row["error"]
     if row["stop"] != "stop":
         return "cut", f"stop reason {row['stop']}"
-    reasoning, answer, strict = rewards.parse(text := row["completion"])
+    reasoning = rewards.parse(text := row["completion"])[0]
+    answer, right, strict = evaluation.check(problem, text)
     if not strict:
         return "format", "expected <reasoning>...</reasoning> <answer>...</answer> and no more"
-    if is_right(problem, text) is False:
+    if right is False:
         return "wrong", f"said {answer[:80]!r}, the answer is {problem.gold[:80]!r}"
     n = len(rewards._PIECE.findall(reasoning))
     if not config.min_length <= n <= config.max_length:
@@ -449,7 +363,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
     groups, out, rejects = {}, [], []
     scored = evaluation.score(problems, rows, tok, config)
     for row, s in zip(rows, scored, strict=True):
-        right = is_right(problems[row["problem"]], row["completion"])
+        _, right, _ = evaluation.check(problems[row["problem"]], row["completion"])
         row = row | {"reward": s.total, "parts": s.parts, "errors": s.errors, "right": right}
         groups.setdefault(row["problem"], []).append(row)
     for i, group in groups.items():
@@ -488,7 +402,6 @@ def main(config: Config) -> Path:
     problems, bad = evaluation.load_problems(
         config.data, tok, config.system, config.rows, config.max_prompt, config.skip_bad_rows
     )
-    runs.say(f"data: {len(problems):,} problems of {config.data}, {len(bad)} bad rows left out")
     with runs.lock(out):
         if getattr(config, "teacher", None):
             with runs._writing(out):
@@ -501,11 +414,9 @@ def main(config: Config) -> Path:
             )  # fmt: skip
             with runs._writing(out):  # of a reply that could not be kept; all else is a reject
                 rows = ask(teacher, problems, config)
-            runs.say(
-                f"{teacher.n_sent:,} requests so far, {teacher.dollars:.2f} dollars by --price"
-            )
+            runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
-            rows = sample(config, start, tok, problems)
+            _, rows = evaluation.answer(config, start, tok, problems, greedy=False)
         make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
         made, rejects = make(problems, rows, tok, config)
         rejects += [{"reason": "bad row", "detail": line} for line in bad]

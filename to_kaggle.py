@@ -239,10 +239,11 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
     assert tail.count(parser) == 1, f"{script} ends in another way than the other scripts"
     tail = tail.replace(parser, "CONFIG if KERNEL else tyro.cli(Config, default=CONFIG,")
     siblings, others = [], [tiny("FOLDER.name")] if getattr(config, "model", "") == "tiny" else []
+    own = (getattr(config, "reward_file", None) or "").rpartition(":")[0]
     for name, text in files.items():
         plain = "'''" not in text and not text.endswith("\\")
         quoted = f"r'''\n{text}'''" if plain else repr(f"\n{text}")
-        if not (HERE / name).exists():  # the reward's: a flag names its path
+        if name == own:  # a flag names its path
             others.append(f"Path({name!r}).write_text({quoted}[1:])\n")
         elif name != script:
             siblings.append(f"FILES[{name!r}] = {quoted}\n")
@@ -266,13 +267,14 @@ def main(config: Config, flags: list[str]) -> Path:
     if hasattr(module, "resolve"):
         module.resolve(parsed)  # finds wrong values too
     also = ("eval.py", "report.py") if script.startswith("train_") and not config.one_file else ()
-    also = [name for name in also if (HERE / name).exists()]
     names = [name for one in (*also, script) for name in needed(one)]
     files = {name: (HERE / name).read_text() for name in names}
     if reward_file := getattr(parsed, "reward_file", None):
         path, _, function = reward_file.rpartition(":")
         if not Path(path).is_file():
             raise ValueError(f"--reward-file {reward_file}: no file {path!r}")
+        if Path(path).name in files:
+            raise ValueError(f"--reward-file {reward_file}: rename it, one of ours has that name")
         files[Path(path).name] = Path(path).read_text()
         parsed = dataclasses.replace(parsed, reward_file=f"{Path(path).name}:{function}")
     if config.one_file:

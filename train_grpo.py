@@ -50,37 +50,26 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
+import eval as evaluation
 import gemma
 import hosts
 import judge as judges
-import lora
 import rewards
 import runs
-from eval import Problem, eval_metrics, evaluate, load_problems, verdict
+import train_sft
+from eval import Problem, check, evaluate, row_of
 from sampler import Rollout, Sampler
-from train_sft import (
-    base_name,
-    fixed_specs,
-    is_sharded,
-    join,
-    load_model,
-    new_adapter,
-    opt_specs,
-    optimizer,  # fmt: skip
-    place,
-    samples_sharded,
-    schedule,
-    trained_specs,
-    vary,
-    write_model,
-)
+from train_sft import join, place, vary
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+class Config(judges.Config):
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed.
+
+    The flags of a judge are those of judge.py.
+    """
 
     # model
     model: str = "tiny"
@@ -114,22 +103,6 @@ class Config:
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
     reward_file: str | None = None
     """A reward of your own: my.py:score, a function of (completion, row)."""
-    judge: str | None = None
-    """For the reward "judge": a Gemma by name or folder, run on the mesh; or http(s)://host/v1."""
-    judge_model: str | None = None
-    """The judge's name at the endpoint."""
-    judge_weights: str | None = None
-    """Folder of the judge's weights; default: looked for by name."""
-    judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
-    """One metric 1-5, all items of a rubric at once, item by item; or Pinocchio's, over HTTP."""
-    judge_calls: Literal["completion", "group"] = "completion"
-    """What a request to an endpoint judges: one completion, or all those of a prompt at once."""
-    judge_threads: int = 16
-    """Requests in flight at an endpoint."""
-    judge_limit: int = 0
-    """Requests that may be sent, those of earlier sessions included; 0: no limit."""
-    judge_missing: float = 0.2
-    """Share of missing judgements, of the latest 200, above which the run stops."""
     overlong_buffer: float = 0.2
     """Share of --max-new over which the reward "overlong" falls from 0 to -1 (DAPO)."""
 
@@ -231,7 +204,7 @@ class Config:
     eval_every: int | None = None
     """Steps between evaluations; the best checkpoint is kept. 0: only at the end."""
     eval_rows: int | None = None
-    """Held-out problems answered greedily at each evaluation."""
+    """Held-out problems answered greedily at each evaluation; 0: all of them."""
     show: int = 2
     """Completions shown at a time, with their rewards."""
     show_every: int = 10
@@ -289,15 +262,7 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
-    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
-    if table is None:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if config.time_limit is not None and config.steps is None:
-        filled["steps"] = None  # the clock alone decides
-    config = dataclasses.replace(config, **filled)
+    config = evaluation.fill(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
     longest = config.max_prompt + config.max_new
@@ -311,6 +276,7 @@ def resolve(config: Config) -> Config:
     ):  # fmt: skip
         if not ok:
             raise ValueError(f"--{flag} {value}: expected {expected}")
+    rewards.read_mix(config.rewards, config.reward_file)  # a mistake is better said now
     return config
 
 
@@ -428,18 +394,17 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
 
     lengths 2 and 4: sequence -> 1/4, 1/8; token -> 1/6, 1/6; constant -> 1/(2 max_new) each.
     """
-    there = [s.scored.total is not None for s in samples]
-    cut = [config.mask_truncated and s.rollout.stop == "length" for s in samples]
-    n_rows = max(1, sum(there))  # of the mean over completions: masked ones count, missing don't
-    lengths = [len(s.rollout.ids) for s in samples]
-    kept = [t and not c for t, c in zip(there, cut, strict=True)]
-    n_tokens = max(1, sum(n for n, k in zip(lengths, kept, strict=True) if k))
+    there = [s for s in samples if s.scored.total is not None]
+    masked = lambda s: config.mask_truncated and s.rollout.stop == "length"
+    n_rows = max(1, len(there))  # of the mean over completions: masked ones count, missing don't
+    n_tokens = max(1, sum(len(s.rollout.ids) for s in there if not masked(s)))
     weight = {
         "sequence": lambda n: 1 / (n * n_rows),
         "token": lambda n: 1 / n_tokens,
         "constant": lambda n: 1 / (config.max_new * n_rows),
     }[config.loss_norm]
-    return [weight(n) if k else 0.0 for n, k in zip(lengths, kept, strict=True)]
+    kept = lambda s: s.scored.total is not None and not masked(s)
+    return [weight(len(s.rollout.ids)) if kept(s) else 0.0 for s in samples]
 
 
 def n_packed(config: Config, n_devices: int) -> tuple[int, int]:
@@ -646,7 +611,7 @@ def reference_logps(reference, fixed, batch, n_micro, *, cfg, config, fsdp):
 
 def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     """grads() under shard_map: (trained, fixed, batch, n_micro, on_policy) -> its results."""
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = train_sft.specs_of(cfg, config, sharded)
     fsdp, rows = "data" if sharded else None, P(None, "data")
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -657,7 +622,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, n_micro, on_policy, lr), reference(...)."""
     check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    mesh_grads = grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    tx = train_sft.optimizer(config)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
@@ -667,7 +633,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
         trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
         return trained, opt, metrics, logp_nBT
 
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = train_sft.specs_of(cfg, config, sharded)
     fsdp, rows = "data" if sharded else None, P(None, "data")
     reference = jax.jit(jax.shard_map(
         partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -679,26 +645,13 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
-    sharded, dtype = is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
+    cfg = train_sft.model_of(config)
+    sharded, dtype = train_sft.is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
     train_step, reference = make_steps(cfg, config, mesh, sharded)
-
-    def on_mesh(tree, specs):
-        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-        return jax.tree.map(place, tree, specs)
-
-    base = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype))
-    adapter = None
-    if config.lora_rank:
-        adapter = jax.eval_shape(lambda: new_adapter(cfg, config))
-        trained, scale = lora.split(adapter)
-        fixed = {"base": base} | scale
-    else:
-        trained, fixed = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0))), {}
-    specs, tx = trained_specs(cfg, config, sharded), optimizer(config)
-    trained = on_mesh(trained, specs)
-    fixed = on_mesh(fixed, fixed_specs(cfg, config, sharded))
-    opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
+    specs = train_sft.specs_of(cfg, config, sharded)
+    weights = partial(train_sft.random_weights, cfg, config)
+    trained, opt, fixed = train_sft.state_shapes(config, mesh, weights, specs)
+    base, adapter = jax.eval_shape(partial(join, dtype=dtype), trained, fixed)
     n_max, rows = n_packed(config, mesh.size)
     batch = {
         k: jax.ShapeDtypeStruct((n_max, rows, config.pack_length),
@@ -720,26 +673,13 @@ def programs(config: Config, mesh: Mesh) -> dict:
 def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
                    max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                   shard=samples_sharded(cfg, config, mesh))  # fmt: skip
-
-
-def row_of(problem: Problem, rollout: Rollout, p: float, config: Config) -> dict:
-    """What a reward is told besides the completion: all that the data's row has, and this."""
-    return problem.row | {
-        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-        "choices": problem.choices, "n_tokens": len(rollout.ids), "max_new": config.max_new,
-        "overlong_buffer": config.overlong_buffer * config.max_new, "stop": rollout.stop,
-        "progress": p,
-    }  # fmt: skip
+                   shard=train_sft.samples_sharded(cfg, config, mesh))  # fmt: skip
 
 
 def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards.Mix,
           functions: dict) -> Sample:  # fmt: skip
     """One completion and its score; runs in a thread while the devices write others."""
-    _, answer, strict = rewards.parse(text)
-    right = None
-    if problem.gold is not None:
-        right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
+    _, right, strict = check(problem, text)
     scored = rewards.score(mix, functions, text, row)
     return Sample(problem, rollout.prompt, rollout, text, right, strict, scored)
 
@@ -771,8 +711,8 @@ def collect(play: Callable, prompts: Prompts, drawn: int, p: float, mix: rewards
     for _ in range(1 + config.resample):
         chosen = prompts.take(drawn + len(seen), config.prompts - len(used), p)
         groups, rollout_s, reward_s = play(chosen, len(seen))
-        times = {"rollout_s": times["rollout_s"] + rollout_s,
-                 "reward_s": times["reward_s"] + reward_s}  # fmt: skip
+        times["rollout_s"] += rollout_s
+        times["reward_s"] += reward_s
         a_QG, seen = set_advantages(groups, mix, config), seen + groups
         keep = a_QG.any(axis=1) if config.resample else np.ones(len(groups), bool)
         used += [group for group, k in zip(groups, keep, strict=True) if k]
@@ -831,12 +771,12 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
 
 def show(samples: list[Sample]) -> None:
     """Completions for the terminal, coloured by tag, with what they were rewarded for."""
+    number = lambda x: "missing" if x is None else f"{x:.3g}"
     for s in samples:
-        text = "missing" if s.scored.total is None else f"{s.scored.total:.3g}"
-        number = lambda x: "missing" if x is None else f"{x:.3g}"
         parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
-        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward {text} ({parts}), "
-                 f"advantage {s.advantage:+.2f}, {s.rollout.stop}")  # fmt: skip
+        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
+                 f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
+                 f"{s.rollout.stop}")  # fmt: skip
         for name, error in s.scored.errors.items():
             runs.say(f"  {name}: {error}")
 
@@ -845,21 +785,20 @@ def show(samples: list[Sample]) -> None:
 
 
 def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
-    """The problems to train on and those held out; says what was read and left out."""
-
-    def read(sources, rows):
-        problems, bad = load_problems(sources, tok, config.system, rows, config.max_prompt,
-                                      config.skip_bad_rows)  # fmt: skip
-        left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
-        runs.say(f"data: {len(problems):,} problems of {sources}{left_out}")
-        return problems
-
+    """The problems to train on and those held out."""
+    read = lambda source, rows: evaluation.load_problems(
+        source, tok, config.system, rows, config.max_prompt, config.skip_bad_rows
+    )[0]
     problems = read(config.data, config.rows)
     built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
     if config.eval_data or built_in:
         return problems, read(config.eval_data or built_in, config.eval_rows)
+    if len(problems) == 1:
+        raise ValueError(f"--data {config.data}: one problem is too few to hold some out; "
+                         "--eval-data names other held-out ones")  # fmt: skip
     order = np.random.default_rng((config.seed, 1)).permutation(len(problems))
-    n = min(len(problems) // 50 + 1, len(problems) - 1, config.eval_rows)
+    n = len(problems) // 50 + 1
+    n = min(n, config.eval_rows or n)
     return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
 
 
@@ -881,15 +820,11 @@ def main(config: Config) -> Path | dict:
     mesh = gemma.all_devices()
 
     # load
-    mix = rewards.read_mix(config.rewards, config.reward_file)
-    model = load_model(config, mesh)
-    cfg, tok, trained, fixed, specs = model.cfg, model.tok, model.trained, model.fixed, model.specs
+    model = train_sft.load_model(config, mesh)
+    cfg, tok, trained, fixed = model.cfg, model.tok, model.trained, model.fixed
     problems, held_out = load_data(config, tok)
     prompts = Prompts(problems, config.curriculum, config.seed)
-    traces = [t for p in problems if isinstance(t := p.row.get("reasoning"), str)]
-    judged = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-    judged = {name: rewards.Reward(partial(verdict, name)) for name in judged if config.judge}
-    functions = rewards.prepare(mix, traces, config.reward_file, judged)
+    mix, functions = evaluation.reward_functions(config, problems)
     judge = None
     if config.judge:
         judge = judges.open(config, mesh, cache=Path(config.out) / "judge" / "replies.jsonl")
@@ -897,9 +832,7 @@ def main(config: Config) -> Path | dict:
 
     # compile
     train_step, reference_step = make_steps(cfg, config, mesh, model.sharded)
-    tx = optimizer(config)
-    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
-        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
+    opt = train_sft.init_opt(config, trained, mesh, model.specs)
     sampler, dtype = make_sampler(cfg, config, mesh), jnp.dtype(config.dtype)
     pool = ThreadPoolExecutor(config.reward_threads)
 
@@ -916,7 +849,7 @@ def main(config: Config) -> Path | dict:
         )  # fmt: skip
         for r in rollouts:
             problem, text = problems[chosen[r.prompt - first]], tok.decode(r.ids)
-            row = row_of(problem, r, p, config)
+            row = row_of(problem, len(r.ids), r.stop, config.max_new, config.overlong_buffer, p)
             if judge is not None:
                 row["verdict"] = judge.submit(text, row, (r.prompt, r.index, config.group))
                 judge.pump()
@@ -957,18 +890,18 @@ def main(config: Config) -> Path | dict:
         """Held-out greedy accuracy and format, logged and shown -> the score."""
         params, adapter = join(trained, fixed, dtype)
         results, _ = evaluate(sampler, params, tok, held_out, adapter=adapter, every_s=None)
-        metrics = eval_metrics(results)
+        metrics = evaluation.eval_metrics(results)
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics.get("eval_accuracy", metrics["eval_format"])
 
     def write(folder: Path | None) -> None:
-        write_model(folder, config, model, trained)
+        train_sft.write_model(folder, config, model, trained)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
                          needs=("step", "save", "eval"))  # fmt: skip
-    report_to = filter(None, config.report_to.split(","))
+    report_to = [name for name in config.report_to.split(",") if name]
     closing = contextlib.closing(judge) if judge else contextlib.nullcontext()
     with pool, closing, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to,
                                  LABELS, every_s=0.0) as run:  # fmt: skip
@@ -976,8 +909,8 @@ def main(config: Config) -> Path | dict:
         step, state = 0, {"drawn": 0, "num_tokens": 0}
         if saved is not None:
             step, state = saved.step, saved.state
-            trained = place(saved.arrays["trained"], mesh, specs)
-            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
+            trained = train_sft.place_like(saved.arrays["trained"], trained)
+            opt = train_sft.place_like(saved.arrays["opt"], opt)
         elif config.eval_every:
             with budget.measure("eval"):
                 measure(run)
@@ -994,7 +927,8 @@ def main(config: Config) -> Path | dict:
                 raise SystemExit("no completion of the first step could be scored: "
                                  f"{everything[0].scored.errors}")  # fmt: skip
             # the share of the run at the end of this step, so that the first step moves
-            lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
+            p_end = min(1.0, p + (1 / config.steps if config.steps else 0.0))
+            lr = train_sft.schedule(p_end, config)
             metrics, batch = update([s for group in groups for s in group], lr)
             n_tokens = sum(len(s.rollout.ids) + len(s.problem.prompt) for s in everything)
             state = {"drawn": state["drawn"] + len(seen),

@@ -44,7 +44,7 @@ import hosts
 import lora
 import rewards
 import runs
-from eval import Problem, eval_metrics, evaluate
+from eval import Problem, eval_metrics, evaluate, fill
 from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
@@ -130,7 +130,7 @@ class Config:
     eval_every: int | None = None
     """Steps between held-out losses; the best checkpoint is kept."""
     eval_rows: int = 256
-    """Held-out examples."""
+    """Held-out examples; 0: all of them."""
     eval_accuracy: int = 0
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
     accurate one, not the one of least loss."""
@@ -176,17 +176,9 @@ MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
-    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
-    if table is None:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
     if config.from_scratch and config.lora_rank is None:
-        filled["lora_rank"] = 0
-    if config.time_limit is not None and config.steps is None:
-        filled["steps"] = None  # the clock alone decides
-    config = dataclasses.replace(config, **filled)
+        config = dataclasses.replace(config, lora_rank=0)
+    config = fill(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
     if config.from_scratch and config.lora_rank:
@@ -277,24 +269,20 @@ def schedule(p: float, config: Config) -> float:
     return config.learning_rate * float(config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def trained_specs(cfg: gemma.Config, config: Config, sharded: bool):
-    """PartitionSpecs of what is trained: an adapter is replicated, whole weights may be split."""
-    if config.lora_rank:
-        names = lora.parse_targets(config.lora_targets)
-        return {k: {n: P() for n in names} for k in "ab"}
-    return gemma.pspecs(cfg, sharded)
+def specs_of(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
+    """PartitionSpecs of (what is trained, what is fixed).
 
-
-def fixed_specs(cfg: gemma.Config, config: Config, sharded: bool):
+    An adapter is replicated; a base, or weights that are trained, may be split.
+    """
     if not config.lora_rank:
-        return {}
-    names = lora.parse_targets(config.lora_targets)
-    return {"base": gemma.pspecs(cfg, sharded), "scale": {n: P() for n in names}}
+        return gemma.pspecs(cfg, sharded), {}
+    each = {n: P() for n in lora.parse_targets(config.lora_targets)}
+    return {"a": each, "b": each}, {"base": gemma.pspecs(cfg, sharded), "scale": each}
 
 
 def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     """grads() under shard_map: (trained, fixed, batch, key) -> (gradient, metrics)."""
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = specs_of(cfg, config, sharded)
     fsdp = "data" if sharded else None
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -318,12 +306,12 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     def eval_sums(trained, fixed, batch):
         quiet = dataclasses.replace(config, lora_dropout=0.0)
         fsdp = "data" if sharded else None
-        sums = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
-        return lax.psum(sums, "data")
+        total, count = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
+        return lax.psum({"loss": total, "count": count}, "data")
 
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = specs_of(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
-        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=(P(), P()),
+        eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
         check_vma=check_vma,
     ))  # fmt: skip
     return train_step, eval_step
@@ -332,27 +320,34 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
+    cfg = model_of(config)
     sharded = is_sharded(cfg, config, mesh)
-    train_step, eval_step = make_steps(cfg, config, mesh, sharded)
-    dtype = jnp.dtype(config.dtype)
+    specs = specs_of(cfg, config, sharded)
+    state = state_shapes(config, mesh, partial(random_weights, cfg, config), specs)
+    return step_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
 
-    def on_mesh(tree, specs):
-        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-        return jax.tree.map(place, tree, specs)
 
-    if config.lora_rank:
-        adapter = jax.eval_shape(lambda: new_adapter(cfg, config))
-        trained, scale = lora.split(adapter)
-        base = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype))
-        fixed = {"base": base} | scale
-    else:
-        trained, fixed = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0))), {}
-    specs = trained_specs(cfg, config, sharded)
-    trained = on_mesh(trained, specs)
-    fixed = on_mesh(fixed, fixed_specs(cfg, config, sharded))
+def random_weights(cfg: gemma.Config, config: Config) -> tuple[dict, dict]:
+    """(trained, fixed) of a run that starts from nothing."""
+    key = jax.random.key(0)
+    if not config.lora_rank:
+        return gemma.init(cfg, key), {}
+    trained, scale = lora.split(new_adapter(cfg, config))
+    return trained, {"base": gemma.init(cfg, key, jnp.dtype(config.dtype))} | scale
+
+
+def state_shapes(config: Config, mesh: Mesh, weights, specs: tuple) -> tuple:
+    """(trained, opt, fixed) as shapes on the mesh, of weights() -> (trained, fixed)."""
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+    trained, fixed = jax.tree.map(shape, jax.eval_shape(weights), specs)
     tx = optimizer(config)
-    opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
+    opt = jax.eval_shape(tx.init, trained)
+    return trained, jax.tree.map(shape, opt, opt_specs(tx, trained, specs[0])), fixed
+
+
+def step_programs(config: Config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
+    """programs() of a train_step and an eval_step that read packed rows."""
+    (train_step, eval_step), (trained, opt, fixed) = steps, state
     n_micro, rows = batch_shape(config, mesh)
     shapes = lambda *lead: {
         k: jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32,
@@ -372,6 +367,11 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 def base_name(config: Config) -> str:
     return config.model.removesuffix("-it").removesuffix("-pt")
+
+
+def model_of(config: Config) -> gemma.Config:
+    """The model's shape, by name or by the config.json of --weights; needs no weights."""
+    return gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
 
 
 def batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
@@ -422,11 +422,23 @@ def opt_specs(tx, trained, specs):
     )  # fmt: skip
 
 
+def init_opt(config: Config, trained: dict, mesh: Mesh, specs: dict):
+    """The optimizer's state of what is trained, as it lies on the mesh."""
+    tx = optimizer(config)
+    at = jax.tree.map(partial(NamedSharding, mesh), opt_specs(tx, trained, specs))
+    return jax.jit(tx.init, out_shardings=at)(trained)
+
+
 def place(tree, mesh: Mesh, specs):
     """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
     if isinstance(specs, P):
         specs = jax.tree.map(lambda _: specs, tree)
     return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
+
+
+def place_like(tree, like):
+    """Host arrays onto the devices as arrays of the same tree already are."""
+    return jax.tree.map(lambda x, now: hosts.put(x, now.sharding), tree, like)
 
 
 class Model(NamedTuple):
@@ -464,7 +476,7 @@ def load_model(config: Config, mesh: Mesh) -> Model:
         runs.say(lora.describe(adapter))
         trained, scale = lora.split(adapter)
         fixed = {"base": base} | place(scale, mesh, P())
-    specs = trained_specs(cfg, config, sharded)
+    specs, _ = specs_of(cfg, config, sharded)
     rollouts = "in their place" if samples_sharded(cfg, config, mesh) else "from a copy on each"
     runs.say(
         f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
@@ -494,21 +506,21 @@ def write_model(folder: Path | None, config: Config, model: Model, trained: dict
     lora.write_prompt(folder, config.system)
 
 
-def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
+def load_data(config: Config, tok: data.Tokenizer,
+              read=data.read_example) -> tuple[data.Packed, list]:  # fmt: skip
     """The training batches and the held-out examples; says what was read and left out."""
 
-    def read(sources):
-        read_one = partial(data.load_examples, tok=tok, max_length=config.max_length,
-                           system=config.system, skip_bad_rows=config.skip_bad_rows)  # fmt: skip
+    def load(sources):
         sets = []
         for source in filter(None, (s.strip() for s in sources.split(","))):
-            examples, bad = read_one(source)
+            examples, bad = data.load_examples(source, tok, config.max_length, config.system,
+                                               config.skip_bad_rows, read)  # fmt: skip
             left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
             runs.say(f"data: {len(examples):,} rows of {source}{left_out}")
             sets.append(examples)
         return sets
 
-    sets = read(config.data)
+    sets = load(config.data)
     weights = [float(w) for w in config.mix.split(",")] if config.mix else None
     if weights and (len(weights) != len(sets) or min(weights) < 0 or not sum(weights)):
         raise ValueError(
@@ -516,16 +528,29 @@ def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
         )
     built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
     if config.eval_data or built_in:
-        held_out = [e for examples in read(config.eval_data or built_in) for e in examples]
+        held_out = [e for examples in load(config.eval_data or built_in) for e in examples]
     else:
-        held_out = []
-        for i, examples in enumerate(sets):  # a fixed share of each source, out of training
-            order = np.random.default_rng((config.seed, i)).permutation(len(examples))
-            n = min(len(examples) // 50 + 1, len(examples) - 1)
-            held_out += [examples[j] for j in order[:n]]
-            sets[i] = [examples[j] for j in sorted(order[n:])]
+        sets, held_out = hold_out(sets, config)
     batches = data.Packed(sets, config.max_length, config.batch_rows, config.seed, weights)
-    return batches, held_out[: config.eval_rows]
+    return batches, held_out[: config.eval_rows or None]
+
+
+def hold_out(sets: list[list], config: Config) -> tuple[list[list], list]:
+    """What to train on and all rows of 2 % of the prompts: no prompt is on both sides."""
+
+    def prompt(row):
+        ids, mask = data.sequences(row)[0]
+        return ids[: np.argmax(mask)].tobytes()
+
+    prompts = list(dict.fromkeys(prompt(row) for rows in sets for row in rows))
+    order = np.random.default_rng(config.seed).permutation(len(prompts))
+    out = {prompts[i] for i in order[: len(prompts) // 50 + 1]}
+    held_out = [row for rows in sets for row in rows if prompt(row) in out]
+    sets = [[row for row in rows if prompt(row) not in out] for rows in sets]
+    if not all(sets):
+        raise ValueError(f"--data {config.data}: {len(prompts)} prompts are too few to hold "
+                         "some out; --eval-data names other held-out rows")  # fmt: skip
+    return sets, held_out
 
 
 def problem(ids, mask, tok: data.Tokenizer) -> Problem:
@@ -541,46 +566,32 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
     return Problem(question, prompt, question, gold, kind, (), "held-out")
 
 
-@runs.one_line
-def main(config: Config) -> Path | dict:
-    """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
-    runs.check_jax()
-    if config.plan:
-        import bench  # which imports this file
+def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Packed,
+        held_out: list, show: tuple[str, ...] = ("loss", "tokens_per_s")) -> Path:  # fmt: skip
+    """Trains until --steps or --time-limit, with evaluations and checkpoints, and writes final/.
 
-        return bench.plan("sft", config)
-    config = resolve(config)
-    hosts.connect(config)
-    runs.compilation_cache()
-    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    mesh = gemma.all_devices()
-    n_micro, _ = batch_shape(config, mesh)
-
-    # load
-    model = load_model(config, mesh)
-    cfg, tok, trained, fixed, specs = model.cfg, model.tok, model.trained, model.fixed, model.specs
-    batches, held_out = load_data(config, tok)
-
-    # compile
-    train_step, eval_step = make_steps(cfg, config, mesh, model.sharded)
-    tx = optimizer(config)
-    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
-        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
+    steps: (train_step, eval_step) of this script or of train_simpo.py. show: metrics of the line.
+    """
+    (train_step, eval_step), tok, fixed = steps, model.tok, model.fixed
+    trained, (n_micro, _) = model.trained, batch_shape(config, mesh)
+    opt = init_opt(config, trained, mesh, model.specs)
     key = jax.random.key(config.seed)
     eval_rows = config.micro_rows * mesh.size
     eval_set = data.eval_batches(held_out, config.max_length, eval_rows)
 
-    problems = [problem(*e, tok) for e in held_out[: max(config.eval_accuracy, config.show)]]
+    questions = held_out[: max(config.eval_accuracy, config.show)]
+    problems = [problem(*data.sequences(row)[0], tok) for row in questions]
     longest = max((len(p.prompt) for p in problems), default=1)
-    sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
+    sampler = Sampler(model.cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
                       max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                      shard=samples_sharded(cfg, config, mesh))  # fmt: skip
+                      shard=samples_sharded(model.cfg, config, mesh))  # fmt: skip
 
     def measure(run, step) -> float:
         """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
         sums = [eval_step(trained, fixed, place(b, mesh, P("data"))) for b in eval_set]
-        total, count = np.sum(jax.device_get(sums), axis=0)
-        metrics = {"eval_loss": float(total / count)}
+        sums = jax.tree.map(lambda *x: float(np.sum(x)), *jax.device_get(sums))
+        count = sums.pop("count")
+        metrics = {f"eval_{k}": x / count for k, x in sums.items()}
         rows = []
         if problems:
             params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
@@ -602,14 +613,14 @@ def main(config: Config) -> Path | dict:
     # loop
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
                          needs=("step", "save", "eval"))  # fmt: skip
-    report_to = filter(None, config.report_to.split(","))
-    with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to) as run:
+    report_to = [name for name in config.report_to.split(",") if name]
+    with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, show) as run:
         saved = run.restore({"trained": trained, "opt": opt})
         step = 0
         if saved is not None:
             step = saved.step
-            trained = place(saved.arrays["trained"], mesh, specs)
-            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
+            trained = place_like(saved.arrays["trained"], trained)
+            opt = place_like(saved.arrays["opt"], opt)
         pending, measured, began = None, None, time.perf_counter()
 
         def log_pending():
@@ -662,6 +673,26 @@ def main(config: Config) -> Path | dict:
         if unsaved:
             save(measure(run, step))
         return run.finish(write)
+
+
+@runs.one_line
+def main(config: Config) -> Path | dict:
+    """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
+    runs.check_jax()
+    if config.plan:
+        import bench  # which imports this file
+
+        return bench.plan("sft", config)
+    config = resolve(config)
+    hosts.connect(config)
+    runs.compilation_cache()
+    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    mesh = gemma.all_devices()
+    batch_shape(config, mesh)  # what is wrong with it is better said before all is loaded
+    model = load_model(config, mesh)
+    batches, held_out = load_data(config, model.tok)
+    steps = make_steps(model.cfg, config, mesh, model.sharded)
+    return fit(config, mesh, model, steps, batches, held_out)
 
 
 if __name__ == "__main__":

@@ -32,17 +32,15 @@ when it dives, or completions get longer, the learning rate is too high.
 
 import dataclasses
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -50,26 +48,9 @@ import gemma
 import hosts
 import lora
 import runs
-from eval import eval_metrics, evaluate
-from sampler import Sampler
-from train_sft import (
-    base_name,
-    batch_shape,
-    fixed_specs,
-    is_sharded,
-    join,
-    load_model,
-    new_adapter,
-    opt_specs,
-    optimizer,
-    place,
-    problem,
-    samples_sharded,
-    schedule,
-    trained_specs,
-    vary,
-    write_model,
-)
+import train_sft
+from eval import fill
+from train_sft import join, vary
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -163,7 +144,7 @@ class Config:
     eval_every: int | None = None
     """Steps between held-out losses; the best checkpoint is kept."""
     eval_rows: int = 256
-    """Held-out pairs."""
+    """Held-out pairs; 0: all of them."""
     eval_accuracy: int = 0
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
     accurate one, not the one of least loss."""
@@ -208,25 +189,16 @@ KNOBS = {  # the fields that each loss reads, with their defaults
     "ipo": dict(beta=0.1),
     "orpo": dict(orpo_lambda=0.1),
 }
-MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every")
 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's and the loss's defaults; checks the rest."""
-    system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
-    table = DEFAULTS.get(config.model, DEFAULTS.get(config.model[: len("gemma3")]))
-    if table is None:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     knobs = KNOBS[config.loss]
     for name in sorted({k for some in KNOBS.values() for k in some} - set(knobs)):
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
                              f"{', '.join(knobs)}".replace("_", "-"))  # fmt: skip
-    filled = {k: v for k, v in (table | knobs).items() if getattr(config, k) is None}
-    if config.time_limit is not None and config.steps is None:
-        filled["steps"] = None  # the clock alone decides
-    config = dataclasses.replace(config, **filled)
+    config = fill(config, {name: table | knobs for name, table in DEFAULTS.items()})
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
     if config.beta is not None and config.beta <= 0:
@@ -356,7 +328,7 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
 
 def specs_of(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
     """PartitionSpecs of what is trained and of what is fixed; a reference lies like the former."""
-    specs, fixed = trained_specs(cfg, config, sharded), fixed_specs(cfg, config, sharded)
+    specs, fixed = train_sft.specs_of(cfg, config, sharded)
     return specs, fixed | ({"reference": specs} if config.loss in ("dpo", "ipo") else {})
 
 
@@ -382,7 +354,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
     check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    mesh_grads = grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    tx = train_sft.optimizer(config)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -395,9 +368,9 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     def eval_sums(trained, fixed, batch):
         quiet = dataclasses.replace(config, lora_dropout=0.0)
         fsdp = "data" if sharded else None
-        out = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
-        total, (count, metrics) = out
-        return lax.psum({"loss": total, "n_pairs": count} | metrics, "data")
+        sums = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
+        total, (count, metrics) = sums
+        return lax.psum({"loss": total, "count": count} | metrics, "data")
 
     specs, fixed = specs_of(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
@@ -410,78 +383,18 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
-    sharded = is_sharded(cfg, config, mesh)
-    train_step, eval_step = make_steps(cfg, config, mesh, sharded)
-    dtype = jnp.dtype(config.dtype)
-
-    def on_mesh(tree, specs):
-        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-        return jax.tree.map(place, tree, specs)
+    cfg = train_sft.model_of(config)
+    sharded = train_sft.is_sharded(cfg, config, mesh)
 
     def weights():
-        base = gemma.init(cfg, jax.random.key(0), dtype if config.lora_rank else jnp.float32)
-        trained, scale = lora.split(new_adapter(cfg, config)) if config.lora_rank else (base, {})
-        fixed = {"base": base} | scale if config.lora_rank else {}
+        trained, fixed = train_sft.random_weights(cfg, config)
         return trained, with_reference(trained, fixed, config)
 
-    specs = trained_specs(cfg, config, sharded)
-    trained, fixed = on_mesh(jax.eval_shape(weights), specs_of(cfg, config, sharded))
-    tx = optimizer(config)
-    opt = on_mesh(jax.eval_shape(tx.init, trained), opt_specs(tx, trained, specs))
-    n_micro, rows = batch_shape(config, mesh)
-    shapes = lambda *lead: {
-        k: jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32,
-                                sharding=NamedSharding(mesh, P(*(None for _ in lead), "data")))
-        for k in ("tokens", "mask", "segments", "positions")
-    }  # fmt: skip
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return {
-        "train_step": (train_step, (trained, opt, fixed, shapes(n_micro), scalar, key)),
-        "eval_step": (eval_step, (trained, fixed, shapes())),
-    }
+    state = train_sft.state_shapes(config, mesh, weights, specs_of(cfg, config, sharded))
+    return train_sft.step_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
 
 
 # ------------------------------------------------------------------------------------------ main
-
-
-def load_data(config: Config, tok: data.Tokenizer) -> tuple[data.Packed, list]:
-    """The training batches and the held-out pairs; says what was read and left out."""
-    if not config.data:
-        raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
-                         '"4", "rejected": "5"} lines')  # fmt: skip
-
-    def read(sources):
-        sets = []
-        for source in filter(None, (s.strip() for s in sources.split(","))):
-            pairs, bad = data.load_examples(source, tok, config.max_length, config.system,
-                                            config.skip_bad_rows, data.read_pair)  # fmt: skip
-            left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
-            runs.say(f"data: {len(pairs):,} pairs of {source}{left_out}")
-            sets.append(pairs)
-        return sets
-
-    sets = read(config.data)
-    weights = [float(w) for w in config.mix.split(",")] if config.mix else None
-    if weights and (len(weights) != len(sets) or min(weights) < 0 or not sum(weights)):
-        raise ValueError(
-            f"--mix {config.mix}: expected {len(sets)} weights for --data {config.data}"
-        )
-    if config.eval_data:
-        held_out = [pair for pairs in read(config.eval_data) for pair in pairs]
-    else:  # a share of the prompts, so that no prompt is on both sides
-        prompt = lambda pair: pair[0][0][: np.argmax(pair[0][1])].tobytes()
-        prompts = list(dict.fromkeys(prompt(pair) for pairs in sets for pair in pairs))
-        order = np.random.default_rng(config.seed).permutation(len(prompts))
-        out = {prompts[i] for i in order[: len(prompts) // 50 + 1]}
-        held_out = [pair for pairs in sets for pair in pairs if prompt(pair) in out]
-        sets = [[pair for pair in pairs if prompt(pair) not in out] for pairs in sets]
-        if not all(sets):
-            raise ValueError(f"--data {config.data}: {len(prompts)} prompts are too few to hold "
-                             "some out; --eval-data names other held-out pairs")  # fmt: skip
-    batches = data.Packed(sets, config.max_length, config.batch_rows, config.seed, weights)
-    return batches, held_out[: config.eval_rows]
 
 
 @runs.one_line
@@ -493,120 +406,20 @@ def main(config: Config) -> Path | dict:
 
         return bench.plan("simpo", config)
     config = resolve(config)
+    if not config.data:
+        raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
+                         '"4", "rejected": "5"} lines')  # fmt: skip
     hosts.connect(config)
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     mesh = gemma.all_devices()
-    n_micro, _ = batch_shape(config, mesh)
-
-    # load
-    model = load_model(config, mesh)
-    cfg, tok, trained, specs = model.cfg, model.tok, model.trained, model.specs
-    fixed = with_reference(trained, model.fixed, config)
-    batches, held_out = load_data(config, tok)
-
-    # compile
-    train_step, eval_step = make_steps(cfg, config, mesh, model.sharded)
-    tx = optimizer(config)
-    opt = jax.jit(tx.init, out_shardings=jax.tree.map(
-        lambda s: NamedSharding(mesh, s), opt_specs(tx, trained, specs)))(trained)  # fmt: skip
-    key = jax.random.key(config.seed)
-    eval_rows = config.micro_rows * mesh.size
-    eval_set = data.eval_batches(held_out, config.max_length, eval_rows)
-
-    problems = [problem(*w, tok) for w, _ in held_out[: max(config.eval_accuracy, config.show)]]
-    longest = max((len(p.prompt) for p in problems), default=1)
-    sampler = Sampler(cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
-                      max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                      shard=samples_sharded(cfg, config, mesh))  # fmt: skip
-
-    def measure(run, step) -> float:
-        """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
-        sums = [eval_step(trained, fixed, place(b, mesh, P("data"))) for b in eval_set]
-        sums = jax.tree.map(lambda *x: float(np.sum(x)), *jax.device_get(sums))
-        metrics = {f"eval_{k}": sums[k] / sums["n_pairs"] for k in ("loss", *METRICS)}
-        rows = []
-        if problems:
-            params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
-            results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
-            if config.eval_accuracy:
-                metrics |= eval_metrics(results)
-        run.log(step, metrics)
-        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
-                for row in rows[: config.show]]  # fmt: skip
-        run.log_samples(step, keep)
-        for row in keep:
-            runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
-        return metrics.get("eval_accuracy", -metrics["eval_loss"])
-
-    def write(folder: Path | None) -> None:
-        write_model(folder, config, model, trained)
-
-    # loop
-    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
-                         needs=("step", "save", "eval"))  # fmt: skip
-    report_to = filter(None, config.report_to.split(","))
-    shown = ("loss", "pair_accuracy", "margin", "tokens_per_s")
-    with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, shown) as run:
-        saved = run.restore({"trained": trained, "opt": opt})
-        step = 0
-        if saved is not None:
-            step = saved.step
-            trained = place(saved.arrays["trained"], mesh, specs)
-            opt = place(saved.arrays["opt"], mesh, opt_specs(tx, trained, specs))
-        pending, measured, began = None, None, time.perf_counter()
-
-        def log_pending():
-            """Waits for the newest step and writes its line."""
-            nonlocal pending, began
-            if pending is None:
-                return
-            (n, metrics, extra, batch), pending = pending, None
-            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | extra
-            run.check_finite(n, metrics, batch)
-            now = time.perf_counter()
-            n_real = int((batch["segments"] > 0).sum())
-            metrics |= {"tokens_per_s": n_real / (now - began), "step_s": now - began}
-            began = now
-            run.log(n, metrics)
-
-        def save(score=None):
-            log_pending()
-            run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
-
-        while (p := run.progress(step)) < 1 and not run.stopping:
-            batch = batches.batch(step)
-            # the share of the run at the end of this step, so that the first step moves
-            lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
-            micro = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
-            trained, opt, metrics = train_step(
-                trained, opt, fixed, place(micro, mesh, P(None, "data")), np.float32(lr),
-                jax.random.fold_in(key, step),
-            )  # fmt: skip
-            log_pending()  # of the step before: the device is busy with this one meanwhile
-            step += 1
-            pending = step, metrics, {"lr": lr, "p": p}, batch
-            ends = config.steps is not None and step >= config.steps
-            if config.eval_every and step % config.eval_every == 0 and not ends:
-                log_pending()
-                with budget.measure("eval"):
-                    score = measure(run, step)
-                save(score)
-                measured = step
-                began = time.perf_counter()
-            elif config.save_every and step % config.save_every == 0 and not ends:
-                save()
-                began = time.perf_counter()
-        log_pending()
-        unsaved = step != measured and (saved is None or step > saved.step)
-        if p < 1:
-            if unsaved:  # again, it would lose its score
-                save()
-            run.stop()
-        if unsaved:
-            save(measure(run, step))
-        return run.finish(write)
+    train_sft.batch_shape(config, mesh)  # what is wrong with it is better said before all is loaded
+    model = train_sft.load_model(config, mesh)
+    batches, held_out = train_sft.load_data(config, model.tok, data.read_pair)
+    steps = make_steps(model.cfg, config, mesh, model.sharded)
+    model = model._replace(fixed=with_reference(model.trained, model.fixed, config))
+    show = "loss", "pair_accuracy", "margin", "tokens_per_s"
+    return train_sft.fit(config, mesh, model, steps, batches, held_out, show)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,24 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """The steps that a script with --report-to tensorboard tells its logger, which is not there."""
+    import runs
+
+    class Reporter:
+        def __init__(self, *_):
+            self.close = lambda: steps.append("closed")
+
+        def put(self, step, numbers):
+            steps.append(step)
+
+    steps = []
+    monkeypatch.setitem(sys.modules, "tensorboard", sys.modules["json"])  # it is found
+    monkeypatch.setattr(runs, "_Reporter", Reporter)
+    return steps
+
+
 def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args) -> None:
     """One train_step over eight devices, base replicated and sharded: the same to 1e-5.
 

@@ -143,6 +143,7 @@ def test_choices_are_shown():
         ({"question": "?", "choices": ["a", "b"], "answer": "Z"}, "none of the 2 choices"),
         ({"question": "?", "choices": "ab", "answer": "a"}, "expected a list of choices"),
         ({"messages": []}, "list of messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a text as content"),
         ({"question": "?", "answer": "1", "kind": "maths"}, "kind 'maths'"),
         ({"question": "many " * 99, "answer": "1"}, "more than --max-prompt 64"),
     ],
@@ -152,8 +153,10 @@ def test_bad_rows_are_named_or_counted(row, complaint, tmp_path):
     good = {"question": "How many?", "answer": "1"}
     file.write_text("".join(json.dumps(r) + "\n" for r in (good, row, good)))
     with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{complaint}"):
-        evaluation.load_problems(str(file), TOK, max_prompt=64)
-    problems, bad = evaluation.load_problems(str(file), TOK, max_prompt=64, skip_bad_rows=True)
+        evaluation.load_problems(str(file), TOK, "Think.", max_prompt=64)
+    problems, bad = evaluation.load_problems(
+        str(file), TOK, "Think.", max_prompt=64, skip_bad_rows=True
+    )
     assert len(problems) == 2 and len({p.id for p in problems}) == 2 and len(bad) == 1
 
 

@@ -15,6 +15,7 @@ import tyro
 from conftest import KILLER, ROOT, check_sharded_step, contents
 from jax.sharding import AxisType
 
+import data
 import gemma
 import lora
 import rewards
@@ -22,7 +23,7 @@ import train_grpo
 from eval import Problem
 from sampler import Rollout
 from train_grpo import Prompts, Sample, advantages, pack, policy_loss, token_weights
-from train_sft import fixed_specs, new_adapter, optimizer, place, trained_specs
+from train_sft import new_adapter, optimizer, place, specs_of
 
 CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
@@ -257,8 +258,7 @@ def one_each(samples, config):
 def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False):
     mesh = mesh_of(devices)
     trained, fixed = weights_for(config)
-    trained = place(trained, mesh, trained_specs(CFG, config, sharded))
-    fixed = place(fixed, mesh, fixed_specs(CFG, config, sharded))
+    trained, fixed = place((trained, fixed), mesh, specs_of(CFG, config, sharded))
     f = jax.jit(train_grpo.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     return jax.device_get(f(trained, fixed, batch, np.int32(n_micro), np.bool(on_policy)))
 
@@ -318,7 +318,6 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config, samples = change(lora_rank=rank, kl_coef=0.1), samples_of()
     batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
-    specs_of = lambda *args: (trained_specs(*args), fixed_specs(*args))
     check_sharded_step(CFG, config, train_grpo.make_steps, specs_of, *weights_for(config),
                        off_policy(samples)(batch), np.int32(n), np.bool(False),
                        np.float32(1e-3))  # fmt: skip
@@ -430,8 +429,8 @@ def test_one_step_moves_b_and_leaves_base_and_reference_bit_identical(sharded, i
     base = gemma.init(CFG, jax.random.key(0), jnp.bfloat16)
     trained, scale = lora.split(new_adapter(CFG, config))
     before = jax.device_get((base, trained))
-    fixed = place({"base": base} | scale, mesh, fixed_specs(CFG, config, sharded))
-    trained = place(trained, mesh, trained_specs(CFG, config, sharded))
+    state = trained, {"base": base} | scale
+    trained, fixed = place(state, mesh, specs_of(CFG, config, sharded))
     reference = jax.tree.map(jnp.copy, trained)
     train_step, ref_step = train_grpo.make_steps(CFG, config, mesh, sharded)
     opt = optimizer(config).init(trained)
@@ -479,7 +478,8 @@ def test_temperature_and_softcap_are_in_the_trainers_log_probs():
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("inner_epochs", [1, 2])
-def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, inner_epochs, kl_coef):
+def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, told, inner_epochs,
+                                       kl_coef):  # fmt: skip
     """mu updates a step, the first of them on-policy, and a reference pass only for the KL term."""
     calls, passes = [], []
     real = gemma.hidden
@@ -508,9 +508,10 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, inn
         weights=str(small), out=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), steps=2,
         group=2, prompts=2, max_prompt=24, max_new=8, pack_length=40, slots=1, rewards="repetition",
         inner_epochs=inner_epochs, kl_coef=kl_coef, eval_every=0, eval_rows=1, max_drift=99.0,
+        report_to="tensorboard",
     ))  # fmt: skip
     step = ["reference"] * (kl_coef > 0) + ["first"] + ["later"] * (inner_epochs - 1)
-    assert calls == step * 2
+    assert calls == step * 2 and told == [1, 2, 2, "closed"]
     assert "--group 2 with --scale group: every advantage is 0.71" in capsys.readouterr().err
 
 
@@ -671,6 +672,20 @@ def test_the_reference_is_the_starting_adapter(whole, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     kl = [m["kl"] for m in steps if "kl" in m]
     assert kl[0] == 0 < kl[1]
+
+
+def test_what_is_held_out_of_ones_own_rows(tmp_path):
+    file, tok = tmp_path / "rows.jsonl", data.Tokenizer(ROOT / "tiny")
+    row = lambda i: json.dumps({"question": f"{i} + 1?", "answer": i + 1})
+    config = train_grpo.resolve(train_grpo.Config(data=str(file)))
+    for n, eval_rows, n_held_out in ((120, 200, 3), (120, 2, 2), (120, 0, 3), (2, 200, 1)):
+        file.write_text("\n".join(map(row, range(n))))
+        parts = train_grpo.load_data(dataclasses.replace(config, eval_rows=eval_rows), tok)
+        ids = [{p.id for p in part} for part in parts]
+        assert [len(part) for part in ids] == [n - n_held_out, n_held_out] and not ids[0] & ids[1]
+    file.write_text(row(1))
+    with pytest.raises(ValueError, match="one problem is too few.*--eval-data"):
+        train_grpo.load_data(config, tok)
 
 
 @pytest.mark.parametrize("flags, why", [

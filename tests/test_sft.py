@@ -58,9 +58,8 @@ def weights(config=CONFIG, seed=0, dtype=jnp.float32):
 def gradient(batch, n_micro=1, devices=1, config=CONFIG, sharded=False, check_vma=True):
     """(gradient, metrics) of one update whose rows are laid out as asked."""
     mesh = mesh_of(devices)
-    trained, fixed = weights(config)
-    trained = train_sft.place(trained, mesh, train_sft.trained_specs(CFG, config, sharded))
-    fixed = train_sft.place(fixed, mesh, train_sft.fixed_specs(CFG, config, sharded))
+    specs = train_sft.specs_of(CFG, config, sharded)
+    trained, fixed = train_sft.place(weights(config), mesh, specs)
     batch = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
     f = jax.jit(train_sft.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     out = f(trained, fixed, batch, jax.random.key(0))
@@ -148,10 +147,9 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config = dataclasses.replace(CONFIG, lora_rank=rank)
-    specs_of = lambda *args: (train_sft.trained_specs(*args), train_sft.fixed_specs(*args))
     batch = {k: v[None] for k, v in PACKED.items()}
-    check_sharded_step(CFG, config, train_sft.make_steps, specs_of, *weights(config), batch,
-                       np.float32(1e-3), jax.random.key(0))  # fmt: skip
+    check_sharded_step(CFG, config, train_sft.make_steps, train_sft.specs_of, *weights(config),
+                       batch, np.float32(1e-3), jax.random.key(0))  # fmt: skip
 
 
 @pytest.mark.parametrize("remat", ["attention", "layer"])
@@ -168,10 +166,8 @@ def test_one_step_moves_b_and_leaves_the_base_bit_identical(sharded):
     config = dataclasses.replace(CONFIG, dtype="bfloat16", learning_rate=3e-6)
     trained, fixed = lora.split(train_sft.new_adapter(CFG, config))
     before = jax.device_get((base, trained))
-    fixed = train_sft.place(
-        {"base": base} | fixed, mesh, train_sft.fixed_specs(CFG, config, sharded)
-    )
-    trained = train_sft.place(trained, mesh, train_sft.trained_specs(CFG, config, sharded))
+    specs = train_sft.specs_of(CFG, config, sharded)
+    trained, fixed = train_sft.place((trained, {"base": base} | fixed), mesh, specs)
     train_step, _ = train_sft.make_steps(CFG, config, mesh, sharded)
     opt = train_sft.optimizer(config).init(trained)
     batch = {k: v[None] for k, v in PACKED.items()}
@@ -399,6 +395,24 @@ def test_bad_rows_are_named_with_file_and_line_fatal_or_counted(tmp_path):
         data.load_examples(str(file), tok, 176, skip_bad_rows=True)
     with pytest.raises(ValueError, match="no such file"):
         data.load_examples("absent.jsonl", tok, 176)
+
+
+def test_what_is_held_out_of_ones_own_rows(tmp_path):
+    """All rows of 2 % of the prompts; --eval-rows 0 keeps all of them."""
+    file, tok = tmp_path / "rows.jsonl", data.Tokenizer(ROOT / "tiny")
+    row = lambda i: json.dumps({"prompt": f"{i // 2} + 1?", "completion": f"{i}"})
+    config = train_sft.resolve(train_sft.Config(data=str(file)))
+    file.write_text("\n".join(map(row, range(200))))
+    for eval_rows, n_held_out in ((256, 6), (4, 4), (0, 6)):
+        now = dataclasses.replace(config, eval_rows=eval_rows)
+        batches, held_out = train_sft.load_data(now, tok)
+        prompts = [{tuple(ids[: mask.argmax()]) for ids, mask in rows}
+                   for rows in (batches.sources[0], held_out)]  # fmt: skip
+        assert len(held_out) == n_held_out and len(prompts[0]) == 97
+        assert not prompts[0] & prompts[1]
+    file.write_text(row(1))
+    with pytest.raises(ValueError, match="1 prompts are too few.*--eval-data"):
+        train_sft.load_data(config, tok)
 
 
 @pytest.mark.parametrize(

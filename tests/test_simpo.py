@@ -493,14 +493,15 @@ def test_the_starting_adapter_is_the_reference(small, tmp_path, rank):
     )
 
 
-def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path):
+def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path, told):
     """SimPO on one adapter; what it leaves is DPO's reference in the next stage."""
     config = train_simpo.Config(**flags(small, tmp_path / "a"), adapter=str(small / "sft"),
-                                lora_rank=4, eval_accuracy=2)  # fmt: skip
+                                lora_rank=4, eval_accuracy=2, report_to="tensorboard")  # fmt: skip
     final = train_simpo.main(
         dataclasses.replace(config, steps=12, eval_every=0, learning_rate=5e-3, show=1)
     )
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert told == [*range(1, 13), 12, "closed"]  # the steps and the evaluation at the end
     steps = [m for m in lines if "loss" in m]
     assert {"loss", "grad_norm", "lr", "n_pairs", *train_simpo.METRICS} <= steps[0].keys()
     held_out = [m for m in lines if "eval_loss" in m]
@@ -547,7 +548,7 @@ def test_no_prompt_is_on_both_sides(small, tmp_path):
     rows += [row | {"rejected": "I do not know."} for row in rows]
     file.write_text("\n".join(map(json.dumps, rows)))
     config = train_simpo.resolve(train_simpo.Config(data=str(file)))
-    batches, held_out = train_simpo.load_data(config, data.Tokenizer(ROOT / "tiny"))
+    batches, held_out = train_sft.load_data(config, data.Tokenizer(ROOT / "tiny"), data.read_pair)
     prompt = lambda pair: tuple(pair[0][0][: np.argmax(pair[0][1])])
     assert len(held_out) == 6 and len(batches.sources[0]) == 194
     assert not {prompt(p) for p in held_out} & {prompt(p) for p in batches.sources[0]}

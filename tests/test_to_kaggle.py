@@ -186,6 +186,20 @@ def test_a_reward_file_comes_along(tmp_path):
     assert "\n" + text in strings and "\n" + (ROOT / "gemma.py").read_text() in strings
 
 
+def test_a_reward_file_beside_the_scripts_is_written_where_its_flag_says(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    for file in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
+        (here / file.name).write_bytes(file.read_bytes())
+    (here / "my.py").write_text("def score(completion, row):\n    return 0.0\n")
+    monkeypatch.setattr(to_kaggle, "HERE", here)
+    flags = ["--model", "gemma3-1b", "--reward-file"]
+    one = export(tmp_path / "one", *flags, f"{here}/my.py:score", one_file=True).read_text()
+    assert "Path('my.py').write_text(" in one and "FILES['my.py']" not in one
+    with pytest.raises(ValueError, match="rewards.py:score: rename it, one of ours has that name"):
+        export(tmp_path / "one", *flags, f"{here}/rewards.py:score")
+
+
 @pytest.mark.parametrize("script", ["train_sft.py", "train_simpo.py", "eval.py", "synthesize.py"])
 def test_other_scripts_export_too(tmp_path, script):
     flags = ["pairs", "--data", "gsm8k"] if script == "synthesize.py" else []
