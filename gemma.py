@@ -350,10 +350,10 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def all_devices() -> Mesh:
+def all_devices(devices=None) -> Mesh:
     """The one mesh of every script: an axis "data" over all devices, those of other hosts too."""
-    axes = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axes)
+    n, axes = len(devices or jax.devices()), (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((n,), ("data",), devices=devices, axis_types=axes)
 
 
 def on_tpu(mesh: Mesh | None = None) -> bool:
