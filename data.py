@@ -13,6 +13,7 @@ Three facts about it shape this file:
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 import operator
@@ -21,7 +22,7 @@ import random
 import re
 import urllib.request
 from collections.abc import Iterator
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ STEERING = re.compile(
 )
 FAMILIES = {"gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}  # by model_type
 
-# `Tokenizer.render` as Jinja, for other programs that open a directory we saved.
+# `Tokenizer.chat` as Jinja, for other programs that open a directory we saved.
 CHAT_TEMPLATE = r"""
 {{- bos_token -}}
 {%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
@@ -66,6 +67,9 @@ def fold_system(messages: list[dict]) -> list[dict]:
         return messages
     if len(messages) < 2 or messages[1]["role"] != "user":
         raise ValueError("a system message must be followed by a user message")
+    for message in messages[:2]:
+        if not isinstance(message["content"], str):
+            raise ValueError(f"expected text as content, found {type(message['content']).__name__}")
     text = messages[0]["content"] + "\n\n" + messages[1]["content"].strip()
     return [{"role": "user", "content": text}, *messages[2:]]
 
@@ -94,7 +98,8 @@ class Tokenizer:
 
         config = file.parent / "config.json"
         if family is None and config.is_file():
-            family = json.loads(config.read_text()).get("model_type")
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                family = json.loads(config.read_bytes())["model_type"]
             if family not in FAMILIES:
                 known = ", ".join(FAMILIES)
                 raise ValueError(f"{config}: expected model_type {known}, found {family!r}")
@@ -103,9 +108,6 @@ class Tokenizer:
         pieces = ("<unk>", "<pad>", "<bos>", "<eos>", START, END)
         if missing := [piece for piece in pieces if piece not in self]:
             raise ValueError(f"{file}: expected Gemma's pieces, found no {', '.join(missing)}")
-        for piece in (START, END):
-            if (found := self.sp.encode(piece, out_type=str)) != [piece]:
-                raise ValueError(f"{file}: expected {piece} in a text as one piece, found {found}")
         ids = self.sp.piece_to_id(list(pieces))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
         self.hidden = dict(zip(ids[1:], pieces[1:], strict=True))  # from the reader, by `decode`
@@ -128,17 +130,11 @@ class Tokenizer:
         runs = ((piece, list(run)) for piece, run in groupby(ids, self.hidden.get))
         return "".join(piece * len(run) if piece else self.sp.decode(run) for piece, run in runs)
 
-    def render(self, messages: list[dict], generate: bool | None = None) -> str:
-        """The conversation as the official template prints it; nothing in it is neutralised.
+    def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
+        """The conversation in the official template: one BOS, contents neutralised.
 
         `generate` opens a model turn at the end; by default it does so after a user turn.
         """
-        turns, generate = self._turns(messages, generate)
-        text = "<bos>" + "".join(f"{START}{role}\n{content}{END}\n" for role, content in turns)
-        return text + f"{START}model\n" * generate
-
-    def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
-        """The ids of `render`: one BOS, contents neutralised."""
         return [i for span, _ in self._spans(*self._turns(messages, generate)) for i in span]
 
     def example(self, messages: list[dict]) -> tuple[list[int], list[int]]:
@@ -425,16 +421,8 @@ def _name(rng: random.Random, nouns: list, lines: list) -> list:
         [(BOYS, GIRLS, "he", "him", "his"), (GIRLS, BOYS, "she", "her", "her")]
     )
     people = rng.sample(BOYS + GIRLS, len(lines) + 1)
-    words = {
-        "Tom": rng.choice(heroes),
-        "Mia": rng.choice(friends),
-        nouns[0]: rng.choice(nouns),
-        "he": he,
-        "him": him,
-        "His": his.title(),
-        "He": he.title(),
-        "Ana": people.pop(),
-    }
+    words = {"Tom": rng.choice(heroes), "Mia": rng.choice(friends), nouns[0]: rng.choice(nouns)}
+    words |= {"he": he, "him": him, "His": his.title(), "He": he.title(), "Ana": people.pop()}
     named = []
     for line in lines:
         words["Ben"] = people[-1]
@@ -508,24 +496,6 @@ def messages(row: dict, system: str = "") -> list[dict]:
     if system and chat[0]["role"] != "system":
         chat = [{"role": "system", "content": system}, *chat]
     return fold_system(chat)
-
-
-def pair(row: dict, system: str = "") -> list[list[dict]]:
-    """A preference row as two conversations, the chosen one and the rejected one.
-
-    {"prompt", "chosen", "rejected"}, each a text or a message list; lists under "chosen" and
-    "rejected" that start with the user bring the prompt themselves.
-    """
-    chats = []
-    for key in ("chosen", "rejected"):
-        turns = _turns_of(_text(row, key), "assistant")
-        whole = isinstance(turns[0], dict) and turns[0].get("role") in ("user", "system")
-        prompt = [] if whole else _turns_of(_text(row, "prompt"), "user")
-        try:
-            chats.append(messages({"messages": prompt + turns}, system))
-        except ValueError as e:
-            raise ValueError(f"{key}: {e}") from None
-    return chats
 
 
 def _text(row: dict, key: str):
@@ -607,31 +577,26 @@ def _file(source: str) -> Path:
 
 def _gsm8k(split: str) -> Path:
     """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, a cache; else downloaded and checked."""
-    cache = Path.home() / ".cache" / "gsm8k"
-    folders = [
-        Path(os.environ.get("GSM8K", "gsm8k")),
-        *_inputs("*gsm8k*"),
-        cache,
-    ]
-    for folder in folders:
-        for file in (folder / f"{split}.jsonl", folder / "main" / f"{split}.jsonl"):
-            if file.is_file():
-                return file
-    url = f"{GSM8K_URL}grade_school_math/data/{split}.jsonl"
+    cache, name = Path.home() / ".cache" / "gsm8k", f"{split}.jsonl"
+    folders = [Path(os.environ.get("GSM8K", "gsm8k")), *_inputs("*gsm8k*"), cache]
+    for file in (f for folder in folders for f in (folder / name, folder / "main" / name)):
+        if file.is_file():
+            return file
+    url = f"{GSM8K_URL}grade_school_math/data/{name}"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
     except OSError as e:
         looked = ", ".join(map(str, folders))
         raise ValueError(
-            f"--data gsm8k: no {split}.jsonl in {looked}, and {url} cannot be had ({e}); "
+            f"--data gsm8k: no {name} in {looked}, and {url} cannot be had ({e}); "
             "put the file in one of these folders or name its folder in $GSM8K"
         ) from None
     if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
     cache.mkdir(parents=True, exist_ok=True)
-    (cache / f"{split}.jsonl").write_bytes(content)
-    return cache / f"{split}.jsonl"
+    (cache / name).write_bytes(content)
+    return cache / name
 
 
 # --- packed batches ------------------------------------------------------------------------------
@@ -646,16 +611,24 @@ def read_example(row: dict, tok: Tokenizer, system: str = "") -> tuple:
 def read_pair(row: dict, tok: Tokenizer, system: str = "") -> tuple:
     """A preference row as two examples, chosen and rejected; 1 on what the two don't share.
 
+    {"prompt", "chosen", "rejected"}, each a text or a message list; lists under "chosen" and
+    "rejected" that start with the user bring the prompt themselves.
     prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1]. What the assistant
     says in the prompt is 0 too.
     """
-    chats = pair(row, system)
+    chats = []
+    for key in ("chosen", "rejected"):
+        turns = _turns_of(_text(row, key), "assistant")
+        whole = isinstance(turns[0], dict) and turns[0].get("role") in ("user", "system")
+        prompt = [] if whole else _turns_of(_text(row, "prompt"), "user")
+        try:
+            chats.append(messages({"messages": prompt + turns}, system))
+        except ValueError as e:
+            raise ValueError(f"{key}: {e}") from None
     examples = [tok.example(chat) for chat in chats]
     if examples[0][0] == examples[1][0]:
         raise ValueError("chosen and rejected are the same")
-    n = 0
-    while n < min(map(len, chats)) and chats[0][n] == chats[1][n]:
-        n += 1
+    n = len([*takewhile(lambda turns: turns[0] == turns[1], zip(*chats, strict=False))])
     if n % 2 == 0 or n == min(map(len, chats)):  # not before an assistant turn of both
         raise ValueError("chosen and rejected must answer the same prompt")
     first = len(tok.chat(chats[0][:n]))
@@ -705,23 +678,16 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
 
     pack([3, 5, 2, 4], 7) -> [[1, 2], [3, 0]]: each item goes where it leaves the least room.
     """
-    bins, room = [], {}  # room: space left -> bins with just that space
-    spaces = []  # the keys of room that have bins, sorted
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(spaces, lengths[i])
-        if at == len(spaces):
+    bins, spaces = [], []  # spaces, sorted: (room left, minus when it was noted, bin)
+    for n, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        if (at := bisect.bisect_left(spaces, (lengths[i], -n))) < len(spaces):
+            space, _, b = spaces.pop(at)
+        else:
             space, b = size, len(bins)
             bins.append([])
-        else:
-            space = spaces[at]
-            b = room[space].pop()
-            if not room[space]:
-                spaces.pop(at)
         bins[b].append(i)
         if left := space - lengths[i]:
-            if not room.setdefault(left, []):
-                bisect.insort(spaces, left)
-            room[left].append(b)
+            bisect.insort(spaces, (left, -n, b))
     return bins
 
 
@@ -798,5 +764,4 @@ class Packed:
 def eval_batches(examples: list, size: int, n_rows: int) -> list[dict[str, np.ndarray]]:
     """Every example once, packed; the last batch is filled up with empty rows."""
     rows = fill(examples, size)
-    chunks = [rows[i : i + n_rows] for i in range(0, len(rows), n_rows)]
-    return [assemble(chunk, n_rows, size) for chunk in chunks]
+    return [assemble(rows[i : i + n_rows], n_rows, size) for i in range(0, len(rows), n_rows)]
