@@ -138,13 +138,13 @@ class Start(NamedTuple):
 
 def _folder(adapter: str) -> Path:
     """What --adapter names, of a run its final/; on Kaggle also in its output or its inputs."""
-    places = [Path(adapter), gemma.KAGGLE / "working" / adapter]
-    inputs = [Path(f) for pattern in gemma.kaggle_inputs(adapter) for f in glob.glob(pattern)]
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None and len(inputs) > 1:
-        raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path of "
-                         f"one: {', '.join(sorted(map(str, inputs)))}")  # fmt: skip
-    folder = folder or (inputs or places)[0]
+    folder = next(filter(Path.is_dir, (Path(adapter), gemma.KAGGLE / "working" / adapter)), None)
+    if folder is None:
+        inputs = [f for pattern in gemma.kaggle_inputs(adapter) for f in glob.glob(pattern)]
+        if len(inputs) > 1:
+            raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path "
+                             f"of one: {', '.join(sorted(inputs))}")  # fmt: skip
+        folder = Path((inputs or [adapter])[0])
     return folder / "final" if (folder / "final").is_dir() else folder
 
 

@@ -16,6 +16,7 @@ import pip
 import pytest
 from conftest import ROOT
 
+import gemma
 import lora
 import runs
 import to_kaggle
