@@ -75,15 +75,11 @@ def check_jax(version: str | None = None, installed: Iterable[str] | None = None
         return
     names = installed or (d.name or "" for d in metadata.distributions())
     names = {name.lower().replace("_", "-") for name in names}
-    extras = {
-        "libtpu": "[tpu]",
-        "libtpu-nightly": "[tpu]",
-        "jax-cuda13-plugin": "[cuda13]",
-        "jax-cuda12-plugin": "[cuda12]",
-    }
+    extras = {"libtpu": "[tpu]", "libtpu-nightly": "[tpu]", "jax-cuda13-plugin": "[cuda13]",
+              "jax-cuda12-plugin": "[cuda12]"}  # fmt: skip
     extra = next((extra for name, extra in extras.items() if name in names), "")
     package = f'"jax{extra}>=0.10,<0.13"'  # what this was tried on
-    then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
+    then = ", then restart the kernel" * ("ipykernel" in sys.modules)
     raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}{then}")
 
 
@@ -125,9 +121,8 @@ def one_line(main: Callable) -> Callable:
     @functools.wraps(main)
     def call(config):
         def stop(number, frame):
-            raise SystemExit(
-                f"stopped by {signal.Signals(number).name}: the same command continues {config.out}"
-            )
+            name = signal.Signals(number).name
+            raise SystemExit(f"stopped by {name}: the same command continues {config.out}")
 
         with contextlib.ExitStack() as stack:
             if threading.current_thread() is threading.main_thread():  # Python allows no other
@@ -187,14 +182,9 @@ class Budget:
     reading the session counts from: a script passes STARTED, a notebook leaves it at now.
     """
 
-    def __init__(
-        self,
-        steps: int | None = None,
-        limit_s: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        start: float | None = None,
-        needs: tuple[str, ...] = ("step", "save"),
-    ):
+    def __init__(self, steps: int | None = None, limit_s: float | None = None,
+                 clock: Callable[[], float] = time.monotonic, start: float | None = None,
+                 needs: tuple[str, ...] = ("step", "save")):  # fmt: skip
         self.steps, self.limit_s, self.clock, self.needs = steps, limit_s, clock, needs
         self.last = clock()
         self.elapsed_s = 0.0 if start is None else max(0.0, self.last - start)
@@ -278,10 +268,9 @@ def _writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise SystemExit(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; make "
-            "room or choose another --out; the checkpoints are intact"
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        raise SystemExit(f"cannot write {path}: {why}; make room or choose another --out; the "
+                         "checkpoints are intact") from error  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -295,10 +284,8 @@ def lock(folder: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise SystemExit(
-                f"{folder} is in use by process {file.read()}: "
-                "stop that one, or choose another folder with --out"
-            ) from None
+            raise SystemExit(f"{folder} is in use by process {file.read()}: stop that one, or "
+                             "choose another folder with --out") from None  # fmt: skip
         with _writing(folder):
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -381,11 +368,8 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
         with _writing(target):
             temporary.mkdir()
             write(temporary)
-            files = {
-                path.relative_to(temporary).as_posix(): _seal(path)
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            }
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            files = {path.relative_to(temporary).as_posix(): _seal(path) for path in files}
             write_json(temporary / "manifest.json", {"name": target.name, "files": files})
             for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
@@ -492,8 +476,8 @@ class Saved(NamedTuple):
     directory: Path
 
 
-class Run:
-    """One open run folder, locked against a second process; a context manager.
+class Run(contextlib.AbstractContextManager):
+    """One open run folder, locked against a second process.
 
     `may_change` names the config fields a resumed run may give anew. `keep` checkpoints stay, and
     the one with the best score. `show` are the metrics on the progress line (a dict: with labels),
@@ -502,17 +486,10 @@ class Run:
     the folder and the clock; the others' calls take part and write nothing.
     """
 
-    def __init__(
-        self,
-        out: str | Path,
-        config: Any,
-        may_change: Iterable[str] = (),
-        budget: Budget | None = None,
-        keep: int = 2,
-        report_to: Iterable[str] = (),
-        show: dict[str, str] | tuple[str, ...] = ("loss", "tokens_per_s"),
-        every_s: float = 30.0,
-    ):
+    def __init__(self, out: str | Path, config: Any, may_change: Iterable[str] = (),
+                 budget: Budget | None = None, keep: int = 2, report_to: Iterable[str] = (),
+                 show: dict[str, str] | tuple[str, ...] = ("loss", "tokens_per_s"),
+                 every_s: float = 30.0):  # fmt: skip
         self.folder, self.budget = Path(out), budget or Budget()
         self.keep, self.every_s = keep, every_s
         self.show = show if isinstance(show, dict) else {name: name for name in show}
@@ -541,9 +518,6 @@ class Run:
                 stack.callback(self.report)  # first of all, however the run ends
             self._stack = stack.pop_all()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.close()
 
@@ -564,24 +538,17 @@ class Run:
         try:  # before the first checkpoint there is nothing to resume, so nothing to compare
             old = json.loads(path.read_bytes()) if self.checkpoints() else config
         except (OSError, ValueError) as error:
-            raise SystemExit(
-                f"{path} of a run to resume cannot be read: {error}; "
-                "put it back, or choose another --out"
-            ) from error
+            raise SystemExit(f"{path} of a run to resume cannot be read: {error}; put it back, or "
+                             "choose another --out") from error  # fmt: skip
         for field in sorted({*old, *config} - may_change - {"code"}):
             was, now = old.get(field, "absent"), config.get(field, "absent")
             if was != now:
-                raise SystemExit(
-                    f"--{field.replace('_', '-')} was {was!r} when {self.folder} was "
-                    f"begun, now it is {now!r}: put it back, or choose another --out"
-                )
-        code = {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "n_devices": jax.device_count(),
-            "n_processes": hosts.count,
-        }
+                raise SystemExit(f"--{field.replace('_', '-')} was {was!r} when {self.folder} was "
+                                 f"begun, now it is {now!r}: put it back, or choose another "
+                                 "--out")  # fmt: skip
+        code = {"python": platform.python_version(), "jax": jax.__version__,
+                "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(),
+                "n_processes": hosts.count}  # fmt: skip
         write_json(path, config | {"code": code})
 
     def _on_signal(self, number, frame):
@@ -606,10 +573,8 @@ class Run:
     def stop(self) -> None:
         """End a run that was told to stop, after its last save, with a line on how to go on."""
         newest = hosts.everyone(max(self.checkpoints(), default=(0, None))[0])[0]
-        raise SystemExit(
-            f"stopped by {self.stopping} at step {newest} of {self.folder}: "
-            "the same command continues from there"
-        )
+        raise SystemExit(f"stopped by {self.stopping} at step {newest} of {self.folder}: the same "
+                         "command continues from there")  # fmt: skip
 
     # -------------------------------- what a step leaves
 
@@ -658,27 +623,15 @@ class Run:
 
     def check_finite(self, step: int, metrics: dict, batch: Any) -> None:
         """Stop on a NaN or infinite loss or grad_norm, with the batch in nan_step_N.npz."""
-        read = {
-            name: float(metrics[name])
-            for name in ("loss", "grad_norm")
-            if metrics.get(name) is not None
-        }
-        if all(math.isfinite(value) for value in read.values()):
+        read = {k: float(metrics[k]) for k in ("loss", "grad_norm") if metrics.get(k) is not None}
+        if np.isfinite([*read.values()]).all():
             return
         path = self.folder / f"nan_step_{step}.npz"
-        arrays = {name: np.asarray(leaf) for name, leaf in _named(jax.device_get(batch)).items()}
-        arrays = {  # numpy files know no bfloat16
-            name: array.astype(np.float32) if array.dtype.kind == "V" else array
-            for name, array in arrays.items()
-        }
         if self.writes:
             with _writing(path):
-                np.savez(path, **arrays)
-        raise SystemExit(
-            f"step {step} of {self.folder}: "
-            + ", ".join(f"{name} is {value}" for name, value in read.items())
-            + f"; the batch is in {path}"
-        )
+                np.savez(path, **_named(jax.device_get(batch)))
+        said = ", ".join(f"{name} is {value}" for name, value in read.items())
+        raise SystemExit(f"step {step} of {self.folder}: {said}; the batch is in {path}")
 
     # -------------------------------- checkpoints
 
@@ -699,14 +652,9 @@ class Run:
                 scored += [(score, step, directory)] if score is not None else []
         return max(scored)[-1] if scored else None
 
-    def save(
-        self,
-        step: int,
-        arrays: Any,
-        state: dict,
-        write_model: Callable[[Path | None], None] | None = None,
-        score: float | None = None,
-    ) -> Path:
+    def save(self, step: int, arrays: Any, state: dict,
+             write_model: Callable[[Path | None], None] | None = None,
+             score: float | None = None) -> Path:  # fmt: skip
         """Write checkpoints/step_N, all of it or nothing; log step N before.
 
         `arrays` is any pytree of arrays (an optimizer state too), `state` is JSON, `write_model`
@@ -716,12 +664,7 @@ class Run:
         assert self.step is not None and self.step >= step, f"log step {step} before saving it"
         target = self.folder / "checkpoints" / f"step_{step}"
         arrays = hosts.whole(arrays)
-        record = {
-            "step": step,
-            "score": _plain(score),
-            "state": state,
-            "budget": self.budget.state(),
-        }
+        record = {"score": _plain(score), "state": state, "budget": self.budget.state()}
 
         def write(directory):
             if write_model is not None:
