@@ -13,7 +13,6 @@ Three facts about it shape this file:
 """
 
 import bisect
-import contextlib
 import hashlib
 import json
 import operator
@@ -32,33 +31,14 @@ import sentencepiece
 
 START, END = "<start_of_turn>", "<end_of_turn>"
 IMAGE_PIECES = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
 # What text must never become, in either family. Each has one "<" or "[", in front, so a text cut
 # behind the first character of every match holds none of them.
 STEERING = re.compile(
     r"<(?:(?:start|end)_of_(?:turn|image)|image_soft_token|mask|2mass|unused[0-9]+)>"
     r"|\[(?:multimodal|@BOS@)\]"
 )
-FAMILIES = {"gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}  # by model_type
-
-# `Tokenizer.chat` as Jinja, for other programs that open a directory we saved.
-CHAT_TEMPLATE = r"""
-{{- bos_token -}}
-{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
-{%- for m in (messages[1:] if system else messages) -%}
-{%- set role = 'model' if m.role == 'assistant' else m.role -%}
-{%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
-{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
-{%- endif -%}
-{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
-{{- (m.content | trim) + '<end_of_turn>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
-"""
-NO_SYSTEM = r"""
-{%- if messages[0].role == 'system' -%}
-{{- raise_exception('System role not supported') -}}
-{%- endif -%}
-"""
 
 
 def fold_system(messages: list[dict]) -> list[dict]:
@@ -78,11 +58,11 @@ class Tokenizer:
     """Gemma's SentencePiece model and chat template, from a model directory or a `tokenizer.model`.
 
     Messages are `{"role": "system" | "user" | "assistant", "content": str}`; "model" is another
-    name for "assistant". `family`, "gemma2" or "gemma3", decides the template; it is read from the
-    `config.json` beside the file unless given, and is "gemma3" where there is none.
+    name for "assistant". A system text goes before the first user's, as in Gemma 3's template
+    (Gemma 2's has no place for it).
     """
 
-    def __init__(self, path: str | Path, family: str | None = None):
+    def __init__(self, path: str | Path):
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
         if not file.is_file():
@@ -95,15 +75,6 @@ class Tokenizer:
             self.vocab_size = self.sp.get_piece_size()
         except RuntimeError:
             raise ValueError(f"{file}: expected a SentencePiece model, found none") from None
-
-        config = file.parent / "config.json"
-        if family is None and config.is_file():
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                family = json.loads(config.read_bytes())["model_type"]
-            if family not in FAMILIES:
-                known = ", ".join(FAMILIES)
-                raise ValueError(f"{config}: expected model_type {known}, found {family!r}")
-        self.family = FAMILIES[family or "gemma3"]
 
         pieces = ("<unk>", "<pad>", "<bos>", "<eos>", START, END)
         if missing := [piece for piece in pieces if piece not in self]:
@@ -155,8 +126,6 @@ class Tokenizer:
         """Checks a conversation -> ([("user", "Be brief. Hi"), ("model", "Ho")], generate)."""
         system = ""
         if messages and messages[0]["role"] == "system":
-            if self.family == "gemma2":
-                raise ValueError("Gemma 2 has no system role: data.fold_system moves the text")
             system, messages = messages[0]["content"] + "\n\n", messages[1:]
         if not messages:
             raise ValueError("expected a conversation that starts with a user turn, found no turn")
@@ -190,28 +159,13 @@ class Tokenizer:
             yield [self.start_of_turn, *self.encode("model\n")], 0
 
     def save(self, directory: str | Path) -> None:
-        """Writes `tokenizer.model` and `tokenizer_config.json`, all that AutoTokenizer needs.
-
-        `added_tokens_decoder` makes transformers' `skip_special_tokens` drop the turn markers. A
-        list of `extra_special_tokens` would *replace* the USER_DEFINED pieces there, and HTML tags
-        would fall apart (transformers 5.23).
-        """
-        markers = {self.start_of_turn: START, self.end_of_turn: END}
-        config = {
-            "tokenizer_class": "GemmaTokenizer",
-            **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {
-                str(i): {"content": piece, "special": True} for i, piece in markers.items()
-            },
-            "chat_template": (NO_SYSTEM if self.family == "gemma2" else "") + CHAT_TEMPLATE,
-        }
+        """Copies `tokenizer.model`, and what transformers reads, where it lies beside that."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "tokenizer.model").write_bytes(self.file.read_bytes())
+        for name in TOKENIZER_FILES:
+            if (file := self.file.with_name(name)).is_file():
+                (directory / name).write_bytes(file.read_bytes())
 
 
 # --- built-in word problems -----------------------------------------------------------------------
