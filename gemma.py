@@ -1135,7 +1135,6 @@ TOKENIZERS = {  # sha256 of tokenizer.model -> name, a chat, its ids as several 
     "1299c11d7cf632ef3b4e11937501358ada021bbdf7c47638d13c0ee982f2e79c": (
         "Gemma 3", "Hello", [2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107]),
 }  # fmt: skip
-QUESTION = "Mia has 12 cards. She buys 7 more. How many cards does she have?"
 PARAGRAPH = (
     "Tom has 12 cards. He buys 7 more. Mia gives him 3 more. He puts the cards in 2 boxes. "
     "How many cards does each box hold?"
@@ -1143,8 +1142,8 @@ PARAGRAPH = (
 MAX_PERPLEXITY = 50.0  # random weights score about the vocabulary's size; no BOS, millions
 
 
-def self_check(weights: str) -> bool:
-    """Checks a Gemma folder: tokenizer, parameters, perplexity, one greedy answer.
+def self_check(weights: str) -> None:
+    """Checks a Gemma folder: the tokenizer's ids, and the perplexity of a paragraph.
 
     For the first person who has the real weights, which this repository was never run on. The last
     line says PASS, exit code 0, or FAIL, exit code 1. It cannot know whether the weights are the
@@ -1155,61 +1154,34 @@ def self_check(weights: str) -> bool:
     """
     import data  # text is data.py's; only this check needs it
 
-    passed = True
-
-    def report(ok: bool | None, what: str, detail: str) -> None:
-        nonlocal passed
-        passed &= ok is not False
-        mark = {True: "ok  ", False: "FAIL", None: "?   "}[ok]
-        print(f"{mark}  {what:<11} {detail}", flush=True)
-
     cfg, tok = read_config(weights), data.Tokenizer(weights)
-    print(f"{weights} on {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     sha = hashlib.sha256(tok.file.read_bytes()).hexdigest()
-    if sha in TOKENIZERS:
-        name, text, ids = TOKENIZERS[sha]
-        found = tok.chat([{"role": "user", "content": text}])
-        report(found == ids, "tokenizer", f"{name}'s published file; {text!r} is {found}, "
-               f"expected {ids}")  # fmt: skip
-    else:
-        report(None, "tokenizer", f"{tok.vocab_size} pieces, not a published Gemma file: its ids "
-               "could not be checked")  # fmt: skip
-    dtype = jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16
-    cfg, params = load(weights, dtype)
-    known = [name for name, c in CONFIGS.items() if c.n_params == cfg.n_params]
-    report(bool(known) or None, "parameters", f"{cfg.n_params:,} in {cfg.num_hidden_layers} layers "
-           f"of {cfg.model_type}, the size of {known[0] if known else 'no Gemma known here'}; read "
-           f"as {dtype.__name__}")  # fmt: skip
-    bad = [k for k, x in jax.tree_util.tree_leaves_with_path(params) if not jnp.isfinite(x).all()]
-    found = ", ".join(map(jax.tree_util.keystr, bad))
-    report(not bad, "finite", f"NaN or infinity in {found}" if bad else "every parameter")
-    fits = tok.vocab_size <= cfg.vocab_size
-    report(fits, "vocabulary", f"{tok.vocab_size} pieces in the tokenizer, {cfg.vocab_size} rows in"
-           " the embedding" + ", expected at least as many" * (not fits))  # fmt: skip
-    if fits:
-        ids_BT = jnp.asarray([tok.chat([{"role": "user", "content": PARAGRAPH}], generate=False)])
-        x_BTD = hidden(params, cfg, ids_BT)
-        logp_BT, _ = token_logps(
-            x_BTD[:, :-1], head(params, cfg), ids_BT[:, 1:], softcap=cfg.final_logit_softcapping
-        )
-        n = len(tok.encode(PARAGRAPH))  # what a person said, before <end_of_turn> and a newline
-        perplexity = float(jnp.exp(-logp_BT[0, -2 - n : -2].mean()))
-        report(perplexity < MAX_PERPLEXITY, "perplexity", f"{perplexity:.2f} on {n} tokens of a "
-               f"user's plain English, expected below {MAX_PERPLEXITY:g} (an untrained model: "
-               f"about {tok.vocab_size})")  # fmt: skip
-        prompt = jnp.asarray(tok.chat([{"role": "user", "content": QUESTION}]))
-        ids = greedy(params, cfg, prompt, 96).tolist()
-        stop = next((i for i, t in enumerate(ids) if t in tok.stop_ids), len(ids))
-        where = "stopped by itself" if stop < len(ids) else f"cut off after {len(ids)} tokens"
-        report(None, "answer", f"{QUESTION}\n{'':18}{tok.decode(ids[:stop])!r} ({where})")
-    print("PASS" if passed else "FAIL", "(lines marked ? are for you to judge)")
-    return passed
+    name, text, golden = TOKENIZERS.get(sha, ("no published one", "Hello", None))
+    ids = tok.chat([{"role": "user", "content": text}])
+    print(f"tokenizer: {name}, {tok.vocab_size} pieces, sha256 {sha}; {text!r} -> {ids}")
+    if golden not in (None, ids):
+        raise ValueError(f"expected the ids {golden}")
+    if tok.vocab_size > cfg.vocab_size:
+        raise ValueError(f"expected as many rows in the embedding, found {cfg.vocab_size}")
+    cfg, params = load(weights, jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
+    print(f"{cfg.n_params:,} parameters, {cfg.num_hidden_layers} layers of {cfg.model_type}")
+    ids_BT = jnp.asarray([tok.chat([{"role": "user", "content": PARAGRAPH}], generate=False)])
+    x_BTD = hidden(params, cfg, ids_BT)
+    logp_BT, _ = token_logps(
+        x_BTD[:, :-1], head(params, cfg), ids_BT[:, 1:], softcap=cfg.final_logit_softcapping
+    )
+    n = len(tok.encode(PARAGRAPH))  # what a person said, before <end_of_turn> and a newline
+    perplexity = float(jnp.exp(-logp_BT[0, -2 - n : -2].mean()))
+    said = f"perplexity {perplexity:.2f} on {n} tokens of plain English"
+    if not perplexity < MAX_PERPLEXITY:  # NaN too
+        raise ValueError(f"{said}, expected below {MAX_PERPLEXITY:g}")
+    print(f"PASS: {said}")
 
 
 if __name__ == "__main__":
     import tyro
 
     try:
-        sys.exit(not tyro.cli(self_check))
+        tyro.cli(self_check)
     except ValueError as e:
-        sys.exit(f"FAIL  {e}")
+        sys.exit(f"FAIL: {e}")
