@@ -592,14 +592,14 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
         row |= {"flops": work.flops, "bytes": work.bytes, "ici_bytes": work.ici}
         if peak:
             row["roofline_s"], row["bound"] = roofline(work, peak)
-    show_memory(out["phases"], peak.hbm if peak else 0, compiles)
+    show_phases(out["phases"], peak.hbm if peak else 0, compiles)
     if not peak:
         runs.say(f"the peaks of a {kind} are not known here, so nothing is said of time")
         return out
     out["step_s"] = sum(row.get("roofline_s", 0.0) for row in out["phases"].values()) / EFFICIENCY
     out["session_s"] = runs.parse_time(config.time_limit or "9h")
     out["session"] = session(script, config, out["step_s"], out["session_s"])
-    show_time(script, config, out)
+    show_session(script, config, out)
     return out
 
 
@@ -614,54 +614,47 @@ def announce(script: str, config, programs: dict, out: dict, compiles: bool) -> 
           f"{out['device']}, JAX {out['jax']}, {how if compiles else 'not compiled'}")  # fmt: skip
 
 
-def table(head: list[str], rows: list[list]) -> None:
-    """Prints rows under a head: the first column to the left, numbers to the right."""
-    number = lambda x: "?" if x is None else x if isinstance(x, str) else f"{x:,.2f}"
-    rows = [head, *([number(x) for x in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [x.rjust(w) for x, w in zip(others, widths[1:], strict=True)]
-        print("  ".join(["", first.ljust(widths[0]), *cells]))
+COLUMNS = {  # of the table, a line for each phase: what of it, in which unit
+    "arguments": ("arguments_bytes", 2**30), "temporaries": ("temporaries_bytes", 2**30),
+    "output": ("output_bytes", 2**30), "aliased": ("aliased_bytes", 2**30),
+    "beside": ("beside_bytes", 2**30), "in all": ("hbm_bytes", 2**30), "TFLOP": ("flops", 1e12),
+    "HBM GB": ("bytes", 1e9), "ICI GB": ("ici_bytes", 1e9), "roofline ms": ("roofline_s", 1e-3),
+}  # fmt: skip
 
 
-def show_memory(phases: dict, limit: float, compiles: bool) -> None:
-    """Prints what every program takes of a core, and whether it is there."""
-    keys = ["arguments", "temporaries", "output", "aliased", "total", "beside", "hbm"]
-    gib = lambda row, key: None if row.get(f"{key}_bytes") is None else row[f"{key}_bytes"] / 2**30
-    phases = {k: row for k, row in phases.items() if "arguments_bytes" in row}
-    print("\nGiB on a core, " + ("as the compiler reports them:" if compiles else
-          "of the arguments alone, by their shapes; temporaries come on top:"))  # fmt: skip
-    table(["", *keys[:-1], "in all"],
-          [[k, *(gib(row, x) for x in keys)] for k, row in phases.items()])  # fmt: skip
-    if not limit:
-        return
-    too_large = {k: row for k, row in phases.items()
-                 if "needs_bytes" in row or row["hbm_bytes"] > limit}  # fmt: skip
-    for name, row in too_large.items():
-        needs = gib(row, "hbm")
-        needs = "more than there is" if needs is None else f"{needs:.2f} GiB or more"
-        print(f"{name} does not fit: needs {needs}, a core has {limit / 2**30:.2f}; "
-              f"lower {row['flags']}")  # fmt: skip
-    if compiles and phases and not too_large:
-        most = max(gib(row, "hbm") for row in phases.values())
-        print(f"It fits: at most {most:.2f} of {limit / 2**30:.2f} GiB.")
+def show_phases(phases: dict, limit: float, compiles: bool) -> None:
+    """Prints what every program takes of a core and of time, and whether it is there."""
+    print("\nOn each core: GiB " + ("as the compiler reports them" if compiles else "of the "
+          "arguments alone, by their shapes (temporaries come on top)")
+          + "; what one step computes and moves, counted from the shapes")  # fmt: skip
+    table = [["", *COLUMNS, "bound by"]]
+    for name, row in phases.items():
+        numbers = [None if row.get(k) is None else row[k] / unit for k, unit in COLUMNS.values()]
+        table.append([name, *("" if x is None else f"{x:,.2f}" for x in numbers),
+                      row.get("bound", "")])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *others in table:
+        cells = [x.rjust(width) for x, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+    there = {k: row for k, row in phases.items() if "hbm_bytes" in row}
+    most = {k: row["hbm_bytes"] or math.inf for k, row in there.items()}  # None: far too much
+    for name in (name for name in there if limit and most[name] > limit):
+        print(f"{name} does not fit: needs {most[name] / 2**30:.2f} GiB or more, a core has "
+              f"{limit / 2**30:.2f}; lower {there[name]['flags']}")  # fmt: skip
+    if compiles and most and max(most.values()) <= limit:
+        print(f"It fits: at most {max(most.values()) / 2**30:.2f} of {limit / 2**30:.2f} GiB.")
 
 
-def show_time(script: str, config, out: dict) -> None:
-    """Prints what one step takes at the roofline, and what a session buys below it."""
+def show_session(script: str, config, out: dict) -> None:
+    """Prints what a session buys below the roofline."""
     if script == "grpo":
         what = (f"{config.prompts} prompts of {config.max_prompt} tokens, {config.group} "
                 f"completions of {config.max_new} each")  # fmt: skip
     else:
         what = f"{config.batch_rows} rows of {config.max_length} tokens"
-    print(f"\nOne step on a core, counted from the shapes: {what}")
-    phases = {k: row for k, row in out["phases"].items() if "roofline_s" in row}
-    table(["", "TFLOP", "HBM GB", "ICI GB", "roofline s", "bound by"], [
-        [k, row["flops"] / 1e12, row["bytes"] / 1e9, row["ici_bytes"] / 1e9,
-         f"{row['roofline_s']:.3f}", row["bound"]] for k, row in phases.items()])  # fmt: skip
     bought = dict(out["session"])
     rate, hours = bought.pop("tokens_per_s"), out["session_s"] / 3600
-    print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step takes "
+    print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step of {what} takes "
           f"{out['step_s']:.2f} s: {rate:,.0f} tokens/s.\n{hours:g} h are "
           + ", ".join(f"{v:,} {k}" for k, v in bought.items())
           + ", less what compiling, evaluations and checkpoints take.")  # fmt: skip
