@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 in pure JAX: configs, parameters, one forward pass, KV caches, token log-probs,
+"""Gemma 2 and 3 in pure JAX: configs, parameters, one forward pass, prefill, token log-probs,
 and Hugging Face safetensors in and out.
 
     cfg, params = gemma.load("path/to/gemma-3-1b-it", dtype=jnp.bfloat16)
@@ -15,10 +15,10 @@ Every array name ends in its axes, one capital letter each, the same in the whol
 What to know when comparing with other implementations (each point is a test):
 
 1. Layers differ in two numbers only, a sliding window and RoPE frequencies, so both are *data* of
-   one `lax.scan` over the stacked layers. Only decoding, where a local layer's cache is shorter
-   than a global one's, walks the layers period by period (Gemma 3: five local, one global).
-2. New tokens attend to the cache and to each other in one softmax, and are written to the cache
-   after the last layer. Training is the same with no cache; prefill the same with an empty one.
+   one `lax.scan` over the stacked layers. Only decoding (sampler.py), where a local layer's cache
+   is shorter than a global one's, calls the same `layer` one by one.
+2. In decoding a new token attends to the cache and to itself in one softmax, and is written to the
+   cache after the last layer. Training and prefill are the same with no cache.
 3. sqrt(D) is rounded to the activations' dtype (bf16: 33.94 -> 34.0), as in the published code.
 4. RMSNorm, RoPE, attention scores, softmax and log-probs are float32 whatever the weights are.
 5. On TPUs whole rows are attended by JAX's splash kernels (`splash`), all else by `attend`.
@@ -74,12 +74,6 @@ class Config:
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True
     eos_token_id: tuple[int, ...] = (1,)
-
-    @property
-    def period(self) -> int:
-        """Length of the smallest repeating pattern of layer kinds (Gemma 3: 6, Gemma 2: 2)."""
-        kinds, n = self.is_global, self.num_hidden_layers
-        return next(p for p in range(1, n + 1) if all(kinds[i] == kinds[i % p] for i in range(n)))
 
     @property
     def n_params(self) -> int:
@@ -166,8 +160,9 @@ def config_to_dict(cfg: Config, dtype: str = "float32") -> dict:
         "pad_token_id": 0,
         "torch_dtype": dtype,
     }
-    if all(g == ((i + 1) % cfg.period == 0) for i, g in enumerate(cfg.is_global)):
-        hf["sliding_window_pattern"] = cfg.period  # all that transformers 4.50 to 4.52 read
+    for p in range(1, cfg.num_hidden_layers + 1):
+        if all(g == ((i + 1) % p == 0) for i, g in enumerate(cfg.is_global)):
+            hf["sliding_window_pattern"] = p  # all that transformers 4.50 to 4.52 read
     if cfg.rope_factor != 1.0:
         hf["rope_scaling"] = {"factor": cfg.rope_factor, "rope_type": "linear"}
     return hf
@@ -594,121 +589,28 @@ def logits(params: dict, cfg: Config, tokens_BT: jax.Array, mask_BT: jax.Array |
     return read_logits(cfg, head(params, cfg), x_BTD)
 
 
-# ------------------------------------------------------------------------------------- KV caches
+# --------------------------------------------------------------------------------------- prefill
 
 
-def init_cache(cfg: Config, batch: int, slots: int, dtype=jnp.bfloat16) -> dict:
-    """Empty caches for rows of up to `slots` tokens: {"local", "global"}, each k, v, pos.
+def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
+            lora: dict | None = None, fsdp: str | None = None) -> tuple[jax.Array, list]:  # fmt: skip
+    """Final hidden states [B, T, D] of rows of n_B tokens, and what decoding looks back at.
 
-    k, v [layers of this kind, B, K, S, H]; pos [B, S] the position held by a slot, -1 = empty.
-    Local layers keep a ring of `sliding_window` slots, global layers all of them.
+    That is (k_BKSH, v_BKSH) of each layer. Global layers have S = T slots, local layers a ring of
+    S = min(sliding_window, T): slot s holds the last position that is s modulo S.
     """
-
-    def one(n_layers, s):
-        shape = (n_layers, batch, cfg.num_key_value_heads, s, cfg.head_dim)
-        pos_BS = jnp.full((batch, s), -1, jnp.int32)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "pos": pos_BS}
-
-    n_global = sum(cfg.is_global)
-    ring = min(cfg.sliding_window, slots)
-    return {"local": one(cfg.num_hidden_layers - n_global, ring), "global": one(n_global, slots)}
-
-
-def _write(cache: dict, k_LBKTH, v_LBKTH, positions_BT, valid_BT) -> dict:
-    """Writes new tokens into slot `position % slots` of one kind of cache; padding is dropped."""
-    S = cache["pos"].shape[1]
-    # Of the tokens that share a ring slot only the last may be written: scatter has no order.
-    last_B = jnp.max(jnp.where(valid_BT, positions_BT, -1), axis=1)
-    keep_BT = valid_BT & (positions_BT > last_B[:, None] - S)
-    slot_BT = jnp.where(keep_BT, positions_BT % S, S)  # S is out of range: dropped
-    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-
-    def put(old_LBKSH, new_LBKTH):
-        new_BTLKH = new_LBKTH.transpose(1, 3, 0, 2, 4).astype(old_LBKSH.dtype)
-        return old_LBKSH.at[:, rows_B1, :, slot_BT].set(new_BTLKH, mode="drop")
-
-    pos_BS = cache["pos"].at[rows_B1, slot_BT].set(positions_BT, mode="drop")
-    return {"k": put(cache["k"], k_LBKTH), "v": put(cache["v"], v_LBKTH), "pos": pos_BS}
-
-
-def _cached_layers(params, cfg, x_BTD, positions_BT, valid_BT, lora, cache):
-    """All layers with caches: a scan over whole periods, then the layers left over.
-
-    The caches are only read here, so they stay where they are; the new keys and values come back
-    as {"local": (k, v), "global": (k, v)}, each [layers of this kind, B, K, T, H].
-    """
-    p = cfg.period
-    kinds = ["global" if g else "local" for g in cfg.is_global[:p]]
-    distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
-    causal_BTT = (distance_BTT >= 0) & valid_BT[:, None, :]
-
-    def block(x_BTD, n, count):
-        """The first `count` layers of period n; weights and caches are indexed, never moved."""
-        new = {}
-        for j, kind in enumerate(kinds[:count]):
-            w, lora_l = jax.tree.map(lambda a, i=n * p + j: a[i], (params["layers"], lora))
-            i = n * kinds.count(kind) + kinds[:j].count(kind)  # among the layers of this kind
-            c, window = cache[kind], _window(cfg, kind == "global")
-            age_BTS = positions_BT[:, :, None] - c["pos"][:, None, :]
-            past = c["k"][i], c["v"][i], (c["pos"] >= 0)[:, None, :] & (age_BTS < window)
-            freq_H = jnp.asarray(_frequencies(cfg, kind == "global"))
-            x_BTD, kv = layer(cfg, w, lora_l, x_BTD, positions_BT, freq_H,
-                              causal_BTT & (distance_BTT < window), past=[past])  # fmt: skip
-            new.setdefault(kind, []).append(kv)
-        return x_BTD, {k: jax.tree.map(lambda *z: jnp.stack(z), *v) for k, v in new.items()}
-
-    n_whole, n_rest = divmod(cfg.num_hidden_layers, p)
-    x_BTD, new = lax.scan(lambda x, n: block(x, n, p), x_BTD, jnp.arange(n_whole))
-    new = jax.tree.map(lambda z: z.reshape(-1, *z.shape[2:]), new)
-    x_BTD, rest = block(x_BTD, n_whole, n_rest)
-    for kind, kv in rest.items():
-        new[kind] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new[kind], kv)
-    return x_BTD, new
-
-
-def extend(params: dict, cfg: Config, cache: dict, tokens_BT: jax.Array, positions_BT: jax.Array,
-           valid_BT: jax.Array | None = None, *, lora: dict | None = None,
-           empty: bool = False, fsdp: str | None = None) -> tuple[jax.Array, dict]:  # fmt: skip
-    """Appends tokens to every row: final hidden states [B, T, D] and the grown cache.
-
-    positions_BT continue each row's own count; valid_BT is False on padding, which is neither
-    attended to nor written. empty=True (prefill) promises that the cache holds nothing yet, and
-    takes a sharded base too (fsdp).
-    """
-    assert empty or fsdp is None
-    valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT.astype(bool)
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    segments_BT = (positions_BT < n_B[:, None]).astype(jnp.int32)
     x_BTD = _embed(params, cfg, tokens_BT, fsdp)
-    if empty:
-        x_BTD, kv_LBKTH = _scan_layers(
-            params, cfg, x_BTD, positions_BT, valid_BT.astype(jnp.int32), None, lora, "none", fsdp
-        )
-        which = {"local": np.flatnonzero(~np.array(cfg.is_global)),
-                 "global": np.flatnonzero(cfg.is_global)}  # fmt: skip
-        new = {kind: [z[i] for z in kv_LBKTH] for kind, i in which.items()}
-    else:
-        x_BTD, new = _cached_layers(params, cfg, x_BTD, positions_BT, valid_BT, lora, cache)
-    cache = cache | {k: _write(cache[k], *kv, positions_BT, valid_BT) for k, kv in new.items()}
-    return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps), cache
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "n_new"))
-def greedy(params: dict, cfg: Config, prompt_U: jax.Array, n_new: int,
-           lora: dict | None = None) -> jax.Array:  # fmt: skip
-    """The plainest decoder there is: n_new greedy tokens after one prompt (sampler.py is fast)."""
-    U = prompt_U.shape[0]
-    cache = init_cache(cfg, 1, U + n_new, params["norm"].dtype)
-    grow = functools.partial(extend, params, cfg, lora=lora)
-    x_BTD, cache = grow(cache, prompt_U[None], jnp.arange(U)[None], empty=True)
-
-    def step(carry, position):
-        token, cache = carry
-        x_BTD, cache = grow(cache, token[None, None], position[None, None])
-        return (pick(x_BTD), cache), token
-
-    def pick(x_BTD):
-        return jnp.argmax(read_logits(cfg, head(params, cfg), x_BTD[0, -1])).astype(jnp.int32)
-
-    return lax.scan(step, (pick(x_BTD), cache), jnp.arange(U, U + n_new))[1]
+    x_BTD, kv_LBKTH = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, None, lora,
+                                   "none", fsdp)  # fmt: skip
+    S, last_B1 = min(cfg.sliding_window, T), n_B[:, None] - 1
+    held_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)[None]) % S, 0)
+    ring = lambda z_BKTH: jnp.take_along_axis(z_BKTH, held_BS[:, None, :, None], axis=2)
+    keep = lambda z_BKTH, is_global: z_BKTH if is_global or S == T else ring(z_BKTH)
+    kv = [tuple(keep(z[i], g) for z in kv_LBKTH) for i, g in enumerate(cfg.is_global)]
+    return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps), kv
 
 
 # --------------------------------------------------------------------------------- token log-probs

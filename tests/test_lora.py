@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, greedy
 from safetensors.numpy import load_file, save_file
 
 import data
@@ -358,7 +358,7 @@ def test_readme_answers_with_peft_as_we_do(trained, monkeypatch, capsys):
     adapter = lora.load("runs/grpo/final", cfg)
     question = re.search(r'"content": "(.*?)"', block)[1]
     ids = tok.chat([{"role": "user", "content": question}])
-    ours = gemma.greedy(lora.merge(params, adapter, cfg), cfg, jnp.asarray(ids), 32).tolist()
+    ours = greedy(lora.merge(params, adapter, cfg), cfg, ids, 32)
     stop = next((i for i, t in enumerate(ours) if t in tok.stop_ids), len(ours))
     assert capsys.readouterr().out.strip() == tok.decode(ours[:stop]).strip() != ""
 
