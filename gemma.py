@@ -593,7 +593,8 @@ def logits(params: dict, cfg: Config, tokens_BT: jax.Array, mask_BT: jax.Array |
 
 
 def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
-            lora: dict | None = None, fsdp: str | None = None) -> tuple[jax.Array, list]:  # fmt: skip
+            lora: dict | None = None,
+            fsdp: str | None = None) -> tuple[jax.Array, list]:  # fmt: skip
     """Final hidden states [B, T, D] of rows of n_B tokens, and what decoding looks back at.
 
     That is (k_BKSH, v_BKSH) of each layer. Global layers have S = T slots, local layers a ring of
