@@ -298,6 +298,7 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)
     n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
+    score = rewards.Scored(0.0, {}, {})
     step_bytes = traced_work(*programs["decode"], mesh.size)[1].loops[0][1].bytes
     steps = []
     for step in range(config.repeats + 1):
@@ -307,13 +308,9 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         rollouts = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
                                        stop=range(n_stop), stats=stats))  # fmt: skip
         marks.append(time.perf_counter())
-        samples = []
-        for r in sorted(rollouts, key=lambda r: (r.prompt, r.index)):
-            score = rewards.Scored(float(np.mean(r.ids % 2 == 0)), {}, {})
-            problem = Problem("", tuple(prompts[r.prompt]), "", None, "auto", (), "")
-            samples.append(train_grpo.Sample(problem, r.prompt, r, "", None, False, score))
-        groups = [samples[i : i + c.group] for i in range(0, len(samples), c.group)]
-        train_grpo.set_advantages(groups, rewards.Mix({}), c)
+        problems = [Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
+        samples = [train_grpo.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
+                   for r in rollouts]  # fmt: skip
         weights = train_grpo.token_weights(samples, c)
         host, n_micro, _ = train_grpo.pack(samples, weights, c, mesh.size)
         batch, n = train_sft.place(host, mesh, P(None, "data")), np.int32(n_micro)

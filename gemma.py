@@ -496,13 +496,13 @@ def _embed(params, cfg, tokens_BT, fsdp):
     return x_BTD * jnp.asarray(cfg.hidden_size**0.5, x_BTD.dtype)
 
 
-def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora, remat, fsdp):
-    """All layers without a cache -> x_BTD and the new keys and values [L, B, K, T, H].
+def _forward(params, cfg, tokens_BT, positions_BT, segments_BT, parents_BT, lora, remat, fsdp):
+    """Whole rows -> final normed hidden states [B, T, D], keys and values [L, B, K, T, H].
 
     On TPUs by `splash`, which has tiles of 128 (not for shorter rows, nor for the tiny model) and
     knows of no parents.
     """
-    splashes = on_tpu() and x_BTD.shape[1] >= 128 and cfg.head_dim % 128 == 0
+    splashes = on_tpu() and tokens_BT.shape[1] >= 128 and cfg.head_dim % 128 == 0
     splashes &= parents_BT is None
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     if parents_BT is not None:
@@ -527,7 +527,9 @@ def _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora
     elif remat == "attention" or fsdp is not None:  # keep what products with weights gave, no more
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # no gathered weights
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-    return lax.scan(step, x_BTD, (params["layers"], lora, freq_LH, window_L))
+    x_BTD = _embed(params, cfg, tokens_BT, fsdp)
+    x_BTD, kv_LBKTH = lax.scan(step, x_BTD, (params["layers"], lora, freq_LH, window_L))
+    return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps), kv_LBKTH
 
 
 def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
@@ -548,10 +550,8 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Ar
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
-    x_BTD = _embed(params, cfg, tokens_BT, fsdp)
-    x_BTD, _ = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, parents_BT, lora, remat,
-                            fsdp)  # fmt: skip
-    return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps)
+    return _forward(params, cfg, tokens_BT, positions_BT, segments_BT, parents_BT, lora, remat,
+                    fsdp)[0]  # fmt: skip
 
 
 def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array:
@@ -603,15 +603,14 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     segments_BT = (positions_BT < n_B[:, None]).astype(jnp.int32)
-    x_BTD = _embed(params, cfg, tokens_BT, fsdp)
-    x_BTD, kv_LBKTH = _scan_layers(params, cfg, x_BTD, positions_BT, segments_BT, None, lora,
-                                   "none", fsdp)  # fmt: skip
+    x_BTD, kv_LBKTH = _forward(params, cfg, tokens_BT, positions_BT, segments_BT, None, lora,
+                               "none", fsdp)  # fmt: skip
     S, last_B1 = min(cfg.sliding_window, T), n_B[:, None] - 1
     held_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)[None]) % S, 0)
     ring = lambda z_BKTH: jnp.take_along_axis(z_BKTH, held_BS[:, None, :, None], axis=2)
     keep = lambda z_BKTH, is_global: z_BKTH if is_global or S == T else ring(z_BKTH)
     kv = [tuple(keep(z[i], g) for z in kv_LBKTH) for i, g in enumerate(cfg.is_global)]
-    return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps), kv
+    return x_BTD, kv
 
 
 # --------------------------------------------------------------------------------- token log-probs
@@ -739,8 +738,6 @@ def _canonical(name: str) -> str | None:
     """Text-only spelling of a tensor name; None for vision towers and other tensors to skip."""
     name = name.removeprefix("model.") if name.startswith("model.vision") else name
     if name.startswith(("vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")):
-        return None
-    if name.endswith("rotary_emb.inv_freq"):  # old exporters saved this buffer
         return None
     for prefix in ("language_model.model.", "model.language_model."):
         if name.startswith(prefix):
