@@ -405,20 +405,20 @@ def gsm8k_row(row: dict) -> dict:
 
     "48/2 = <<48/2=24>>24 clips.\n#### 1,024" -> reasoning "48/2 = 24 clips.", answer "1024".
     """
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f'GSM8K row without a text under "{key}"; its keys are {sorted(row)}')
-    reasoning, *ends = re.sub(r"<<[^<>]*>>", "", row["answer"]).split("####")
-    answer = ends[0].strip().replace(",", "") if len(ends) == 1 else ""
-    if not re.fullmatch(r"-?\d+(\.\d+)?", answer):
-        raise ValueError(f'GSM8K answer must end in one "#### number": {row["answer"][-60:]!r}')
-    if not reasoning.strip():
-        raise ValueError(f"GSM8K answer without reasoning: {row['answer'][:60]!r}")
-    return {"question": row["question"].strip(), "reasoning": reasoning.strip(), "answer": answer}
+    texts = (row.get(key) for key in ("question", "answer"))
+    question, whole = (text.strip() if isinstance(text, str) else "" for text in texts)
+    reasoning, _, number = re.sub(r"<<[^<>]*>>", "", whole).partition("####")
+    reasoning, number = reasoning.strip(), number.strip().replace(",", "")
+    if not question or not reasoning or not re.fullmatch(r"-?\d+(\.\d+)?", number):
+        raise ValueError("GSM8K row: expected a question, and an answer of reasoning and one "
+                         f'"#### number" at its end, found {whole[-60:]!r}')  # fmt: skip
+    return {"question": question, "reasoning": reasoning, "answer": number}
 
 
 def asked(text: str, choices=()) -> str:
     """A question as the model reads it: ("Where?", ["Rome", "Oslo"]) -> Where? A) Rome B) Oslo."""
+    if not isinstance(choices, list | tuple):
+        raise ValueError(f"expected a list of choices, found {choices!r:.60}")
     listed = (f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
     return "\n".join([text.strip(), *listed])
 
@@ -433,14 +433,12 @@ def messages(row: dict, system: str = "") -> list[dict]:
     if "messages" in row:
         chat = row["messages"]
     elif "prompt" in row:
-        chat = _turns_of(row["prompt"], "user") + _turns_of(_text(row, "completion"), "assistant")
+        chat = _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
     elif "question" in row:
-        choices, row = row.get("choices"), row if "reasoning" in row else gsm8k_row(row)
-        question = _text(row, "question")
-        if choices and isinstance(question, str):
-            question = asked(question, choices)
-        answer = format_completion(_text(row, "reasoning"), _text(row, "answer"))
-        chat = _turns_of(question, "user") + _turns_of(answer, "assistant")
+        row = row if "reasoning" in row else row | gsm8k_row(row)
+        question = asked(_text(row, "question"), row.get("choices") or ())
+        answer = format_completion(_text(row, "reasoning"), _answer(row))
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     else:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
     if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
@@ -452,17 +450,26 @@ def messages(row: dict, system: str = "") -> list[dict]:
     return fold_system(chat)
 
 
-def _text(row: dict, key: str):
+def _text(row: dict, key: str, kinds=str):
     value = row.get(key)
-    if isinstance(value, int | float) and key == "answer":
-        value = str(value)
-    if not value or not isinstance(value, str | list):
+    if not value or not isinstance(value, kinds):
         raise ValueError(f"expected a text under {key!r}, found {value!r:.60}")
     return value
 
 
-def _turns_of(value: str | list, role: str) -> list[dict]:
+def _turns(row: dict, key: str, role: str) -> list[dict]:
+    value = _text(row, key, str | list)
     return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _answer(row: dict) -> str:
+    """As the model writes it, and eval.py expects it: a choice's number as its letter, a list."""
+    answer = row.get("answer")
+    if isinstance(answer, int) and 0 <= answer < len(row.get("choices") or ()):
+        return chr(ord("A") + answer)
+    if isinstance(answer, list):
+        return ", ".join(map(str, answer))
+    return str(answer) if isinstance(answer, int | float) else _text(row, "answer")
 
 
 N_PROBLEMS = {"train": 50_000, "test": 1_000}
@@ -572,9 +579,9 @@ def read_pair(row: dict, tok: Tokenizer, system: str = "") -> tuple:
     """
     chats = []
     for key in ("chosen", "rejected"):
-        turns = _turns_of(_text(row, key), "assistant")
+        turns = _turns(row, key, "assistant")
         whole = isinstance(turns[0], dict) and turns[0].get("role") in ("user", "system")
-        prompt = [] if whole else _turns_of(_text(row, "prompt"), "user")
+        prompt = [] if whole else _turns(row, "prompt", "user")
         try:
             chats.append(messages({"messages": prompt + turns}, system))
         except ValueError as e:
@@ -618,7 +625,7 @@ def load_examples(source: str, tok: Tokenizer, max_length: int, system: str = ""
             if (n := n_tokens(example)) > max_length:
                 raise ValueError(f"{n} tokens, more than --max-length {max_length}")
             examples.append(example)
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             bad.append(f"{where}: {e}")
             if not skip_bad_rows:
                 raise ValueError(f"{bad[-1]} (--skip-bad-rows leaves such rows out)") from None
