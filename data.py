@@ -21,7 +21,7 @@ import random
 import re
 import urllib.request
 from collections.abc import Iterator
-from itertools import groupby, pairwise, takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,6 @@ class Tokenizer:
             raise ValueError(f"{file}: expected Gemma's pieces, found no {', '.join(missing)}")
         ids = self.sp.piece_to_id(list(pieces))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
-        self.hidden = dict(zip(ids[1:], pieces[1:], strict=True))  # from the reader, by `decode`
         self.stop_ids = (self.end_of_turn, self.eos)
         self.forbidden_ids = tuple(self.sp.piece_to_id(p) for p in IMAGE_PIECES if p in self)
 
@@ -94,12 +93,9 @@ class Tokenizer:
         return [i for start, stop in pairwise(cuts) for i in self.sp.encode(text[start:stop])]
 
     def decode(self, ids, keep_special: bool = False) -> str:
-        """Text without BOS, EOS, padding and turn markers; `keep_special` spells those out too."""
-        ids = np.asarray(ids, int).tolist()
-        if not keep_special:
-            return self.sp.decode([i for i in ids if i not in self.hidden])
-        runs = ((piece, list(run)) for piece, run in groupby(ids, self.hidden.get))
-        return "".join(piece * len(run) if piece else self.sp.decode(run) for piece, run in runs)
+        """Text without BOS, EOS and padding, and without turn markers unless `keep_special`."""
+        drop = () if keep_special else (self.start_of_turn, self.end_of_turn)
+        return self.sp.decode([i for i in np.asarray(ids, int).tolist() if i not in drop])
 
     def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
         """The conversation in the official template: one BOS, contents neutralised.

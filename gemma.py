@@ -896,11 +896,7 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
             leaf = _place(leaf, tensor, i, shape).block_until_ready()  # one in flight, not many
         return leaf
 
-    # Largest first, so that the moment of one tensor in flight comes while little is resident.
-    tree = specs(cfg)
-    order = sorted(jax.tree.leaves(tree), key=lambda s: -math.prod(s.shape(cfg)))
-    loaded = {spec.name: one(spec) for spec in order}
-    return cfg, jax.tree.map(lambda s: loaded[s.name], tree)
+    return cfg, jax.tree.map(one, specs(cfg))
 
 
 def save(path: str | Path, cfg: Config, params: dict) -> None:

@@ -49,8 +49,7 @@ import hosts
 
 # Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process. But the
 # kernel of a notebook may be hours old: a run in it counts from its own beginning.
-IN_NOTEBOOK = "ipykernel" in sys.modules
-STARTED = None if IN_NOTEBOOK else time.monotonic() - time.process_time()
+STARTED = None if "ipykernel" in sys.modules else time.monotonic() - time.process_time()
 
 
 # ---------------------------------------------------------------------------- environment
@@ -404,15 +403,13 @@ def _named(tree) -> dict[str, Any]:
 
 def _fill(like, named: dict[str, np.ndarray], source: Path):
     """Put the named arrays into the structure of `like`, whose shapes and dtypes must be theirs."""
-    kinds = {}
-    for name, leaf in _named(like).items():
-        kinds[name] = f"{np.shape(leaf)} {getattr(leaf, 'dtype', np.asarray(leaf).dtype)}"
-    for name in sorted({*kinds, *named}):
-        expected = kinds.get(name, "nothing")
-        found = f"{named[name].shape} {named[name].dtype}" if name in named else "nothing"
-        if expected != found:
-            raise ValueError(f"{source}: {name}: expected {expected}, found {found}")
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in kinds])
+    wanted = _named(like)
+    for name in sorted({*wanted, *named}):
+        sides = (side.get(name) for side in (wanted, named))
+        a, b = ("nothing" if x is None else f"{x.shape} {x.dtype}" for x in sides)
+        if a != b:
+            raise ValueError(f"{source}: {name}: expected {a}, found {b}")
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in wanted])
 
 
 # ---------------------------------------------------------------------------- optional loggers

@@ -146,7 +146,8 @@ def test_chat_equals_the_jinja_templates(ours, theirs, family, source):
     for messages in CONVERSATIONS + WITH_SYSTEM * (family == "gemma3"):
         for generate in (False, True):
             ids = ours[family].chat(messages, generate)
-            assert ours[family].decode(ids, keep_special=True) == jinja(messages, generate)
+            text = "<bos>" + ours[family].decode(ids, keep_special=True)
+            assert text == jinja(messages, generate)
     for messages in BAD_TURNS + UNKNOWN_ROLE * (source == "saved"):
         with pytest.raises(Exception, match="must alternate"):
             jinja(messages)
@@ -164,7 +165,7 @@ def test_transformers_drops_the_markers_and_nothing_else(theirs):
 def test_chat_by_hand(ours):
     messages = [system("Be brief."), user(" 2+2?\n"), assistant("4 "), user("Sure?")]
     expected = (
-        "<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
+        "<start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
         "<start_of_turn>model\n4<end_of_turn>\n"
         "<start_of_turn>user\nSure?<end_of_turn>\n"
         "<start_of_turn>model\n"
@@ -265,7 +266,7 @@ def test_decode(ours):
     tok = ours["gemma3"]
     ids = [tok.bos, *tok.encode("  a\n"), tok.end_of_turn, tok.eos, tok.pad, tok.pad]
     assert tok.decode(ids) == tok.decode(np.array(ids, np.int32)) == "  a\n"
-    assert tok.decode(ids, keep_special=True) == "<bos>  a\n<end_of_turn><eos><pad><pad>"
+    assert tok.decode(ids, keep_special=True) == "  a\n<end_of_turn>"
     assert tok.decode([]) == tok.decode([], keep_special=True) == ""
     assert tok.decode(tok.encode("\U0001f98a")[:2]) == "\ufffd\ufffd"  # cut inside a character
 
