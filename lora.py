@@ -247,16 +247,12 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         "r": r,
         "lora_alpha": common,
         "alpha_pattern": {m: alpha for m, alpha in alphas.items() if alpha != common},
-        "rank_pattern": {},
         # a list would name the matrices of the vision tower too
         "target_modules": rf".*language_model.*\.({'|'.join(adapter['a'])})"
         if multimodal
         else list(adapter["a"]),
         "lora_dropout": dropout,
-        "bias": "none",
         "use_rslora": False,  # folded into lora_alpha
-        "use_dora": False,
-        "fan_in_fan_out": False,
         "inference_mode": True,
     }
     try:
@@ -305,23 +301,18 @@ def load(path: str | Path, cfg: Config) -> dict:
         a_shape, b_shape = shapes[name]
         r = len(pair.get("A", ()))
         expected = (r, math.prod(a_shape[1:-1])), (math.prod(b_shape[2:]), r)
-        shapes = tuple(pair[k].shape if k in pair else None for k in "AB")
-        if shapes != expected:
-            raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {shapes}, "
+        its = tuple(pair[k].shape if k in pair else None for k in "AB")
+        if its != expected:
+            raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {its}, "
                              f"expected {expected} for this model")  # fmt: skip
         adapter["a"][name][i, ..., :r] = pair["A"].T.reshape(*a_shape[1:-1], r)
         adapter["b"][name][i, :r] = pair["B"].T.reshape(r, *b_shape[2:])
-        alpha = _pattern(config.get("alpha_pattern"), pair["module"], config.get("lora_alpha", 8))
+        # PEFT's rule: the first key that, as a regular expression, matches the end of the name.
+        alphas = (value for key, value in (config.get("alpha_pattern") or {}).items()
+                  if re.match(rf"(.*\.)?({key})$", pair["module"]))  # fmt: skip
+        alpha = next(alphas, config.get("lora_alpha", 8))
         adapter["scale"][name][i] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     return jax.tree.map(jnp.asarray, adapter)
-
-
-def _pattern(patterns: dict | None, module: str, default: float) -> float:
-    """PEFT's rule: the first key that, as a regular expression, matches the end of the name."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 # --------------------------------------------------------------------------- for other programs
