@@ -234,27 +234,16 @@ def kernel(eqn, parts: list[Work]) -> Work:
 # ------------------------------------------------------------------------------------- measuring
 
 
-def materialise(shapes, vocab: int):
-    """Random arrays of the given shapes and shardings: float weights, tokens, segments of ones."""
+def random_weights(shapes):
+    """Random floats of the given shapes and shardings."""
+    one = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
+    make = jax.jit(lambda: jax.tree.map(one, shapes),
+                   out_shardings=jax.tree.map(lambda s: s.sharding, shapes))  # fmt: skip
+    return make()
 
-    def one(path, s):
-        name = jax.tree_util.keystr(path)
-        if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
-            return jax.random.key(0)
-        if s.dtype == jnp.int32 and s.ndim >= 2:
-            if "positions" in name:
-                x = np.broadcast_to(np.arange(s.shape[-1], dtype=np.int32), s.shape)
-            elif "tokens" in name:
-                x = np.random.default_rng(0).integers(3, vocab, s.shape, np.int32)
-            else:
-                x = np.ones(s.shape, np.int32)
-            return jax.device_put(x, s.sharding)
-        if s.ndim < 2 or "mu" in name or "nu" in name:
-            return jnp.zeros(s.shape, s.dtype, device=s.sharding)
-        make = lambda: (jax.random.normal(jax.random.key(0), s.shape) * 0.02).astype(s.dtype)
-        return jax.jit(make, out_shardings=s.sharding)()
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+def zeros(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)
 
 
 def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
@@ -264,8 +253,13 @@ def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         micro_rows=config.micro_rows or config.rows // mesh.size, max_length=config.length,
         lora_rank=config.lora_rank, remat=config.remat,
     ), mesh)["train_step"]  # fmt: skip
-    trained, opt, fixed, batch, _, key = materialise(shapes, cfg.vocab_size)
-    seconds = []
+    (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
+    shape, key, seconds = shapes[3]["tokens"].shape, jax.random.key(0), []
+    ones = np.ones(shape, np.int32)
+    batch = train_sft.place({
+        "tokens": np.random.default_rng(0).integers(3, cfg.vocab_size, shape, np.int32),
+        "mask": ones, "segments": ones, "positions": np.cumsum(ones, -1, np.int32) - 1,
+    }, mesh, P(None, "data"))  # fmt: skip
     for _ in range(config.repeats + 1):
         start = time.perf_counter()
         trained, opt, metrics = train_step(trained, opt, fixed, batch, np.float32(1e-5), key)
@@ -293,7 +287,7 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     ))  # fmt: skip
     programs = train_grpo.programs(c, mesh)
     train_step, shapes = programs["train_step"]
-    trained, opt, fixed, *_ = materialise(shapes, cfg.vocab_size)
+    (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
     reference = jax.tree.map(jnp.copy, trained)
     sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)

@@ -234,10 +234,6 @@ class Spec:
         """When the base is sharded: every matrix is split along D, vectors are replicated."""
         return P(*("data" if a == "D" and self.inp else None for a in self.axes))
 
-    @property
-    def hf_pspec(self) -> P:
-        return P(*("data" if g == "D" and self.inp else None for g in (self.out, self.inp) if g))
-
 
 def _sizes(cfg: Config) -> dict[str, int]:
     return {
@@ -886,7 +882,8 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
         here = there = None
         if mesh is not None:
             here = NamedSharding(mesh, spec.pspec if shard else P())
-            there = NamedSharding(mesh, spec.hf_pspec if shard else P())
+            split = ("data" if g == "D" and shard else None for g in (spec.out, spec.inp))
+            there = NamedSharding(mesh, P(*split) if spec.inp else P())
         if not spec.stacked:  # the embedding, the largest of all, lies in the file as it does here
             return _put(where[spec.name], here, dtype)
         shape = tuple(tuple(_sizes(cfg)[a] for a in g) for g in (spec.out, spec.inp))

@@ -63,7 +63,7 @@ def output(folder: str) -> Path:
     return working / folder if working.is_dir() else Path(folder)
 
 
-def check_jax(version: str | None = None, installed: Iterable[str] | None = None) -> None:
+def check_jax(version: str | None = None) -> None:
     """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here.
 
     The accelerator is read off the installed packages: starting a backend to ask it could hang.
@@ -72,11 +72,8 @@ def check_jax(version: str | None = None, installed: Iterable[str] | None = None
     version = version or metadata.version("jax")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 10):
         return
-    names = installed or (d.name or "" for d in metadata.distributions())
-    names = {name.lower().replace("_", "-") for name in names}
-    extras = {"libtpu": "[tpu]", "libtpu-nightly": "[tpu]", "jax-cuda13-plugin": "[cuda13]",
-              "jax-cuda12-plugin": "[cuda12]"}  # fmt: skip
-    extra = next((extra for name, extra in extras.items() if name in names), "")
+    extras = {"libtpu": "[tpu]", "jax_cuda13_plugin": "[cuda13]", "jax_cuda12_plugin": "[cuda12]"}
+    extra = next((extra for name, extra in extras.items() if importlib.util.find_spec(name)), "")
     package = f'"jax{extra}>=0.10,<0.13"'  # what this was tried on
     then = ", then restart the kernel" * ("ipykernel" in sys.modules)
     raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}{then}")
