@@ -555,7 +555,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     prepare(target)
     module = SCRIPTS[script]
     config = module.resolve(config)
-    shapes_of(config)
+    cfg = shapes_of(config)
     mesh, version = mesh_of(target)
     compiles = mesh.devices.flat[0].platform != "cpu"
     kind = mesh.devices.flat[0].device_kind if compiles else "TPU v5 lite"
@@ -563,7 +563,10 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     target = (target or "v5e:2x4") if version or not compiles else None
     out = {"target": target, "device": f"{mesh.size} {kind}", "jax": jax.__version__,
            "libtpu": version, "hbm_bytes": {}, "phases": {}}  # fmt: skip
-    announce(script, config, programs, out, compiles)
+    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
+    where = "split over" if train_sft.is_sharded(cfg, config, mesh) else "on each of"
+    print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} {where} "
+          f"{out['device']}; JAX {out['jax']}, libtpu {version or 'none'}")  # fmt: skip
     works = {}
     for phase, (program, flags) in NAMES[script].items():
         if program not in programs:
@@ -592,17 +595,6 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     out["session"] = session(script, config, out["step_s"], out["session_s"])
     show_session(script, config, out)
     return out
-
-
-def announce(script: str, config, programs: dict, out: dict, compiles: bool) -> None:
-    """Prints what is planned, and for what."""
-    base = programs["train_step"][1][2].get("base", programs["train_step"][1][0])
-    split = "data" in base["embed_tokens"].sharding.spec
-    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
-    how = f"libtpu {out['libtpu']}" if out["libtpu"] else "compiled here"
-    print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} "
-          f"{'split over the cores' if split else 'on every core'}; for {out['target'] or 'here'}, "
-          f"{out['device']}, JAX {out['jax']}, {how if compiles else 'not compiled'}")  # fmt: skip
 
 
 COLUMNS = {  # of the table, a line for each phase: what of it, in which unit

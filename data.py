@@ -13,6 +13,7 @@ Three facts about it shape this file:
 """
 
 import bisect
+import functools
 import hashlib
 import json
 import operator
@@ -686,11 +687,9 @@ class Packed:
         share = weights or [len(s) for s in sources]
         self.take = [max(1, round(total * w / sum(share))) if w else 0 for w in share]
         self.epochs = []  # packed rows up to the end of each epoch
-        self._rows = (-1, [])
+        self._epoch = functools.lru_cache(maxsize=1)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[list[tuple]]:
-        if self._rows[0] == epoch:
-            return self._rows[1]
         chosen = []
         for i, (source, take) in enumerate(zip(self.sources, self.take, strict=True)):
             for k in range(epoch * take, (epoch + 1) * take):
@@ -700,9 +699,7 @@ class Packed:
                 chosen.append(source[order[at]])
         rows = fill(chosen, self.size)
         order = np.random.default_rng((self.seed, 10**6, epoch)).permutation(len(rows))
-        rows = [rows[r] for r in order]
-        self._rows = (epoch, rows)
-        return rows
+        return [rows[r] for r in order]
 
     def batch(self, n: int) -> dict[str, np.ndarray]:
         """Batch n = 0, 1, ...: arrays [n_rows, size]; a batch may span two epochs."""

@@ -5,7 +5,7 @@
         metrics.jsonl         one object a step; keys ending in _s or holding per_s are timings
         samples.jsonl         prompt, completion, every reward component
         checkpoints/step_N/   the state after N updates: what `write_model` wrote (the adapter),
-                              resume/ (arrays and counters), manifest.json (size and sha256 of each)
+                              resume/ (arrays and counters), manifest.json (the sha256 of each)
         final/                what `--adapter` takes
         report.html           what report.py makes of the files above, now and then and at the end
 
@@ -333,10 +333,9 @@ def _cut(path: Path, last: int) -> None:
     _replace(path, b"".join(kept))
 
 
-def _seal(path: Path) -> dict:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(directory: Path) -> str | None:
@@ -345,11 +344,9 @@ def verify(directory: Path) -> str | None:
         manifest = json.loads((directory / "manifest.json").read_bytes())
         if manifest["name"] != directory.name:
             return f"it was saved as {manifest['name']}"
-        for name, seal in manifest["files"].items():
-            found = _seal(directory / name)
-            for what in ("bytes", "sha256"):
-                if found[what] != seal[what]:
-                    return f"{name}: {what} {found[what]}, saved with {seal[what]}"
+        for name, sha256 in manifest["sha256"].items():
+            if _sha256(directory / name) != sha256:
+                return f"{name} has changed since it was saved"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(directory)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -365,8 +362,8 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
             temporary.mkdir()
             write(temporary)
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            files = {path.relative_to(temporary).as_posix(): _seal(path) for path in files}
-            write_json(temporary / "manifest.json", {"name": target.name, "files": files})
+            files = {path.relative_to(temporary).as_posix(): _sha256(path) for path in files}
+            write_json(temporary / "manifest.json", {"name": target.name, "sha256": files})
             for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
             if target.exists():  # a folder cannot replace a folder; _tidy undoes a kill in between
