@@ -545,11 +545,8 @@ def _gsm8k(split: str) -> Path:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
     except OSError as e:
-        looked = ", ".join(map(str, folders))
-        raise ValueError(
-            f"--data gsm8k: no {name} in {looked}, and {url} cannot be had ({e}); "
-            "put the file in one of these folders or name its folder in $GSM8K"
-        ) from None
+        raise ValueError(f"--data gsm8k: no {name} in {', '.join(map(str, folders))}, nor in a "
+                         f"folder $GSM8K, and {url} cannot be had ({e})") from None  # fmt: skip
     if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
     cache.mkdir(parents=True, exist_ok=True)

@@ -813,14 +813,11 @@ def _check_tensors(cfg: Config, where: dict, path: Path) -> None:
     for spec in jax.tree.leaves(specs(cfg)):
         for i in range(cfg.num_hidden_layers if spec.stacked else 1):
             expected[spec.name.format(i=i)] = spec.hf_shape(cfg)
-    missing, unexpected = expected.keys() - where.keys(), where.keys() - expected.keys()
-    if missing or unexpected:
-        counts = f"expected {len(expected)} text tensors by config.json, found {len(where)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected)):
-            if names:
-                first = ", ".join(map(repr, sorted(names)[:3]))
-                counts += f"; {what}: {first}" + " …" * (len(names) > 3)
-        raise ValueError(f"{path}: {counts}")
+    missing, more = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys())
+    if missing or more:
+        raise ValueError(f"{path}: expected {len(expected)} text tensors by config.json, found "
+                         f"{len(where)}; missing: {missing[:3]}, unexpected: {more[:3]}"
+                         + " …" * (max(len(missing), len(more)) > 3))  # fmt: skip
     for canonical, (file, name, shape, dtype) in where.items():
         if shape != expected[canonical]:
             raise ValueError(f"{file}: tensor {name} has shape {list(shape)}, expected "

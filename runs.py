@@ -411,24 +411,6 @@ def _fill(like, named: dict[str, np.ndarray], source: Path):
 LOGGERS = ("wandb", "tensorboard")
 
 
-def _open_logger(name: str, folder: Path, config: dict):
-    """(write, close) of one of LOGGERS."""
-    if name == "wandb":
-        import wandb
-
-        wandb.init(name=folder.name, dir=str(folder), config=config)
-        return lambda step, metrics: wandb.log(metrics, step=step), wandb.finish
-    from tensorboard.summary import Writer
-
-    writer = Writer(str(folder / "tensorboard"))
-
-    def write(step, metrics):
-        for key, value in metrics.items():
-            writer.add_scalar(key, value, step)
-
-    return write, writer.close
-
-
 class _Reporter:
     """A logger behind a bounded queue in its own thread: a run never waits for it or dies of it."""
 
@@ -439,7 +421,17 @@ class _Reporter:
 
     def _work(self, name, folder, config):
         try:
-            write, close = _open_logger(name, folder, config)
+            if name == "wandb":
+                import wandb
+
+                wandb.init(name=folder.name, dir=str(folder), config=config)
+                write, close = lambda step, numbers: wandb.log(numbers, step=step), wandb.finish
+            else:
+                from tensorboard.summary import Writer
+
+                writer = Writer(str(folder / "tensorboard"))
+                one, close = writer.add_scalar, writer.close
+                write = lambda step, numbers: [one(k, v, step) for k, v in numbers.items()]
             while (item := self.lines.get()) is not None:
                 write(*item)
             close()
