@@ -1025,6 +1025,7 @@ TOKENIZERS = {  # sha256 of tokenizer.model -> name, a chat, its ids as several 
     "1299c11d7cf632ef3b4e11937501358ada021bbdf7c47638d13c0ee982f2e79c": (
         "Gemma 3", "Hello", [2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107]),
 }  # fmt: skip
+QUESTION = "Mia has 12 cards. She buys 7 more. How many cards does she have?"
 PARAGRAPH = (
     "Tom has 12 cards. He buys 7 more. Mia gives him 3 more. He puts the cards in 2 boxes. "
     "How many cards does each box hold?"
@@ -1033,7 +1034,7 @@ MAX_PERPLEXITY = 50.0  # random weights score about the vocabulary's size; no BO
 
 
 def self_check(weights: str) -> None:
-    """Checks a Gemma folder: the tokenizer's ids, and the perplexity of a paragraph.
+    """Checks a Gemma folder: the tokenizer's ids, the perplexity of a paragraph, one answer.
 
     For the first person who has the real weights, which this repository was never run on. The last
     line says PASS, exit code 0, or FAIL, exit code 1. It cannot know whether the weights are the
@@ -1042,7 +1043,8 @@ def self_check(weights: str) -> None:
     Args:
         weights: Hugging Face folder: config.json, safetensors, tokenizer.model.
     """
-    import data  # text is data.py's; only this check needs it
+    import data  # these stand below this file; only this check needs them
+    import sampler
 
     cfg, tok = read_config(weights), data.Tokenizer(weights)
     sha = hashlib.sha256(tok.file.read_bytes()).hexdigest()
@@ -1065,7 +1067,11 @@ def self_check(weights: str) -> None:
     said = f"perplexity {perplexity:.2f} on {n} tokens of plain English"
     if not perplexity < MAX_PERPLEXITY:  # NaN too
         raise ValueError(f"{said}, expected below {MAX_PERPLEXITY:g}")
-    print(f"PASS: {said}")
+    prompt, dtype = tok.chat([{"role": "user", "content": QUESTION}]), params["norm"].dtype
+    one = sampler.Sampler(cfg, all_devices(jax.devices()[:1]), slots=1, max_prompt=len(prompt),
+                          max_new=96, dtype=dtype)  # fmt: skip
+    [answer] = one.sample(params, [prompt], temperature=0.0, stop=tok.stop_ids)
+    print(f"{QUESTION} -> {tok.decode(answer.ids)!r} (yours to judge)\nPASS: {said}")
 
 
 if __name__ == "__main__":

@@ -121,10 +121,7 @@ def one_line(main: Callable) -> Callable:
             raise SystemExit(f"stopped by {name}: the same command continues {config.out}")
 
         with contextlib.ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():  # Python allows no other
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    before = signal.signal(number, stop)
-                    stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            _handle_signals(stack, stop)
             try:
                 return main(config)
             except RuntimeError as error:  # as XLA's are
@@ -138,6 +135,14 @@ def one_line(main: Callable) -> Callable:
                 raise SystemExit(f"interrupted: the same command continues {config.out}") from None
 
     return call
+
+
+def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:
+    """SIGTERM and Ctrl-C call the handler until the stack unwinds."""
+    if threading.current_thread() is threading.main_thread():  # Python allows no other
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, handler)
+            stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
 def _lower(config: Any, error: BaseException) -> str:
@@ -456,10 +461,9 @@ class Saved(NamedTuple):
     step: int
     arrays: Any  # numpy, in the structure asked for
     state: dict
-    directory: Path
 
 
-class Run(contextlib.AbstractContextManager):
+class Run(contextlib.ExitStack):
     """One open run folder, locked against a second process.
 
     `may_change` names the config fields a resumed run may give anew. `keep` checkpoints stay, and
@@ -473,6 +477,7 @@ class Run(contextlib.AbstractContextManager):
                  budget: Budget | None = None, keep: int = 2, report_to: Iterable[str] = (),
                  show: dict[str, str] | tuple[str, ...] = ("loss", "tokens_per_s"),
                  every_s: float = 30.0):  # fmt: skip
+        super().__init__()  # what is undone at the end, or by a failure below
         self.folder, self.budget = Path(out), budget or Budget()
         self.keep, self.every_s = keep, every_s
         self.show = show if isinstance(show, dict) else {name: name for name in show}
@@ -486,30 +491,22 @@ class Run(contextlib.AbstractContextManager):
                 raise ValueError(f"--report-to {name}: choose from {', '.join(LOGGERS)}")
             if importlib.util.find_spec(name) is None:
                 raise SystemExit(f"--report-to {name}: not installed; pip install {name}")
-        with contextlib.ExitStack() as stack:  # a failure below unlocks the folder again
+        try:
             if self.writes:
-                self._open(stack, config, {*may_change, *hosts.FLAGS})
+                self._open(config, {*may_change, *hosts.FLAGS})
             names = report_to if self.writes else ()
             self.reporters = [_Reporter(name, self.folder, config) for name in names]
             for reporter in self.reporters:
-                stack.callback(reporter.close)
-            if threading.current_thread() is threading.main_thread():  # Python allows no other
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    before = signal.signal(number, self._on_signal)
-                    stack.callback(signal.signal, number, before or signal.SIG_DFL)
+                self.callback(reporter.close)
+            _handle_signals(self, self._on_signal)
             if self.writes:
-                stack.callback(self.report)  # first of all, however the run ends
-            self._stack = stack.pop_all()
+                self.callback(self.report)  # first of all, however the run ends
+        except BaseException:
+            self.close()
+            raise
 
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self) -> None:
-        """Unlock the folder, restore the signal handlers, let the loggers finish."""
-        self._stack.close()
-
-    def _open(self, stack, config, may_change):
-        stack.enter_context(lock(self.folder))
+    def _open(self, config, may_change):
+        self.enter_context(lock(self.folder))
         with _writing(self.folder):
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             _tidy(self.folder)
@@ -595,7 +592,7 @@ class Run(contextlib.AbstractContextManager):
         if terminal:
             if self.bar is None:
                 self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
-                self._stack.callback(self.bar.close)
+                self.callback(self.bar.close)
             self.bar.n = 100 * self.budget.p
             self.bar.set_description_str(f"{head}  {left}" if self.every_s == 0 else line)
         self.shown += 1
@@ -636,7 +633,7 @@ class Run(contextlib.AbstractContextManager):
         return max(scored)[-1] if scored else None
 
     def save(self, step: int, arrays: Any, state: dict,
-             write_model: Callable[[Path | None], None] | None = None,
+             write_model: Callable[[Path | None], None] = lambda folder: None,
              score: float | None = None) -> Path:  # fmt: skip
         """Write checkpoints/step_N, all of it or nothing; log step N before.
 
@@ -650,8 +647,7 @@ class Run(contextlib.AbstractContextManager):
         record = {"score": _plain(score), "state": state, "budget": self.budget.state()}
 
         def write(directory):
-            if write_model is not None:
-                write_model(directory)
+            write_model(directory)
             # A folder of their own: whoever loads *.safetensors as the model must not find these.
             (directory / "resume").mkdir()
             # safetensors 0.8 writes the wrong bytes for an array that is not in C order
@@ -662,15 +658,15 @@ class Run(contextlib.AbstractContextManager):
 
         with self.budget.measure("save"):
             if not self.writes:
-                if write_model is not None:
-                    write_model(None)
+                write_model(None)
                 return target
             with _writing(self.folder):
                 for path in self.folder.glob("*.jsonl"):  # not behind the checkpoint, ever
                     _fsync(path)
             _publish(target, write)
             self.refused.discard(target.name)
-            kept = {path for _, path in self.checkpoints()[-self.keep :]} | {self.best()}
+            newest = self.checkpoints()[-max(1, self.keep) :]  # the last one in any case
+            kept = {path for _, path in newest} | {self.best()}
             for path in {path for _, path in self.checkpoints()} - kept:
                 with contextlib.suppress(OSError):  # renamed first: never half a checkpoint
                     shutil.rmtree(path.rename(path.with_name(f"tmp-{path.name}")))
@@ -690,7 +686,7 @@ class Run(contextlib.AbstractContextManager):
             if reason is None:
                 record = json.loads((directory / "resume/state.json").read_bytes())
                 named = load_file(directory / "resume/arrays.safetensors")
-                saved = Saved(step, _fill(like, named, directory), record["state"], directory)
+                saved = Saved(step, _fill(like, named, directory), record["state"])
                 say(f"resuming {self.folder} at step {step}")
                 break
             self.refused.add(directory.name)

@@ -195,7 +195,6 @@ def test_broken_checkpoint_is_refused_by_name(tmp_path, capsys, how, reason):
     with open_run(tmp_path / "x") as run:
         saved = run.restore(LIKE)
         assert saved.step == 4 and saved.state == {"seen": 4}
-        assert saved.directory == tmp_path / "x/checkpoints/step_4"
     line = capsys.readouterr().err.splitlines()[0]
     name = "step_8" if how == "renamed" else "step_6"
     assert line.startswith(f"refused {tmp_path}/x/checkpoints/{name}: ") and reason in line
@@ -400,6 +399,15 @@ def test_retention_keeps_newest_and_best(tmp_path):
             if step in kept:
                 assert [step for step, _ in run.checkpoints()] == kept[step]
         assert run.best().name == "step_6"
+
+
+def test_the_newest_checkpoint_stays_where_none_are_asked_for(tmp_path):
+    with open_run(tmp_path / "x", keep=0) as run:
+        run.restore(LIKE)
+        for step, score in {1: 0.5, 2: 0.1, 3: 0.2}.items():
+            run.log(step, {})
+            run.save(step, LIKE, {}, score=score)
+        assert [step for step, _ in run.checkpoints()] == [1, 3]
 
 
 def test_saving_before_the_line_is_logged_is_an_error(tmp_path):
