@@ -629,11 +629,9 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
     B, T, D = x_BTD.shape
     n = B * T
     chunk = chunk or max(1, min(n, CHUNK_ELEMENTS // head_VD.shape[0]))
+    x_nD, targets_n, n_wanted = x_BTD.reshape(n, D), targets_BT.reshape(n), n
     if wanted_BT is not None:
-        chunk = min(chunk, max(128, n // 8))
-    x_nD, targets_n, n_wanted, order_n = x_BTD.reshape(n, D), targets_BT.reshape(n), n, None
-    if wanted_BT is not None:
-        wanted_n = wanted_BT.reshape(n) > 0
+        chunk, wanted_n = min(chunk, max(128, n // 8)), wanted_BT.reshape(n) > 0
         n_wanted, order_n = jnp.sum(wanted_n), jnp.argsort(~wanted_n)
         x_nD, targets_n = x_nD[order_n], targets_n[order_n]
     pad = -n % chunk  # padded rows score token 0 of a zero state: finite, and cut off below
@@ -715,11 +713,8 @@ def _chunked_logps_bwd(softcap, residuals, cts):
             dhead_VD += jnp.einsum("cV,cD->VD", d_cV, x_cD, preferred_element_type=jnp.float32)
         return dhead_VD, jnp.einsum("cV,VD->cD", d_cV, head_VD)
 
-    dhead_VD = None
-    if head_trained is not None:
-        dhead_VD = jnp.zeros_like(head_VD, jnp.float32)
-    xs = x_CcD, targets_Cc, ct_logp, ct_entropy
-    dhead_VD, dx_CcD = lax.scan(step, dhead_VD, xs)
+    dhead_VD = None if head_trained is None else jnp.zeros_like(head_VD, jnp.float32)
+    dhead_VD, dx_CcD = lax.scan(step, dhead_VD, (x_CcD, targets_Cc, ct_logp, ct_entropy))
     dhead_VD = None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)
     return dx_CcD, dhead_VD, None, None, None
 
@@ -732,8 +727,7 @@ _chunked_logps.defvjp(_chunked_logps_fwd, _chunked_logps_bwd, symbolic_zeros=Tru
 
 def _canonical(name: str) -> str | None:
     """Text-only spelling of a tensor name; None for vision towers and other tensors to skip."""
-    name = name.removeprefix("model.") if name.startswith("model.vision") else name
-    if name.startswith(("vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.")):
+    if name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector.")):
         return None
     for prefix in ("language_model.model.", "model.language_model."):
         if name.startswith(prefix):

@@ -173,8 +173,8 @@ def start(model: str, weights: str | None, adapter: str | None) -> Start:
 def _trained_base(adapter: Path) -> Path | None:
     """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
     try:
-        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = Path(base)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        base = Path(config["base_model_name_or_path"])
     except (OSError, ValueError, LookupError, TypeError):  # load() says what is wrong with it
         return None
     ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
