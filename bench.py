@@ -527,17 +527,6 @@ def roofline(work: Work, peak: Peak) -> tuple[float, str]:
     return max((s, name) for name, s in times.items())
 
 
-def session(script: str, config, step_s: float, seconds: float) -> dict:
-    """What a session buys: whole steps, and what they hold."""
-    steps = int(seconds / step_s)
-    if script != "grpo":
-        n_tokens = config.batch_rows * config.max_length
-        return {"steps": steps, "tokens": steps * n_tokens, "tokens_per_s": n_tokens / step_s}
-    n = config.prompts * config.group
-    return {"steps": steps, "rollouts": steps * n, "tokens": steps * n * config.max_new,
-            "tokens_per_s": n * config.max_new / step_s}  # fmt: skip
-
-
 def shapes_of(config) -> gemma.Config:
     """The model of a Config: of --weights' config.json, else by name. No weights are needed."""
     if config.weights:
@@ -593,7 +582,6 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     out["step_s"] = sum(row.get("roofline_s", 0.0) for row in out["phases"].values()) / EFFICIENCY
     out["session_s"] = runs.parse_time(config.time_limit or "9h")
     out["session"] = session(script, config, out["step_s"], out["session_s"])
-    show_session(script, config, out)
     return out
 
 
@@ -628,21 +616,25 @@ def show_phases(phases: dict, limit: float, compiles: bool) -> None:
         print(f"It fits: at most {max(most.values()) / 2**30:.2f} of {limit / 2**30:.2f} GiB.")
 
 
-def show_session(script: str, config, out: dict) -> None:
-    """Prints what a session buys below the roofline."""
+def session(script: str, config, step_s: float, seconds: float) -> dict:
+    """Prints and returns what a session buys: whole steps, and what they hold."""
+    steps = int(seconds / step_s)
     if script == "grpo":
+        n = config.prompts * config.group
+        bought, n_tokens = {"steps": steps, "rollouts": steps * n}, n * config.max_new
         what = (f"{config.prompts} prompts of {config.max_prompt} tokens, {config.group} "
                 f"completions of {config.max_new} each")  # fmt: skip
     else:
+        bought, n_tokens = {"steps": steps}, config.batch_rows * config.max_length
         what = f"{config.batch_rows} rows of {config.max_length} tokens"
-    bought = dict(out["session"])
-    rate, hours = bought.pop("tokens_per_s"), out["session_s"] / 3600
-    print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step of {what} takes "
-          f"{out['step_s']:.2f} s: {rate:,.0f} tokens/s.\n{hours:g} h are "
+    bought["tokens"] = steps * n_tokens
+    print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step of {what} takes {step_s:.2f} s: "
+          f"{n_tokens / step_s:,.0f} tokens/s.\n{seconds / 3600:g} h are "
           + ", ".join(f"{v:,} {k}" for k, v in bought.items())
           + ", less what compiling, evaluations and checkpoints take.")  # fmt: skip
     if config.steps:
-        print(f"The {config.steps} steps asked for: {config.steps * out['step_s'] / 3600:.2f} h.")
+        print(f"The {config.steps} steps asked for: {config.steps * step_s / 3600:.2f} h.")
+    return bought | {"tokens_per_s": n_tokens / step_s}
 
 
 def compile_for(config: Config) -> dict:
