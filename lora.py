@@ -297,8 +297,8 @@ def load(path: str | Path, cfg: Config) -> dict:
     adapter = {"a": {n: np.zeros(a_shape, "f4") for n, (a_shape, _) in shapes.items()},
                "b": {n: np.zeros(b_shape, "f4") for n, (_, b_shape) in shapes.items()},
                "scale": {n: np.zeros(cfg.num_hidden_layers, "f4") for n in names}}  # fmt: skip
-    for (name, i), pair in found.items():
-        a_shape, b_shape = shapes[name]
+    for name, i in sorted(found, key=lambda at: names.index(at[0])):
+        (a_shape, b_shape), pair = shapes[name], found[name, i]
         r = len(pair.get("A", ()))
         expected = (r, math.prod(a_shape[1:-1])), (math.prod(b_shape[2:]), r)
         its = tuple(pair[k].shape if k in pair else None for k in "AB")
