@@ -21,7 +21,7 @@ Windows) the arguments of each program are added up from their shapes, and tempo
    `count`: a matrix product or a reduction reads its operands and writes its result, all else is
    taken to be fused into these. (XLA's own count takes the body of every loop once.)
 3. A phase takes as long as the slowest of the three does at the device's peak, the roofline.
-   Nothing runs that fast: what a session buys is for a share of it, --efficiency, an assumption.
+   Nothing runs that fast: what a session buys is for a share of it, EFFICIENCY, an assumption.
 
 Prints a table and, with --json, one JSON object last.
 """
@@ -85,10 +85,8 @@ class Config:
     # compiling
     target: str | None = None
     """Compile for a TPU that is not here, v5e:2x4 for Kaggle's, and run nothing."""
-    efficiency: float = 0.5
-    """Share of the roofline taken to be reached in what a session buys."""
-    time_limit: str = "9h"
-    """How long a session is."""
+    time_limit: str | None = None
+    """How long a session is; default: 9h."""
     judge: str | None = None
     """GRPO's judge on the mesh, a Gemma's name."""
 
@@ -121,6 +119,9 @@ MEASURED = dict(
     dtype="bfloat16", phases="sft,grpo", lora_rank=16, remat="layer", rows=8, length=1024,
     prompts=8, group=8, prompt_length=64, new_tokens=128, slots=64, kl_coef=0.04,
 )  # fmt: skip
+
+
+EFFICIENCY = 0.5  # share of the roofline taken to be reached in what a session buys
 
 
 class Peak(NamedTuple):
@@ -233,38 +234,32 @@ def kernel(eqn, parts: list[Work]) -> Work:
 # ------------------------------------------------------------------------------------- measuring
 
 
-def materialise(shapes, vocab: int):
-    """Random arrays of the given shapes and shardings: float weights, tokens, segments of ones."""
+def random_weights(shapes):
+    """Random floats of the given shapes and shardings."""
+    one = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
+    make = jax.jit(lambda: jax.tree.map(one, shapes),
+                   out_shardings=jax.tree.map(lambda s: s.sharding, shapes))  # fmt: skip
+    return make()
 
-    def one(path, s):
-        name = jax.tree_util.keystr(path)
-        if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
-            return jax.random.key(0)
-        if s.dtype == jnp.int32 and s.ndim >= 2:
-            if "positions" in name:
-                x = np.broadcast_to(np.arange(s.shape[-1], dtype=np.int32), s.shape)
-            elif "tokens" in name:
-                x = np.random.default_rng(0).integers(3, vocab, s.shape, np.int32)
-            else:
-                x = np.ones(s.shape, np.int32)
-            return jax.device_put(x, s.sharding)
-        if not s.ndim or s.ndim == 1 or "mu" in name or "nu" in name:
-            return jnp.zeros(s.shape, s.dtype, device=s.sharding)
-        make = lambda: (jax.random.normal(jax.random.key(0), s.shape) * 0.02).astype(s.dtype)
-        return jax.jit(make, out_shardings=s.sharding)()
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+def zeros(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)
 
 
 def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
-    """Times one SFT update."""
+    """Times one SFT update; model FLOPs are 4N a token of a device, 6N without LoRA."""
     train_step, shapes = train_sft.programs(train_sft.Config(
         model=config.model, weights=config.weights, dtype=config.dtype, batch_rows=config.rows,
         micro_rows=config.micro_rows or config.rows // mesh.size, max_length=config.length,
         lora_rank=config.lora_rank, remat=config.remat,
     ), mesh)["train_step"]  # fmt: skip
-    trained, opt, fixed, batch, _, key = materialise(shapes, cfg.vocab_size)
-    seconds = []
+    (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
+    shape, key, seconds = shapes[3]["tokens"].shape, jax.random.key(0), []
+    ones = np.ones(shape, np.int32)
+    batch = train_sft.place({
+        "tokens": np.random.default_rng(0).integers(3, cfg.vocab_size, shape, np.int32),
+        "mask": ones, "segments": ones, "positions": np.cumsum(ones, -1, np.int32) - 1,
+    }, mesh, P(None, "data"))  # fmt: skip
     for _ in range(config.repeats + 1):
         start = time.perf_counter()
         trained, opt, metrics = train_step(trained, opt, fixed, batch, np.float32(1e-5), key)
@@ -275,17 +270,13 @@ def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     return {
         "sft_tokens_per_s": n_tokens / step_s,
         "sft_step_s": step_s,
-        "sft_step_s_all": seconds[1:],
-        "sft_first_step_s": seconds[0],
         "sft_compile_s": seconds[0] - step_s,
-        "sft_flops_per_s": traced_work(train_step, shapes, mesh.size)[1].run().flops / step_s,
         "sft_model_flops_per_s": model_flops / step_s,
-        "loss": float(metrics["loss"]),
     }
 
 
 def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
-    """Times the phases of one GRPO step, as train_grpo.main runs them."""
+    """Times the phases of one GRPO step, as train_grpo.main runs them; medians."""
     longest = config.prompt_length + config.new_tokens
     c = train_grpo.resolve(train_grpo.Config(
         model=config.model, weights=config.weights, dtype=config.dtype, prompts=config.prompts,
@@ -296,15 +287,14 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     ))  # fmt: skip
     programs = train_grpo.programs(c, mesh)
     train_step, shapes = programs["train_step"]
-    trained, opt, fixed, *_ = materialise(shapes, cfg.vocab_size)
+    (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
     reference = jax.tree.map(jnp.copy, trained)
     sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
-    rng, n_stop = np.random.default_rng(0), 0
-    if config.mean_length:
-        n_stop = cfg.vocab_size // config.mean_length
-    times = {"rollout_s": [], "reference_s": [], "update_s": [], "step_s": []}
-    rates, reads, lengths, padding = [], [], [], []
+    rng = np.random.default_rng(0)
+    n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
+    score = rewards.Scored(0.0, {}, {})
     step_bytes = traced_work(*programs["decode"], mesh.size)[1].loops[0][1].bytes
+    steps = []
     for step in range(config.repeats + 1):
         prompts = rng.integers(n_stop, cfg.vocab_size, (c.prompts, c.max_prompt)).tolist()
         marks, stats = [time.perf_counter()], {}
@@ -312,13 +302,9 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         rollouts = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
                                        stop=range(n_stop), stats=stats))  # fmt: skip
         marks.append(time.perf_counter())
-        samples = []
-        for r in sorted(rollouts, key=lambda r: (r.prompt, r.index)):
-            score = rewards.Scored(float(np.mean(r.ids % 2 == 0)), {}, {})
-            problem = Problem("", tuple(prompts[r.prompt]), "", None, "auto", (), "")
-            samples.append(train_grpo.Sample(problem, r.prompt, r, "", None, False, score))
-        groups = [samples[i : i + c.group] for i in range(0, len(samples), c.group)]
-        train_grpo.set_advantages(groups, rewards.Mix({}), c)
+        problems = [Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
+        samples = [train_grpo.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
+                   for r in rollouts]  # fmt: skip
         weights = train_grpo.token_weights(samples, c)
         host, n_micro, _ = train_grpo.pack(samples, weights, c, mesh.size)
         batch, n = train_sft.place(host, mesh, P(None, "data")), np.int32(n_micro)
@@ -331,65 +317,43 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         )
         jax.block_until_ready((trained, metrics))
         marks.append(time.perf_counter())
-        for name, took in zip(times, [*np.diff(marks), marks[-1] - marks[0]], strict=True):
-            times[name].append(float(took))
-        if step:
-            rates.append(sum(len(r.ids) for r in rollouts) / times["rollout_s"][-1])
-            n_steps = stats["slot_steps"] / c.slots / mesh.size
-            reads.append(n_steps * step_bytes / times["rollout_s"][-1])
-            lengths.append(float(np.mean([len(r.ids) for r in rollouts])))
-            padding.append(1 - float((host["segments"][:n_micro] > 0).mean()))
-    median = {name: statistics.median(took[1:]) for name, took in times.items()}
-    return {
-        "rollout_tokens_per_s": statistics.median(rates),
-        "rollout_bytes_per_s": statistics.median(reads),
-        "grpo_step_s": median["step_s"],
-        **{f"grpo_{name}": median[name] for name in ("rollout_s", "reference_s", "update_s")},
-        "grpo_step_s_all": times["step_s"][1:],
-        "grpo_first_step_s": times["step_s"][0],
-        "grpo_compile_s": times["step_s"][0] - median["step_s"],
-        "mean_length": statistics.mean(lengths),
-        "padding": statistics.mean(padding),
-    }
+        rollout_s, reference_s, update_s = np.diff(marks)
+        n_tokens = sum(len(r.ids) for r in rollouts)
+        n_steps = stats["slot_steps"] / c.slots / mesh.size
+        steps.append({
+            "rollout_tokens_per_s": n_tokens / rollout_s,
+            "rollout_bytes_per_s": n_steps * step_bytes / rollout_s,
+            "grpo_step_s": marks[-1] - marks[0],
+            "grpo_rollout_s": rollout_s,
+            "grpo_reference_s": reference_s,
+            "grpo_update_s": update_s,
+            "mean_length": n_tokens / len(rollouts),
+            "padding": 1 - (host["segments"][:n_micro] > 0).mean(),
+        })  # fmt: skip
+    first, *timed = steps
+    out = {name: float(np.median([step[name] for step in timed])) for name in first}
+    return out | {"grpo_compile_s": first["grpo_step_s"] - out["grpo_step_s"]}
 
 
 def measure(config: Config) -> dict:
     """Runs what --phases names on the devices at hand, prints and returns the figures."""
     filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **filled)
-    mesh = gemma.all_devices()
-    cfg = shapes_of(config)
+    mesh, cfg, known = gemma.all_devices(), shapes_of(config), {"sft": sft, "grpo": grpo}
     device = mesh.devices.flat[0]
     out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}
     for phase in config.phases.split(","):
-        if phase not in (known := {"sft": sft, "grpo": grpo}):
+        if phase not in known:
             raise ValueError(f"--phases {phase}: expected some of {', '.join(known)}")
         out |= known[phase](config, cfg, mesh)
     out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "peak_bytes_in_use" in stats:
+    if device.platform != "cpu" and (stats := device.memory_stats()):
         out["peak_device_bytes"] = stats["peak_bytes_in_use"]
-    peak = PEAKS.get(device.device_kind)
-    share = lambda name, of: f" ({out[name] / of:.1%} of its peak)" if peak else ""
-    if "sft_step_s" in out:
-        print(f"SFT {out['sft_tokens_per_s']:.0f} tokens/s, {out['sft_step_s']:.2f} s a step of "
-              f"{config.rows}x{config.length}, first step {out['sft_first_step_s']:.1f} s with "
-              f"compiling; {4 if config.lora_rank else 6}N FLOPs a token: "
-              f"{out['sft_model_flops_per_s'] / 1e12:.3g} TFLOP/s a device"
-              + share("sft_model_flops_per_s", peak and peak.flops))  # fmt: skip
-    if "grpo_step_s" in out:
-        print(f"GRPO {out['grpo_step_s']:.2f} s a step of {config.prompts}x{config.group} "
-              f"completions of {out['mean_length']:.0f} tokens: rollout {out['grpo_rollout_s']:.2f}"
-              f" ({out['rollout_tokens_per_s']:.0f} tokens/s), reference "
-              f"{out['grpo_reference_s']:.2f}, update {out['grpo_update_s']:.2f}, padding "
-              f"{out['padding']:.1%}, first step {out['grpo_first_step_s']:.1f} s; decoding "
-              f"{out['rollout_bytes_per_s'] / 1e9:.3g} GB/s a device"
-              + share("rollout_bytes_per_s", peak and peak.bytes))  # fmt: skip
-    if not peak:
-        print(f"the peaks of a {device.device_kind} are not known here, so no shares of them")
-    print(f"peak memory {out['peak_rss_bytes'] / 2**30:.2f} GiB on the host"
-          + (f", {out['peak_device_bytes'] / 2**30:.2f} GiB on a device" if
-             "peak_device_bytes" in out else ""))  # fmt: skip
+    if peak := PEAKS.get(device.device_kind):
+        tops = {"sft_model_flops_per_s": peak.flops, "rollout_bytes_per_s": peak.bytes}
+        out |= {f"{name}_of_peak": out[name] / top for name, top in tops.items() if name in out}
+    for name, value in out.items():
+        print(f"{name:<30}", value if isinstance(value, str) else f"{value:.4g}")
     return out
 
 
@@ -428,14 +392,10 @@ def find_libtpu() -> str | None:
             os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
             found = [d.name for d in place.glob("libtpu-*.dist-info")]
             return found[0].split("-")[1].removesuffix(".dist") if found else version
-    say("the compiler for TPUs is not here, so memory is added up from shapes, without temporaries."
-        f" Where it has a wheel (Linux): pip install --no-deps --target {folder} "
-        f"libtpu=={version}.*")  # fmt: skip
+    runs.say("the compiler for TPUs is not here, so memory is added up from shapes, without "
+             "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
+             f"{folder} libtpu=={version}.*")  # fmt: skip
     return None
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
@@ -443,10 +403,8 @@ def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
 
     Where neither is, Kaggle's TPU; without its compiler, a mesh of as many CPU devices.
     """
-    make = lambda devices: jax.make_mesh((len(devices),), ("data",), devices=devices,
-                                         axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
     if target is None and jax.default_backend() != "cpu":
-        return make(jax.devices()), None
+        return gemma.all_devices(), None
     target = target or "v5e:2x4"
     if not (shape := re.fullmatch(r"v5e:(\d+)x(\d+)", target)):
         raise ValueError(f"--target {target}: expected v5e: and a shape, as in v5e:2x4")
@@ -454,12 +412,12 @@ def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
         from jax.experimental import topologies
 
         topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
-        return make(topology.devices), version
+        return gemma.all_devices(topology.devices), version
     n = int(shape[1]) * int(shape[2])
     if len(jax.devices("cpu")) < n:
         raise ValueError(f"--target {target}: set XLA_FLAGS=--xla_force_host_platform_device_count="
                          f"{n}, JAX has begun with fewer")  # fmt: skip
-    return make(jax.devices("cpu")[:n]), None
+    return gemma.all_devices(jax.devices("cpu")[:n]), None
 
 
 def prepare(target: str | None) -> None:
@@ -481,8 +439,7 @@ def traced_work(function, args, n: int) -> tuple[Any, Work]:
 
 
 def memory(traced) -> dict:
-    """Bytes of a program on one core as its compiler reports them, and how long that took."""
-    start = time.perf_counter()
+    """Bytes of a program on one core as its compiler reports them."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
@@ -490,8 +447,7 @@ def memory(traced) -> dict:
         if not needed and "CompileTimeHbmOom" not in str(e):
             raise
         unit = {"G": 2**30, "M": 2**20}
-        return {"needs_bytes": float(needed[1]) * unit[needed[2]] if needed else None,
-                "compile_s": time.perf_counter() - start}  # fmt: skip
+        return {"needs_bytes": float(needed[1]) * unit[needed[2]] if needed else None}
     m, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return {
         "arguments_bytes": m.argument_size_in_bytes,
@@ -501,7 +457,6 @@ def memory(traced) -> dict:
         "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
         - m.alias_size_in_bytes,
         "compiler_flops": cost.get("flops") if isinstance(cost, dict) else None,  # loops once
-        "compile_s": time.perf_counter() - start,
     }  # fmt: skip
 
 
@@ -550,7 +505,8 @@ def step_work(script: str, works: dict[str, Work], programs: dict, config, n: in
     n_micro = -(-rows // (config.micro_rows * n))
     computed = n_micro * config.micro_rows * n * config.pack_length
     wanted = n_samples * config.max_new / computed  # the share of tokens that need logits
-    step, admit = (lambda w: (w._replace(loops=()), w.loops[0][1]))(works["decode"].loops[0][1])
+    decode = works["decode"].loops[0][1]
+    step, admit = decode._replace(loops=()), decode.loops[0][1]
     phases = {
         "grpo_prefill": works["prefill"].loops[-1][1] * -(-config.prompts // n),
         "grpo_decode": step * (-(-here // config.slots) * config.max_new) + admit.run() * here,
@@ -571,17 +527,6 @@ def roofline(work: Work, peak: Peak) -> tuple[float, str]:
     return max((s, name) for name, s in times.items())
 
 
-def session(script: str, config, step_s: float, seconds: float) -> dict:
-    """What a session buys: whole steps, and what they hold."""
-    steps = int(seconds / step_s)
-    if script != "grpo":
-        n_tokens = config.batch_rows * config.max_length
-        return {"steps": steps, "tokens": steps * n_tokens, "tokens_per_s": n_tokens / step_s}
-    n = config.prompts * config.group
-    return {"steps": steps, "rollouts": steps * n, "tokens": steps * n * config.max_new,
-            "tokens_per_s": n * config.max_new / step_s}  # fmt: skip
-
-
 def shapes_of(config) -> gemma.Config:
     """The model of a Config: of --weights' config.json, else by name. No weights are needed."""
     if config.weights:
@@ -591,8 +536,7 @@ def shapes_of(config) -> gemma.Config:
     return gemma.CONFIGS[name]
 
 
-def plan(script: str, config, target: str | None = None, only: tuple[str, ...] = ("",),
-         efficiency: float = 0.5, time_limit: str | None = None) -> dict:  # fmt: skip
+def plan(script: str, config, target: str | None = None, only: tuple[str, ...] = ("",)) -> dict:
     """Compiles a script's programs, prints what they need and how far the time goes; returns it.
 
     config: the script's own. only: phases to compile, all that begin so; the others are counted.
@@ -600,7 +544,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     prepare(target)
     module = SCRIPTS[script]
     config = module.resolve(config)
-    shapes_of(config)
+    cfg = shapes_of(config)
     mesh, version = mesh_of(target)
     compiles = mesh.devices.flat[0].platform != "cpu"
     kind = mesh.devices.flat[0].device_kind if compiles else "TPU v5 lite"
@@ -608,16 +552,19 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     target = (target or "v5e:2x4") if version or not compiles else None
     out = {"target": target, "device": f"{mesh.size} {kind}", "jax": jax.__version__,
            "libtpu": version, "hbm_bytes": {}, "phases": {}}  # fmt: skip
-    announce(script, config, programs, out, compiles)
+    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
+    where = "split over" if train_sft.is_sharded(cfg, config, mesh) else "on each of"
+    print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} {where} "
+          f"{out['device']}; JAX {out['jax']}, libtpu {version or 'none'}")  # fmt: skip
     works = {}
     for phase, (program, flags) in NAMES[script].items():
         if program not in programs:
             continue
         traced, works[program] = traced_work(*programs[program], mesh.size)
-        if phase.startswith(tuple(only)):
+        if phase.startswith(only):
             row = {"flags": flags, "arguments_bytes": tree_bytes(programs[program][1])}
             if compiles:
-                say(f"compiling {phase}")
+                runs.say(f"compiling {phase}")
                 row |= memory(traced)
             row["beside_bytes"] = beside(program, programs)
             total = row.get("total_bytes", row.get("needs_bytes", row["arguments_bytes"]))
@@ -628,117 +575,92 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
         row |= {"flops": work.flops, "bytes": work.bytes, "ici_bytes": work.ici}
         if peak:
             row["roofline_s"], row["bound"] = roofline(work, peak)
-    show_memory(out["phases"], peak.hbm if peak else 0, compiles)
+    show_phases(out["phases"], peak.hbm if peak else 0, compiles)
     if not peak:
-        say(f"the peaks of a {kind} are not known here, so nothing is said of time")
+        runs.say(f"the peaks of a {kind} are not known here, so nothing is said of time")
         return out
-    out["step_s"] = sum(row.get("roofline_s", 0.0) for row in out["phases"].values()) / efficiency
-    seconds = runs.parse_time(time_limit or config.time_limit or "9h")
-    out |= {"efficiency": efficiency, "session_s": seconds}
-    out["session"] = session(script, config, out["step_s"], seconds)
-    show_time(script, config, out)
+    out["step_s"] = sum(row.get("roofline_s", 0.0) for row in out["phases"].values()) / EFFICIENCY
+    out["session_s"] = runs.parse_time(config.time_limit or "9h")
+    out["session"] = session(script, config, out["step_s"], out["session_s"])
     return out
 
 
-def announce(script: str, config, programs: dict, out: dict, compiles: bool) -> None:
-    """Prints what is planned, and for what."""
-    base = programs["train_step"][1][2].get("base", programs["train_step"][1][0])
-    split = "data" in base["embed_tokens"].sharding.spec
-    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
-    how = f"libtpu {out['libtpu']}" if out["libtpu"] else "compiled here"
-    print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} "
-          f"{'split over the cores' if split else 'on every core'}; for {out['target'] or 'here'}, "
-          f"{out['device']}, JAX {out['jax']}, {how if compiles else 'not compiled'}")  # fmt: skip
+COLUMNS = {  # of the table, a line for each phase: what of it, in which unit
+    "arguments": ("arguments_bytes", 2**30), "temporaries": ("temporaries_bytes", 2**30),
+    "output": ("output_bytes", 2**30), "aliased": ("aliased_bytes", 2**30),
+    "beside": ("beside_bytes", 2**30), "in all": ("hbm_bytes", 2**30), "TFLOP": ("flops", 1e12),
+    "HBM GB": ("bytes", 1e9), "ICI GB": ("ici_bytes", 1e9), "roofline ms": ("roofline_s", 1e-3),
+}  # fmt: skip
 
 
-def table(head: list[str], rows: list[list]) -> None:
-    """Prints rows under a head: the first column to the left, numbers to the right."""
-    number = lambda x: "?" if x is None else x if isinstance(x, str) else f"{x:,.2f}"
-    rows = [head, *([number(x) for x in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [x.rjust(w) for x, w in zip(others, widths[1:], strict=True)]
-        print("  ".join(["", first.ljust(widths[0]), *cells]))
-
-
-def show_memory(phases: dict, limit: float, compiles: bool) -> None:
-    """Prints what every program takes of a core, and whether it is there."""
-    keys = ["arguments", "temporaries", "output", "aliased", "total", "beside", "hbm"]
-    gib = lambda row, key: None if row.get(f"{key}_bytes") is None else row[f"{key}_bytes"] / 2**30
-    phases = {k: row for k, row in phases.items() if "arguments_bytes" in row}
-    if not phases:
-        return
-    print("\nGiB on a core, " + ("as the compiler reports them:" if compiles else
-          "of the arguments alone, by their shapes; temporaries come on top:"))  # fmt: skip
-    table(["", *keys[:-1], "in all"], [[k, *(gib(row, x) for x in keys)] for k, row in
-                                       phases.items()])  # fmt: skip
-    if not limit:
-        return
-    limit, fits = limit / 2**30, True
+def show_phases(phases: dict, limit: float, compiles: bool) -> None:
+    """Prints what every program takes of a core and of time, and whether it is there."""
+    print("\nOn each core: GiB " + ("as the compiler reports them" if compiles else "of the "
+          "arguments alone, by their shapes (temporaries come on top)")
+          + "; what one step computes and moves, counted from the shapes")  # fmt: skip
+    table = [["", *COLUMNS, "bound by"]]
     for name, row in phases.items():
-        if "needs_bytes" in row or row["hbm_bytes"] > limit * 2**30:
-            needs = gib(row, "hbm")
-            needs = "more than there is" if needs is None else f"{needs:.2f} GiB or more"
-            print(
-                f"{name} does not fit: needs {needs}, a core has {limit:.2f}; lower {row['flags']}"
-            )
-            fits = False
-    if fits and compiles:
-        most = max(gib(row, "hbm") for row in phases.values())
-        print(f"It fits: at most {most:.2f} of {limit:.2f} GiB.")
+        numbers = [None if row.get(k) is None else row[k] / unit for k, unit in COLUMNS.values()]
+        table.append([name, *("" if x is None else f"{x:,.2f}" for x in numbers),
+                      row.get("bound", "")])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *others in table:
+        cells = [x.rjust(width) for x, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+    there = {k: row for k, row in phases.items() if "hbm_bytes" in row}
+    most = {k: row["hbm_bytes"] or math.inf for k, row in there.items()}  # None: far too much
+    for name in (name for name in there if limit and most[name] > limit):
+        print(f"{name} does not fit: needs {most[name] / 2**30:.2f} GiB or more, a core has "
+              f"{limit / 2**30:.2f}; lower {there[name]['flags']}")  # fmt: skip
+    if compiles and most and max(most.values()) <= limit:
+        print(f"It fits: at most {max(most.values()) / 2**30:.2f} of {limit / 2**30:.2f} GiB.")
 
 
-def show_time(script: str, config, out: dict) -> None:
-    """Prints what one step takes at the roofline, and what a session buys below it."""
+def session(script: str, config, step_s: float, seconds: float) -> dict:
+    """Prints and returns what a session buys: whole steps, and what they hold."""
+    steps = int(seconds / step_s)
     if script == "grpo":
+        n = config.prompts * config.group
+        bought, n_tokens = {"steps": steps, "rollouts": steps * n}, n * config.max_new
         what = (f"{config.prompts} prompts of {config.max_prompt} tokens, {config.group} "
                 f"completions of {config.max_new} each")  # fmt: skip
     else:
+        bought, n_tokens = {"steps": steps}, config.batch_rows * config.max_length
         what = f"{config.batch_rows} rows of {config.max_length} tokens"
-    print(f"\nOne step on a core, counted from the shapes: {what}")
-    phases = {k: row for k, row in out["phases"].items() if "roofline_s" in row}
-    table(["", "TFLOP", "HBM GB", "ICI GB", "roofline s", "bound by"], [
-        [k, row["flops"] / 1e12, row["bytes"] / 1e9, row["ici_bytes"] / 1e9,
-         f"{row['roofline_s']:.3f}", row["bound"]] for k, row in phases.items()])  # fmt: skip
-    bought = dict(out["session"])
-    rate, hours = bought.pop("tokens_per_s"), out["session_s"] / 3600
-    print(f"\nAt {out['efficiency']:.0%} of the roofline (assumed) a step takes "
-          f"{out['step_s']:.2f} s: {rate:,.0f} tokens/s.\n{hours:g} h are "
+    bought["tokens"] = steps * n_tokens
+    print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step of {what} takes {step_s:.2f} s: "
+          f"{n_tokens / step_s:,.0f} tokens/s.\n{seconds / 3600:g} h are "
           + ", ".join(f"{v:,} {k}" for k, v in bought.items())
           + ", less what compiling, evaluations and checkpoints take.")  # fmt: skip
     if config.steps:
-        print(f"The {config.steps} steps asked for: {config.steps * out['step_s'] / 3600:.2f} h.")
+        print(f"The {config.steps} steps asked for: {config.steps * step_s / 3600:.2f} h.")
+    return bought | {"tokens_per_s": n_tokens / step_s}
 
 
 def compile_for(config: Config) -> dict:
     """What --phases names of the training scripts, compiled for --target."""
     common = {"model": config.model, "weights": config.weights, "dtype": config.dtype,
               "lora_rank": config.lora_rank, "remat": config.remat,
-              "micro_rows": config.micro_rows}  # fmt: skip
+              "micro_rows": config.micro_rows, "time_limit": config.time_limit}  # fmt: skip
     rows = {"batch_rows": config.rows, "max_length": config.length}
     fields = {"sft": rows, "simpo": rows, "grpo": {
         "prompts": config.prompts, "group": config.group, "max_prompt": config.prompt_length,
         "max_new": config.new_tokens, "slots": config.slots, "pack_length": config.pack_length,
         "kl_coef": config.kl_coef, "judge": config.judge}}  # fmt: skip
+    owner = {phase: script for script, names in NAMES.items() for phase in (script, *names)}
+    wanted = (config.phases or ",".join(SCRIPTS)).split(",")
+    if unknown := [phase for phase in wanted if phase not in owner]:
+        raise ValueError(f"--phases {','.join(unknown)}: expected some of {', '.join(owner)}")
     out = {"phases": {}, "hbm_bytes": {}, "sessions": {}}
-    scripts = {}
-    for phase in (config.phases or "sft,simpo,grpo").split(","):
-        script = phase.split("_")[0]
-        if script not in SCRIPTS or phase not in {script, *NAMES[script]}:
-            known = [name for names in NAMES.values() for name in names]
-            raise ValueError(f"--phases {phase}: expected some of {', '.join(known)}")
-        scripts.setdefault(script, []).append(phase)
-    for script, phases in scripts.items():
+    for script in dict.fromkeys(owner[phase] for phase in wanted):
         given = {k: v for k, v in (common | fields[script]).items() if v is not None}
-        found = plan(script, SCRIPTS[script].Config(**given), config.target, tuple(phases),
-                     config.efficiency, config.time_limit)  # fmt: skip
+        only = tuple(phase for phase in wanted if owner[phase] == script)
+        found = plan(script, SCRIPTS[script].Config(**given), config.target, only)
         for name, value in found.items():
             out[name] = out[name] | value if name in ("phases", "hbm_bytes") else value
         if "session" in found:
             out["sessions"][script] = out.pop("session") | {"step_s": out.pop("step_s")}
         print()
-    out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory {out['peak_rss_bytes'] / 2**30:.2f} GiB on the host, of the compiler")
     return out
 
 

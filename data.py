@@ -13,6 +13,7 @@ Three facts about it shape this file:
 """
 
 import bisect
+import functools
 import hashlib
 import json
 import operator
@@ -21,7 +22,7 @@ import random
 import re
 import urllib.request
 from collections.abc import Iterator
-from itertools import groupby, pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -31,33 +32,14 @@ import sentencepiece
 
 START, END = "<start_of_turn>", "<end_of_turn>"
 IMAGE_PIECES = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
 # What text must never become, in either family. Each has one "<" or "[", in front, so a text cut
 # behind the first character of every match holds none of them.
 STEERING = re.compile(
     r"<(?:(?:start|end)_of_(?:turn|image)|image_soft_token|mask|2mass|unused[0-9]+)>"
     r"|\[(?:multimodal|@BOS@)\]"
 )
-FAMILIES = {"gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}  # by model_type
-
-# `Tokenizer.render` as Jinja, for other programs that open a directory we saved.
-CHAT_TEMPLATE = r"""
-{{- bos_token -}}
-{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
-{%- for m in (messages[1:] if system else messages) -%}
-{%- set role = 'model' if m.role == 'assistant' else m.role -%}
-{%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
-{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
-{%- endif -%}
-{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
-{{- (m.content | trim) + '<end_of_turn>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
-"""
-NO_SYSTEM = r"""
-{%- if messages[0].role == 'system' -%}
-{{- raise_exception('System role not supported') -}}
-{%- endif -%}
-"""
 
 
 def fold_system(messages: list[dict]) -> list[dict]:
@@ -66,6 +48,9 @@ def fold_system(messages: list[dict]) -> list[dict]:
         return messages
     if len(messages) < 2 or messages[1]["role"] != "user":
         raise ValueError("a system message must be followed by a user message")
+    for message in messages[:2]:
+        if not isinstance(message["content"], str):
+            raise ValueError(f"expected text as content, found {type(message['content']).__name__}")
     text = messages[0]["content"] + "\n\n" + messages[1]["content"].strip()
     return [{"role": "user", "content": text}, *messages[2:]]
 
@@ -74,11 +59,11 @@ class Tokenizer:
     """Gemma's SentencePiece model and chat template, from a model directory or a `tokenizer.model`.
 
     Messages are `{"role": "system" | "user" | "assistant", "content": str}`; "model" is another
-    name for "assistant". `family`, "gemma2" or "gemma3", decides the template; it is read from the
-    `config.json` beside the file unless given, and is "gemma3" where there is none.
+    name for "assistant". A system text goes before the first user's, as in Gemma 3's template
+    (Gemma 2's has no place for it).
     """
 
-    def __init__(self, path: str | Path, family: str | None = None):
+    def __init__(self, path: str | Path):
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
         if not file.is_file():
@@ -92,23 +77,11 @@ class Tokenizer:
         except RuntimeError:
             raise ValueError(f"{file}: expected a SentencePiece model, found none") from None
 
-        config = file.parent / "config.json"
-        if family is None and config.is_file():
-            family = json.loads(config.read_text()).get("model_type")
-            if family not in FAMILIES:
-                known = ", ".join(FAMILIES)
-                raise ValueError(f"{config}: expected model_type {known}, found {family!r}")
-        self.family = FAMILIES[family or "gemma3"]
-
         pieces = ("<unk>", "<pad>", "<bos>", "<eos>", START, END)
         if missing := [piece for piece in pieces if piece not in self]:
             raise ValueError(f"{file}: expected Gemma's pieces, found no {', '.join(missing)}")
-        for piece in (START, END):
-            if (found := self.sp.encode(piece, out_type=str)) != [piece]:
-                raise ValueError(f"{file}: expected {piece} in a text as one piece, found {found}")
         ids = self.sp.piece_to_id(list(pieces))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
-        self.hidden = dict(zip(ids[1:], pieces[1:], strict=True))  # from the reader, by `decode`
         self.stop_ids = (self.end_of_turn, self.eos)
         self.forbidden_ids = tuple(self.sp.piece_to_id(p) for p in IMAGE_PIECES if p in self)
 
@@ -121,24 +94,15 @@ class Tokenizer:
         return [i for start, stop in pairwise(cuts) for i in self.sp.encode(text[start:stop])]
 
     def decode(self, ids, keep_special: bool = False) -> str:
-        """Text without BOS, EOS, padding and turn markers; `keep_special` spells those out too."""
-        ids = np.asarray(ids, int).tolist()
-        if not keep_special:
-            return self.sp.decode([i for i in ids if i not in self.hidden])
-        runs = ((piece, list(run)) for piece, run in groupby(ids, self.hidden.get))
-        return "".join(piece * len(run) if piece else self.sp.decode(run) for piece, run in runs)
+        """Text without BOS, EOS and padding, and without turn markers unless `keep_special`."""
+        drop = () if keep_special else (self.start_of_turn, self.end_of_turn)
+        return self.sp.decode([i for i in np.asarray(ids, int).tolist() if i not in drop])
 
-    def render(self, messages: list[dict], generate: bool | None = None) -> str:
-        """The conversation as the official template prints it; nothing in it is neutralised.
+    def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
+        """The conversation in the official template: one BOS, contents neutralised.
 
         `generate` opens a model turn at the end; by default it does so after a user turn.
         """
-        turns, generate = self._turns(messages, generate)
-        text = "<bos>" + "".join(f"{START}{role}\n{content}{END}\n" for role, content in turns)
-        return text + f"{START}model\n" * generate
-
-    def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
-        """The ids of `render`: one BOS, contents neutralised."""
         return [i for span, _ in self._spans(*self._turns(messages, generate)) for i in span]
 
     def example(self, messages: list[dict]) -> tuple[list[int], list[int]]:
@@ -159,8 +123,6 @@ class Tokenizer:
         """Checks a conversation -> ([("user", "Be brief. Hi"), ("model", "Ho")], generate)."""
         system = ""
         if messages and messages[0]["role"] == "system":
-            if self.family == "gemma2":
-                raise ValueError("Gemma 2 has no system role: data.fold_system moves the text")
             system, messages = messages[0]["content"] + "\n\n", messages[1:]
         if not messages:
             raise ValueError("expected a conversation that starts with a user turn, found no turn")
@@ -194,28 +156,13 @@ class Tokenizer:
             yield [self.start_of_turn, *self.encode("model\n")], 0
 
     def save(self, directory: str | Path) -> None:
-        """Writes `tokenizer.model` and `tokenizer_config.json`, all that AutoTokenizer needs.
-
-        `added_tokens_decoder` makes transformers' `skip_special_tokens` drop the turn markers. A
-        list of `extra_special_tokens` would *replace* the USER_DEFINED pieces there, and HTML tags
-        would fall apart (transformers 5.23).
-        """
-        markers = {self.start_of_turn: START, self.end_of_turn: END}
-        config = {
-            "tokenizer_class": "GemmaTokenizer",
-            **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {
-                str(i): {"content": piece, "special": True} for i, piece in markers.items()
-            },
-            "chat_template": (NO_SYSTEM if self.family == "gemma2" else "") + CHAT_TEMPLATE,
-        }
+        """Copies `tokenizer.model`, and what transformers reads, where it lies beside that."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "tokenizer.model").write_bytes(self.file.read_bytes())
+        for name in TOKENIZER_FILES:
+            if (file := self.file.with_name(name)).is_file():
+                (directory / name).write_bytes(file.read_bytes())
 
 
 # --- built-in word problems -----------------------------------------------------------------------
@@ -425,16 +372,8 @@ def _name(rng: random.Random, nouns: list, lines: list) -> list:
         [(BOYS, GIRLS, "he", "him", "his"), (GIRLS, BOYS, "she", "her", "her")]
     )
     people = rng.sample(BOYS + GIRLS, len(lines) + 1)
-    words = {
-        "Tom": rng.choice(heroes),
-        "Mia": rng.choice(friends),
-        nouns[0]: rng.choice(nouns),
-        "he": he,
-        "him": him,
-        "His": his.title(),
-        "He": he.title(),
-        "Ana": people.pop(),
-    }
+    words = {"Tom": rng.choice(heroes), "Mia": rng.choice(friends), nouns[0]: rng.choice(nouns)}
+    words |= {"he": he, "him": him, "His": his.title(), "He": he.title(), "Ana": people.pop()}
     named = []
     for line in lines:
         words["Ben"] = people[-1]
@@ -463,20 +402,20 @@ def gsm8k_row(row: dict) -> dict:
 
     "48/2 = <<48/2=24>>24 clips.\n#### 1,024" -> reasoning "48/2 = 24 clips.", answer "1024".
     """
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f'GSM8K row without a text under "{key}"; its keys are {sorted(row)}')
-    reasoning, *ends = re.sub(r"<<[^<>]*>>", "", row["answer"]).split("####")
-    answer = ends[0].strip().replace(",", "") if len(ends) == 1 else ""
-    if not re.fullmatch(r"-?\d+(\.\d+)?", answer):
-        raise ValueError(f'GSM8K answer must end in one "#### number": {row["answer"][-60:]!r}')
-    if not reasoning.strip():
-        raise ValueError(f"GSM8K answer without reasoning: {row['answer'][:60]!r}")
-    return {"question": row["question"].strip(), "reasoning": reasoning.strip(), "answer": answer}
+    texts = (row.get(key) for key in ("question", "answer"))
+    question, whole = (text.strip() if isinstance(text, str) else "" for text in texts)
+    reasoning, _, number = re.sub(r"<<[^<>]*>>", "", whole).partition("####")
+    reasoning, number = reasoning.strip(), number.strip().replace(",", "")
+    if not question or not reasoning or not re.fullmatch(r"-?\d+(\.\d+)?", number):
+        raise ValueError("GSM8K row: expected a question, and an answer of reasoning and one "
+                         f'"#### number" at its end, found {whole[-60:]!r}')  # fmt: skip
+    return {"question": question, "reasoning": reasoning, "answer": number}
 
 
 def asked(text: str, choices=()) -> str:
     """A question as the model reads it: ("Where?", ["Rome", "Oslo"]) -> Where? A) Rome B) Oslo."""
+    if not isinstance(choices, list | tuple):
+        raise ValueError(f"expected a list of choices, found {choices!r:.60}")
     listed = (f"{chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
     return "\n".join([text.strip(), *listed])
 
@@ -491,14 +430,12 @@ def messages(row: dict, system: str = "") -> list[dict]:
     if "messages" in row:
         chat = row["messages"]
     elif "prompt" in row:
-        chat = _turns_of(row["prompt"], "user") + _turns_of(_text(row, "completion"), "assistant")
+        chat = _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
     elif "question" in row:
-        choices, row = row.get("choices"), row if "reasoning" in row else gsm8k_row(row)
-        question = _text(row, "question")
-        if choices and isinstance(question, str):
-            question = asked(question, choices)
-        answer = format_completion(_text(row, "reasoning"), _text(row, "answer"))
-        chat = _turns_of(question, "user") + _turns_of(answer, "assistant")
+        row = row if "reasoning" in row else row | gsm8k_row(row)
+        question = asked(_text(row, "question"), row.get("choices") or ())
+        answer = format_completion(_text(row, "reasoning"), _answer(row))
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     else:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
     if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
@@ -510,35 +447,26 @@ def messages(row: dict, system: str = "") -> list[dict]:
     return fold_system(chat)
 
 
-def pair(row: dict, system: str = "") -> list[list[dict]]:
-    """A preference row as two conversations, the chosen one and the rejected one.
-
-    {"prompt", "chosen", "rejected"}, each a text or a message list; lists under "chosen" and
-    "rejected" that start with the user bring the prompt themselves.
-    """
-    chats = []
-    for key in ("chosen", "rejected"):
-        turns = _turns_of(_text(row, key), "assistant")
-        whole = isinstance(turns[0], dict) and turns[0].get("role") in ("user", "system")
-        prompt = [] if whole else _turns_of(_text(row, "prompt"), "user")
-        try:
-            chats.append(messages({"messages": prompt + turns}, system))
-        except ValueError as e:
-            raise ValueError(f"{key}: {e}") from None
-    return chats
-
-
-def _text(row: dict, key: str):
+def _text(row: dict, key: str, kinds=str):
     value = row.get(key)
-    if isinstance(value, int | float) and key == "answer":
-        value = str(value)
-    if not value or not isinstance(value, str | list):
+    if not value or not isinstance(value, kinds):
         raise ValueError(f"expected a text under {key!r}, found {value!r:.60}")
     return value
 
 
-def _turns_of(value: str | list, role: str) -> list[dict]:
+def _turns(row: dict, key: str, role: str) -> list[dict]:
+    value = _text(row, key, str | list)
     return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _answer(row: dict) -> str:
+    """As the model writes it, and eval.py expects it: a choice's number as its letter, a list."""
+    answer = row.get("answer")
+    if isinstance(answer, int) and 0 <= answer < len(row.get("choices") or ()):
+        return chr(ord("A") + answer)
+    if isinstance(answer, list):
+        return ", ".join(map(str, answer))
+    return str(answer) if isinstance(answer, int | float) else _text(row, "answer")
 
 
 N_PROBLEMS = {"train": 50_000, "test": 1_000}
@@ -607,31 +535,23 @@ def _file(source: str) -> Path:
 
 def _gsm8k(split: str) -> Path:
     """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, a cache; else downloaded and checked."""
-    cache = Path.home() / ".cache" / "gsm8k"
-    folders = [
-        Path(os.environ.get("GSM8K", "gsm8k")),
-        *_inputs("*gsm8k*"),
-        cache,
-    ]
-    for folder in folders:
-        for file in (folder / f"{split}.jsonl", folder / "main" / f"{split}.jsonl"):
-            if file.is_file():
-                return file
-    url = f"{GSM8K_URL}grade_school_math/data/{split}.jsonl"
+    cache, name = Path.home() / ".cache" / "gsm8k", f"{split}.jsonl"
+    folders = [Path(os.environ.get("GSM8K", "gsm8k")), *_inputs("*gsm8k*"), cache]
+    for file in (f for folder in folders for f in (folder / name, folder / "main" / name)):
+        if file.is_file():
+            return file
+    url = f"{GSM8K_URL}grade_school_math/data/{name}"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
     except OSError as e:
-        looked = ", ".join(map(str, folders))
-        raise ValueError(
-            f"--data gsm8k: no {split}.jsonl in {looked}, and {url} cannot be had ({e}); "
-            "put the file in one of these folders or name its folder in $GSM8K"
-        ) from None
+        raise ValueError(f"--data gsm8k: no {name} in {', '.join(map(str, folders))}, nor in a "
+                         f"folder $GSM8K, and {url} cannot be had ({e})") from None  # fmt: skip
     if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
     cache.mkdir(parents=True, exist_ok=True)
-    (cache / f"{split}.jsonl").write_bytes(content)
-    return cache / f"{split}.jsonl"
+    (cache / name).write_bytes(content)
+    return cache / name
 
 
 # --- packed batches ------------------------------------------------------------------------------
@@ -646,16 +566,24 @@ def read_example(row: dict, tok: Tokenizer, system: str = "") -> tuple:
 def read_pair(row: dict, tok: Tokenizer, system: str = "") -> tuple:
     """A preference row as two examples, chosen and rejected; 1 on what the two don't share.
 
+    {"prompt", "chosen", "rejected"}, each a text or a message list; lists under "chosen" and
+    "rejected" that start with the user bring the prompt themselves.
     prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1]. What the assistant
     says in the prompt is 0 too.
     """
-    chats = pair(row, system)
+    chats = []
+    for key in ("chosen", "rejected"):
+        turns = _turns(row, key, "assistant")
+        whole = isinstance(turns[0], dict) and turns[0].get("role") in ("user", "system")
+        prompt = [] if whole else _turns(row, "prompt", "user")
+        try:
+            chats.append(messages({"messages": prompt + turns}, system))
+        except ValueError as e:
+            raise ValueError(f"{key}: {e}") from None
     examples = [tok.example(chat) for chat in chats]
     if examples[0][0] == examples[1][0]:
         raise ValueError("chosen and rejected are the same")
-    n = 0
-    while n < min(map(len, chats)) and chats[0][n] == chats[1][n]:
-        n += 1
+    n = len([*takewhile(lambda turns: turns[0] == turns[1], zip(*chats, strict=False))])
     if n % 2 == 0 or n == min(map(len, chats)):  # not before an assistant turn of both
         raise ValueError("chosen and rejected must answer the same prompt")
     first = len(tok.chat(chats[0][:n]))
@@ -691,7 +619,7 @@ def load_examples(source: str, tok: Tokenizer, max_length: int, system: str = ""
             if (n := n_tokens(example)) > max_length:
                 raise ValueError(f"{n} tokens, more than --max-length {max_length}")
             examples.append(example)
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             bad.append(f"{where}: {e}")
             if not skip_bad_rows:
                 raise ValueError(f"{bad[-1]} (--skip-bad-rows leaves such rows out)") from None
@@ -705,23 +633,16 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
 
     pack([3, 5, 2, 4], 7) -> [[1, 2], [3, 0]]: each item goes where it leaves the least room.
     """
-    bins, room = [], {}  # room: space left -> bins with just that space
-    spaces = []  # the keys of room that have bins, sorted
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(spaces, lengths[i])
-        if at == len(spaces):
+    bins, spaces = [], []  # spaces, sorted: (room left, minus when it was noted, bin)
+    for n, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        if (at := bisect.bisect_left(spaces, (lengths[i], -n))) < len(spaces):
+            space, _, b = spaces.pop(at)
+        else:
             space, b = size, len(bins)
             bins.append([])
-        else:
-            space = spaces[at]
-            b = room[space].pop()
-            if not room[space]:
-                spaces.pop(at)
         bins[b].append(i)
         if left := space - lengths[i]:
-            if not room.setdefault(left, []):
-                bisect.insort(spaces, left)
-            room[left].append(b)
+            bisect.insort(spaces, (left, -n, b))
     return bins
 
 
@@ -763,11 +684,9 @@ class Packed:
         share = weights or [len(s) for s in sources]
         self.take = [max(1, round(total * w / sum(share))) if w else 0 for w in share]
         self.epochs = []  # packed rows up to the end of each epoch
-        self._rows = (-1, [])
+        self._epoch = functools.lru_cache(maxsize=1)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[list[tuple]]:
-        if self._rows[0] == epoch:
-            return self._rows[1]
         chosen = []
         for i, (source, take) in enumerate(zip(self.sources, self.take, strict=True)):
             for k in range(epoch * take, (epoch + 1) * take):
@@ -777,9 +696,7 @@ class Packed:
                 chosen.append(source[order[at]])
         rows = fill(chosen, self.size)
         order = np.random.default_rng((self.seed, 10**6, epoch)).permutation(len(rows))
-        rows = [rows[r] for r in order]
-        self._rows = (epoch, rows)
-        return rows
+        return [rows[r] for r in order]
 
     def batch(self, n: int) -> dict[str, np.ndarray]:
         """Batch n = 0, 1, ...: arrays [n_rows, size]; a batch may span two epochs."""
@@ -798,5 +715,4 @@ class Packed:
 def eval_batches(examples: list, size: int, n_rows: int) -> list[dict[str, np.ndarray]]:
     """Every example once, packed; the last batch is filled up with empty rows."""
     rows = fill(examples, size)
-    chunks = [rows[i : i + n_rows] for i in range(0, len(rows), n_rows)]
-    return [assemble(chunk, n_rows, size) for chunk in chunks]
+    return [assemble(rows[i : i + n_rows], n_rows, size) for i in range(0, len(rows), n_rows)]

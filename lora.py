@@ -30,21 +30,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import gemma
-from gemma import KAGGLE, LINEARS, Config, Spec, _canonical, _sizes, find
+from gemma import LINEARS, Config, Spec, _canonical, _sizes, find
 
 
 def parse_targets(targets: str) -> list[str]:
     """The matrices named by "q,v" or "q_proj,v_proj"; a name that matches none is an error."""
-    names = []
-    for t in filter(None, re.split(r"[,\s]+", targets)):
-        name = t if t.endswith("_proj") else t + "_proj"
-        if name not in LINEARS:
-            known = ",".join(n.removesuffix("_proj") for n in LINEARS)
-            raise ValueError(f"--lora-targets: {t!r} matches no matrix, expected some of {known}")
-        names.append(name)
+    names = {t.removesuffix("_proj") + "_proj" for t in re.split(r"[,\s]+", targets) if t}
+    if unknown := [name.removesuffix("_proj") for name in names - LINEARS.keys()]:
+        known = ",".join(name.removesuffix("_proj") for name in LINEARS)
+        raise ValueError(f"--lora-targets: {unknown[0]!r} matches no matrix, expected some of "
+                         f"{known}")  # fmt: skip
     if not names:
         raise ValueError("--lora-targets is empty: nothing would be trained")
-    return sorted(set(names), key=list(LINEARS).index)
+    return [name for name in LINEARS if name in names]
 
 
 def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",".join(LINEARS),
@@ -139,15 +137,15 @@ class Start(NamedTuple):
 
 
 def _folder(adapter: str) -> Path:
-    """What --adapter names: a path, on Kaggle also one in its output or in another notebook's."""
-    for place in (Path(adapter), KAGGLE / "working" / adapter):
-        if place.is_dir():
-            return place
-    inputs = [f for deep in range(5) for f in glob.glob(f"{KAGGLE}/input/{'*/' * deep}{adapter}")]
-    if len(inputs) > 1:
-        raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path of "
-                         f"one: {', '.join(sorted(inputs))}")  # fmt: skip
-    return Path(inputs[0] if inputs else adapter)
+    """What --adapter names, of a run its final/; on Kaggle also in its output or its inputs."""
+    folder = next(filter(Path.is_dir, (Path(adapter), gemma.KAGGLE / "working" / adapter)), None)
+    if folder is None:
+        inputs = [f for pattern in gemma.kaggle_inputs(adapter) for f in glob.glob(pattern)]
+        if len(inputs) > 1:
+            raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path "
+                             f"of one: {', '.join(sorted(inputs))}")  # fmt: skip
+        folder = Path((inputs or [adapter])[0])
+    return folder / "final" if (folder / "final").is_dir() else folder
 
 
 def start(model: str, weights: str | None, adapter: str | None) -> Start:
@@ -158,8 +156,6 @@ def start(model: str, weights: str | None, adapter: str | None) -> Start:
     if adapter is None:
         return Start(find(model, weights), None)
     folder = _folder(adapter)
-    if not (folder / "adapter_config.json").exists() and (folder / "final").is_dir():
-        folder = folder / "final"  # the run folder was named
     if (folder / "adapter_config.json").exists():
         base = _trained_base(folder)
         if base is None or weights and not base.exists():
@@ -177,8 +173,8 @@ def start(model: str, weights: str | None, adapter: str | None) -> Start:
 def _trained_base(adapter: Path) -> Path | None:
     """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
     try:
-        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = Path(base)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        base = Path(config["base_model_name_or_path"])
     except (OSError, ValueError, LookupError, TypeError):  # load() says what is wrong with it
         return None
     ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
@@ -210,7 +206,6 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
     if adapter is None:
         return system
     folder = _folder(adapter)
-    folder = folder / "final" if (folder / "final").is_dir() else folder
     if not (folder / "prompt.json").exists():
         return system
     trained = json.loads((folder / "prompt.json").read_text())["system"]
@@ -252,16 +247,12 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         "r": r,
         "lora_alpha": common,
         "alpha_pattern": {m: alpha for m, alpha in alphas.items() if alpha != common},
-        "rank_pattern": {},
         # a list would name the matrices of the vision tower too
         "target_modules": rf".*language_model.*\.({'|'.join(adapter['a'])})"
         if multimodal
         else list(adapter["a"]),
         "lora_dropout": dropout,
-        "bias": "none",
         "use_rslora": False,  # folded into lora_alpha
-        "use_dora": False,
-        "fan_in_fan_out": False,
         "inference_mode": True,
     }
     try:
@@ -300,35 +291,28 @@ def load(path: str | Path, cfg: Config) -> dict:
         found.setdefault((m[2], int(m[1])), {"module": module})[m[3]] = np.float32(tensor)
     if not found:
         raise ValueError(f"{file}: holds no LoRA matrices")
-    R = max(pair["A"].shape[0] for pair in found.values() if "A" in pair)
-    adapter = {"a": {}, "b": {}, "scale": {}}
-    for (name, i), pair in sorted(found.items(), key=lambda kv: list(LINEARS).index(kv[0][0])):
-        a_shape, b_shape = _shapes(LINEARS[name], cfg, R)
-        if name not in adapter["a"]:
-            adapter["a"][name], adapter["b"][name] = (
-                np.zeros(a_shape, "f4"),
-                np.zeros(b_shape, "f4"),
-            )
-            adapter["scale"][name] = np.zeros(cfg.num_hidden_layers, "f4")
+    R = max(len(pair.get("A", ())) for pair in found.values())
+    names = [n for n in LINEARS if n in {name for name, _ in found}]
+    shapes = {n: _shapes(LINEARS[n], cfg, R) for n in names}
+    adapter = {"a": {n: np.zeros(a_shape, "f4") for n, (a_shape, _) in shapes.items()},
+               "b": {n: np.zeros(b_shape, "f4") for n, (_, b_shape) in shapes.items()},
+               "scale": {n: np.zeros(cfg.num_hidden_layers, "f4") for n in names}}  # fmt: skip
+    for name, i in sorted(found, key=lambda at: names.index(at[0])):
+        (a_shape, b_shape), pair = shapes[name], found[name, i]
         r = len(pair.get("A", ()))
         expected = (r, math.prod(a_shape[1:-1])), (math.prod(b_shape[2:]), r)
-        shapes = tuple(pair[k].shape if k in pair else None for k in "AB")
-        if shapes != expected:
-            raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {shapes}, "
+        its = tuple(pair[k].shape if k in pair else None for k in "AB")
+        if its != expected:
+            raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {its}, "
                              f"expected {expected} for this model")  # fmt: skip
         adapter["a"][name][i, ..., :r] = pair["A"].T.reshape(*a_shape[1:-1], r)
         adapter["b"][name][i, :r] = pair["B"].T.reshape(r, *b_shape[2:])
-        alpha = _pattern(config.get("alpha_pattern"), pair["module"], config.get("lora_alpha", 8))
+        # PEFT's rule: the first key that, as a regular expression, matches the end of the name.
+        alphas = (value for key, value in (config.get("alpha_pattern") or {}).items()
+                  if re.match(rf"(.*\.)?({key})$", pair["module"]))  # fmt: skip
+        alpha = next(alphas, config.get("lora_alpha", 8))
         adapter["scale"][name][i] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     return jax.tree.map(jnp.asarray, adapter)
-
-
-def _pattern(patterns: dict | None, module: str, default: float) -> float:
-    """PEFT's rule: the first key that, as a regular expression, matches the end of the name."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 # --------------------------------------------------------------------------- for other programs

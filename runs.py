@@ -5,7 +5,7 @@
         metrics.jsonl         one object a step; keys ending in _s or holding per_s are timings
         samples.jsonl         prompt, completion, every reward component
         checkpoints/step_N/   the state after N updates: what `write_model` wrote (the adapter),
-                              resume/ (arrays and counters), manifest.json (size and sha256 of each)
+                              resume/ (arrays and counters), manifest.json (the sha256 of each)
         final/                what `--adapter` takes
         report.html           what report.py makes of the files above, now and then and at the end
 
@@ -49,8 +49,7 @@ import hosts
 
 # Imports keep the CPU busy, so the CPU time used so far is nearly the age of the process. But the
 # kernel of a notebook may be hours old: a run in it counts from its own beginning.
-IN_NOTEBOOK = "ipykernel" in sys.modules
-STARTED = None if IN_NOTEBOOK else time.monotonic() - time.process_time()
+STARTED = None if "ipykernel" in sys.modules else time.monotonic() - time.process_time()
 
 
 # ---------------------------------------------------------------------------- environment
@@ -64,7 +63,7 @@ def output(folder: str) -> Path:
     return working / folder if working.is_dir() else Path(folder)
 
 
-def check_jax(version: str | None = None, installed: Iterable[str] | None = None) -> None:
+def check_jax(version: str | None = None) -> None:
     """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here.
 
     The accelerator is read off the installed packages: starting a backend to ask it could hang.
@@ -73,17 +72,10 @@ def check_jax(version: str | None = None, installed: Iterable[str] | None = None
     version = version or metadata.version("jax")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 10):
         return
-    names = installed or (d.name or "" for d in metadata.distributions())
-    names = {name.lower().replace("_", "-") for name in names}
-    extras = {
-        "libtpu": "[tpu]",
-        "libtpu-nightly": "[tpu]",
-        "jax-cuda13-plugin": "[cuda13]",
-        "jax-cuda12-plugin": "[cuda12]",
-    }
-    extra = next((extra for name, extra in extras.items() if name in names), "")
+    extras = {"libtpu": "[tpu]", "jax_cuda13_plugin": "[cuda13]", "jax_cuda12_plugin": "[cuda12]"}
+    extra = next((extra for name, extra in extras.items() if importlib.util.find_spec(name)), "")
     package = f'"jax{extra}>=0.10,<0.13"'  # what this was tried on
-    then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
+    then = ", then restart the kernel" * ("ipykernel" in sys.modules)
     raise SystemExit(f"JAX {version} is too old, 0.10 is needed: pip install -U {package}{then}")
 
 
@@ -125,15 +117,11 @@ def one_line(main: Callable) -> Callable:
     @functools.wraps(main)
     def call(config):
         def stop(number, frame):
-            raise SystemExit(
-                f"stopped by {signal.Signals(number).name}: the same command continues {config.out}"
-            )
+            name = signal.Signals(number).name
+            raise SystemExit(f"stopped by {name}: the same command continues {config.out}")
 
         with contextlib.ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():  # Python allows no other
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    before = signal.signal(number, stop)
-                    stack.callback(signal.signal, number, before or signal.SIG_DFL)
+            _handle_signals(stack, stop)
             try:
                 return main(config)
             except RuntimeError as error:  # as XLA's are
@@ -147,6 +135,14 @@ def one_line(main: Callable) -> Callable:
                 raise SystemExit(f"interrupted: the same command continues {config.out}") from None
 
     return call
+
+
+def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:
+    """SIGTERM and Ctrl-C call the handler until the stack unwinds."""
+    if threading.current_thread() is threading.main_thread():  # Python allows no other
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, handler)
+            stack.callback(signal.signal, number, before or signal.SIG_DFL)
 
 
 def _lower(config: Any, error: BaseException) -> str:
@@ -187,14 +183,9 @@ class Budget:
     reading the session counts from: a script passes STARTED, a notebook leaves it at now.
     """
 
-    def __init__(
-        self,
-        steps: int | None = None,
-        limit_s: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        start: float | None = None,
-        needs: tuple[str, ...] = ("step", "save"),
-    ):
+    def __init__(self, steps: int | None = None, limit_s: float | None = None,
+                 clock: Callable[[], float] = time.monotonic, start: float | None = None,
+                 needs: tuple[str, ...] = ("step", "save")):  # fmt: skip
         self.steps, self.limit_s, self.clock, self.needs = steps, limit_s, clock, needs
         self.last = clock()
         self.elapsed_s = 0.0 if start is None else max(0.0, self.last - start)
@@ -278,10 +269,9 @@ def _writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise SystemExit(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; make "
-            "room or choose another --out; the checkpoints are intact"
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        raise SystemExit(f"cannot write {path}: {why}; make room or choose another --out; the "
+                         "checkpoints are intact") from error  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -295,10 +285,8 @@ def lock(folder: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise SystemExit(
-                f"{folder} is in use by process {file.read()}: "
-                "stop that one, or choose another folder with --out"
-            ) from None
+            raise SystemExit(f"{folder} is in use by process {file.read()}: stop that one, or "
+                             "choose another folder with --out") from None  # fmt: skip
         with _writing(folder):
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -350,10 +338,9 @@ def _cut(path: Path, last: int) -> None:
     _replace(path, b"".join(kept))
 
 
-def _seal(path: Path) -> dict:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(directory: Path) -> str | None:
@@ -362,11 +349,9 @@ def verify(directory: Path) -> str | None:
         manifest = json.loads((directory / "manifest.json").read_bytes())
         if manifest["name"] != directory.name:
             return f"it was saved as {manifest['name']}"
-        for name, seal in manifest["files"].items():
-            found = _seal(directory / name)
-            for what in ("bytes", "sha256"):
-                if found[what] != seal[what]:
-                    return f"{name}: {what} {found[what]}, saved with {seal[what]}"
+        for name, sha256 in manifest["sha256"].items():
+            if _sha256(directory / name) != sha256:
+                return f"{name} has changed since it was saved"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(directory)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -381,12 +366,9 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
         with _writing(target):
             temporary.mkdir()
             write(temporary)
-            files = {
-                path.relative_to(temporary).as_posix(): _seal(path)
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            }
-            write_json(temporary / "manifest.json", {"name": target.name, "files": files})
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            files = {path.relative_to(temporary).as_posix(): _sha256(path) for path in files}
+            write_json(temporary / "manifest.json", {"name": target.name, "sha256": files})
             for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
             if target.exists():  # a folder cannot replace a folder; _tidy undoes a kill in between
@@ -420,38 +402,18 @@ def _named(tree) -> dict[str, Any]:
 
 def _fill(like, named: dict[str, np.ndarray], source: Path):
     """Put the named arrays into the structure of `like`, whose shapes and dtypes must be theirs."""
-    kinds = {}
-    for name, leaf in _named(like).items():
-        kinds[name] = f"{np.shape(leaf)} {getattr(leaf, 'dtype', np.asarray(leaf).dtype)}"
-    for name in sorted({*kinds, *named}):
-        expected = kinds.get(name, "nothing")
-        found = f"{named[name].shape} {named[name].dtype}" if name in named else "nothing"
-        if expected != found:
-            raise ValueError(f"{source}: {name}: expected {expected}, found {found}")
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in kinds])
+    wanted = _named(like)
+    for name in sorted({*wanted, *named}):
+        sides = (side.get(name) for side in (wanted, named))
+        a, b = ("nothing" if x is None else f"{x.shape} {x.dtype}" for x in sides)
+        if a != b:
+            raise ValueError(f"{source}: {name}: expected {a}, found {b}")
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in wanted])
 
 
 # ---------------------------------------------------------------------------- optional loggers
 
 LOGGERS = ("wandb", "tensorboard")
-
-
-def _open_logger(name: str, folder: Path, config: dict):
-    """(write, close) of one of LOGGERS."""
-    if name == "wandb":
-        import wandb
-
-        wandb.init(name=folder.name, dir=str(folder), config=config)
-        return lambda step, metrics: wandb.log(metrics, step=step), wandb.finish
-    from tensorboard.summary import Writer
-
-    writer = Writer(str(folder / "tensorboard"))
-
-    def write(step, metrics):
-        for key, value in metrics.items():
-            writer.add_scalar(key, value, step)
-
-    return write, writer.close
 
 
 class _Reporter:
@@ -464,7 +426,17 @@ class _Reporter:
 
     def _work(self, name, folder, config):
         try:
-            write, close = _open_logger(name, folder, config)
+            if name == "wandb":
+                import wandb
+
+                wandb.init(name=folder.name, dir=str(folder), config=config)
+                write, close = lambda step, numbers: wandb.log(numbers, step=step), wandb.finish
+            else:
+                from tensorboard.summary import Writer
+
+                writer = Writer(str(folder / "tensorboard"))
+                one, close = writer.add_scalar, writer.close
+                write = lambda step, numbers: [one(k, v, step) for k, v in numbers.items()]
             while (item := self.lines.get()) is not None:
                 write(*item)
             close()
@@ -489,11 +461,10 @@ class Saved(NamedTuple):
     step: int
     arrays: Any  # numpy, in the structure asked for
     state: dict
-    directory: Path
 
 
-class Run:
-    """One open run folder, locked against a second process; a context manager.
+class Run(contextlib.ExitStack):
+    """One open run folder, locked against a second process.
 
     `may_change` names the config fields a resumed run may give anew. `keep` checkpoints stay, and
     the one with the best score. `show` are the metrics on the progress line (a dict: with labels),
@@ -502,17 +473,11 @@ class Run:
     the folder and the clock; the others' calls take part and write nothing.
     """
 
-    def __init__(
-        self,
-        out: str | Path,
-        config: Any,
-        may_change: Iterable[str] = (),
-        budget: Budget | None = None,
-        keep: int = 2,
-        report_to: Iterable[str] = (),
-        show: dict[str, str] | tuple[str, ...] = ("loss", "tokens_per_s"),
-        every_s: float = 30.0,
-    ):
+    def __init__(self, out: str | Path, config: Any, may_change: Iterable[str] = (),
+                 budget: Budget | None = None, keep: int = 2, report_to: Iterable[str] = (),
+                 show: dict[str, str] | tuple[str, ...] = ("loss", "tokens_per_s"),
+                 every_s: float = 30.0):  # fmt: skip
+        super().__init__()  # what is undone at the end, or by a failure below
         self.folder, self.budget = Path(out), budget or Budget()
         self.keep, self.every_s = keep, every_s
         self.show = show if isinstance(show, dict) else {name: name for name in show}
@@ -526,33 +491,22 @@ class Run:
                 raise ValueError(f"--report-to {name}: choose from {', '.join(LOGGERS)}")
             if importlib.util.find_spec(name) is None:
                 raise SystemExit(f"--report-to {name}: not installed; pip install {name}")
-        with contextlib.ExitStack() as stack:  # a failure below unlocks the folder again
+        try:
             if self.writes:
-                self._open(stack, config, {*may_change, *hosts.FLAGS})
+                self._open(config, {*may_change, *hosts.FLAGS})
             names = report_to if self.writes else ()
             self.reporters = [_Reporter(name, self.folder, config) for name in names]
             for reporter in self.reporters:
-                stack.callback(reporter.close)
-            if threading.current_thread() is threading.main_thread():  # Python allows no other
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    before = signal.signal(number, self._on_signal)
-                    stack.callback(signal.signal, number, before or signal.SIG_DFL)
+                self.callback(reporter.close)
+            _handle_signals(self, self._on_signal)
             if self.writes:
-                stack.callback(self.report)  # first of all, however the run ends
-            self._stack = stack.pop_all()
+                self.callback(self.report)  # first of all, however the run ends
+        except BaseException:
+            self.close()
+            raise
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self) -> None:
-        """Unlock the folder, restore the signal handlers, let the loggers finish."""
-        self._stack.close()
-
-    def _open(self, stack, config, may_change):
-        stack.enter_context(lock(self.folder))
+    def _open(self, config, may_change):
+        self.enter_context(lock(self.folder))
         with _writing(self.folder):
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             _tidy(self.folder)
@@ -564,24 +518,17 @@ class Run:
         try:  # before the first checkpoint there is nothing to resume, so nothing to compare
             old = json.loads(path.read_bytes()) if self.checkpoints() else config
         except (OSError, ValueError) as error:
-            raise SystemExit(
-                f"{path} of a run to resume cannot be read: {error}; "
-                "put it back, or choose another --out"
-            ) from error
+            raise SystemExit(f"{path} of a run to resume cannot be read: {error}; put it back, or "
+                             "choose another --out") from error  # fmt: skip
         for field in sorted({*old, *config} - may_change - {"code"}):
             was, now = old.get(field, "absent"), config.get(field, "absent")
             if was != now:
-                raise SystemExit(
-                    f"--{field.replace('_', '-')} was {was!r} when {self.folder} was "
-                    f"begun, now it is {now!r}: put it back, or choose another --out"
-                )
-        code = {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "n_devices": jax.device_count(),
-            "n_processes": hosts.count,
-        }
+                raise SystemExit(f"--{field.replace('_', '-')} was {was!r} when {self.folder} was "
+                                 f"begun, now it is {now!r}: put it back, or choose another "
+                                 "--out")  # fmt: skip
+        code = {"python": platform.python_version(), "jax": jax.__version__,
+                "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(),
+                "n_processes": hosts.count}  # fmt: skip
         write_json(path, config | {"code": code})
 
     def _on_signal(self, number, frame):
@@ -606,10 +553,8 @@ class Run:
     def stop(self) -> None:
         """End a run that was told to stop, after its last save, with a line on how to go on."""
         newest = hosts.everyone(max(self.checkpoints(), default=(0, None))[0])[0]
-        raise SystemExit(
-            f"stopped by {self.stopping} at step {newest} of {self.folder}: "
-            "the same command continues from there"
-        )
+        raise SystemExit(f"stopped by {self.stopping} at step {newest} of {self.folder}: the same "
+                         "command continues from there")  # fmt: skip
 
     # -------------------------------- what a step leaves
 
@@ -647,7 +592,7 @@ class Run:
         if terminal:
             if self.bar is None:
                 self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
-                self._stack.callback(self.bar.close)
+                self.callback(self.bar.close)
             self.bar.n = 100 * self.budget.p
             self.bar.set_description_str(f"{head}  {left}" if self.every_s == 0 else line)
         self.shown += 1
@@ -658,27 +603,15 @@ class Run:
 
     def check_finite(self, step: int, metrics: dict, batch: Any) -> None:
         """Stop on a NaN or infinite loss or grad_norm, with the batch in nan_step_N.npz."""
-        read = {
-            name: float(metrics[name])
-            for name in ("loss", "grad_norm")
-            if metrics.get(name) is not None
-        }
-        if all(math.isfinite(value) for value in read.values()):
+        read = {k: float(metrics[k]) for k in ("loss", "grad_norm") if metrics.get(k) is not None}
+        if np.isfinite([*read.values()]).all():
             return
         path = self.folder / f"nan_step_{step}.npz"
-        arrays = {name: np.asarray(leaf) for name, leaf in _named(jax.device_get(batch)).items()}
-        arrays = {  # numpy files know no bfloat16
-            name: array.astype(np.float32) if array.dtype.kind == "V" else array
-            for name, array in arrays.items()
-        }
         if self.writes:
             with _writing(path):
-                np.savez(path, **arrays)
-        raise SystemExit(
-            f"step {step} of {self.folder}: "
-            + ", ".join(f"{name} is {value}" for name, value in read.items())
-            + f"; the batch is in {path}"
-        )
+                np.savez(path, **_named(jax.device_get(batch)))
+        said = ", ".join(f"{name} is {value}" for name, value in read.items())
+        raise SystemExit(f"step {step} of {self.folder}: {said}; the batch is in {path}")
 
     # -------------------------------- checkpoints
 
@@ -699,14 +632,9 @@ class Run:
                 scored += [(score, step, directory)] if score is not None else []
         return max(scored)[-1] if scored else None
 
-    def save(
-        self,
-        step: int,
-        arrays: Any,
-        state: dict,
-        write_model: Callable[[Path | None], None] | None = None,
-        score: float | None = None,
-    ) -> Path:
+    def save(self, step: int, arrays: Any, state: dict,
+             write_model: Callable[[Path | None], None] = lambda folder: None,
+             score: float | None = None) -> Path:  # fmt: skip
         """Write checkpoints/step_N, all of it or nothing; log step N before.
 
         `arrays` is any pytree of arrays (an optimizer state too), `state` is JSON, `write_model`
@@ -716,16 +644,10 @@ class Run:
         assert self.step is not None and self.step >= step, f"log step {step} before saving it"
         target = self.folder / "checkpoints" / f"step_{step}"
         arrays = hosts.whole(arrays)
-        record = {
-            "step": step,
-            "score": _plain(score),
-            "state": state,
-            "budget": self.budget.state(),
-        }
+        record = {"score": _plain(score), "state": state, "budget": self.budget.state()}
 
         def write(directory):
-            if write_model is not None:
-                write_model(directory)
+            write_model(directory)
             # A folder of their own: whoever loads *.safetensors as the model must not find these.
             (directory / "resume").mkdir()
             # safetensors 0.8 writes the wrong bytes for an array that is not in C order
@@ -736,15 +658,15 @@ class Run:
 
         with self.budget.measure("save"):
             if not self.writes:
-                if write_model is not None:
-                    write_model(None)
+                write_model(None)
                 return target
             with _writing(self.folder):
                 for path in self.folder.glob("*.jsonl"):  # not behind the checkpoint, ever
                     _fsync(path)
             _publish(target, write)
             self.refused.discard(target.name)
-            kept = {path for _, path in self.checkpoints()[-self.keep :]} | {self.best()}
+            newest = self.checkpoints()[-max(1, self.keep) :]  # the last one in any case
+            kept = {path for _, path in newest} | {self.best()}
             for path in {path for _, path in self.checkpoints()} - kept:
                 with contextlib.suppress(OSError):  # renamed first: never half a checkpoint
                     shutil.rmtree(path.rename(path.with_name(f"tmp-{path.name}")))
@@ -764,7 +686,7 @@ class Run:
             if reason is None:
                 record = json.loads((directory / "resume/state.json").read_bytes())
                 named = load_file(directory / "resume/arrays.safetensors")
-                saved = Saved(step, _fill(like, named, directory), record["state"], directory)
+                saved = Saved(step, _fill(like, named, directory), record["state"])
                 say(f"resuming {self.folder} at step {step}")
                 break
             self.refused.add(directory.name)

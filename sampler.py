@@ -189,14 +189,10 @@ def _prefill(cfg, buckets, fsdp, params, lora, prompts, shelf):
         i, shelf = carry
         mine = True if fsdp is None else here(U, carry)  # or only here for the collectives
         tokens_1U, n, x = (prompts[k][i] for k in ("tokens_X1U", "n_X", "place_X"))
-        tokens_1U, positions_1U = tokens_1U[:, :U], jnp.arange(U)[None]
-        cache = gemma.init_cache(cfg, 1, U, shelf["x_XD"].dtype)
-        x_1UD, cache = gemma.extend(params, cfg, cache, tokens_1U, positions_1U, positions_1U < n,
-                                    lora=lora, empty=True, fsdp=fsdp)  # fmt: skip
-        new = {"x_XD": lax.dynamic_slice_in_dim(x_1UD[0], n - 1, 1), "n_X": n[None]}
-        for k in "kv":  # by kind -> by layer; a ring shorter than the shelf's has not wrapped yet
-            by_kind = [iter(cache[kind][k]) for kind in ("local", "global")]
-            new[k] = [next(by_kind[is_global]) for is_global in cfg.is_global]
+        x_1UD, kv = gemma.prefill(params, cfg, tokens_1U[:, :U], n[None], lora=lora, fsdp=fsdp)
+        # A ring shorter than the shelf's has not wrapped yet.
+        new = {"x_XD": lax.dynamic_slice_in_dim(x_1UD[0], n - 1, 1), "n_X": n[None],
+               "k": [k for k, _ in kv], "v": [v for _, v in kv]}  # fmt: skip
 
         def put(old, row):
             at = (x,) + (0,) * (old.ndim - 1)

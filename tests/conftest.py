@@ -88,6 +88,17 @@ def told(monkeypatch):
     return steps
 
 
+def greedy(params, cfg, prompt, n: int) -> list[int]:
+    """The plainest decoder there is: a whole forward pass for each of n tokens."""
+    import gemma
+
+    logits = jax.jit(gemma.logits, static_argnames="cfg")
+    ids = [*prompt, *[0] * n]  # no token sees those after it
+    for t in range(len(prompt), len(ids)):
+        ids[t] = int(logits(params, cfg, np.array([ids]))[0, t - 1].argmax())
+    return ids[len(prompt) :]
+
+
 def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args) -> None:
     """One train_step over eight devices, base replicated and sharded: the same to 1e-5.
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import eval as evaluation
 
 pytestmark = pytest.mark.smoke
 TURN = lambda role, text: {"role": role, "content": text}
@@ -44,6 +45,35 @@ def test_every_row_shape_is_the_same_conversation(row):
 def test_a_row_keeps_its_own_system_text():
     row = {"messages": [TURN("system", "Mine."), TURN("user", "Q"), TURN("assistant", "A")]}
     assert data.messages(row, "Yours.")[0] == TURN("user", "Mine.\n\nQ")
+
+
+@pytest.mark.parametrize("answer, as_written", [(2, "C"), ("C", "C"), (["a", 7], "a, 7"), (4, "4")])
+def test_an_answer_is_written_as_eval_expects_it(answer, as_written):
+    tok, row = data.Tokenizer(ROOT / "tiny"), {"question": "Q", "reasoning": "r", "answer": answer}
+    row |= {"choices": ["a", "b", "c"]} if as_written == "C" else {}
+    assert data.messages(row)[-1]["content"] == data.format_completion("r", as_written)
+    assert evaluation.read_problem(row, tok).gold == as_written
+
+
+BAD_ROWS = [
+    {"question": "Q", "reasoning": "r", "answer": "a", "choices": "a, b"},
+    {"question": "Q", "reasoning": "r", "answer": "a", "choices": 4},
+    {"question": "Q", "reasoning": ["r", "s"], "answer": "a"},
+    {"question": ["Q"], "reasoning": "r", "answer": "a"},
+    {"prompt": 4, "completion": "c"},
+    {"messages": [TURN("user", [{"type": "text", "text": "Q"}]), TURN("assistant", "A")]},
+    {"messages": [TURN("user", None), TURN("assistant", "A")]},
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=str)
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_rows_of_wrong_types_are_named_with_file_and_line(tmp_path, row, system):
+    """Never a traceback, nor a list's repr to learn from."""
+    tok, file = data.Tokenizer(ROOT / "tiny"), tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=f"{file}:1: expected .*found|{file}:1: .*as content"):
+        data.load_examples(str(file), tok, 256, system)
 
 
 @given(st.lists(st.integers(1, 32), max_size=60))

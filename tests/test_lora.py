@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, greedy
 from safetensors.numpy import load_file, save_file
 
 import data
@@ -315,6 +315,8 @@ def test_wrong_adapter_files_are_refused_by_tensor(tmp_path):
     assert "(4, 33)" in message and "(4, 32)" in message
     beyond = FIRST.replace("layers.0", "layers.3")
     assert beyond in edited(tmp_path, cfg, lambda t: t.update({beyond: t[FIRST]}))
+    message = edited(tmp_path, cfg, lambda t: [t.pop(k) for k in list(t) if "lora_A" in k])
+    assert "has lora_A, lora_B of shapes (None, " in message
     assert "no LoRA matrices" in edited(tmp_path, cfg, lambda t: t.clear())
     (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError) as e:
@@ -358,7 +360,7 @@ def test_readme_answers_with_peft_as_we_do(trained, monkeypatch, capsys):
     adapter = lora.load("runs/grpo/final", cfg)
     question = re.search(r'"content": "(.*?)"', block)[1]
     ids = tok.chat([{"role": "user", "content": question}])
-    ours = gemma.greedy(lora.merge(params, adapter, cfg), cfg, jnp.asarray(ids), 32).tolist()
+    ours = greedy(lora.merge(params, adapter, cfg), cfg, ids, 32)
     stop = next((i for i, t in enumerate(ours) if t in tok.stop_ids), len(ours))
     assert capsys.readouterr().out.strip() == tok.decode(ours[:stop]).strip() != ""
 

@@ -180,7 +180,7 @@ def test_too_large_a_program_is_reported(capsys, message):
     row = bench.memory(refused)
     assert row["needs_bytes"] == pytest.approx(21.52 * GIB)
     row |= {"arguments_bytes": GIB, "hbm_bytes": row["needs_bytes"], "flags": "--micro-rows"}
-    bench.show_memory({"sft": row}, 15.75 * GIB, True)
+    bench.show_phases({"sft": row}, 15.75 * GIB, True)
     line = "sft does not fit: needs 21.52 GiB or more, a core has 15.75; lower --micro-rows"
     assert line in capsys.readouterr().out
     refused.message = "INTERNAL: something else"

@@ -16,6 +16,7 @@ import pip
 import pytest
 from conftest import ROOT
 
+import gemma
 import lora
 import runs
 import to_kaggle
@@ -228,7 +229,7 @@ def test_output_goes_where_kaggle_keeps_it(tmp_path, monkeypatch):
 
 
 def test_adapters_are_found_in_the_output_and_among_the_inputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "KAGGLE", tmp_path)
+    monkeypatch.setattr(gemma, "KAGGLE", tmp_path)
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="--adapter runs/a: expected adapter_config.json"):
         lora.start("tiny", None, "runs/a")
