@@ -22,7 +22,7 @@ import random
 import re
 import urllib.request
 from collections.abc import Iterator
-from itertools import pairwise, takewhile
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,33 @@ import sentencepiece
 
 START, END = "<start_of_turn>", "<end_of_turn>"
 IMAGE_PIECES = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
 # What text must never become, in either family. Each has one "<" or "[", in front, so a text cut
 # behind the first character of every match holds none of them.
 STEERING = re.compile(
     r"<(?:(?:start|end)_of_(?:turn|image)|image_soft_token|mask|2mass|unused[0-9]+)>"
     r"|\[(?:multimodal|@BOS@)\]"
 )
+FAMILIES = {"gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}  # by model_type
+
+# `Tokenizer.render` as Jinja, for other programs that open a directory we saved.
+CHAT_TEMPLATE = r"""
+{{- bos_token -}}
+{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
+{%- for m in (messages[1:] if system else messages) -%}
+{%- set role = 'model' if m.role == 'assistant' else m.role -%}
+{%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
+{%- endif -%}
+{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
+{{- (m.content | trim) + '<end_of_turn>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
+"""
+NO_SYSTEM = r"""
+{%- if messages[0].role == 'system' -%}
+{{- raise_exception('System role not supported') -}}
+{%- endif -%}
+"""
 
 
 def fold_system(messages: list[dict]) -> list[dict]:
@@ -59,11 +78,11 @@ class Tokenizer:
     """Gemma's SentencePiece model and chat template, from a model directory or a `tokenizer.model`.
 
     Messages are `{"role": "system" | "user" | "assistant", "content": str}`; "model" is another
-    name for "assistant". A system text goes before the first user's, as in Gemma 3's template
-    (Gemma 2's has no place for it).
+    name for "assistant". `family`, "gemma2" or "gemma3", decides the template; it is read from the
+    `config.json` beside the file unless given, and is "gemma3" where there is none.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, family: str | None = None):
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
         if not file.is_file():
@@ -77,11 +96,23 @@ class Tokenizer:
         except RuntimeError:
             raise ValueError(f"{file}: expected a SentencePiece model, found none") from None
 
+        config = file.parent / "config.json"
+        if family is None and config.is_file():
+            family = json.loads(config.read_text()).get("model_type")
+            if family not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise ValueError(f"{config}: expected model_type {known}, found {family!r}")
+        self.family = FAMILIES[family or "gemma3"]
+
         pieces = ("<unk>", "<pad>", "<bos>", "<eos>", START, END)
         if missing := [piece for piece in pieces if piece not in self]:
             raise ValueError(f"{file}: expected Gemma's pieces, found no {', '.join(missing)}")
+        for piece in (START, END):
+            if (found := self.sp.encode(piece, out_type=str)) != [piece]:
+                raise ValueError(f"{file}: expected {piece} in a text as one piece, found {found}")
         ids = self.sp.piece_to_id(list(pieces))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
+        self.hidden = dict(zip(ids[1:], pieces[1:], strict=True))  # from the reader, by `decode`
         self.stop_ids = (self.end_of_turn, self.eos)
         self.forbidden_ids = tuple(self.sp.piece_to_id(p) for p in IMAGE_PIECES if p in self)
 
@@ -94,15 +125,24 @@ class Tokenizer:
         return [i for start, stop in pairwise(cuts) for i in self.sp.encode(text[start:stop])]
 
     def decode(self, ids, keep_special: bool = False) -> str:
-        """Text without BOS, EOS and padding, and without turn markers unless `keep_special`."""
-        drop = () if keep_special else (self.start_of_turn, self.end_of_turn)
-        return self.sp.decode([i for i in np.asarray(ids, int).tolist() if i not in drop])
+        """Text without BOS, EOS, padding and turn markers; `keep_special` spells those out too."""
+        ids = np.asarray(ids, int).tolist()
+        if not keep_special:
+            return self.sp.decode([i for i in ids if i not in self.hidden])
+        runs = ((piece, list(run)) for piece, run in groupby(ids, self.hidden.get))
+        return "".join(piece * len(run) if piece else self.sp.decode(run) for piece, run in runs)
 
-    def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
-        """The conversation in the official template: one BOS, contents neutralised.
+    def render(self, messages: list[dict], generate: bool | None = None) -> str:
+        """The conversation as the official template prints it; nothing in it is neutralised.
 
         `generate` opens a model turn at the end; by default it does so after a user turn.
         """
+        turns, generate = self._turns(messages, generate)
+        text = "<bos>" + "".join(f"{START}{role}\n{content}{END}\n" for role, content in turns)
+        return text + f"{START}model\n" * generate
+
+    def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
+        """The ids of `render`: one BOS, contents neutralised."""
         return [i for span, _ in self._spans(*self._turns(messages, generate)) for i in span]
 
     def example(self, messages: list[dict]) -> tuple[list[int], list[int]]:
@@ -123,6 +163,8 @@ class Tokenizer:
         """Checks a conversation -> ([("user", "Be brief. Hi"), ("model", "Ho")], generate)."""
         system = ""
         if messages and messages[0]["role"] == "system":
+            if self.family == "gemma2":
+                raise ValueError("Gemma 2 has no system role: data.fold_system moves the text")
             system, messages = messages[0]["content"] + "\n\n", messages[1:]
         if not messages:
             raise ValueError("expected a conversation that starts with a user turn, found no turn")
@@ -156,13 +198,28 @@ class Tokenizer:
             yield [self.start_of_turn, *self.encode("model\n")], 0
 
     def save(self, directory: str | Path) -> None:
-        """Copies `tokenizer.model`, and what transformers reads, where it lies beside that."""
+        """Writes `tokenizer.model` and `tokenizer_config.json`, all that AutoTokenizer needs.
+
+        `added_tokens_decoder` makes transformers' `skip_special_tokens` drop the turn markers. A
+        list of `extra_special_tokens` would *replace* the USER_DEFINED pieces there, and HTML tags
+        would fall apart (transformers 5.23).
+        """
+        markers = {self.start_of_turn: START, self.end_of_turn: END}
+        config = {
+            "tokenizer_class": "GemmaTokenizer",
+            **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {
+                str(i): {"content": piece, "special": True} for i, piece in markers.items()
+            },
+            "chat_template": (NO_SYSTEM if self.family == "gemma2" else "") + CHAT_TEMPLATE,
+        }
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.model").write_bytes(self.file.read_bytes())
-        for name in TOKENIZER_FILES:
-            if (file := self.file.with_name(name)).is_file():
-                (directory / name).write_bytes(file.read_bytes())
+        (directory / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # --- built-in word problems -----------------------------------------------------------------------

@@ -999,6 +999,9 @@ def find(model: str, weights: str | Path | None = None) -> Path:
             cfg = read_config(folder)
             if all(getattr(cfg, k) == getattr(expected, k) for k in SHAPE):
                 return folder
+    downloaded, why = _download(name, handle)
+    if downloaded:
+        return downloaded
     flax = name.replace("-", "", 1)  # gemma3-1b-it
     inputs = [p for n in (flax, f"{flax}/*", name, f"{name}/*") for p in kaggle_inputs(n)]
     others = {_other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
@@ -1006,12 +1009,38 @@ def find(model: str, weights: str | Path | None = None) -> Path:
         f"--model {model}: no folder of {name} found. Searched:", *(f"  {p}" for p in patterns),
         *(f"Found {other}, but only Transformers weights (safetensors) can be read"
           for other in sorted(others)),
+        f"Downloading: {why}.",
         "Accept the license on the model's page, then get it with one of these, or give its folder "
         "as --weights DIR:",
         f"  hf download google/{name}",
         f"  python -c \"import kagglehub; kagglehub.model_download('{handle}')\"",
         f"  on Kaggle: Add Input > Models > {handle.split('/')[1]} > Transformers > {name}",
     ]))  # fmt: skip
+
+
+def _download(hf_name: str, kaggle_handle: str) -> tuple[Path | None, str]:
+    """Asks kagglehub (on Kaggle) and huggingface_hub, if they happen to be installed."""
+    why = []
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        try:
+            import kagglehub
+
+            return Path(kagglehub.model_download(kaggle_handle)), ""
+        except Exception as e:  # any failure of an optional library only means "not here"
+            why.append(f"kagglehub: {_first_line(e)}")
+    try:
+        import huggingface_hub
+
+        files = ["*.json", "*.safetensors", "tokenizer.model"]
+        got = huggingface_hub.snapshot_download(f"google/{hf_name}", allow_patterns=files)
+        return Path(got), ""
+    except Exception as e:
+        why.append(f"huggingface_hub: {_first_line(e)}")
+    return None, "; ".join(why)
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
 
 
 # ------------------------------------------------------------------------------------- self-check

@@ -11,26 +11,11 @@ only up to the longest.
 
 import argparse
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
 
-# The template of Gemma 3 (Gemma 2's has no system text), for transformers.
-CHAT_TEMPLATE = r"""
-{{- bos_token -}}
-{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
-{%- for m in (messages[1:] if system else messages) -%}
-{%- set role = 'model' if m.role == 'assistant' else m.role -%}
-{%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
-{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
-{%- endif -%}
-{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
-{{- (m.content | trim) + '<end_of_turn>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
-"""
 TAGS = ("<b>", "</b>", "<i>", "</i>", "<code>", "</code>")
 
 
@@ -58,10 +43,6 @@ def train_tokenizer(
     """Writes `directory/tokenizer.model`, the same bytes for the same texts, and returns its path.
 
     `extra` adds USER_DEFINED pieces such as `<answer>`; the real tokenizers have none of them.
-    Beside it goes `tokenizer_config.json`, all else that AutoTokenizer needs; its
-    `added_tokens_decoder` makes transformers' `skip_special_tokens` drop the turn markers. A list
-    of `extra_special_tokens` would *replace* the USER_DEFINED pieces there, and HTML tags would
-    fall apart (transformers 5.23).
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -86,20 +67,6 @@ def train_tokenizer(
     path = Path(directory) / "tokenizer.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    markers = {sp.piece_to_id(piece): piece for piece in ("<start_of_turn>", "<end_of_turn>")}
-    config = {
-        "tokenizer_class": "GemmaTokenizer",
-        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {
-            str(i): {"content": piece, "special": True} for i, piece in markers.items()
-        },
-        "chat_template": CHAT_TEMPLATE,
-    }
-    path.with_name("tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return path
 
 

@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import jax
@@ -84,7 +86,7 @@ def tokenizers(tmp_path_factory):
     texts = [3 * gemma.PARAGRAPH, *((ROOT / f).read_text() for f in ("data.py", "gemma.py"))]
     where = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     return {
-        family: data.Tokenizer(train_tokenizer(where[family], texts, 512, family))
+        family: data.Tokenizer(train_tokenizer(where[family], texts, 512, family), family)
         for family in FAMILIES
     }
 
@@ -542,10 +544,12 @@ HUB = {  # name here -> name on the Hub and on Kaggle
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
-    """A machine with an empty home and an empty /kaggle/input (here `kaggle`)."""
+    """A machine with an empty home, an empty /kaggle/input (here `kaggle`) and no network."""
     for name in ("GEMMA_WEIGHTS", "HF_HOME", "HF_HUB_CACHE", "KAGGLEHUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(gemma, "_download", lambda *_: (None, "no network"))
     real = gemma.glob.glob
     there = lambda p: real(p.replace("/kaggle/input", str(tmp_path / "kaggle"), 1))
     monkeypatch.setattr(gemma.glob, "glob", there)
@@ -629,6 +633,7 @@ def test_not_found_lists_every_place_and_the_commands(bare, monkeypatch, model):
         f"/kaggle/input/*/*/*/*/{name}/*",
         str(bare / f"hf/hub/models--google--{name}/snapshots"),
         str(bare / f"home/.cache/kagglehub/models/{handle}"),
+        "no network",
         "--weights DIR",
         f"hf download google/{name}\n",
         f"kagglehub.model_download('{handle}')",
@@ -674,6 +679,34 @@ def test_unknown_names_and_wrong_flags(bare):
         assert f"--model {model}: unknown" in message
         assert all(known in message for known in gemma.CONFIGS)
     assert f"--weights {bare}: no config.json" in one_line(gemma.find, "gemma3-1b", bare)
+
+
+def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypatch):
+    monkeypatch.undo()  # the real _download; conftest keeps huggingface_hub offline
+    start = time.perf_counter()
+    folder, why = gemma._download("no-such-gemma", "google/no/transformers/such")
+    assert folder is None and why.startswith("huggingface_hub: ")
+    assert "\n" not in why and time.perf_counter() - start < 5
+
+    asked = []
+    stub = types.ModuleType("kagglehub")
+    stub.model_download = lambda handle: asked.append(handle) or str(bare)
+    monkeypatch.setitem(sys.modules, "kagglehub", stub)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    assert gemma._download("no-such-gemma", "handle")[0] is None and not asked
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert gemma._download("no-such-gemma", "handle") == (bare, "") and asked == ["handle"]
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: asked.append(name) or str(bare)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    stub.model_download = None
+    assert gemma._download("gemma-3-1b-it", "handle") == (bare, "")
+    assert asked == ["handle", "google/gemma-3-1b-it"]
+    monkeypatch.setitem(sys.modules, "kagglehub", None)  # not installed
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    folder, why = gemma._download("gemma-3-1b-it", "handle")
+    assert folder is None and "kagglehub: " in why and "huggingface_hub: " in why
 
 
 # ------------------------------------------------------------------------------------- self-check

@@ -20,7 +20,7 @@ import eval as evaluation
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
-TOK = {family: data.Tokenizer(ROOT / "tiny") for family in ("gemma2", "gemma3")}
+TOK = {family: data.Tokenizer(ROOT / "tiny", family) for family in ("gemma2", "gemma3")}
 CHAT = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "And?"}]  # fmt: skip
 N = 24

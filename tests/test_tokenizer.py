@@ -28,10 +28,11 @@ def train(directory, family="gemma3"):
 
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory):
-    """{family: a directory written by Tokenizer.save}"""
+    """{family: a directory written by Tokenizer.save}; only Gemma 2's has a config.json."""
     root = tmp_path_factory.mktemp("tokenizers")
     for family in FAMILIES:
-        Tokenizer(train(root / "trained", family)).save(root / family)
+        Tokenizer(train(root / "trained", family), family).save(root / family)
+    (root / "gemma2" / "config.json").write_text('{"model_type": "gemma2"}')
     return {family: root / family for family in FAMILIES}
 
 
@@ -130,7 +131,7 @@ def test_chat_equals_transformers(ours, theirs, family, generate):
 
 @pytest.mark.parametrize("source", ["official", "saved"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chat_equals_the_jinja_templates(ours, theirs, family, source):
+def test_render_equals_the_jinja_templates(ours, theirs, family, source):
     template = theirs[family].chat_template
     if source == "official":
         if (trl := importlib.util.find_spec("trl")) is None:
@@ -145,11 +146,10 @@ def test_chat_equals_the_jinja_templates(ours, theirs, family, source):
 
     for messages in CONVERSATIONS + WITH_SYSTEM * (family == "gemma3"):
         for generate in (False, True):
-            ids = ours[family].chat(messages, generate)
-            text = "<bos>" + ours[family].decode(ids, keep_special=True)
-            assert text == jinja(messages, generate)
-    for messages in BAD_TURNS + UNKNOWN_ROLE * (source == "saved"):
-        with pytest.raises(Exception, match="must alternate"):
+            assert ours[family].render(messages, generate) == jinja(messages, generate)
+    bad = BAD_TURNS + UNKNOWN_ROLE * (source == "saved") + WITH_SYSTEM * (family == "gemma2")
+    for messages in bad:
+        with pytest.raises(Exception, match="System role not supported|must alternate"):
             jinja(messages)
 
 
@@ -162,18 +162,17 @@ def test_transformers_drops_the_markers_and_nothing_else(theirs):
 # --- conversations -------------------------------------------------------------------------------
 
 
-def test_chat_by_hand(ours):
+def test_render_by_hand(ours):
     messages = [system("Be brief."), user(" 2+2?\n"), assistant("4 "), user("Sure?")]
     expected = (
-        "<start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
+        "<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
         "<start_of_turn>model\n4<end_of_turn>\n"
         "<start_of_turn>user\nSure?<end_of_turn>\n"
         "<start_of_turn>model\n"
     )
-    for tok in ours.values():
-        text = lambda messages, tok=tok: tok.decode(tok.chat(messages), keep_special=True)
-        assert text(messages) == text(fold_system(messages)) == expected
-        assert text(messages[:3]) == expected.split("<start_of_turn>user\nSure")[0]
+    assert ours["gemma3"].render(messages) == expected
+    assert ours["gemma2"].render(fold_system(messages)) == expected
+    assert ours["gemma3"].render(messages[:3]) == expected.split("<start_of_turn>user\nSure")[0]
 
 
 def test_fold_system(ours):
@@ -195,9 +194,11 @@ def test_roles_must_alternate(ours, messages):
 
 
 def test_conversations_that_are_none(ours):
+    with pytest.raises(ValueError, match="Gemma 2 has no system role.*fold_system"):
+        ours["gemma2"].chat(WITH_SYSTEM[0])
     for messages in ([], [system("alone")]):
         with pytest.raises(ValueError, match="found no turn"):
-            ours["gemma3"].chat(messages)
+            ours["gemma3"].render(messages)
     with pytest.raises(ValueError, match="turn 0: expected text as content, found NoneType"):
         ours["gemma3"].chat([user(None)])
 
@@ -266,7 +267,7 @@ def test_decode(ours):
     tok = ours["gemma3"]
     ids = [tok.bos, *tok.encode("  a\n"), tok.end_of_turn, tok.eos, tok.pad, tok.pad]
     assert tok.decode(ids) == tok.decode(np.array(ids, np.int32)) == "  a\n"
-    assert tok.decode(ids, keep_special=True) == "  a\n<end_of_turn>"
+    assert tok.decode(ids, keep_special=True) == "<bos>  a\n<end_of_turn><eos><pad><pad>"
     assert tok.decode([]) == tok.decode([], keep_special=True) == ""
     assert tok.decode(tok.encode("\U0001f98a")[:2]) == "\ufffd\ufffd"  # cut inside a character
 
@@ -283,15 +284,23 @@ def test_ids_are_looked_up(ours):
     assert pieces == ["<start_of_image>", "<end_of_image>"] and ours["gemma2"].forbidden_ids == ()
 
 
-def test_save_keeps_the_files(tmp_path):
-    train(tmp_path / "trained")
-    (tmp_path / "trained" / "other.json").write_text("{}")
+def test_family_is_read_from_the_config(ours, tmp_path):
+    ours["gemma3"].save(tmp_path)
+    for kind, family in [("gemma2", "gemma2"), ("gemma3", "gemma3"), ("gemma3_text", "gemma3")]:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert Tokenizer(tmp_path).family == family
+        assert Tokenizer(tmp_path / "tokenizer.model").family == family
+    assert Tokenizer(tmp_path, "gemma2").family == "gemma2"
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config.json: expected model_type .*, found 'llama'"):
+        Tokenizer(tmp_path)
+
+
+def test_save_keeps_the_file(tmp_path):
+    before = train(tmp_path / "trained").read_bytes()
     Tokenizer(tmp_path / "trained").save(tmp_path / "new" / "folder")
     Tokenizer(tmp_path / "new" / "folder").save(tmp_path / "new" / "folder")  # onto itself
-    copies = {f.name: f.read_bytes() for f in (tmp_path / "new" / "folder").iterdir()}
-    assert copies.keys() == {"tokenizer.model", "tokenizer_config.json"}
-    for name, content in copies.items():
-        assert (tmp_path / "trained" / name).read_bytes() == content
+    assert (tmp_path / "new" / "folder" / "tokenizer.model").read_bytes() == before
 
 
 def refused(path, *words):
@@ -312,7 +321,14 @@ def test_files_that_are_no_tokenizer(directories, tmp_path):
         refused(tmp_path, file, "expected", "found")
 
 
-def test_tokenizers_that_are_not_gemma(tmp_path):
+@pytest.mark.parametrize(
+    "symbols, message",
+    [
+        ({}, "found no <start_of_turn>, <end_of_turn>"),
+        ({"control_symbols": [START, END]}, "expected <start_of_turn> in a text as one piece"),
+    ],
+)
+def test_tokenizers_that_are_not_gemma(tmp_path, symbols, message):
     file = tmp_path / "tokenizer.model"
     with file.open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
@@ -324,8 +340,9 @@ def test_tokenizers_that_are_not_gemma(tmp_path):
             **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
             hard_vocab_limit=False,
             minloglevel=2,
+            **symbols,
         )
-    refused(tmp_path, file, "found no <start_of_turn>, <end_of_turn>")
+    refused(tmp_path, file, message)
 
 
 def test_training_is_deterministic(tmp_path):
