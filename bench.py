@@ -73,7 +73,7 @@ class Config:
     simpo, grpo, or one of their phases, as grpo_update."""
     lora_rank: int | None = None
     """Rank of the adapter; 0: every weight is trained."""
-    remat: Literal["none", "attention", "layer"] | None = None
+    remat: Literal["none", "attention", "layer", "auto"] | None = None
     """What the backward pass computes again."""
     micro_rows: int | None = None
     """Rows a device computes at a time; measuring: in SFT all of its rows, in GRPO 4."""
@@ -361,14 +361,14 @@ def measure(config: Config) -> dict:
 
 SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo}
 NAMES = {  # phase of a script: its program, and the flags to lower where that does not fit
-    "sft": {"sft": ("train_step", "--micro-rows, --max-length or --lora-rank"),
+    "sft": {"sft": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
             "sft_eval": ("eval_step", "--micro-rows")},
-    "simpo": {"simpo": ("train_step", "--micro-rows, --max-length or --lora-rank"),
+    "simpo": {"simpo": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
               "simpo_eval": ("eval_step", "--micro-rows")},
     "grpo": {"grpo_prefill": ("prefill", "--max-prompt"),
              "grpo_decode": ("decode", "--slots or --max-new"),
              "grpo_reference": ("reference", "--micro-rows"),
-             "grpo_update": ("train_step", "--micro-rows, --pack-length or --lora-rank"),
+             "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
              "grpo_judge": ("judge", "--judge, to a smaller one")},
 }  # fmt: skip
 ENVIRONMENT = {  # so that libtpu looks for no TPU, minds no other process that has it, says little

@@ -150,9 +150,10 @@ def fill(config, defaults: dict[str, dict]):
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
-    table = defaults.get(config.model, defaults.get(config.model[: len("gemma3")]))
-    if table is None:
+    names = [name for name in defaults if config.model.startswith(name)]
+    if not names:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3
     filled = {k: v for k, v in table.items() if getattr(config, k) is None}
     if runs.parse_time(getattr(config, "time_limit", None)) is not None:
         filled.pop("steps", None)

@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
@@ -416,8 +417,9 @@ def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
             keep = lora["dropout"]["keep"]
             x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
         a, b = (lora[k][name].astype(x.dtype) for k in "ab")
-        y += (x @ flat(a) * lora["scale"][name].astype(x.dtype)) @ b.reshape(b.shape[0], -1)
-    return y.reshape(B, T, *out)
+        x_nR = checkpoint_name(x @ flat(a), "product")
+        y += (x_nR * lora["scale"][name].astype(x.dtype)) @ b.reshape(b.shape[0], -1)
+    return checkpoint_name(y, "product").reshape(B, T, *out)
 
 
 def travel(x_BI: jax.Array, w_IO: jax.Array, fsdp: str) -> jax.Array:
@@ -512,7 +514,7 @@ def _forward(params, cfg, tokens_BT, positions_BT, segments_BT, parents_BT, lora
     def step(x_BTD, xs):
         w, lora_l, freq_H, window = xs
         mask_BTT = same_BTT & (distance_BTT >= 0) & (distance_BTT < window)
-        attention = jax.checkpoint(attend, static_argnums=0) if remat == "attention" else attend
+        attention = attend
         if splashes:  # keeps nothing of size [T, T] for the backward pass, whatever `remat` is
             attention = functools.partial(splash, segments_BT=segments_BT, window=window)
         w = gather(w, spec, fsdp)
@@ -520,10 +522,10 @@ def _forward(params, cfg, tokens_BT, positions_BT, segments_BT, parents_BT, lora
 
     freq_LH = jnp.asarray(np.stack([_frequencies(cfg, g) for g in cfg.is_global]))
     window_L = jnp.asarray([_window(cfg, g) for g in cfg.is_global])
-    if remat == "layer":
+    if remat == "layer" or (remat == "auto" and fsdp is not None):
         step = jax.checkpoint(step, prevent_cse=False)
-    elif remat == "attention" or fsdp is not None:  # keep what products with weights gave, no more
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # no gathered weights
+    elif remat != "none" or fsdp is not None:  # keep what `linear` gave, and no gathered weights
+        policy = jax.checkpoint_policies.save_only_these_names("product")
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     x_BTD = _embed(params, cfg, tokens_BT, fsdp)
     x_BTD, kv_LBKTH = lax.scan(step, x_BTD, (params["layers"], lora, freq_LH, window_L))
@@ -541,6 +543,8 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Ar
     parents_BT: another segment that a token sees as well, a prompt that completions share:
     prompt [p p] and two completions of it [c] [d d] -> segments 1 1 2 3 3, parents 1 1 1 1 1,
     positions 0 1 2 2 3.
+    remat: what the backward pass computes again: none, attention (and all else that is no product
+    with a weight), the whole layer; auto is attention, or layer where the base is sharded.
     fsdp: the mesh axis that the base is sharded over, inside shard_map; None when replicated.
     """
     B, T = tokens_BT.shape
@@ -613,7 +617,9 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
 
 # --------------------------------------------------------------------------------- token log-probs
 
-CHUNK_ELEMENTS = 2**25  # float32 logits that may exist at a time: 128 MiB
+# Tokens whose float32 logits exist at a time: as many as take 128 MiB, but so many that a v5e, with
+# 240 FLOPs to a byte, multiplies for longer than it reads the head.
+CHUNK, CHUNK_ELEMENTS = 512, 2**25
 
 
 def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
@@ -630,7 +636,7 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
     """
     B, T, D = x_BTD.shape
     n = B * T
-    chunk = chunk or max(1, min(n, CHUNK_ELEMENTS // head_VD.shape[0]))
+    chunk = chunk or min(n, max(CHUNK, CHUNK_ELEMENTS // head_VD.shape[0]))
     x_nD, targets_n, n_wanted = x_BTD.reshape(n, D), targets_BT.reshape(n), n
     if wanted_BT is not None:
         chunk, wanted_n = min(chunk, max(128, n // 8)), wanted_BT.reshape(n) > 0
@@ -656,8 +662,10 @@ def _chunk(x_cD, head_VD, target_c, temperature, softcap):
         logit_cV, slope = capped_cV * softcap, (1.0 - capped_cV**2) / temperature
     logit_cV /= temperature
     # log_softmax means the same, but XLA on a CPU fuses it with the product: three times as slow
-    logp_cV = logit_cV - jax.nn.logsumexp(logit_cV, axis=-1, keepdims=True)
-    logp_c = jnp.take_along_axis(logp_cV, target_c[:, None], axis=1)[:, 0]
+    total_c1 = jax.nn.logsumexp(logit_cV, axis=-1, keepdims=True)
+    logp_cV = logit_cV - total_c1
+    # from logit_cV, which exists: XLA on a TPU would store logp_cV besides, to take numbers from
+    logp_c = (jnp.take_along_axis(logit_cV, target_c[:, None], axis=1) - total_c1)[:, 0]
     entropy_c = -jnp.sum(jnp.exp(logp_cV) * logp_cV, axis=-1)
     return logp_cV, logp_c, entropy_c, slope
 

@@ -191,8 +191,10 @@ class Config(judges.Config):
     """AdamW's second decay."""
     clip_norm: float = 1.0
     """Gradients of a larger global norm are scaled down to it."""
-    remat: Literal["none", "attention", "layer"] | None = None
-    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    remat: Literal["none", "attention", "layer", "auto"] | None = None
+    """What the backward pass computes again, to save memory: attention and all else that is no
+    product with a weight (4N FLOPs a token, as none), or the whole layer (6N); auto: attention,
+    and layer where the base is split."""
     shard: Literal["auto", "yes", "no"] = "auto"
     """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
 
@@ -235,8 +237,8 @@ class Config(judges.Config):
 REAL = dict(
     dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, rewards="format:0.5,answer:1",
     prompts=32, max_prompt=512, max_new=768, slots=32, kl_coef=0.02, is_cap=2.0, lora_rank=64,
-    steps=500, pack_length=2048, micro_rows=2, learning_rate=1e-5, remat="layer", eval_every=50,
-    eval_rows=256, save_every=25,
+    steps=500, pack_length=2048, micro_rows=1, learning_rate=1e-5, remat="auto",
+    eval_every=50, eval_rows=256, save_every=25,
 )  # fmt: skip
 DEFAULTS = {
     "tiny": dict(
@@ -247,6 +249,8 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
+    "gemma2-9b": REAL | dict(lora_rank=32, slots=8),
+    "gemma3-12b": REAL | dict(lora_rank=32, slots=8),
 }  # fmt: skip
 MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every", "show",
               "show_every", "reward_threads")  # fmt: skip

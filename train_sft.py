@@ -117,8 +117,10 @@ class Config:
     """AdamW's second decay; 0.999 suits runs of many thousand steps."""
     clip_norm: float = 1.0
     """Gradients of a larger global norm are scaled down to it."""
-    remat: Literal["none", "attention", "layer"] | None = None
-    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    remat: Literal["none", "attention", "layer", "auto"] | None = None
+    """What the backward pass computes again, to save memory: attention and all else that is no
+    product with a weight (4N FLOPs a token, as none), or the whole layer (6N); auto: attention,
+    and layer where the base is split."""
     shard: Literal["auto", "yes", "no"] = "auto"
     """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
 
@@ -159,8 +161,8 @@ class Config:
 
 REAL = dict(
     dtype="bfloat16", data="gsm8k", system=data.SYSTEM, max_length=1024, lora_rank=16, steps=500,
-    batch_rows=32, micro_rows=4, learning_rate=2e-4, remat="layer", eval_every=100, save_every=100,
-    max_new=512,
+    batch_rows=32, micro_rows=2, learning_rate=2e-4, remat="auto", eval_every=100,
+    save_every=100, max_new=512,
 )  # fmt: skip
 DEFAULTS = {
     "tiny": dict(

@@ -131,8 +131,10 @@ class Config:
     """AdamW's second decay; 0.999 suits runs of many thousand steps."""
     clip_norm: float = 1.0
     """Gradients of a larger global norm are scaled down to it."""
-    remat: Literal["none", "attention", "layer"] | None = None
-    """What the backward pass computes again: less memory for more time (layer: 6N not 4N)."""
+    remat: Literal["none", "attention", "layer", "auto"] | None = None
+    """What the backward pass computes again, to save memory: attention and all else that is no
+    product with a weight (4N FLOPs a token, as none), or the whole layer (6N); auto: attention,
+    and layer where the base is split."""
     shard: Literal["auto", "yes", "no"] = "auto"
     """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
 
@@ -173,7 +175,7 @@ class Config:
 
 REAL = dict(
     dtype="bfloat16", system=data.SYSTEM, max_length=2048, lora_rank=16, steps=200, batch_rows=64,
-    micro_rows=2, learning_rate=1e-6, remat="layer", eval_every=50, save_every=50, max_new=512,
+    micro_rows=1, learning_rate=1e-6, remat="auto", eval_every=50, save_every=50, max_new=512,
 )  # fmt: skip
 DEFAULTS = {
     "tiny": dict(

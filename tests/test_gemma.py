@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import gemma
+import lora
 
 pytestmark = pytest.mark.smoke
 LOGITS_TOL = 2e-5
@@ -492,6 +493,27 @@ def test_with_splash_the_backward_pass_is_left_no_scores(remat, as_on_a_tpu):
     assert n_square() == 0
     as_on_a_tpu.setattr(gemma, "on_tpu", lambda mesh=None: False)
     assert (n_square() > 0) == (remat == "none")  # as it would be seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remat_attention_keeps_one_product_of_each_matrix(family):
+    """Of a layer with LoRA: its input, what each of the seven matrices gave, R numbers of each."""
+    cfg, (B, T, R) = TINY[family], (2, 25, 3)
+    params, tokens = random_params(cfg), jnp.zeros((B, T), jnp.int32)
+    adapter, L = lora.init(cfg, jax.random.key(0), R, R), cfg.num_hidden_layers
+
+    def kept(remat):
+        out = jax.eval_shape(lambda a: jax.vjp(lambda a: gemma.hidden(
+            params, cfg, tokens, lora=adapter | a, remat=remat), a)[1],
+            {k: adapter[k] for k in "ab"})  # fmt: skip
+        of_tokens = lambda x: x.shape[:2] == (L, B * T) or x.shape[:3] == (L, B, T)
+        return sum(x.size for x in jax.tree.leaves(out) if of_tokens(x))
+
+    wide = sum(math.prod(gemma._sizes(cfg)[a] for a in s.out) for s in gemma.LINEARS.values())
+    n = L * B * T
+    assert kept("attention") == n * (cfg.hidden_size + wide + 7 * R)
+    assert kept("auto") == kept("attention") and kept("none") > 2 * kept("attention")
+    assert kept("layer") == n * cfg.hidden_size
 
 
 def test_splash_is_for_tpus_long_rows_and_heads_of_whole_tiles():

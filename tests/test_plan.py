@@ -42,7 +42,9 @@ def mesh_of(n: int):
 # -------------------------------------------------------------------------------------- counting
 
 
-@pytest.mark.parametrize("rank, remat", [(16, "none"), (16, "layer"), (0, "none")])
+@pytest.mark.parametrize(
+    "rank, remat", [(16, "none"), (16, "attention"), (16, "layer"), (0, "none")]
+)
 def test_counted_flops_are_those_of_the_compiled_program(tmp_path, monkeypatch, rank, remat):
     """Of one layer, and of three whose scan the compiler unrolls; it counts a loop's body once."""
     config = train_sft.Config(
@@ -91,6 +93,22 @@ def test_collectives_are_counted(tmp_path):
     assert found["no"].ici == pytest.approx(2 * adapter * 7 / 8, rel=0.01)
     # Forward and again backward: a gathered weight kept in between would be kept for all layers.
     assert 1.9 * base < found["yes"].ici / (7 / 8) < 2.2 * base
+
+
+def test_a_split_base_has_whole_layers_computed_again(tmp_path):
+    """remat auto, by the FLOPs; neither makes a product with a weight a third time."""
+
+    def flops(**how):
+        config = train_sft.Config(
+            weights=config_in(tmp_path), dtype="float32", batch_rows=8, micro_rows=1,
+            max_length=128, **how,
+        )  # fmt: skip
+        function, arguments = train_sft.programs(config, mesh_of(8))["train_step"]
+        return bench.traced_work(function, arguments, 8)[1].run().flops
+
+    attention, layer = (flops(remat=remat, shard="no") for remat in ("attention", "layer"))
+    assert flops(remat="auto", shard="no") == attention < 0.8 * layer
+    assert flops(remat="auto", shard="yes") == pytest.approx(layer, rel=1e-3)
 
 
 def test_decoding_reads_the_weights_and_the_caches(tmp_path):
