@@ -16,7 +16,9 @@ Compiling needs no TPU, only its compiler, the package libtpu. Where that has no
 Windows) the arguments of each program are added up from their shapes, and temporaries unknown.
 
 1. Memory is what the compiler reports of a core; a program that is too large does not compile. What
-   the script keeps there besides (optimizer, judge, ...) is the column "beside".
+   the script keeps there besides (optimizer, judge, ...) is the column "beside". Arguments and
+   temporaries are more than a program needs ("at most"), its peak is a little less: gaps between
+   arrays are not in it ("at least").
 2. FLOPs, bytes to and from HBM and over the interconnect are counted in the traced program, see
    `count`: a matrix product or a reduction reads its operands and writes its result, all else is
    taken to be fused into these. (XLA's own count takes the body of every loop once.)
@@ -456,6 +458,7 @@ def memory(traced) -> dict:
         "aliased_bytes": m.alias_size_in_bytes,
         "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
         - m.alias_size_in_bytes,
+        "peak_bytes": m.peak_memory_in_bytes,
         "compiler_flops": cost.get("flops") if isinstance(cost, dict) else None,  # loops once
     }  # fmt: skip
 
@@ -569,6 +572,8 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
             row["beside_bytes"] = beside(program, programs)
             total = row.get("total_bytes", row.get("needs_bytes", row["arguments_bytes"]))
             row["hbm_bytes"] = None if total is None else total + row["beside_bytes"]
+            least = row.get("peak_bytes") or total
+            row["least_bytes"] = None if least is None else least + row["beside_bytes"]
             out["phases"][phase], out["hbm_bytes"][phase] = row, row["hbm_bytes"]
     for phase, work in step_work(script, works, programs, config, mesh.size).items():
         row = out["phases"].setdefault(phase, {})
@@ -588,8 +593,9 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
 COLUMNS = {  # of the table, a line for each phase: what of it, in which unit
     "arguments": ("arguments_bytes", 2**30), "temporaries": ("temporaries_bytes", 2**30),
     "output": ("output_bytes", 2**30), "aliased": ("aliased_bytes", 2**30),
-    "beside": ("beside_bytes", 2**30), "in all": ("hbm_bytes", 2**30), "TFLOP": ("flops", 1e12),
-    "HBM GB": ("bytes", 1e9), "ICI GB": ("ici_bytes", 1e9), "roofline ms": ("roofline_s", 1e-3),
+    "beside": ("beside_bytes", 2**30), "at least": ("least_bytes", 2**30),
+    "at most": ("hbm_bytes", 2**30), "TFLOP": ("flops", 1e12), "HBM GB": ("bytes", 1e9),
+    "ICI GB": ("ici_bytes", 1e9), "roofline ms": ("roofline_s", 1e-3),
 }  # fmt: skip
 
 
@@ -598,9 +604,10 @@ def show_phases(phases: dict, limit: float, compiles: bool) -> None:
     print("\nOn each core: GiB " + ("as the compiler reports them" if compiles else "of the "
           "arguments alone, by their shapes (temporaries come on top)")
           + "; what one step computes and moves, counted from the shapes")  # fmt: skip
-    table = [["", *COLUMNS, "bound by"]]
+    columns = {k: v for k, v in COLUMNS.items() if compiles or k != "at most"}
+    table = [["", *columns, "bound by"]]
     for name, row in phases.items():
-        numbers = [None if row.get(k) is None else row[k] / unit for k, unit in COLUMNS.values()]
+        numbers = [None if row.get(k) is None else row[k] / unit for k, unit in columns.values()]
         table.append([name, *("" if x is None else f"{x:,.2f}" for x in numbers),
                       row.get("bound", "")])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -610,8 +617,14 @@ def show_phases(phases: dict, limit: float, compiles: bool) -> None:
     there = {k: row for k, row in phases.items() if "hbm_bytes" in row}
     most = {k: row["hbm_bytes"] or math.inf for k, row in there.items()}  # None: far too much
     for name in (name for name in there if limit and most[name] > limit):
-        print(f"{name} does not fit: needs {most[name] / 2**30:.2f} GiB or more, a core has "
-              f"{limit / 2**30:.2f}; lower {there[name]['flags']}")  # fmt: skip
+        row = there[name]
+        least, has = row["least_bytes"] or math.inf, f"a core has {limit / 2**30:.2f}"
+        if least > limit:
+            print(f"{name} does not fit: needs {least / 2**30:.2f} GiB or more, {has}; "
+                  f"lower {row['flags']}")  # fmt: skip
+        else:
+            print(f"{name} may not fit: needs {least / 2**30:.2f} to {most[name] / 2**30:.2f} GiB, "
+                  f"{has}; if so, lower {row['flags']}")  # fmt: skip
     if compiles and most and max(most.values()) <= limit:
         print(f"It fits: at most {max(most.values()) / 2**30:.2f} of {limit / 2**30:.2f} GiB.")
 

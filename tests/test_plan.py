@@ -197,10 +197,22 @@ def test_too_large_a_program_is_reported(capsys, message):
     refused.message = message
     row = bench.memory(refused)
     assert row["needs_bytes"] == pytest.approx(21.52 * GIB)
-    row |= {"arguments_bytes": GIB, "hbm_bytes": row["needs_bytes"], "flags": "--micro-rows"}
-    bench.show_phases({"sft": row}, 15.75 * GIB, True)
-    line = "sft does not fit: needs 21.52 GiB or more, a core has 15.75; lower --micro-rows"
-    assert line in capsys.readouterr().out
+    needs = row["needs_bytes"]
+    row |= {
+        "arguments_bytes": GIB,
+        "hbm_bytes": needs,
+        "least_bytes": needs,
+        "flags": "--micro-rows",
+    }
+    close = row | {"hbm_bytes": 16 * GIB, "least_bytes": 14 * GIB}
+    bench.show_phases({"sft": row, "sft_eval": close}, 15.75 * GIB, True)
+    out = capsys.readouterr().out
+    for line in (
+        "sft does not fit: needs 21.52 GiB or more, a core has 15.75; lower --micro-rows",
+        "sft_eval may not fit: needs 14.00 to 16.00 GiB, a core has 15.75; if so, lower --micro",
+    ):
+        assert line in out
+    assert "It fits" not in out
     refused.message = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         bench.memory(refused)
@@ -235,6 +247,7 @@ def test_the_default_grpo_run_of_gemma3_1b_fits(libtpu):
     for phase, n_bytes in out["hbm_bytes"].items():
         assert n_bytes < 15 * GIB, f"{phase}: {n_bytes / GIB:.2f} GiB"
         row = out["phases"][phase]
+        assert row["arguments_bytes"] < row["peak_bytes"] < row["total_bytes"]
         assert row["aliased_bytes"] == pytest.approx(row["output_bytes"], rel=0.02)  # donated
     decode = out["phases"]["grpo_decode"]
     assert decode["flops"] / 768 == pytest.approx(decode["compiler_flops"], rel=0.03)  # one token
@@ -242,16 +255,16 @@ def test_the_default_grpo_run_of_gemma3_1b_fits(libtpu):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b"])
-@pytest.mark.parametrize("flags", [(), ("--lora-rank", "0")], ids=["lora", "full"])
+@pytest.mark.parametrize("flags", [(), ("--lora-rank", "0", "--slots", "24")], ids=["lora", "full"])
 @pytest.mark.parametrize("script", ["sft", "simpo", "grpo"])
 def test_every_program_fits(libtpu, model, flags, script):
     """By default and with all weights trained; the table is printed (pytest -s), for LOG.md."""
     out = compiled("--model", model, "--phases", script, *flags)
-    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15 * GIB
+    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15.75 * GIB
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b"])
 def test_a_12b_judge_fits_beside_the_policy(libtpu, model):
     out = compiled("--model", model, "--phases", "grpo", "--judge", "gemma3-12b")
-    assert "grpo_judge" in out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15 * GIB
+    assert "grpo_judge" in out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15.75 * GIB
