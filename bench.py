@@ -118,7 +118,7 @@ class Config:
 
 
 MEASURED = dict(
-    dtype="bfloat16", phases="sft,grpo", lora_rank=16, remat="layer", rows=8, length=1024,
+    dtype="bfloat16", phases="sft,grpo", lora_rank=16, remat="auto", rows=8, length=1024,
     prompts=8, group=8, prompt_length=64, new_tokens=128, slots=64, kl_coef=0.04,
 )  # fmt: skip
 
