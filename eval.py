@@ -150,7 +150,8 @@ def fill(config, defaults: dict[str, dict]):
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
-    names = [name for name in defaults if config.model.startswith(name)]
+    covers = lambda name: name.startswith("gemma") and config.model.startswith(name)
+    names = [name for name in defaults if config.model == name or covers(name)]
     if not names:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3

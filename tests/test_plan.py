@@ -111,6 +111,12 @@ def test_a_split_base_has_whole_layers_computed_again(tmp_path):
     assert flops(remat="auto", shard="yes") == pytest.approx(layer, rel=1e-3)
 
 
+def test_a_size_goes_before_its_family():
+    """What is left open is filled from gemma3-12b's own row, for the base model too."""
+    slots = lambda model: train_grpo.resolve(train_grpo.Config(model=model)).slots
+    assert slots("gemma3-12b") == slots("gemma3-12b-pt") == 8 and slots("gemma3-1b-pt") == 32
+
+
 def test_decoding_reads_the_weights_and_the_caches(tmp_path):
     config = train_grpo.Config(
         weights=config_in(tmp_path), dtype="float32", slots=2, max_prompt=32, max_new=32,
@@ -255,12 +261,12 @@ def test_the_default_grpo_run_of_gemma3_1b_fits(libtpu):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b"])
-@pytest.mark.parametrize("flags", [(), ("--lora-rank", "0", "--slots", "24")], ids=["lora", "full"])
+@pytest.mark.parametrize("flags", [(), ("--lora-rank", "0", "--slots", "20")], ids=["lora", "full"])
 @pytest.mark.parametrize("script", ["sft", "simpo", "grpo"])
 def test_every_program_fits(libtpu, model, flags, script):
     """By default and with all weights trained; the table is printed (pytest -s), for LOG.md."""
     out = compiled("--model", model, "--phases", script, *flags)
-    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15.75 * GIB
+    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15 * GIB
 
 
 @pytest.mark.slow

@@ -507,6 +507,7 @@ def test_flags():
         (Traces(teacher="http://h/v1", data="x", budget=5.0), "--budget 5 needs --price"),
         (Pairs(samples=1), "--samples 1: expected 2"),
         (Pairs(model="gemma9"), "--model gemma9: expected one of gemma2"),
+        (Pairs(model="tinyx"), "--model tinyx: expected one of gemma2"),
     ):
         with pytest.raises(ValueError, match=match):
             synthesize.resolve(bad)
