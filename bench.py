@@ -120,7 +120,7 @@ class Config:
 MEASURED = dict(
     dtype="bfloat16", phases="sft,grpo", lora_rank=16, remat="auto", rows=8, length=1024,
     prompts=8, group=8, prompt_length=64, new_tokens=128, slots=64, kl_coef=0.04,
-)  # fmt: skip
+)
 
 
 EFFICIENCY = 0.5  # share of the roofline taken to be reached in what a session buys
@@ -240,7 +240,7 @@ def random_weights(shapes):
     """Random floats of the given shapes and shardings."""
     one = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
     make = jax.jit(lambda: jax.tree.map(one, shapes),
-                   out_shardings=jax.tree.map(lambda s: s.sharding, shapes))  # fmt: skip
+                   out_shardings=jax.tree.map(lambda s: s.sharding, shapes))
     return make()
 
 
@@ -254,14 +254,14 @@ def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         model=config.model, weights=config.weights, dtype=config.dtype, batch_rows=config.rows,
         micro_rows=config.micro_rows or config.rows // mesh.size, max_length=config.length,
         lora_rank=config.lora_rank, remat=config.remat,
-    ), mesh)["train_step"]  # fmt: skip
+    ), mesh)["train_step"]
     (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
     shape, key, seconds = shapes[3]["tokens"].shape, jax.random.key(0), []
     ones = np.ones(shape, np.int32)
     batch = train_sft.place({
         "tokens": np.random.default_rng(0).integers(3, cfg.vocab_size, shape, np.int32),
         "mask": ones, "segments": ones, "positions": np.cumsum(ones, -1, np.int32) - 1,
-    }, mesh, P(None, "data"))  # fmt: skip
+    }, mesh, P(None, "data"))
     for _ in range(config.repeats + 1):
         start = time.perf_counter()
         trained, opt, metrics = train_step(trained, opt, fixed, batch, np.float32(1e-5), key)
@@ -286,7 +286,7 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         slots=config.slots, pack_length=config.pack_length or longest,
         micro_rows=config.micro_rows or 4, lora_rank=config.lora_rank, remat=config.remat,
         kl_coef=config.kl_coef, is_cap=0.0,
-    ))  # fmt: skip
+    ))
     programs = train_grpo.programs(c, mesh)
     train_step, shapes = programs["train_step"]
     (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
@@ -302,11 +302,11 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         marks, stats = [time.perf_counter()], {}
         params, adapter = train_sft.join(trained, fixed, dtype)
         rollouts = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
-                                       stop=range(n_stop), stats=stats))  # fmt: skip
+                                       stop=range(n_stop), stats=stats))
         marks.append(time.perf_counter())
         problems = [Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
         samples = [train_grpo.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
-                   for r in rollouts]  # fmt: skip
+                   for r in rollouts]
         weights = train_grpo.token_weights(samples, c)
         host, n_micro, _ = train_grpo.pack(samples, weights, c, mesh.size)
         batch, n = train_sft.place(host, mesh, P(None, "data")), np.int32(n_micro)
@@ -331,7 +331,7 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
             "grpo_update_s": update_s,
             "mean_length": n_tokens / len(rollouts),
             "padding": 1 - (host["segments"][:n_micro] > 0).mean(),
-        })  # fmt: skip
+        })
     first, *timed = steps
     out = {name: float(np.median([step[name] for step in timed])) for name in first}
     return out | {"grpo_compile_s": first["grpo_step_s"] - out["grpo_step_s"]}
@@ -372,12 +372,12 @@ NAMES = {  # phase of a script: its program, and the flags to lower where that d
              "grpo_reference": ("reference", "--micro-rows"),
              "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
              "grpo_judge": ("judge", "--judge, to a smaller one")},
-}  # fmt: skip
+}
 ENVIRONMENT = {  # so that libtpu looks for no TPU, minds no other process that has it, says little
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
-}  # fmt: skip
+}
 
 
 def find_libtpu() -> str | None:
@@ -396,7 +396,7 @@ def find_libtpu() -> str | None:
             return found[0].split("-")[1].removesuffix(".dist") if found else version
     runs.say("the compiler for TPUs is not here, so memory is added up from shapes, without "
              "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
-             f"{folder} libtpu=={version}.*")  # fmt: skip
+             f"{folder} libtpu=={version}.*")
     return None
 
 
@@ -418,7 +418,7 @@ def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
     n = int(shape[1]) * int(shape[2])
     if len(jax.devices("cpu")) < n:
         raise ValueError(f"--target {target}: set XLA_FLAGS=--xla_force_host_platform_device_count="
-                         f"{n}, JAX has begun with fewer")  # fmt: skip
+                         f"{n}, JAX has begun with fewer")
     return gemma.all_devices(jax.devices("cpu")[:n]), None
 
 
@@ -460,7 +460,7 @@ def memory(traced) -> dict:
         - m.alias_size_in_bytes,
         "peak_bytes": m.peak_memory_in_bytes,
         "compiler_flops": cost.get("flops") if isinstance(cost, dict) else None,  # loops once
-    }  # fmt: skip
+    }
 
 
 def tree_bytes(*trees) -> int:
@@ -504,7 +504,7 @@ def step_work(script: str, works: dict[str, Work], programs: dict, config, n: in
         return {script: works["train_step"].run() + adam}
     n_samples, here = config.prompts * config.group, -(-config.prompts * config.group // n)
     rows = len(train_grpo.rows_of([config.max_prompt] * config.prompts, [
-        [config.max_new] * config.group] * config.prompts, config.pack_length))  # fmt: skip
+        [config.max_new] * config.group] * config.prompts, config.pack_length))
     n_micro = -(-rows // (config.micro_rows * n))
     computed = n_micro * config.micro_rows * n * config.pack_length
     wanted = n_samples * config.max_new / computed  # the share of tokens that need logits
@@ -526,7 +526,7 @@ def step_work(script: str, works: dict[str, Work], programs: dict, config, n: in
 def roofline(work: Work, peak: Peak) -> tuple[float, str]:
     """(seconds, what they are spent on) at the device's peaks."""
     times = {"FLOPs": work.flops / peak.flops, "HBM": work.bytes / peak.bytes,
-             "ICI": work.ici / peak.ici}  # fmt: skip
+             "ICI": work.ici / peak.ici}
     return max((s, name) for name, s in times.items())
 
 
@@ -554,11 +554,11 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     peak, programs = PEAKS.get(kind), module.programs(config, mesh)
     target = (target or "v5e:2x4") if version or not compiles else None
     out = {"target": target, "device": f"{mesh.size} {kind}", "jax": jax.__version__,
-           "libtpu": version, "hbm_bytes": {}, "phases": {}}  # fmt: skip
+           "libtpu": version, "hbm_bytes": {}, "phases": {}}
     trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
     where = "split over" if train_sft.is_sharded(cfg, config, mesh) else "on each of"
     print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} {where} "
-          f"{out['device']}; JAX {out['jax']}, libtpu {version or 'none'}")  # fmt: skip
+          f"{out['device']}; JAX {out['jax']}, libtpu {version or 'none'}")
     works = {}
     for phase, (program, flags) in NAMES[script].items():
         if program not in programs:
@@ -596,20 +596,20 @@ COLUMNS = {  # of the table, a line for each phase: what of it, in which unit
     "beside": ("beside_bytes", 2**30), "at least": ("least_bytes", 2**30),
     "at most": ("hbm_bytes", 2**30), "TFLOP": ("flops", 1e12), "HBM GB": ("bytes", 1e9),
     "ICI GB": ("ici_bytes", 1e9), "roofline ms": ("roofline_s", 1e-3),
-}  # fmt: skip
+}
 
 
 def show_phases(phases: dict, limit: float, compiles: bool) -> None:
     """Prints what every program takes of a core and of time, and whether it is there."""
     print("\nOn each core: GiB " + ("as the compiler reports them" if compiles else "of the "
           "arguments alone, by their shapes (temporaries come on top)")
-          + "; what one step computes and moves, counted from the shapes")  # fmt: skip
+          + "; what one step computes and moves, counted from the shapes")
     columns = {k: v for k, v in COLUMNS.items() if compiles or k != "at most"}
     table = [["", *columns, "bound by"]]
     for name, row in phases.items():
         numbers = [None if row.get(k) is None else row[k] / unit for k, unit in columns.values()]
         table.append([name, *("" if x is None else f"{x:,.2f}" for x in numbers),
-                      row.get("bound", "")])  # fmt: skip
+                      row.get("bound", "")])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for first, *others in table:
         cells = [x.rjust(width) for x, width in zip(others, widths[1:], strict=True)]
@@ -621,10 +621,10 @@ def show_phases(phases: dict, limit: float, compiles: bool) -> None:
         least, has = row["least_bytes"] or math.inf, f"a core has {limit / 2**30:.2f}"
         if least > limit:
             print(f"{name} does not fit: needs {least / 2**30:.2f} GiB or more, {has}; "
-                  f"lower {row['flags']}")  # fmt: skip
+                  f"lower {row['flags']}")
         else:
             print(f"{name} may not fit: needs {least / 2**30:.2f} to {most[name] / 2**30:.2f} GiB, "
-                  f"{has}; if so, lower {row['flags']}")  # fmt: skip
+                  f"{has}; if so, lower {row['flags']}")
     if compiles and most and max(most.values()) <= limit:
         print(f"It fits: at most {max(most.values()) / 2**30:.2f} of {limit / 2**30:.2f} GiB.")
 
@@ -636,7 +636,7 @@ def session(script: str, config, step_s: float, seconds: float) -> dict:
         n = config.prompts * config.group
         bought, n_tokens = {"steps": steps, "rollouts": steps * n}, n * config.max_new
         what = (f"{config.prompts} prompts of {config.max_prompt} tokens, {config.group} "
-                f"completions of {config.max_new} each")  # fmt: skip
+                f"completions of {config.max_new} each")
     else:
         bought, n_tokens = {"steps": steps}, config.batch_rows * config.max_length
         what = f"{config.batch_rows} rows of {config.max_length} tokens"
@@ -644,7 +644,7 @@ def session(script: str, config, step_s: float, seconds: float) -> dict:
     print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step of {what} takes {step_s:.2f} s: "
           f"{n_tokens / step_s:,.0f} tokens/s.\n{seconds / 3600:g} h are "
           + ", ".join(f"{v:,} {k}" for k, v in bought.items())
-          + ", less what compiling, evaluations and checkpoints take.")  # fmt: skip
+          + ", less what compiling, evaluations and checkpoints take.")
     if config.steps:
         print(f"The {config.steps} steps asked for: {config.steps * step_s / 3600:.2f} h.")
     return bought | {"tokens_per_s": n_tokens / step_s}
@@ -654,12 +654,12 @@ def compile_for(config: Config) -> dict:
     """What --phases names of the training scripts, compiled for --target."""
     common = {"model": config.model, "weights": config.weights, "dtype": config.dtype,
               "lora_rank": config.lora_rank, "remat": config.remat,
-              "micro_rows": config.micro_rows, "time_limit": config.time_limit}  # fmt: skip
+              "micro_rows": config.micro_rows, "time_limit": config.time_limit}
     rows = {"batch_rows": config.rows, "max_length": config.length}
     fields = {"sft": rows, "simpo": rows, "grpo": {
         "prompts": config.prompts, "group": config.group, "max_prompt": config.prompt_length,
         "max_new": config.new_tokens, "slots": config.slots, "pack_length": config.pack_length,
-        "kl_coef": config.kl_coef, "judge": config.judge}}  # fmt: skip
+        "kl_coef": config.kl_coef, "judge": config.judge}}
     owner = {phase: script for script, names in NAMES.items() for phase in (script, *names)}
     wanted = (config.phases or ",".join(SCRIPTS)).split(",")
     if unknown := [phase for phase in wanted if phase not in owner]:

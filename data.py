@@ -465,7 +465,7 @@ def gsm8k_row(row: dict) -> dict:
     reasoning, number = reasoning.strip(), number.strip().replace(",", "")
     if not question or not reasoning or not re.fullmatch(r"-?\d+(\.\d+)?", number):
         raise ValueError("GSM8K row: expected a question, and an answer of reasoning and one "
-                         f'"#### number" at its end, found {whole[-60:]!r}')  # fmt: skip
+                         f'"#### number" at its end, found {whole[-60:]!r}')
     return {"question": question, "reasoning": reasoning, "answer": number}
 
 
@@ -584,7 +584,7 @@ def _file(source: str) -> Path:
     found = [] if path.is_absolute() or ".." in path.parts else _inputs(source)
     if len(found) > 1:
         raise ValueError(f"--data {source}: several inputs have it, give more of the path of one: "
-                         + ", ".join(map(str, found)))  # fmt: skip
+                         + ", ".join(map(str, found)))
     if not found:
         raise ValueError(f"--data {source}: no such file; expected problems, gsm8k or a JSONL file")
     return found[0]
@@ -603,7 +603,7 @@ def _gsm8k(split: str) -> Path:
             content = response.read()
     except OSError as e:
         raise ValueError(f"--data gsm8k: no {name} in {', '.join(map(str, folders))}, nor in a "
-                         f"folder $GSM8K, and {url} cannot be had ({e})") from None  # fmt: skip
+                         f"folder $GSM8K, and {url} cannot be had ({e})") from None
     if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
     cache.mkdir(parents=True, exist_ok=True)
@@ -661,7 +661,7 @@ def n_tokens(item: tuple) -> int:
 
 def load_examples(source: str, tok: Tokenizer, max_length: int, system: str = "",
                   skip_bad_rows: bool = False,
-                  read=read_example) -> tuple[list, list[str]]:  # fmt: skip
+                  read=read_example) -> tuple[list, list[str]]:
     """Training rows [(ids, mask), ...] of one source, and what was wrong with the rows left out.
 
     A bad row (not JSON, a field missing, an empty completion, more than max_length tokens) raises
@@ -735,7 +735,7 @@ class Packed:
     """
 
     def __init__(self, sources: list[list], size: int, n_rows: int, seed: int,
-                 weights: list[float] | None = None):  # fmt: skip
+                 weights: list[float] | None = None):
         self.sources, self.size, self.n_rows, self.seed = sources, size, n_rows, seed
         total = sum(map(len, sources))
         share = weights or [len(s) for s in sources]

@@ -125,7 +125,7 @@ class Config(Sampling):
 REAL = dict(
     dtype="bfloat16", data="gsm8k:test", rows=0, system=data.SYSTEM, samples=4, max_prompt=512,
     max_new=768, slots=64,
-)  # fmt: skip
+)
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems:test", rows=100, system="", samples=4, max_prompt=88,
@@ -133,10 +133,10 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
-}  # fmt: skip
+}
 # What a resumed evaluation may not give anew; the weights and prompts themselves are checked too.
 FIXED = ("dtype", "greedy", "samples", "temperature", "top_k", "top_p", "min_p", "max_new",
-         "repetition", "seed")  # fmt: skip
+         "repetition", "seed")
 EVERY_S = 10.0  # between two lines of progress
 N_RESAMPLES = 2_000
 Z = 1.959963984540054  # the normal distribution has 95 % within Z standard deviations
@@ -166,7 +166,7 @@ def resolve(config: Config) -> Config:
     config = fill(config, DEFAULTS)
     if config.samples < 0 or not (config.greedy or config.samples):
         raise ValueError(f"--samples {config.samples} leaves nothing to do: expected 1 or more, or "
-                         "0 without --no-greedy")  # fmt: skip
+                         "0 without --no-greedy")
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"--temperature {config.temperature}: expected 0 (greedy) or more")
     asked = []  # of the judge; mistakes are better said before the sampling
@@ -199,7 +199,7 @@ class Problem:
 
 def load_problems(source: str, tok: data.Tokenizer, system: str = "", rows: int = 0,
                   max_prompt: int | None = None,
-                  skip_bad_rows: bool = False) -> tuple[list[Problem], list[str]]:  # fmt: skip
+                  skip_bad_rows: bool = False) -> tuple[list[Problem], list[str]]:
     """The first `rows` problems of each source (0: all), and what was wrong with those left out.
 
     Says how many of each there are.
@@ -217,7 +217,7 @@ def load_problems(source: str, tok: data.Tokenizer, system: str = "", rows: int 
                 problem = read_problem(row, tok, system, name)
                 if max_prompt and len(problem.prompt) > max_prompt:
                     raise ValueError(f"{len(problem.prompt)} tokens, more than --max-prompt "
-                                     f"{max_prompt}")  # fmt: skip
+                                     f"{max_prompt}")
             except (ValueError, KeyError, TypeError) as e:
                 bad.append(f"{where}: {e}")
                 if not skip_bad_rows:
@@ -250,7 +250,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
     is_turn = lambda m: isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str)
     if not isinstance(chat, list) or not chat or not all(map(is_turn, chat)):
         raise ValueError("expected a text or a list of messages, each with role and a text as "
-                         f"content, found {chat!r:.60}")  # fmt: skip
+                         f"content, found {chat!r:.60}")
     completion = row.get("completion")
     if chat[-1]["role"] in ("assistant", "model"):
         completion, chat = chat[-1]["content"], chat[:-1]
@@ -298,7 +298,7 @@ def evaluate(sampler: Sampler, params: dict, tok: data.Tokenizer, problems: list
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
              max_new: int | None = None, repetition: int = 0, seed: int = 0,
              journal: Path | None = None,
-             every_s: float | None = EVERY_S) -> tuple[dict, list[dict]]:  # fmt: skip
+             every_s: float | None = EVERY_S) -> tuple[dict, list[dict]]:
     """Answers all problems -> (results, one row for each completion, in the problems' order).
 
     journal: a file that gets the rows of a problem as soon as it is finished, and whose finished
@@ -319,7 +319,7 @@ def evaluate(sampler: Sampler, params: dict, tok: data.Tokenizer, problems: list
             params, todo, n, lora=adapter, seed=seed, max_new=max_new, repetition=repetition,
             temperature=0.0 if mode == "greedy" else temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, stop=tok.stop_ids, forbidden=tok.forbidden_ids, vocab_size=tok.vocab_size,
-        )  # fmt: skip
+        )
         unfinished = {}
         for rollout in rollouts:
             group = unfinished.setdefault(rollout.prompt, {})
@@ -359,7 +359,7 @@ def grade(rollout: Rollout, mode: str, problem: Problem, tok: data.Tokenizer) ->
         "sample": rollout.index, "correct": right, "format": strict, "stop": rollout.stop,
         "n_tokens": len(rollout.ids), "gold": problem.gold, "answer": answer, "vote": said,
         "prompt": problem.question, "completion": completion,
-    }  # fmt: skip
+    }
 
 
 def reward_functions(config, problems: list[Problem]) -> tuple[rewards.Mix, dict]:
@@ -373,17 +373,17 @@ def reward_functions(config, problems: list[Problem]) -> tuple[rewards.Mix, dict
 
 
 def row_of(problem: Problem, n_tokens: int, stop: str, max_new: int, overlong: float = 0.2,
-           progress: float = 0.0) -> dict:  # fmt: skip
+           progress: float = 0.0) -> dict:
     """What a reward is told besides the completion: all that the data's row has, and this."""
     return problem.row | {
         "question": problem.question, "answer": problem.gold, "kind": problem.kind,
         "choices": problem.choices, "n_tokens": n_tokens, "max_new": max_new,
         "overlong_buffer": overlong * max_new, "stop": stop, "progress": progress,
-    }  # fmt: skip
+    }
 
 
 def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
-          config) -> list[rewards.Scored]:  # fmt: skip
+          config) -> list[rewards.Scored]:
     """What --rewards gives each row; judged in their order, so the same after a kill."""
     mix, functions = reward_functions(config, problems)
     given, scored, judging = [], [], contextlib.nullcontext()
@@ -581,7 +581,7 @@ def compare(rows: list[dict], others: list[dict]) -> dict:
     both = [(ours[id][1], theirs[id][1]) for id in ours if id in theirs]
     if not both:
         raise ValueError(f"--compare: none of its {len(theirs)} problems is among the {len(ours)} "
-                         "of this run")  # fmt: skip
+                         "of this run")
     out = {"n": len(both)}
     for name in names_of([a for a, _ in both]):
         pairs = np.array([(a[name], b[name]) for a, b in both if name in a and name in b])
@@ -590,7 +590,7 @@ def compare(rows: list[dict], others: list[dict]) -> dict:
         (this, other), difference = pairs.mean(0), pairs[:, 0] - pairs[:, 1]
         out[name] = {"n": len(pairs), "this": float(this), "other": float(other),
                      "difference": float(this - other),
-                     "interval": bootstrap(difference)}  # fmt: skip
+                     "interval": bootstrap(difference)}
         if is_binary(name, pairs):
             wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
             out[name] |= {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
@@ -613,7 +613,7 @@ def table(results: dict) -> str:
         return f"{scale(name) * value:6.{digits(name)}f}  {f'[{interval}]':16}"
 
     lines = [f"{results['n']} problems, {results['n_graded']} with an answer to check; percent and "
-             "95 % interval: Wilson, of averaged samples bootstrap"]  # fmt: skip
+             "95 % interval: Wilson, of averaged samples bootstrap"]
     lines += [f"  {name:26}{cell(results, name)}" for name in results["intervals"]]
     if len(results["domains"]) > 1:
         names = ["pass@1", "format", "length"] + ["reward"] * ("reward" in results)
@@ -655,25 +655,25 @@ def check_folder(config, start: lora.Start, problems: list[Problem]) -> None:
     prompts = repr([(p.id, p.prompt) for p in problems]).encode()
     out, record = Path(config.out), dataclasses.asdict(config)
     record |= {"checksum of the weights": fingerprint(start),
-               "checksum of the prompts": hashlib.sha256(prompts).hexdigest()[:16]}  # fmt: skip
+               "checksum of the prompts": hashlib.sha256(prompts).hexdigest()[:16]}
     if (out / "config.json").exists() and (out / "samples.jsonl").exists():
         try:
             old = dict(json.loads((out / "config.json").read_bytes()))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{out / 'config.json'} cannot be read: {e}; put it back, or choose "
-                             "another --out") from None  # fmt: skip
+                             "another --out") from None
         for key in [key for key in record if key in FIXED or " " in key]:
             if (was := old.get(key)) != (now := record[key]):
                 flag = key if " " in key else "--" + key.replace("_", "-")
                 raise ValueError(f"{flag} was {was!r} when {out} was begun, now it is {now!r}: "
-                                 "put it back, or choose another --out")  # fmt: skip
+                                 "put it back, or choose another --out")
     with runs._writing(out):
         out.mkdir(parents=True, exist_ok=True)
         runs.write_json(out / "config.json", record)
 
 
 def answer(config, start: lora.Start, tok: data.Tokenizer, problems: list[Problem],
-           greedy: bool) -> tuple[dict, list[dict]]:  # fmt: skip
+           greedy: bool) -> tuple[dict, list[dict]]:
     """evaluate() with the model of a script's Config; its folder keeps what is finished."""
     check_folder(config, start, problems)
     mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
@@ -682,13 +682,13 @@ def answer(config, start: lora.Start, tok: data.Tokenizer, problems: list[Proble
     if adapter is not None:
         runs.say(lora.describe(adapter))
     sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                      max_new=config.max_new, dtype=dtype)  # fmt: skip
+                      max_new=config.max_new, dtype=dtype)
     return evaluate(
         sampler, params, tok, problems, adapter=adapter, greedy=greedy, samples=config.samples,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         min_p=config.min_p, repetition=config.repetition, seed=config.seed,
         journal=Path(config.out) / "samples.jsonl",
-    )  # fmt: skip
+    )
 
 
 @runs.one_line
@@ -708,7 +708,7 @@ def main(config: Config) -> dict:
     start = lora.start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     problems, _ = load_problems(config.data, tok, config.system, config.rows, config.max_prompt,
-                                config.skip_bad_rows)  # fmt: skip
+                                config.skip_bad_rows)
     out = Path(config.out)
     with runs.lock(out):
         results, rows = answer(config, start, tok, problems, config.greedy)

@@ -141,7 +141,7 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
     )
     if cfg.num_attention_heads % cfg.num_key_value_heads:
         raise ValueError(f"{source}: {cfg.num_attention_heads=} is not a multiple of "
-                         f"{cfg.num_key_value_heads=}")  # fmt: skip
+                         f"{cfg.num_key_value_heads=}")
     return cfg
 
 
@@ -179,7 +179,7 @@ def _published(family, vocab, d, f, layers, heads, kv, hd, scalar, window, posit
         final_logit_softcapping=None if gemma3 else 30.0,
         max_position_embeddings=position,
         eos_token_id=(1, 106) if gemma3 else (1, 107),
-    )  # fmt: skip
+    )
 
 
 CONFIGS = {  # vocab includes the 64 rows of the multimodal checkpoints that no token maps to
@@ -196,7 +196,7 @@ CONFIGS = {  # vocab includes the 64 rows of the multimodal checkpoints that no 
         "gemma3_text", 768, 128, 384, 4, 4, 2, 32, 32, 32, (False, True, False, True), 1e4, 1e6,
         max_position_embeddings=512, eos_token_id=(1, 11),
     ),
-}  # fmt: skip
+}
 
 # ------------------------------------------------------------------------------------ parameters
 
@@ -241,7 +241,7 @@ def _sizes(cfg: Config) -> dict[str, int]:
         "V": cfg.vocab_size, "D": cfg.hidden_size, "F": cfg.intermediate_size,
         "L": cfg.num_hidden_layers, "N": cfg.num_attention_heads, "K": cfg.num_key_value_heads,
         "H": cfg.head_dim,
-    }  # fmt: skip
+    }
 
 
 LINEARS = {  # the seven matrices LoRA can adapt
@@ -266,7 +266,7 @@ def specs(cfg: Config) -> dict:
         for n in ("q_norm", "k_norm"):
             layers[n] = Spec(f"model.layers.{{i}}.self_attn.{n}.weight", "H")
     tree = {"embed_tokens": Spec("model.embed_tokens.weight", "V", "D"),
-            "norm": Spec("model.norm.weight", "D"), "layers": layers}  # fmt: skip
+            "norm": Spec("model.norm.weight", "D"), "layers": layers}
     if not cfg.tie_word_embeddings:
         tree["lm_head"] = Spec("lm_head.weight", "V", "D")
     return tree
@@ -339,7 +339,7 @@ def attend(cfg: Config, q_BTNH: jax.Array, parts: list) -> jax.Array:
         total += jnp.sum(e_BKMTS, -1, keepdims=True)
         # not ->BTKMH: XLA on a CPU would copy the whole cache into another layout, at every step
         out += jnp.einsum("BKMTS,BKSH->BKMTH", e_BKMTS.astype(v_BKSH.dtype), v_BKSH,
-                          preferred_element_type=jnp.float32)  # fmt: skip
+                          preferred_element_type=jnp.float32)
     out = (out / total).astype(q_BTNH.dtype)  # H numbers are divided, not S
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -384,7 +384,7 @@ def splash(cfg, q_BTNH, parts, *, segments_BT, window, interpret=False) -> jax.A
             kernels.MultiHeadMask([mask] * N), interpret=interpret,
             block_sizes=kernels.BlockSizes(*[block] * 8),
             attn_logits_soft_cap=cfg.attn_logit_softcapping,
-        )  # fmt: skip
+        )
         o_BNTH = jax.vmap(kernel)(
             q_BNTH, k_BKTH, v_BKTH, kernels.SegmentIds(segments_BT, segments_BT)
         )
@@ -399,7 +399,7 @@ def splash(cfg, q_BTNH, parts, *, segments_BT, window, interpret=False) -> jax.A
 
 
 def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
-           fsdp: str | None = None) -> jax.Array:  # fmt: skip
+           fsdp: str | None = None) -> jax.Array:
     """x W, plus LoRA's scale * (x A) B where an adapter has this matrix (arXiv 2106.09685).
 
     x [B, T, *inp] -> [B, T, *out], by products of two-dimensional arrays: for the gradient of the
@@ -438,7 +438,7 @@ def travel(x_BI: jax.Array, w_IO: jax.Array, fsdp: str) -> jax.Array:
 
 
 def layer(cfg, w, lora, x_BTD, positions_BT, freq_H, mask_BTT, past=(), attention=attend,
-          fsdp=None):  # fmt: skip
+          fsdp=None):
     """One transformer block -> x_BTD and this layer's new (k_BKTH, v_BKTH).
 
     past: () or one (k_BKSH, v_BKSH, mask_BTS), the cache of this layer. fsdp: the matrices are
@@ -535,7 +535,7 @@ def _forward(params, cfg, tokens_BT, positions_BT, segments_BT, parents_BT, lora
 def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
            segments_BT: jax.Array | None = None, parents_BT: jax.Array | None = None, *,
            lora: dict | None = None, remat: str = "none",
-           fsdp: str | None = None) -> jax.Array:  # fmt: skip
+           fsdp: str | None = None) -> jax.Array:
     """The final normed hidden states [B, T, D] of whole rows.
 
     segments_BT: which sequence of a packed row a token belongs to, 0 = padding; tokens attend
@@ -553,7 +553,7 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.Ar
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
     return _forward(params, cfg, tokens_BT, positions_BT, segments_BT, parents_BT, lora, remat,
-                    fsdp)[0]  # fmt: skip
+                    fsdp)[0]
 
 
 def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array:
@@ -563,7 +563,7 @@ def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array:
 
 
 def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array,
-                fsdp: str | None = None) -> jax.Array:  # fmt: skip
+                fsdp: str | None = None) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D], soft-capped (Gemma 2).
 
     fsdp: the head is sharded and stays so, see `travel`; hidden states are then [B, D].
@@ -578,7 +578,7 @@ def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array,
 
 
 def logits(params: dict, cfg: Config, tokens_BT: jax.Array, mask_BT: jax.Array | None = None,
-           lora: dict | None = None) -> jax.Array:  # fmt: skip
+           lora: dict | None = None) -> jax.Array:
     """All logits [B, T, V] in float32, for reading and parity only; one device.
 
     mask_BT: 1 = token, 0 = padding on either side; positions count tokens only.
@@ -596,7 +596,7 @@ def logits(params: dict, cfg: Config, tokens_BT: jax.Array, mask_BT: jax.Array |
 
 def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
             lora: dict | None = None,
-            fsdp: str | None = None) -> tuple[jax.Array, list]:  # fmt: skip
+            fsdp: str | None = None) -> tuple[jax.Array, list]:
     """Final hidden states [B, T, D] of rows of n_B tokens, and what decoding looks back at.
 
     That is (k_BKSH, v_BKSH) of each layer. Global layers have S = T slots, local layers a ring of
@@ -606,7 +606,7 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
     positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     segments_BT = (positions_BT < n_B[:, None]).astype(jnp.int32)
     x_BTD, kv_LBKTH = _forward(params, cfg, tokens_BT, positions_BT, segments_BT, None, lora,
-                               "none", fsdp)  # fmt: skip
+                               "none", fsdp)
     S, last_B1 = min(cfg.sliding_window, T), n_B[:, None] - 1
     held_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)[None]) % S, 0)
     ring = lambda z_BKTH: jnp.take_along_axis(z_BKTH, held_BS[:, None, :, None], axis=2)
@@ -625,7 +625,7 @@ CHUNK, CHUNK_ELEMENTS = 512, 2**25
 def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
                 temperature: jax.Array | float = 1.0, softcap: float | None = None,
                 wanted_BT: jax.Array | None = None,
-                chunk: int | None = None) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+                chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of its distribution, both [B, T] float32.
 
     Logits are soft-capped, then divided by the temperature (not differentiated), and exist for
@@ -646,7 +646,7 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
     x_CcD = jnp.pad(x_nD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
     targets_Cc = jnp.pad(targets_n, (0, pad)).reshape(-1, chunk)
     out = _chunked_logps(x_CcD, head_VD, targets_Cc, jnp.int32(n_wanted), jnp.float32(temperature),
-                         softcap)  # fmt: skip
+                         softcap)
     out = [z.reshape(-1)[:n] for z in out]
     if wanted_BT is not None:
         out = [jnp.zeros_like(z).at[order_n].set(z) * wanted_n for z in out]
@@ -780,7 +780,7 @@ def _tensors(path: Path) -> dict[str, Stored]:
         files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             raise ValueError(f"{path}: expected one .safetensors file or {index.name}, found "
-                             + (", ".join(f.name for f in files) or "none"))  # fmt: skip
+                             + (", ".join(f.name for f in files) or "none"))
     where = {}
     for file in files:
         with _open(file) as f:
@@ -789,7 +789,7 @@ def _tensors(path: Path) -> dict[str, Stored]:
                     continue
                 if there := where.get(canonical):
                     raise ValueError(f"{file}: tensor {name!r} is {there.name!r} of {there.file} "
-                                     "again")  # fmt: skip
+                                     "again")
                 tensor = f.get_slice(name)
                 shape = tuple(tensor.get_shape())
                 where[canonical] = Stored(file, name, shape, tensor.get_dtype())
@@ -823,11 +823,11 @@ def _check_tensors(cfg: Config, where: dict, path: Path) -> None:
     if missing or more:
         raise ValueError(f"{path}: expected {len(expected)} text tensors by config.json, found "
                          f"{len(where)}; missing: {missing[:3]}, unexpected: {more[:3]}"
-                         + " …" * (max(len(missing), len(more)) > 3))  # fmt: skip
+                         + " …" * (max(len(missing), len(more)) > 3))
     for canonical, (file, name, shape, dtype) in where.items():
         if shape != expected[canonical]:
             raise ValueError(f"{file}: tensor {name} has shape {list(shape)}, expected "
-                             f"{list(expected[canonical])} from config.json")  # fmt: skip
+                             f"{list(expected[canonical])} from config.json")
         if dtype not in ("BF16", "F16", "F32"):
             raise ValueError(f"{file}: tensor {name} is {dtype}, expected BF16, F16 or F32")
 
@@ -957,7 +957,7 @@ def _other_format(path: Path) -> str | None:
 def _check_format(path: Path) -> None:
     if other := _other_format(path):
         raise ValueError(f"{path}: holds {other}, which are never opened; take the Transformers "
-                         "ones, a folder with config.json and safetensors")  # fmt: skip
+                         "ones, a folder with config.json and safetensors")
 
 
 def _hub_name(model: str) -> str:
@@ -999,7 +999,7 @@ def find(model: str, weights: str | Path | None = None) -> Path:
     root = os.environ.get("GEMMA_WEIGHTS", "$GEMMA_WEIGHTS (not set)")
     patterns = [root, f"{root}/{name}", *kaggle_inputs(name), *kaggle_inputs(f"{name}/*"),
                 f"{hub}/models--google--{name}/snapshots/*",
-                f"{kagglehub}/models/{handle}/*"]  # fmt: skip
+                f"{kagglehub}/models/{handle}/*"]
     for pattern in patterns:
         found = [Path(f) for f in glob.glob(pattern) if (Path(f) / "config.json").exists()]
         found = [f for f in found if any(f.glob("*.safetensors"))]  # not a half-filled cache
@@ -1023,7 +1023,7 @@ def find(model: str, weights: str | Path | None = None) -> Path:
         f"  hf download google/{name}",
         f"  python -c \"import kagglehub; kagglehub.model_download('{handle}')\"",
         f"  on Kaggle: Add Input > Models > {handle.split('/')[1]} > Transformers > {name}",
-    ]))  # fmt: skip
+    ]))
 
 
 def _download(hf_name: str, kaggle_handle: str) -> tuple[Path | None, str]:
@@ -1059,7 +1059,7 @@ TOKENIZERS = {  # sha256 of tokenizer.model -> name, a chat, its ids as several 
         [2, 106, 1645, 108, 1841, 603, 573, 6037, 576, 6081, 235336, 107, 108, 106, 2516, 108]),
     "1299c11d7cf632ef3b4e11937501358ada021bbdf7c47638d13c0ee982f2e79c": (
         "Gemma 3", "Hello", [2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107]),
-}  # fmt: skip
+}
 QUESTION = "Mia has 12 cards. She buys 7 more. How many cards does she have?"
 PARAGRAPH = (
     "Tom has 12 cards. He buys 7 more. Mia gives him 3 more. He puts the cards in 2 boxes. "

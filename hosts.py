@@ -62,7 +62,7 @@ def connect(config) -> None:
     good = len(asked) == 3 and re.fullmatch(r".+:\d+", coordinator) and 0 <= i < n
     if asked and not good:
         raise ValueError(f"--coordinator {coordinator} --n-processes {n} --process-id {i}: expected"
-                         " all three: host:port, how many, and which of them from 0")  # fmt: skip
+                         " all three: host:port, how many, and which of them from 0")
     if not jax.distributed.is_initialized():
         if not asked and not detected():
             return
@@ -99,7 +99,7 @@ def _say_why_at_the_end() -> None:
 
     def lost(*_):
         line = (f"host {index} of {count}: another host ended or was lost, its own output says why;"
-                " the same command on every host continues from the last checkpoint\n")  # fmt: skip
+                " the same command on every host continues from the last checkpoint\n")
         os.write(2, line.encode())
         os._exit(1)
 
@@ -126,7 +126,7 @@ def _say_why_at_the_end() -> None:
 def _check(config) -> None:
     """Ends all processes unless they have the same flags, code and versions."""
     mine = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(config).items()
-            if k not in FLAGS}  # fmt: skip
+            if k not in FLAGS}
     mine |= {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
     device, n = jax.local_devices()[0], jax.local_device_count()
     mine |= {"Python": platform.python_version(), "the device": f"{n} x {device.device_kind}"}
@@ -140,7 +140,7 @@ def _check(config) -> None:
             there, here = (side.get(name, "absent") for side in (first, other))
             if there != here:
                 raise SystemExit(f"{name} is {there!r} in process 0 but {here!r} in process {i}: "
-                                 "every host needs the same flags, code and versions")  # fmt: skip
+                                 "every host needs the same flags, code and versions")
 
 
 # ------------------------------------------------------------------------------------- exchanging

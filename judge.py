@@ -127,11 +127,11 @@ def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None,
             cache = cache.with_stem(f"{cache.stem}-{hosts.index}")
         limit = -(-config.judge_limit // hosts.count)
         endpoint = Endpoint(name, config.judge_model, threads=config.judge_threads, limit=limit,
-                            cache=cache)  # fmt: skip
+                            cache=cache)
         return OverHTTP(endpoint, style, missing, config.judge_calls)
     if config.judge_calls != "completion":
         raise ValueError(f"--judge-calls {config.judge_calls}: needs --judge http(s)://host/v1; "
-                         f"{name} on the mesh reads completions one by one")  # fmt: skip
+                         f"{name} on the mesh reads completions one by one")
     if style not in DIGITS:
         raise ValueError(f"--judge-style {style}: on the mesh expected one of {', '.join(DIGITS)}")
     try:
@@ -167,7 +167,7 @@ def shape_of(config: Config) -> gemma.Config:
         return gemma.read_config(folder)
     if (base := name.removesuffix("-it")) not in gemma.CONFIGS:
         raise ValueError(f"--judge {name}: expected one of {', '.join(gemma.CONFIGS)}, a folder or "
-                         "http(s)://host/v1")  # fmt: skip
+                         "http(s)://host/v1")
     return gemma.CONFIGS[base]
 
 
@@ -272,7 +272,7 @@ ASK_DIGIT = {
     "explicit": "Does the response meet this criterion? Output only a digit: 1 for yes, 0 for no.",
 }
 FLAGS = {"hallucination": 2, "factual": 2, "looping": 2, "runaway": 1, "incoherent": 1,
-         "incomplete": 3, "off_target": 3, "format_violation": 3}  # fmt: skip
+         "incomplete": 3, "off_target": 3, "format_violation": 3}
 ASK_JSON = {
     "grar": 'Rate the response by the metric. Output only JSON: {"score": n}, n a whole number '
     "from 1 (worst) to 5 (best).",
@@ -366,7 +366,7 @@ def json_prompt(style: str, completions: list[str], row: dict) -> tuple[str, dic
 
 def schema_of(fields: dict) -> dict:
     return {"type": "object", "properties": fields, "required": [*fields],
-            "additionalProperties": False}  # fmt: skip
+            "additionalProperties": False}
 
 
 # ---------------------------------------------------------------------------------------- judges
@@ -423,7 +423,7 @@ class Judge:
         if n < ENOUGH or share <= self.missing:
             return None
         return (f"{share:.0%} of the last {n} judgements could not be had, more than "
-                f"--judge-missing {self.missing:g}; the latest: {self.error}")  # fmt: skip
+                f"--judge-missing {self.missing:g}; the latest: {self.error}")
 
     def pump(self, flush: bool = False) -> None:
         """Called by the main thread; `flush`: nothing more will be submitted for now."""
@@ -479,7 +479,7 @@ def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "mesh", "shard"))
 def read_answers(params: dict, cfg: gemma.Config, mesh: Mesh, shard: bool, batch: dict,
-                 ids_A: jax.Array) -> jax.Array:  # fmt: skip
+                 ids_A: jax.Array) -> jax.Array:
     """The logits [B of all devices, A] of the allowed answers; batch: rows split over the mesh."""
     fsdp = "data" if shard else None
     name = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
@@ -537,7 +537,7 @@ class OnMesh(Judge):
 
     def __init__(self, cfg: gemma.Config, params: dict, tok: data.Tokenizer | None, mesh: Mesh,
                  style: str = "grar", *, missing: float = 0.2, shard: bool = False, rows: int = 4,
-                 max_tokens: int = 8192):  # fmt: skip
+                 max_tokens: int = 8192):
         super().__init__(style, missing)
         self.cfg, self.params, self.tok, self.mesh, self.shard = cfg, params, tok, mesh, shard
         self.rows, self.max_tokens = rows, min(max_tokens, cfg.max_position_embeddings)
@@ -609,7 +609,7 @@ class OnMesh(Judge):
         """A batch: on each device X beginnings of up to U tokens, B rows that go on for up to C."""
         n, sharding = self.mesh.size, NamedSharding(self.mesh, P("data"))
         shapes = {"tokens_XU": (n * X, U), "n_X": (n * X,), "tokens_BC": (n * B, C),
-                  "n_B": (n * B,), "of_B": (n * B,)}  # fmt: skip
+                  "n_B": (n * B,), "of_B": (n * B,)}
         one = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=sharding)
         return {k: one(shape) for k, shape in shapes.items()}
 
@@ -665,7 +665,7 @@ class Endpoint:
                  timeout_s: float = 120.0, limit: int = 0, cache: str | Path | None = None,
                  key_variable: str = KEY_VARIABLE, sleep: Callable[[float], Any] | None = None,
                  now: Callable[[], float] = time.time,
-                 rng: random.Random | None = None):  # fmt: skip
+                 rng: random.Random | None = None):
         parts = urllib.parse.urlsplit(url)
         if "@" in parts.netloc or parts.query or parts.fragment:  # not repeated: it may hold a key
             raise ValueError(f"the endpoint's address must hold no key: ${key_variable} does")
@@ -711,7 +711,7 @@ class Endpoint:
 
     def ask(self, messages: list[dict], *, max_tokens: int, temperature: float = 0.0,
             schema: dict | None = None, key: str = "",
-            read: Callable[[str], Any] = str) -> Reply:  # fmt: skip
+            read: Callable[[str], Any] = str) -> Reply:
         """The reply to a conversation; raises Unavailable where none can be had.
 
         schema: JSON schema of an object, asked for in words only where the server refuses schemas.
@@ -878,7 +878,7 @@ def read_list(text: str, names: Iterable[str], n: int) -> list[dict]:
     numbers = [str(i) for i in range(1, n + 1)]
     if len(found) != n or by_number.keys() != {*numbers}:
         raise ValueError(f"expected a list of {n} objects with {', '.join(names)}, one for each "
-                         f"response, found {text[:80]!r}")  # fmt: skip
+                         f"response, found {text[:80]!r}")
     return [by_number[number] for number in numbers]
 
 
@@ -927,7 +927,7 @@ class OverHTTP(Judge):
     """
 
     def __init__(self, endpoint: Endpoint, style: str = "grar", missing: float = 0.2,
-                 calls: str = "completion"):  # fmt: skip
+                 calls: str = "completion"):
         super().__init__(style, missing)
         self.endpoint, self.calls = endpoint, calls
         self.waiting: dict[Any, list[tuple[int, str, dict, Future]]] = {}  # by question
@@ -960,7 +960,7 @@ class OverHTTP(Judge):
             reply = self.endpoint.ask(
                 [{"role": "user", "content": text}], max_tokens=1024 + 128 * (n - 1),
                 schema=schema, read=lambda text: verdicts(style, text, items, n),
-            )  # fmt: skip
+            )
             found = [self._done(parts) for parts in reply.value]
         except (Unavailable, ValueError, OSError) as e:  # OSError: of a reply that cannot be kept
             found = [self._done(None, str(e)) for _ in completions]
@@ -1028,7 +1028,7 @@ def injections(config: Command) -> dict[str, list[float]]:
         n_judged = sum(value is not None for value in values)
         values = [value for value in values if value is not None] or [math.nan]
         print(f"{name:24}{np.mean(values):+.3f}  from {min(values):+.3f} to {max(values):+.3f}, "
-              f"{n_judged} judged")  # fmt: skip
+              f"{n_judged} judged")
     if judge.error:
         print(f"not everything could be judged: {judge.error}")
     return found
@@ -1055,16 +1055,16 @@ def speed(config: Command, repeats: int = 3) -> dict[str, float]:
     judge = OnMesh(cfg, params, tok, mesh, config.judge_style, shard=shard)
     prompts = [sum(judge._cut(shared, rest), ()) for shared, rests in
                (digit_prompts(config.judge_style, *case) for case in cases)
-               for rest in rests]  # fmt: skip
+               for rest in rests]
     lengths = [len(ids) for ids in prompts]
     sampler = Sampler(cfg, mesh, slots=-(-len(prompts) // mesh.size), max_prompt=max(lengths),
-                      max_new=config.new_tokens, dtype=dtype)  # fmt: skip
+                      max_new=config.new_tokens, dtype=dtype)
     decode = lambda n: list(sampler.sample(params, prompts, temperature=0, stop=(), max_new=n))
     ways = {"by one prefill": lambda: scores(judge, cases), "decoding a digit": lambda: decode(1),
-            f"decoding {config.new_tokens} tokens": lambda: decode(config.new_tokens)}  # fmt: skip
+            f"decoding {config.new_tokens} tokens": lambda: decode(config.new_tokens)}
     print(f"{len(cases)} verdicts, {len(prompts)} prompts of {np.mean(lengths):.0f} tokens, "
           f"{cfg.n_params:,} random weights in {dtype}, {mesh.size} "
-          f"{mesh.devices.flat[0].device_kind}")  # fmt: skip
+          f"{mesh.devices.flat[0].device_kind}")
     found = {}
     for name, judge_all in ways.items():
         seconds = []

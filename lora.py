@@ -39,14 +39,14 @@ def parse_targets(targets: str) -> list[str]:
     if unknown := [name.removesuffix("_proj") for name in names - LINEARS.keys()]:
         known = ",".join(name.removesuffix("_proj") for name in LINEARS)
         raise ValueError(f"--lora-targets: {unknown[0]!r} matches no matrix, expected some of "
-                         f"{known}")  # fmt: skip
+                         f"{known}")
     if not names:
         raise ValueError("--lora-targets is empty: nothing would be trained")
     return [name for name in LINEARS if name in names]
 
 
 def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",".join(LINEARS),
-         rslora: bool = False) -> dict:  # fmt: skip
+         rslora: bool = False) -> dict:
     """A fresh adapter: A uniform(+-1/sqrt(fan in)) as PEFT's, B zero, so it changes nothing yet."""
     if rank < 1:
         raise ValueError(f"--lora-rank {rank}: an adapter needs a rank of 1 or more")
@@ -102,7 +102,7 @@ def merge(params: dict, adapter: dict, cfg: Config) -> dict:
         inp, out = LINEARS[name].inp, LINEARS[name].out
         delta = jnp.einsum(f"L{inp}R,LR{out},L->L{inp}{out}", adapter["a"][name],
                            adapter["b"][name], adapter["scale"][name],
-                           precision="highest")  # fmt: skip
+                           precision="highest")
         layers[name] = (layers[name].astype(jnp.float32) + delta).astype(layers[name].dtype)
     return params | {"layers": layers}
 
@@ -143,7 +143,7 @@ def _folder(adapter: str) -> Path:
         inputs = [f for pattern in gemma.kaggle_inputs(adapter) for f in glob.glob(pattern)]
         if len(inputs) > 1:
             raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path "
-                             f"of one: {', '.join(sorted(inputs))}")  # fmt: skip
+                             f"of one: {', '.join(sorted(inputs))}")
         folder = Path((inputs or [adapter])[0])
     return folder / "final" if (folder / "final").is_dir() else folder
 
@@ -162,12 +162,12 @@ def start(model: str, weights: str | None, adapter: str | None) -> Start:
             return Start(find(model, weights), folder)
         if not base.exists():
             raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
-                             "is not there; --weights names it where it is now")  # fmt: skip
+                             "is not there; --weights names it where it is now")
         return Start(base, folder)
     if (folder / "config.json").exists():
         return Start(folder, None)
     raise ValueError(f"--adapter {adapter}: expected adapter_config.json (an adapter), config.json "
-                     "(a whole model), or a run folder with final/")  # fmt: skip
+                     "(a whole model), or a run folder with final/")
 
 
 def _trained_base(adapter: Path) -> Path | None:
@@ -182,7 +182,7 @@ def _trained_base(adapter: Path) -> Path | None:
 
 
 def continue_from(path: Path | None, params: dict, cfg: Config, new_rank: int,
-                  targets: list[str]) -> tuple[dict, dict | None, dict | None]:  # fmt: skip
+                  targets: list[str]) -> tuple[dict, dict | None, dict | None]:
     """(parameters, the adapter to go on training, the adapter that was merged instead).
 
     An adapter of another rank or on other matrices is merged into the base; `stack` brings it
@@ -211,7 +211,7 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
     trained = json.loads((folder / "prompt.json").read_text())["system"]
     if system is not None and system != trained:
         raise ValueError(f"--system {system!r}, but {folder} was trained under {trained!r}: "
-                         "leave --system out, or begin without --adapter")  # fmt: skip
+                         "leave --system out, or begin without --adapter")
     return trained
 
 
@@ -219,7 +219,7 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
 
 
 def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: float = 0.0,
-         multimodal: bool = False) -> None:  # fmt: skip
+         multimodal: bool = False) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them, in float32.
 
     base: what to call the base model in the config. multimodal: name the tensors for
@@ -296,7 +296,7 @@ def load(path: str | Path, cfg: Config) -> dict:
     shapes = {n: _shapes(LINEARS[n], cfg, R) for n in names}
     adapter = {"a": {n: np.zeros(a_shape, "f4") for n, (a_shape, _) in shapes.items()},
                "b": {n: np.zeros(b_shape, "f4") for n, (_, b_shape) in shapes.items()},
-               "scale": {n: np.zeros(cfg.num_hidden_layers, "f4") for n in names}}  # fmt: skip
+               "scale": {n: np.zeros(cfg.num_hidden_layers, "f4") for n in names}}
     for name, i in sorted(found, key=lambda at: names.index(at[0])):
         (a_shape, b_shape), pair = shapes[name], found[name, i]
         r = len(pair.get("A", ()))
@@ -304,12 +304,12 @@ def load(path: str | Path, cfg: Config) -> dict:
         its = tuple(pair[k].shape if k in pair else None for k in "AB")
         if its != expected:
             raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {its}, "
-                             f"expected {expected} for this model")  # fmt: skip
+                             f"expected {expected} for this model")
         adapter["a"][name][i, ..., :r] = pair["A"].T.reshape(*a_shape[1:-1], r)
         adapter["b"][name][i, :r] = pair["B"].T.reshape(r, *b_shape[2:])
         # PEFT's rule: the first key that, as a regular expression, matches the end of the name.
         alphas = (value for key, value in (config.get("alpha_pattern") or {}).items()
-                  if re.match(rf"(.*\.)?({key})$", pair["module"]))  # fmt: skip
+                  if re.match(rf"(.*\.)?({key})$", pair["module"]))
         alpha = next(alphas, config.get("lora_alpha", 8))
         adapter["scale"][name][i] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     return jax.tree.map(jnp.asarray, adapter)
@@ -320,7 +320,7 @@ def load(path: str | Path, cfg: Config) -> dict:
 
 def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
          tokenizer: str | None = None,
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:  # fmt: skip
+         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
     """Merges an adapter into its base: a whole Hugging Face model, as vLLM and llama.cpp take it.
 
     Of the larger Gemma 3 it is the text part, without the vision tower.

@@ -45,7 +45,7 @@ CURVES = {  # metric -> (title, unit), in the page's order; what is not here com
     "tokens_per_s": ("Speed", "tokens/s"), "step_s": ("A step", "s"), "rollout_s": ("Rollout", "s"),
     "reward_s": ("Rewards, after it", "s"), "reference_s": ("Reference", "s"),
     "update_s": ("Update", "s"),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def sample(row: dict) -> dict:
     out |= {k: v for k, v in numbers.items() if v is not None}
     parts = lambda key: found.items() if isinstance(found := row.get(key), dict) else ()
     return out | {"rewards": {k: number(v) for k, v in parts("rewards")},
-                  "errors": {k: str(v)[:300] for k, v in parts("errors")}}  # fmt: skip
+                  "errors": {k: str(v)[:300] for k, v in parts("errors")}}
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -152,7 +152,7 @@ def curve(run: Run, name: str) -> list[tuple[int, float | None]]:
     """(step, value) of its kind of step, training or evaluation; None where it has no value."""
     kind = name.startswith("eval_")
     points = [(step, row.get(name)) for step, row in run.steps.items()
-              if any(k.startswith("eval_") == kind for k in row)]  # fmt: skip
+              if any(k.startswith("eval_") == kind for k in row)]
     return points if any(v is not None for _, v in points) else []
 
 
@@ -174,7 +174,7 @@ def rates(run: Run) -> list[tuple]:
     """(label, rate, low, high): the first and last evaluation of a run, or what eval.py found."""
     rows = [(step, row) for step, row in run.steps.items() if row.get("eval_accuracy") is not None]
     out = [(f"step {step}", *(row.get("eval_accuracy" + end) for end in ("", "_low", "_high")))
-           for step, row in rows[:1] + rows[1:][-1:]]  # fmt: skip
+           for step, row in rows[:1] + rows[1:][-1:]]
     found = run.results.get("intervals")
     for name, interval in found.items() if isinstance(found, dict) else ():
         rate = number(run.results.get(name))
@@ -254,7 +254,7 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
         return ""
     limits = {i: [[(s, row.get(name + end)) for s, row in runs[i].steps.items()
                    if row.get(name + end) is not None] for end in ("_low", "_high")]
-              for i in curves}  # fmt: skip
+              for i in curves}
     lines = [*curves.values(), *(line for pair in limits.values() for line in pair)]
     factor = 100 if unit == "%" else 1
     values = [v * factor for line in lines for _, v in line if v is not None]
@@ -268,7 +268,7 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
     for v, text in ticks(low, high):
         at = y(v / factor)
         out.append(f'<path class=grid d="M{LEFT} {at:.1f}H{W - RIGHT}"/><text x={LEFT - 5} '
-                   f"y={at + 3.5:.1f} text-anchor=end>{text}</text>")  # fmt: skip
+                   f"y={at + 3.5:.1f} text-anchor=end>{text}</text>")
     out += [f"<text x={x(s):.1f} y={H - 5} text-anchor=middle>{t}</text>" for s, t in ticks(*span)]
     for i, points in curves.items():
         css, k = f"c{i % N_COLOURS}", -(-len(points) // N_POINTS)
@@ -283,7 +283,7 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
             out.append(f'<path class="{css} line" d="{path(smooth, x, y)}"/>')
         if name.startswith("eval_"):
             out += [f"<circle class={css} cx={x(s):.1f} cy={y(v):.2f} r=2.6 />"
-                    for s, v in raw if v is not None]  # fmt: skip
+                    for s, v in raw if v is not None]
         first, last = (show(v, unit) for v in ends(points, name))
         readout.append(f"<span class={css}>{first} → <b>{last}</b></span>")
     spoken = esc(f"{title}: " + re.sub("<.*?>", "", "; ".join(readout)))
@@ -291,7 +291,7 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
     return (f"<figure><figcaption><h3>{esc(title)} <small>{unit}</small></h3><span class=readout>"
             f'{"".join(readout)}</span></figcaption><svg viewBox="0 0 {W} {H}" data-axes="{axes}" '
             f'role=img aria-label="{spoken}">{"".join(out)}<path class=cursor /></svg></figure>'
-            )  # fmt: skip
+            )
 
 
 def header(runs: list[Run]) -> str:
@@ -307,7 +307,7 @@ def header(runs: list[Run]) -> str:
             about.append(f"{sum(v or 0.0 for _, v in spent) / 60:.1f} minutes of steps")
         about = esc(" · ".join(about))
         items.append(f"<li>{tag(i, run.name)} <small>{about}</small><p class=verdict>"
-                     f'<b class="{css}">{word.capitalize()}:</b> {esc(sentence)}</p>')  # fmt: skip
+                     f'<b class="{css}">{word.capitalize()}:</b> {esc(sentence)}</p>')
     return f"<header><h1>Did it learn?</h1><ul>{''.join(items)}</ul></header>"
 
 
@@ -322,10 +322,10 @@ def forest(runs: list[Run]) -> str:
             rows.append(f"<tr><th>{tag(i, run.name)} {esc(label)}<td class=bar><div class=c"
                         f'{i % N_COLOURS}><s style="left:{low:.2%};width:{high - low:.2%}"></s>'
                         f'<b style="left:{rate:.2%}"></b></div><td class=n>{show(rate, "%")} %'
-                        f"<td class=n><small>{text}</small>")  # fmt: skip
+                        f"<td class=n><small>{text}</small>")
     return ("<h2>Right answers to held-out problems</h2><p><small>With 95 % intervals; from 0 to "
             f"100 %, a line every 10.</small></p><table class=forest>{''.join(rows)}</table>"
-            if rows else "")  # fmt: skip
+            if rows else "")
 
 
 def charts(runs: list[Run]) -> str:
@@ -347,7 +347,7 @@ def charts(runs: list[Run]) -> str:
     more = f"<details><summary>All other metrics</summary><div class=charts>{rest}</div></details>"
     return ("<section><h2>Curves</h2><p><small>Over the steps. Figures of training are means of "
             "the first → last tenth of its steps, bold lines running means.</small></p>"
-            f"{legend}<div class=charts>{shown}</div>{more if rest else ''}</section>")  # fmt: skip
+            f"{legend}<div class=charts>{shown}</div>{more if rest else ''}</section>")
 
 
 def page(runs: list[Run]) -> bytes:
@@ -364,7 +364,7 @@ def page(runs: list[Run]) -> bytes:
     script = SCRIPT.replace("LIMITS", str([LEFT, RIGHT, TOP, BOTTOM]))
     title = esc(", ".join(run.name for run in runs))
     text = (f"<!doctype html><html lang=en><title>{title}</title>{HEAD}<main>{body}</main>"
-            f"<script type=application/json id=data>{data}</script>{script}</html>\n")  # fmt: skip
+            f"<script type=application/json id=data>{data}</script>{script}</html>\n")
     return text.encode(errors="backslashreplace")  # half a surrogate pair: its escape
 
 
@@ -374,7 +374,7 @@ def main(config: Config) -> Path:
     runs = [read_run(folder, 1 / len(folders)) for folder in folders]
     names = [run.name for run in runs]
     runs = [run._replace(name=str(folder)) if names.count(run.name) > 1 else run
-            for run, folder in zip(runs, folders, strict=True)]  # fmt: skip
+            for run, folder in zip(runs, folders, strict=True)]
     out = Path(config.out) if config.out else folders[0] / "report.html"
     temporary = out.with_name(f"tmp-{os.getpid()}-{out.name}")
     try:

@@ -230,7 +230,7 @@ def vote(answer: str | None, kind: str, choices: tuple[str, ...] = ()) -> str | 
 
 
 def correct(guess: str | None, gold: Any, kind: str = "auto",
-            choices: tuple[str, ...] = ()) -> bool:  # fmt: skip
+            choices: tuple[str, ...] = ()) -> bool:
     """Whether a guess is the right answer; `kind` is one of KINDS, "auto" asks kind_of(gold).
 
     Whole numbers must be equal, others to 1e-6 of their size. gold: a text, or what str() or
@@ -591,7 +591,7 @@ def _load(path: str, name: str) -> Reward:
 
 
 def prepare(mix: Mix, traces: Iterable[str], reward_file: str | None = None,
-            judge: Mapping[str, Reward] | None = None) -> dict[str, Reward]:  # fmt: skip
+            judge: Mapping[str, Reward] | None = None) -> dict[str, Reward]:
     """The functions of a mix; TF-IDF is fitted on the reference traces, once, if the mix has it."""
     functions = REWARDS | dict(judge or {})
     if reward_file:

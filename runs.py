@@ -185,7 +185,7 @@ class Budget:
 
     def __init__(self, steps: int | None = None, limit_s: float | None = None,
                  clock: Callable[[], float] = time.monotonic, start: float | None = None,
-                 needs: tuple[str, ...] = ("step", "save")):  # fmt: skip
+                 needs: tuple[str, ...] = ("step", "save")):
         self.steps, self.limit_s, self.clock, self.needs = steps, limit_s, clock, needs
         self.last = clock()
         self.elapsed_s = 0.0 if start is None else max(0.0, self.last - start)
@@ -271,7 +271,7 @@ def _writing(path: Path):
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise SystemExit(f"cannot write {path}: {why}; make room or choose another --out; the "
-                         "checkpoints are intact") from error  # fmt: skip
+                         "checkpoints are intact") from error
 
 
 @contextlib.contextmanager
@@ -286,7 +286,7 @@ def lock(folder: Path):
         except BlockingIOError:
             file.seek(0)
             raise SystemExit(f"{folder} is in use by process {file.read()}: stop that one, or "
-                             "choose another folder with --out") from None  # fmt: skip
+                             "choose another folder with --out") from None
         with _writing(folder):
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -476,7 +476,7 @@ class Run(contextlib.ExitStack):
     def __init__(self, out: str | Path, config: Any, may_change: Iterable[str] = (),
                  budget: Budget | None = None, keep: int = 2, report_to: Iterable[str] = (),
                  show: dict[str, str] | tuple[str, ...] = ("loss", "tokens_per_s"),
-                 every_s: float = 30.0):  # fmt: skip
+                 every_s: float = 30.0):
         super().__init__()  # what is undone at the end, or by a failure below
         self.folder, self.budget = Path(out), budget or Budget()
         self.keep, self.every_s = keep, every_s
@@ -519,16 +519,16 @@ class Run(contextlib.ExitStack):
             old = json.loads(path.read_bytes()) if self.checkpoints() else config
         except (OSError, ValueError) as error:
             raise SystemExit(f"{path} of a run to resume cannot be read: {error}; put it back, or "
-                             "choose another --out") from error  # fmt: skip
+                             "choose another --out") from error
         for field in sorted({*old, *config} - may_change - {"code"}):
             was, now = old.get(field, "absent"), config.get(field, "absent")
             if was != now:
                 raise SystemExit(f"--{field.replace('_', '-')} was {was!r} when {self.folder} was "
                                  f"begun, now it is {now!r}: put it back, or choose another "
-                                 "--out")  # fmt: skip
+                                 "--out")
         code = {"python": platform.python_version(), "jax": jax.__version__,
                 "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(),
-                "n_processes": hosts.count}  # fmt: skip
+                "n_processes": hosts.count}
         write_json(path, config | {"code": code})
 
     def _on_signal(self, number, frame):
@@ -554,7 +554,7 @@ class Run(contextlib.ExitStack):
         """End a run that was told to stop, after its last save, with a line on how to go on."""
         newest = hosts.everyone(max(self.checkpoints(), default=(0, None))[0])[0]
         raise SystemExit(f"stopped by {self.stopping} at step {newest} of {self.folder}: the same "
-                         "command continues from there")  # fmt: skip
+                         "command continues from there")
 
     # -------------------------------- what a step leaves
 
@@ -634,7 +634,7 @@ class Run(contextlib.ExitStack):
 
     def save(self, step: int, arrays: Any, state: dict,
              write_model: Callable[[Path | None], None] = lambda folder: None,
-             score: float | None = None) -> Path:  # fmt: skip
+             score: float | None = None) -> Path:
         """Write checkpoints/step_N, all of it or nothing; log step N before.
 
         `arrays` is any pytree of arrays (an optimizer state too), `state` is JSON, `write_model`

@@ -192,7 +192,7 @@ def _prefill(cfg, buckets, fsdp, params, lora, prompts, shelf):
         x_1UD, kv = gemma.prefill(params, cfg, tokens_1U[:, :U], n[None], lora=lora, fsdp=fsdp)
         # A ring shorter than the shelf's has not wrapped yet.
         new = {"x_XD": lax.dynamic_slice_in_dim(x_1UD[0], n - 1, 1), "n_X": n[None],
-               "k": [k for k, _ in kv], "v": [v for _, v in kv]}  # fmt: skip
+               "k": [k for k, _ in kv], "v": [v for _, v in kv]}
 
         def put(old, row):
             at = (x,) + (0,) * (old.ndim - 1)
@@ -247,7 +247,7 @@ def _admit(shelf, todo, state):
             pos_BS.at[b].set(jnp.maximum(position(pos_BS.shape[1]), -1)) for pos_BS in old["pos"]
         ]
         new = {"job_B5": job_5, "active_B": True, "x_BD": shelf["x_XD"][x], "position_B": n,
-               "n_B": 0, "recent_BE": -1, "run_BE": 0}  # fmt: skip
+               "n_B": 0, "recent_BE": -1, "run_BE": 0}
         new = {k: state[k].at[b].set(v) for k, v in new.items()}
         new["end_W2"] = state["end_W2"].at[job.row].set(0)
         return state | new | {"cache": cache, "next": state["next"] + 1}
@@ -271,7 +271,7 @@ def _feed(cfg, fsdp, params, lora, cache, token_B, position_B, active_B, now):
         x_B1D, kv = gemma.layer(
             cfg, w, lora_l, x_B1D, position_B[:, None], freq_H, active_B[:, None, None],
             past=[(cache["k"][i], cache["v"][i], seen_BS[:, None])], fsdp=fsdp,
-        )  # fmt: skip
+        )
         new.append(kv)
     # XLA on a CPU copies a cache whose write could overtake the last read, so the write waits for
     # x: this minimum is always `now`.
@@ -320,7 +320,7 @@ def _step(cfg, rules, fsdp, params, lora, how, state):
     new["active_B"] = active_B & (stop_B == 0)
     new["x_BD"], new["cache"] = _feed(cfg, fsdp, params, lora, state["cache"], token_B,
                                       state["position_B"], new["active_B"],
-                                      state["steps"][0])  # fmt: skip
+                                      state["steps"][0])
     return state | new
 
 
@@ -445,7 +445,7 @@ class Sampler:
         body = jax.shard_map(
             body, mesh=self.mesh, in_specs=(self.specs, P(), P("data"), P("data")),
             out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh),  # splash attention has none
-        )  # fmt: skip
+        )
         return body(params, lora, prompts, shelf)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
@@ -494,7 +494,7 @@ class Sampler:
                top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, max_new: int | None = None,
                stop: Sequence[int] | None = None, forbidden: Sequence[int] = (),
                vocab_size: int | None = None, repetition: int = 0,
-               stats: dict | None = None) -> Iterator[Rollout]:  # fmt: skip
+               stats: dict | None = None) -> Iterator[Rollout]:
         """n rollouts of each prompt, yielded as they finish: in no order to rely on.
 
         prompts: token ids of each, or a dict from a number to token ids; they start in this order,
@@ -509,7 +509,7 @@ class Sampler:
         max_new = self.max_new if max_new is None else max_new
         self._check(prompts, n, max_new, params["norm"].dtype)
         how = self._how(temperature, top_k, top_p, min_p, stop, forbidden, vocab_size, repetition,
-                        seed, step)  # fmt: skip
+                        seed, step)
         rules = Rules(top_k, top_p < 1, min_p > 0, repetition > 0)
         stats = {} if stats is None else stats
         return self._run(params, lora, prompts, n, max_new, how, rules, stats)
@@ -593,9 +593,9 @@ class Sampler:
         each = lambda values: np.broadcast_to(np.int32(values), D)
         flat = lambda z: z.reshape(-1, *z.shape[2:])
         prompts = {"tokens_X1U": flat(tokens), "n_X": flat(n_new), "place_X": flat(place),
-                   "n": each([len(prompts) for prompts in new])}  # fmt: skip
+                   "n": each([len(prompts) for prompts in new])}
         todo = {"jobs_W5": flat(jobs), "n": each([len(device.given) for device in devices]),
-                "leave_at": each(leave_at)}  # fmt: skip
+                "leave_at": each(leave_at)}
         return prompts, todo
 
     def _collect(self, devices, waiting, state) -> list[Rollout]:
@@ -633,13 +633,13 @@ class Sampler:
         for p, ids in prompts.items():
             if not 1 <= len(ids) <= longest:
                 raise ValueError(f"prompt {p} has {len(ids)} tokens, expected 1 to {longest} "
-                                 f"(max_prompt={self.max_prompt})")  # fmt: skip
+                                 f"(max_prompt={self.max_prompt})")
             if min(ids) < 0 or max(ids) >= self.cfg.vocab_size:
                 raise ValueError(f"prompt {p} has ids from {min(ids)} to {max(ids)}, expected 0 to "
-                                 f"{self.cfg.vocab_size - 1}")  # fmt: skip
+                                 f"{self.cfg.vocab_size - 1}")
 
     def _how(self, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=None, forbidden=(),
-             vocab_size=None, repetition=0, seed=0, step=0) -> dict:  # fmt: skip
+             vocab_size=None, repetition=0, seed=0, step=0) -> dict:
         """The values of one call that are data, not compiled in."""
         V = self.cfg.vocab_size
         for name, value, ok, expected in (
@@ -664,5 +664,5 @@ class Sampler:
         # the shape of the batch): this one gives a key the same numbers everywhere.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
         numbers = {"temperature": np.float32(temperature), "top_p": np.float32(top_p),
-                   "min_p": np.float32(min_p), "repetition": np.int32(repetition)}  # fmt: skip
+                   "min_p": np.float32(min_p), "repetition": np.int32(repetition)}
         return masks | numbers | {"key": key}

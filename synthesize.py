@@ -108,13 +108,13 @@ class Pairs(Sampling):
 
 Config = Traces | Pairs
 REAL = dict(dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, max_prompt=512,
-            max_new=768, slots=64)  # fmt: skip
+            max_new=768, slots=64)
 DEFAULTS = {
     "tiny": dict(dtype="float32", data="problems", rows=200, system="", max_prompt=88,
                  max_new=168, slots=32),
     "gemma2": REAL,
     "gemma3": REAL,
-}  # fmt: skip
+}
 TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
 MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "min_p", "repetition", "slots")
 HTTP_ONLY = ("teacher_model", "rate", "limit", "budget")
@@ -147,7 +147,7 @@ class Teacher(judge.Endpoint):
 
     def __init__(self, url: str, model: str | None = None, *, spent: Path, rate: float = 0.0,
                  price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0,
-                 clock: Callable[[], float] = time.monotonic, **more):  # fmt: skip
+                 clock: Callable[[], float] = time.monotonic, **more):
         super().__init__(url, model, key_variable="TEACHER_API_KEY", **more)
         self.spent, self.price, self.budget, self.clock = spent, price, budget, clock
         self.pause_s, self.next_s = 60 / rate if rate else 0.0, 0.0
@@ -200,7 +200,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
         chat = data.messages(row, config.system)[:-1]  # as a trainer makes it of the question
         try:
             reply = teacher.ask(chat, max_tokens=config.max_new, temperature=config.temperature,
-                                key=f"{config.seed} {sample}")  # fmt: skip
+                                key=f"{config.seed} {sample}")
         except judge.Unavailable as e:
             return {"error": (gone or str(e)).replace("--judge-limit", "--limit")}
         text = reply.text.rpartition("</think>")[2].strip()  # some servers leave it in
@@ -210,7 +210,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
     try:
         futures = {teacher.pool.submit(one, problem, sample): (i, sample)
                    for i, problem in enumerate(problems)
-                   for sample in range(config.samples)}  # fmt: skip
+                   for sample in range(config.samples)}
         every_s = evaluation.EVERY_S
         for future in tqdm(as_completed(futures), "replies", len(futures), mininterval=every_s):
             row = rows[futures[future]] = future.result()
@@ -266,14 +266,14 @@ def triples(text: str) -> set[tuple[str, ...]]:
 
 
 def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
-           config: Traces) -> tuple[list[dict], list[dict]]:  # fmt: skip
+           config: Traces) -> tuple[list[dict], list[dict]]:
     """(rows for SFT, rejects): every completion is in one of them, in order."""
     kept, rejects, seen = [], [], {}  # seen: question -> (triples, name) of each of its traces
 
     def reject(row, reason, detail):
         problem, text = problems[row["problem"]], row.get("completion")
         rejects.append({"reason": reason, "detail": detail, "id": problem.id, **row,
-                        "question": problem.question, "completion": text})  # fmt: skip
+                        "question": problem.question, "completion": text})
 
     for row in rows:
         problem = problems[row["problem"]]
@@ -355,11 +355,11 @@ def choose(group: list[dict], margin: float) -> list[tuple[dict, dict]]:
 
 
 def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
-          config: Pairs) -> tuple[list[dict], list[dict]]:  # fmt: skip
+          config: Pairs) -> tuple[list[dict], list[dict]]:
     """(pairs for train_simpo.py, rejects): every prompt is in one of them, in order."""
     texts = [reference_of(problem) for problem in problems] if config.reference else []
     rows = rows + [{"problem": i, "sample": -1, "completion": text, "stop": "stop"}
-                   for i, text in enumerate(texts) if text]  # fmt: skip
+                   for i, text in enumerate(texts) if text]
     groups, out, rejects = {}, [], []
     scored = evaluation.score(problems, rows, tok, config)
     for row, s in zip(rows, scored, strict=True):
@@ -381,7 +381,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
             for name, row in zip(("chosen", "rejected"), pair, strict=True):
                 line |= {name: row["completion"], f"{name}_reward": row["reward"],
                          f"{name}_rewards": row["parts"],
-                         f"{name}_sample": row["sample"]}  # fmt: skip
+                         f"{name}_sample": row["sample"]}
             out.append(line)
     return out, rejects
 
@@ -411,7 +411,7 @@ def main(config: Config) -> Path:
                 config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
                 rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
                 threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
-            )  # fmt: skip
+            )
             with runs._writing(out):  # of a reply that could not be kept; all else is a reject
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")

@@ -195,7 +195,7 @@ def notebook(script: str, config: Any, files: dict[str, str], flags: list[str]) 
         },
         "nbformat": 4,
         "nbformat_minor": 5,
-    }, indent=1, ensure_ascii=False)  # fmt: skip
+    }, indent=1, ensure_ascii=False)
 
 
 # --------------------------------------------------------------------------------------- one file
@@ -248,7 +248,7 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
         elif name != script:
             siblings.append(f"FILES[{name!r}] = {quoted}\n")
     head = HEAD.format(install=textwrap.indent(install(), "    "), files="\n".join(siblings),
-                       module=script.removesuffix(".py"), others="\n".join(others))  # fmt: skip
+                       module=script.removesuffix(".py"), others="\n".join(others))
     flags = f"\n\n\nCONFIG = {call(config)}\n"
     return "\n".join(lines[:end]) + head + code.strip() + flags + main + tail
 

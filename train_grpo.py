@@ -239,7 +239,7 @@ REAL = dict(
     prompts=32, max_prompt=512, max_new=768, slots=32, kl_coef=0.02, is_cap=2.0, lora_rank=64,
     steps=500, pack_length=2048, micro_rows=1, learning_rate=1e-5, remat="auto",
     eval_every=50, eval_rows=256, save_every=25,
-)  # fmt: skip
+)
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", rows=5000, system="", rewards="format:0.1,answer:1",
@@ -251,9 +251,9 @@ DEFAULTS = {
     "gemma3": REAL,
     "gemma2-9b": REAL | dict(lora_rank=32, slots=8),
     "gemma3-12b": REAL | dict(lora_rank=32, slots=8),
-}  # fmt: skip
+}
 MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every", "show",
-              "show_every", "reward_threads")  # fmt: skip
+              "show_every", "reward_threads")
 LABELS = {  # metrics on the line of a step; their names are those of TRL where it has one
     "reward": "reward", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
     "completions/clipped_ratio": "cut", "frac_reward_zero_std": "flat", "kl": "kl",
@@ -261,7 +261,7 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
     "sampling/sampling_logp_difference/mean": "drift",
     "sampling/sampling_logp_difference/p99": "p99", "tokens_per_s": "tok/s",
     "rollout_s": "rollout", "reward_s": "+reward", "update_s": "+update", "step_s": "=s",
-}  # fmt: skip
+}
 
 
 def resolve(config: Config) -> Config:
@@ -277,7 +277,7 @@ def resolve(config: Config) -> Config:
         ("pack-length", config.pack_length, config.pack_length >= longest,
          f"--max-prompt + --max-new = {longest} or more"),
         ("inner-epochs", config.inner_epochs, config.inner_epochs > 0, "1 or more"),
-    ):  # fmt: skip
+    ):
         if not ok:
             raise ValueError(f"--{flag} {value}: expected {expected}")
     rewards.read_mix(config.rewards, config.reward_file)  # a mistake is better said now
@@ -315,7 +315,7 @@ class Prompts:
                 start, low, high = float(start), float(low), float(high or low)
             except ValueError:
                 raise ValueError(f"--curriculum {part!r}: expected ordered, or a share of the run "
-                                 "and difficulties, as 0.3:1-2") from None  # fmt: skip
+                                 "and difficulties, as 0.3:1-2") from None
             rows = [i for i, d in enumerate(difficulty) if low <= d <= high]
             if not rows:
                 raise ValueError(f"--curriculum {part}: no problem has such a difficulty")
@@ -360,11 +360,11 @@ class Sample:
             "reward": self.scored.total, "advantage": self.advantage,
             "rewards": self.scored.parts, "errors": self.scored.errors, "group": self.group,
             "n_tokens": len(self.rollout.ids), "stop": self.rollout.stop,
-        }  # fmt: skip
+        }
 
 
 def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | None = None,
-               weights_C: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+               weights_C: np.ndarray | None = None) -> np.ndarray:
     """Advantages [Q, G] of rewards; NaN in: missing, 0 out and in nobody's mean.
 
     parts_QGC, weights_C: the components, for --per-reward. Standard deviations have ddof 1, as
@@ -455,7 +455,7 @@ def rows_of(prompts: list[int], completions: list[list[int]], size: int) -> list
 
 
 def pack(samples: list[Sample], weights: list[float], config: Config,
-         n_devices: int) -> tuple[dict, int, list]:  # fmt: skip
+         n_devices: int) -> tuple[dict, int, list]:
     """(arrays [micro-batches at most, rows, pack_length], micro-batches used, where they lie).
 
     A completion lies at (its index, flat row, slice). What has no gradient is left out.
@@ -484,7 +484,7 @@ def pack(samples: list[Sample], weights: list[float], config: Config,
             nonlocal at, segment
             span, segment = slice(at, at + len(ids)), segment + 1
             values |= {"tokens": ids, "segments": segment,
-                       "positions": np.arange(first, first + len(ids))}  # fmt: skip
+                       "positions": np.arange(first, first + len(ids))}
             for k, v in values.items():
                 batch[k][r, span] = v
             at = span.stop
@@ -498,7 +498,7 @@ def pack(samples: list[Sample], weights: list[float], config: Config,
                 span = put(
                     s.rollout.ids, len(prompts[q]), parents=parent, mask=1.0, weight=weights[i],
                     advantage=s.advantage, sampler=s.rollout.logps,
-                )  # fmt: skip
+                )
                 batch["source"][r, span] = np.arange(span.start - 1, span.stop - 1)
                 batch["source"][r, span.start] = prompt.stop - 1
                 spans.append((i, r, span))
@@ -537,7 +537,7 @@ def policy_loss(logp_BT, b: dict, config: Config):
     if config.is_cap:
         loss_BT *= jnp.minimum(jnp.exp(mask_BT * (old_BT - b["sampler"])), config.is_cap)
     metrics = {"clip_ratio/low_mean": too_low_BT, "clip_ratio/high_mean": too_high_BT,
-               "clip_ratio/region_mean": too_low_BT | too_high_BT}  # fmt: skip
+               "clip_ratio/region_mean": too_low_BT | too_high_BT}
     if config.kl_coef:
         d_BT = mask_BT * (b["ref"] - logp_BT)
         k3_BT = jnp.exp(d_BT) - d_BT - 1
@@ -551,13 +551,13 @@ def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp
     """Log-probs and entropies [B, T] of the completion tokens of B packed rows; 0 elsewhere."""
     params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
     x_BTD = gemma.hidden(params, cfg, b["tokens"], b["positions"], b["segments"], b["parents"],
-                         lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
+                         lora=adapter, remat=config.remat, fsdp=fsdp)
     # A completion's first token is predicted by its prompt's last, wherever in the row that lies.
     x_BTD = jnp.take_along_axis(x_BTD, b["source"][:, :, None], axis=1)
     return gemma.token_logps(
         x_BTD, gemma.head(params, cfg, fsdp), b["tokens"], temperature=config.temperature,
         softcap=cfg.final_logit_softcapping, wanted_BT=b["mask"],
-    )  # fmt: skip
+    )
 
 
 def loss(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
@@ -620,7 +620,7 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
         in_specs=(specs, fixed, rows, P(), P()), out_specs=(specs, P(), rows), check_vma=check_vma,
-    )  # fmt: skip
+    )
 
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
@@ -642,7 +642,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     reference = jax.jit(jax.shard_map(
         partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
         in_specs=(specs, fixed, rows, P()), out_specs=rows, check_vma=check_vma,
-    ))  # fmt: skip
+    ))
     return train_step, reference
 
 
@@ -662,7 +662,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
                                 jnp.int32 if k in INTS else jnp.float32,
                                 sharding=NamedSharding(mesh, P(None, "data")))
         for k in INTS + FLOATS
-    }  # fmt: skip
+    }
     n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
     out = make_sampler(cfg, config, mesh).programs(base, adapter)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
@@ -677,11 +677,11 @@ def programs(config: Config, mesh: Mesh) -> dict:
 def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
                    max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                   shard=train_sft.samples_sharded(cfg, config, mesh))  # fmt: skip
+                   shard=train_sft.samples_sharded(cfg, config, mesh))
 
 
 def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards.Mix,
-          functions: dict) -> Sample:  # fmt: skip
+          functions: dict) -> Sample:
     """One completion and its score; runs in a thread while the devices write others."""
     _, right, strict = check(problem, text)
     scored = rewards.score(mix, functions, text, row)
@@ -695,7 +695,7 @@ def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config)
     totals_QG = np.array([[nan(s.scored.total) for s in g] for g in groups], float)
     # what does not apply to a row is no part of its sum
     parts_QGC = np.array([[[nan(s.scored.parts.get(n, 0.0)) for n in names] for s in g]
-                          for g in groups], float)  # fmt: skip
+                          for g in groups], float)
     parts_QGC[np.isnan(totals_QG)] = np.nan
     a_QG = advantages(totals_QG, config, parts_QGC, np.array([mix.weights[n] for n in names]))
     for group, a_G in zip(groups, a_QG, strict=True):
@@ -705,7 +705,7 @@ def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config)
 
 
 def collect(play: Callable, prompts: Prompts, drawn: int, p: float, mix: rewards.Mix,
-            config: Config) -> tuple[list, list, dict]:  # fmt: skip
+            config: Config) -> tuple[list, list, dict]:
     """(groups to learn from, all groups, seconds) of one step; `drawn` problems were taken before.
 
     play(numbers of problems, first) -> (groups, rollout_s, reward_s). With --resample, groups
@@ -758,7 +758,7 @@ def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
     for name in mix.weights:
         parts = [s.scored.parts[name] for s in samples if name in s.scored.parts]
         out |= {f"rewards/{name}/mean": mean(parts), f"rewards/{name}/std": mean(parts, spread),
-                f"rewards/{name}/missing": mean(part is None for part in parts)}  # fmt: skip
+                f"rewards/{name}/missing": mean(part is None for part in parts)}
     return {k: float(v) for k, v in out.items() if v is not None}
 
 
@@ -770,7 +770,7 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
     d = np.concatenate(differences)
     name = "sampling/sampling_logp_difference/"
     return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
-            name + "max": float(d.max())}  # fmt: skip
+            name + "max": float(d.max())}
 
 
 def show(samples: list[Sample]) -> None:
@@ -780,7 +780,7 @@ def show(samples: list[Sample]) -> None:
         parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
         runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
                  f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
-                 f"{s.rollout.stop}")  # fmt: skip
+                 f"{s.rollout.stop}")
         for name, error in s.scored.errors.items():
             runs.say(f"  {name}: {error}")
 
@@ -799,7 +799,7 @@ def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
         return problems, read(config.eval_data or built_in, config.eval_rows)
     if len(problems) == 1:
         raise ValueError(f"--data {config.data}: one problem is too few to hold some out; "
-                         "--eval-data names other held-out ones")  # fmt: skip
+                         "--eval-data names other held-out ones")
     order = np.random.default_rng((config.seed, 1)).permutation(len(problems))
     n = len(problems) // 50 + 1
     n = min(n, config.eval_rows or n)
@@ -820,7 +820,7 @@ def main(config: Config) -> Path | dict:
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     if config.group == 2 and config.scale == "group":
         runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
-                 "apart the rewards are; --scale none keeps that")  # fmt: skip
+                 "apart the rewards are; --scale none keeps that")
     mesh = gemma.all_devices()
 
     # load
@@ -850,7 +850,7 @@ def main(config: Config) -> Path | dict:
             lora=adapter, seed=config.seed, step=step, temperature=config.temperature,
             top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, stop=tok.stop_ids,
             forbidden=tok.forbidden_ids, vocab_size=tok.vocab_size, repetition=config.repetition,
-        )  # fmt: skip
+        )
         for r in rollouts:
             problem, text = problems[chosen[r.prompt - first]], tok.decode(r.ids)
             row = row_of(problem, len(r.ids), r.stop, config.max_new, config.overlong_buffer, p)
@@ -904,11 +904,11 @@ def main(config: Config) -> Path | dict:
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
-                         needs=("step", "save", "eval"))  # fmt: skip
+                         needs=("step", "save", "eval"))
     report_to = [name for name in config.report_to.split(",") if name]
     closing = contextlib.closing(judge) if judge else contextlib.nullcontext()
     with pool, closing, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to,
-                                 LABELS, every_s=0.0) as run:  # fmt: skip
+                                 LABELS, every_s=0.0) as run:
         saved = run.restore({"trained": trained, "opt": opt})
         step, state = 0, {"drawn": 0, "num_tokens": 0}
         if saved is not None:
@@ -929,19 +929,19 @@ def main(config: Config) -> Path | dict:
             everything = [s for group in seen for s in group]
             if step == first_step and all(s.scored.total is None for s in everything):
                 raise SystemExit("no completion of the first step could be scored: "
-                                 f"{everything[0].scored.errors}")  # fmt: skip
+                                 f"{everything[0].scored.errors}")
             # the share of the run at the end of this step, so that the first step moves
             p_end = min(1.0, p + (1 / config.steps if config.steps else 0.0))
             lr = train_sft.schedule(p_end, config)
             metrics, batch = update([s for group in groups for s in group], lr)
             n_tokens = sum(len(s.rollout.ids) + len(s.problem.prompt) for s in everything)
             state = {"drawn": state["drawn"] + len(seen),
-                     "num_tokens": state["num_tokens"] + n_tokens}  # fmt: skip
+                     "num_tokens": state["num_tokens"] + n_tokens}
             step, step_s = step + 1, time.perf_counter() - began
             metrics = summarize(seen, mix) | metrics | times | {
                 "learning_rate": lr, "p": p, "num_tokens": state["num_tokens"], "step_s": step_s,
                 "tokens_per_s": n_tokens / step_s,
-            }  # fmt: skip
+            }
             metrics |= judges.total(hosts.everyone(judge.stats())) if judge else {}
             run.check_finite(step, metrics, batch)
             run.log(step, metrics)

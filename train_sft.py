@@ -163,7 +163,7 @@ REAL = dict(
     dtype="bfloat16", data="gsm8k", system=data.SYSTEM, max_length=1024, lora_rank=16, steps=500,
     batch_rows=32, micro_rows=2, learning_rate=2e-4, remat="auto", eval_every=100,
     save_every=100, max_new=512,
-)  # fmt: skip
+)
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", system="", max_length=256, lora_rank=16, steps=200,
@@ -172,7 +172,7 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
-}  # fmt: skip
+}
 MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every")
 
 
@@ -185,7 +185,7 @@ def resolve(config: Config) -> Config:
         config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
     if config.from_scratch and config.lora_rank:
         raise ValueError(f"--lora-rank {config.lora_rank}: random weights are trained whole, not "
-                         "with --from-scratch and an adapter")  # fmt: skip
+                         "with --from-scratch and an adapter")
     return config
 
 
@@ -201,7 +201,7 @@ def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: st
     if adapter is not None:
         adapter = lora.with_dropout(adapter, config.lora_dropout, key)
     x_BTD = gemma.hidden(params, cfg, batch["tokens"], batch["positions"], batch["segments"],
-                         lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
+                         lora=adapter, remat=config.remat, fsdp=fsdp)
     head_VD = gemma.head(params, cfg, fsdp)
     # prompt [p p p] completion [c c] -> position 2 predicts the first c, position 3 the second
     logp_BT, _ = gemma.token_logps(
@@ -289,7 +289,7 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
         in_specs=(specs, fixed, P(None, "data"), P()), out_specs=(specs, P()), check_vma=check_vma,
-    )  # fmt: skip
+    )
 
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
@@ -315,7 +315,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     eval_step = jax.jit(jax.shard_map(
         eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
         check_vma=check_vma,
-    ))  # fmt: skip
+    ))
     return train_step, eval_step
 
 
@@ -355,7 +355,7 @@ def step_programs(config: Config, mesh: Mesh, steps: tuple, state: tuple) -> dic
         k: jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32,
                                 sharding=NamedSharding(mesh, P(*(None for _ in lead), "data")))
         for k in ("tokens", "mask", "segments", "positions")
-    }  # fmt: skip
+    }
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return {
@@ -413,7 +413,7 @@ def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
 def new_adapter(cfg: gemma.Config, config: Config) -> dict:
     key = jax.random.key(config.seed)
     return lora.init(cfg, key, config.lora_rank, config.lora_alpha, config.lora_targets,
-                     config.rslora)  # fmt: skip
+                     config.rslora)
 
 
 def opt_specs(tx, trained, specs):
@@ -421,7 +421,7 @@ def opt_specs(tx, trained, specs):
     return optax.tree_map_params(
         tx, lambda _, s: s, jax.eval_shape(tx.init, trained), specs,
         transform_non_params=lambda _: P(),
-    )  # fmt: skip
+    )
 
 
 def init_opt(config: Config, trained: dict, mesh: Mesh, specs: dict):
@@ -509,14 +509,14 @@ def write_model(folder: Path | None, config: Config, model: Model, trained: dict
 
 
 def load_data(config: Config, tok: data.Tokenizer,
-              read=data.read_example) -> tuple[data.Packed, list]:  # fmt: skip
+              read=data.read_example) -> tuple[data.Packed, list]:
     """The training batches and the held-out examples; says what was read and left out."""
 
     def load(sources):
         sets = []
         for source in filter(None, (s.strip() for s in sources.split(","))):
             examples, bad = data.load_examples(source, tok, config.max_length, config.system,
-                                               config.skip_bad_rows, read)  # fmt: skip
+                                               config.skip_bad_rows, read)
             left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
             runs.say(f"data: {len(examples):,} rows of {source}{left_out}")
             sets.append(examples)
@@ -551,7 +551,7 @@ def hold_out(sets: list[list], config: Config) -> tuple[list[list], list]:
     sets = [[row for row in rows if prompt(row) not in out] for rows in sets]
     if not all(sets):
         raise ValueError(f"--data {config.data}: {len(prompts)} prompts are too few to hold "
-                         "some out; --eval-data names other held-out rows")  # fmt: skip
+                         "some out; --eval-data names other held-out rows")
     return sets, held_out
 
 
@@ -569,7 +569,7 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
 
 
 def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Packed,
-        held_out: list, show: tuple[str, ...] = ("loss", "tokens_per_s")) -> Path:  # fmt: skip
+        held_out: list, show: tuple[str, ...] = ("loss", "tokens_per_s")) -> Path:
     """Trains until --steps or --time-limit, with evaluations and checkpoints, and writes final/.
 
     steps: (train_step, eval_step) of this script or of train_simpo.py. show: metrics of the line.
@@ -586,7 +586,7 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
     longest = max((len(p.prompt) for p in problems), default=1)
     sampler = Sampler(model.cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
                       max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                      shard=samples_sharded(model.cfg, config, mesh))  # fmt: skip
+                      shard=samples_sharded(model.cfg, config, mesh))
 
     def measure(run, step) -> float:
         """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
@@ -603,7 +603,7 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
-                for row in rows[: config.show]]  # fmt: skip
+                for row in rows[: config.show]]
         run.log_samples(step, keep)
         for row in keep:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
@@ -614,7 +614,7 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
 
     # loop
     budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
-                         needs=("step", "save", "eval"))  # fmt: skip
+                         needs=("step", "save", "eval"))
     report_to = [name for name in config.report_to.split(",") if name]
     with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, show) as run:
         saved = run.restore({"trained": trained, "opt": opt})
@@ -651,7 +651,7 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
             trained, opt, metrics = train_step(
                 trained, opt, fixed, place(micro, mesh, P(None, "data")), np.float32(lr),
                 jax.random.fold_in(key, step),
-            )  # fmt: skip
+            )
             log_pending()  # of the step before: the device is busy with this one meanwhile
             step += 1
             pending = step, metrics, {"lr": lr, "p": p}, batch

@@ -176,7 +176,7 @@ class Config:
 REAL = dict(
     dtype="bfloat16", system=data.SYSTEM, max_length=2048, lora_rank=16, steps=200, batch_rows=64,
     micro_rows=1, learning_rate=1e-6, remat="auto", eval_every=50, save_every=50, max_new=512,
-)  # fmt: skip
+)
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", system="", max_length=512, lora_rank=16, steps=60, batch_rows=8,
@@ -184,7 +184,7 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
-}  # fmt: skip
+}
 KNOBS = {  # the fields that each loss reads, with their defaults
     "simpo": dict(beta=2.0, gamma_ratio=0.5, label_smoothing=0.0),
     "dpo": dict(beta=0.1, label_smoothing=0.0),
@@ -199,7 +199,7 @@ def resolve(config: Config) -> Config:
     for name in sorted({k for some in KNOBS.values() for k in some} - set(knobs)):
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
-                             f"{', '.join(knobs)}".replace("_", "-"))  # fmt: skip
+                             f"{', '.join(knobs)}".replace("_", "-"))
     config = fill(config, {name: table | knobs for name, table in DEFAULTS.items()})
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
@@ -251,7 +251,7 @@ def preference(logp_BQG, n_BQG, ref_BQG, config: Config):
 
     margin_BQ = gap(reward_BQG)
     of_each = (margin_BQ > 0, margin_BQ, mean_BQG[..., 0], mean_BQG[..., 1], n_BQG[..., 0],
-               n_BQG[..., 1])  # fmt: skip
+               n_BQG[..., 1])
     total = lambda x_BQ: jnp.sum(jnp.where(real_BQ, x_BQ, 0.0))
     metrics = dict(zip(METRICS, map(total, of_each), strict=True))
     return total(loss_BQ), jnp.sum(real_BQ, dtype=jnp.float32), metrics
@@ -279,12 +279,12 @@ def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: st
 
     def read(params, adapter):
         x_BTD = gemma.hidden(params, cfg, batch["tokens"], batch["positions"], batch["segments"],
-                             lora=adapter, remat=config.remat, fsdp=fsdp)  # fmt: skip
+                             lora=adapter, remat=config.remat, fsdp=fsdp)
         # prompt [p p p] completion [c c] -> position 2 predicts the first c, position 3 the second
         logp_BT, _ = gemma.token_logps(
             x_BTD[:, :-1], gemma.head(params, cfg, fsdp), batch["tokens"][:, 1:],
             softcap=cfg.final_logit_softcapping,
-        )  # fmt: skip
+        )
         return pair_sums(jnp.where(mask_BT > 0, logp_BT, 0.0), segments_BT)
 
     params, adapter = join(trained, fixed, dtype)
@@ -350,7 +350,7 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
         in_specs=(specs, fixed, P(None, "data"), P()), out_specs=(specs, P()), check_vma=check_vma,
-    )  # fmt: skip
+    )
 
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
@@ -378,7 +378,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     eval_step = jax.jit(jax.shard_map(
         eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
         check_vma=check_vma,
-    ))  # fmt: skip
+    ))
     return train_step, eval_step
 
 
@@ -410,7 +410,7 @@ def main(config: Config) -> Path | dict:
     config = resolve(config)
     if not config.data:
         raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
-                         '"4", "rejected": "5"} lines')  # fmt: skip
+                         '"4", "rejected": "5"} lines')
     hosts.connect(config)
     runs.compilation_cache()
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))

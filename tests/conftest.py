@@ -62,7 +62,7 @@ def small(tmp_path_factory):
     cfg = gemma.Config(
         "gemma3_text", tok.vocab_size, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
         max_position_embeddings=64, eos_token_id=tok.stop_ids,
-    )  # fmt: skip
+    )
     gemma.save(folder, cfg, gemma.init(cfg, jax.random.key(0)))
     tok.save(folder)
     rows = [json.dumps(data.word_problem("train", i)) for i in range(40)]

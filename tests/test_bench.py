@@ -12,7 +12,7 @@ def test_both_phases_give_their_figures(small, capsys):
         weights=str(small), dtype="float32", remat="none", rows=8, length=32, micro_rows=1,
         prompts=4, group=2, prompt_length=8, new_tokens=12, slots=2, repeats=1, lora_rank=4,
         json=True,
-    )  # fmt: skip
+    )
     out = bench.main(config)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed.keys() == out.keys() and printed["grpo_step_s"] == out["grpo_step_s"]
@@ -28,7 +28,7 @@ def test_lengths_have_a_long_tail_where_asked(small):
         weights=str(small), dtype="float32", remat="none", phases="grpo", prompts=8, group=4,
         prompt_length=8, new_tokens=40, mean_length=8, slots=2, repeats=1, lora_rank=4, kl_coef=0.0,
         micro_rows=1,
-    )  # fmt: skip
+    )
     out = bench.main(config)
     assert 3 < out["mean_length"] < 20 and "sft_step_s" not in out
     with pytest.raises(ValueError, match="--phases speed"):

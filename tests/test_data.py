@@ -166,7 +166,7 @@ BAD_PAIRS = [
     ({"prompt": "Q", "chosen": [{"role": "assistant"}], "rejected": "b"}, "chosen"),
     ({"prompt": "Q", "chosen": 4, "rejected": "b"}, "'chosen'"),
     ({"prompt": "Q", "chosen": "12345 " * 16, "rejected": "12345 " * 15}, "more than --max-length"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("bad,why", BAD_PAIRS)

@@ -20,7 +20,7 @@ from sampler import Rollout
 TINY = gemma.Config(
     "gemma3_text", 768, 32, 48, 2, 4, 2, 16, 16, 16, (False, True), 1e4, 1e6,
     max_position_embeddings=256, eos_token_id=(1, 11),
-)  # fmt: skip
+)
 TOK = data.Tokenizer(ROOT / "tiny")
 
 
@@ -63,7 +63,7 @@ def test_bootstrap_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(2).random(300) ** 3  # skewed
     ci = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile",
-                         random_state=1).confidence_interval  # fmt: skip
+                         random_state=1).confidence_interval
     np.testing.assert_allclose(evaluation.bootstrap(values), (ci.low, ci.high), atol=4e-3)
 
 
@@ -206,7 +206,7 @@ def test_every_metric_by_hand():
     results, rows = evaluation.evaluate(PARROT, None, TOK, PROBLEMS, samples=4, every_s=None)
     assert [(r["problem"], r["mode"], r["sample"]) for r in rows[:6]] == [
         (0, "greedy", 0), *((0, "sampled", i) for i in range(4)), (1, "greedy", 0)
-    ]  # fmt: skip
+    ]
     expected = {
         "n": 4, "n_graded": 3, "pass@1": 2 / 3, "pass@1_tags": 1 / 3, "format": 3 / 4,
         "pass@1_sampled": (3 + 2 + 2) / 12, "pass@1_sampled_tags": (2 + 2 + 0) / 12,
@@ -215,7 +215,7 @@ def test_every_metric_by_hand():
         "format_sampled": 7 / 16, "stop_stop": 1.0, "stop_length": 0.0,
         "stop_length_sampled": 2 / 16, "stop_repetition": 0.0,
         "length": np.mean([r["n_tokens"] for r in rows if r["mode"] == "greedy"]),
-    }  # fmt: skip
+    }
     assert {k: results[k] for k in expected} == pytest.approx(expected)
     assert results["intervals"]["pass@1"] == evaluation.wilson(2, 3)
     low, high = results["intervals"]["pass@2"]
@@ -254,7 +254,7 @@ def test_scores_are_means_of_what_was_scored():
     expected = {"reward_a_sampled": np.mean(a), "reward_b_sampled": np.mean(b),
                 "reward_sampled": np.mean([x + y for x, y in zip(a, [*right, 0], strict=True)]),
                 "missing_sampled": 2 / 16, "missing": 0.0, "reward_a": 0.0,
-                "reward": (1 + 1 + 0 + 0) / 4}  # fmt: skip
+                "reward": (1 + 1 + 0 + 0) / 4}
     assert {k: results[k] for k in expected} == pytest.approx(expected)
     poems = results["domains"]["poems"]
     assert poems["reward_sampled"] == 1.5 and "reward_b" not in poems
@@ -280,7 +280,7 @@ def test_a_comparison_pairs_the_problems_both_have():
     _, ours = evaluation.evaluate(better, None, TOK, PROBLEMS, every_s=None)
     # the other run saw the problems in another order, one of them not at all, and sampled too
     shuffled = Parrot([PARROT.texts[0.0][i] for i in (2, 0, 3)],
-                      [PARROT.texts[1.0][i] for i in (2, 0, 3)])  # fmt: skip
+                      [PARROT.texts[1.0][i] for i in (2, 0, 3)])
     problems = [PROBLEMS[i] for i in (2, 0, 3)]
     _, theirs = evaluation.evaluate(shuffled, None, TOK, problems, samples=4, every_s=None)
     pairs = evaluation.compare(ours, theirs)
@@ -329,7 +329,7 @@ def config(folder, tmp_path):
     return evaluation.Config(
         weights=str(folder / "base"), data=str(folder / "rows.jsonl"), out=str(tmp_path / "out"),
         samples=2, max_new=8, max_prompt=128, slots=1, top_k=40,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.smoke

@@ -39,7 +39,7 @@ import train_simpo
 TRAINERS = ("train_sft", "train_simpo", "train_grpo")
 SCRIPTS = (*TRAINERS, "eval", "synthesize")
 MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
-          "eval": evaluation, "synthesize": synthesize}  # fmt: skip
+          "eval": evaluation, "synthesize": synthesize}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 every_trainer = pytest.mark.parametrize("name", TRAINERS)
 
@@ -49,7 +49,7 @@ def configs(folder: Path) -> dict:
     rows, start = str(folder / "rows.jsonl"), dict(weights=str(folder), system="Add.")
     start["adapter"] = str(folder / "adapter")
     run = dict(lora_rank=4, steps=4, save_every=1, eval_every=2, micro_rows=1, show=1, keep=9,
-               max_new=8)  # fmt: skip
+               max_new=8)
     rollouts = dict(max_prompt=32, max_new=8, slots=1, data=rows)
     return {
         "train_sft": train_sft.Config(**start, **run, data=rows, batch_rows=8, max_length=64,
@@ -62,7 +62,7 @@ def configs(folder: Path) -> dict:
         "eval": evaluation.Config(**start, **rollouts, samples=2, rows=8),
         "synthesize": synthesize.Pairs(**start, **rollouts, samples=3, rows=8, margin=0.01,
                                        rewards="language:1,repetition:1"),
-    }  # fmt: skip
+    }
 
 
 @dataclasses.dataclass
@@ -130,9 +130,9 @@ def world(small, tmp_path_factory):
     for file in small.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     rows = [{"question": f"{i} + 1?", "reasoning": f"{i} and 1.", "answer": str(i + 1)}
-            for i in range(40)]  # fmt: skip
+            for i in range(40)]
     pairs = [{"prompt": r["question"], "chosen": f"It is {r['answer']}.", "rejected": "No idea."}
-             for r in rows]  # fmt: skip
+             for r in rows]
     for name, lines in (("rows", rows), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     cfg, params = gemma.load(folder)
@@ -296,7 +296,7 @@ def test_out_of_memory_of_a_real_device(world, tmp_path):
     """What XLA itself says when an allocation fails, in a process that may have 6 GB."""
     command = [sys.executable, str(ROOT / "eval.py"), "--weights", str(world.folder), "--rows", "2",
                "--data", str(world.folder / "rows.jsonl"), "--out", str(tmp_path), "--slots",
-               "9000000"]  # fmt: skip
+               "9000000"]
     command = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "bash", *command]
     env = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
@@ -452,7 +452,7 @@ def test_judge_down_from_the_start(world, tmp_path, monkeypatch):
     with serving(None) as server:
         change, port = dict(judge=server.url, rewards="judge:1"), server.http.server_port
     world.ends("train_grpo", tmp_path, "no completion of the first step could be scored",
-               "ConnectionRefused", **change)  # fmt: skip
+               "ConnectionRefused", **change)
     with serving(lambda n, body: {"content": '{"score": 3}'}, port):
         world.run("train_grpo", tmp_path, **change)
 
@@ -473,11 +473,11 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(judge, "ENOUGH", 4)
     monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, tries=2,
-                                                             sleep=lambda s: None))  # fmt: skip
+                                                             sleep=lambda s: None))
     with serving(answer) as server:
         change = dict(judge=server.url, rewards="judge:1", judge_threads=1)
         line = world.ends(name, tmp_path, "judgements could not be had", "--judge-missing",
-                          **change)  # fmt: skip
+                          **change)
         assert "Remote" in line
         up[0] = 10**6
         world.run(name, tmp_path, **change)
@@ -506,7 +506,7 @@ def test_teacher_down(world, tmp_path, monkeypatch, capsys):
     with serving(answer) as server:
         rows = world.folder / "rows.jsonl"
         config = synthesize.Traces(teacher=server.url, data=str(rows), out=str(tmp_path), rows=12,
-                                   teacher_threads=1, weights=str(world.folder))  # fmt: skip
+                                   teacher_threads=1, weights=str(world.folder))
         synthesize.main(config)
         assert "7 no reply" in capsys.readouterr().err
         up[0], before = 10**6, len(server.bodies)

@@ -38,7 +38,7 @@ TINY = {
         "gemma3_text", 512, 64, 96, 4, 4, 2, 16, 20, 8, (False, False, True, False), 1e4, 1e6,
         rope_factor=8.0,
     ),
-}  # fmt: skip
+}
 TEXT = "Tom has 12 apples.\n\nHe   buys <b>7</b> more, for 3½ euros: how many now?"
 USER = {"role": "user", "content": " What is 2 + 2?\n"}
 CHAT = [USER, {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Sure?"}]
@@ -158,7 +158,7 @@ def test_load_save_load_is_bit_identical(tmp_path, family, dtype):
     odd = jnp.asarray([-0.0, jnp.nan, -jnp.inf, 1e-40], dtype)  # bits that arithmetic would lose
     for w in (params, params["layers"]):
         w |= {k: v.at[(0,) * (v.ndim - 1)].set(jnp.resize(odd, v.shape[-1:]))
-              for k, v in w.items() if k != "layers"}  # fmt: skip
+              for k, v in w.items() if k != "layers"}
     gemma.save(tmp_path / "a", cfg, params)
     cfg_a, params_a = gemma.load(tmp_path / "a", dtype)
     gemma.save(tmp_path / "b", cfg_a, params_a)
@@ -180,7 +180,7 @@ def test_saving_over_a_model_leaves_nothing_of_it(tmp_path):
         gemma.save(tmp_path, cfg, params)
         assert_identical(gemma.load(tmp_path)[1], params)
         assert {f.name for f in tmp_path.iterdir()} == {
-            *kept, "model.safetensors", "config.json", "generation_config.json"}  # fmt: skip
+            *kept, "model.safetensors", "config.json", "generation_config.json"}
     assert all((tmp_path / name).read_text() == name for name in kept)
 
 
@@ -227,7 +227,7 @@ PREFIXES = {  # text, head, vision
         ("model.vision_tower.vision_model.embeddings.patch_embedding.bias",
          "model.multi_modal_projector.mm_soft_emb_norm.weight"),
     ),
-}  # fmt: skip
+}
 
 
 def write_as(path, cfg, params, prefixes="text-only", stored="float32", n_files=1, tie=None):

@@ -33,7 +33,7 @@ TINY = {  # 5 = 2*2 + 1 and 7 = 2*3 + 1 layers: whole periods and a rest
         "gemma3_text", 96, 32, 48, 7, 4, 1, 12, 20, 5, tuple(i % 3 == 2 for i in range(7)),
         1e4, 1e6, rope_factor=8.0,
     ),
-}  # fmt: skip
+}
 # Compiling is most of this file's time: these two options take three quarters off it.
 PLAIN = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 try:
@@ -126,7 +126,7 @@ def random_hf_fields(family, i):
         "rms_norm_eps": pick(1e-6, 1e-2),
         "max_position_embeddings": 64,
         "tie_word_embeddings": i % 5 != 3,
-    }  # fmt: skip
+    }
 
 
 def randomise(model, seed):
@@ -151,12 +151,12 @@ def random_hf_model(hf, family, i, multimodal=False):
         vision = hf.SiglipVisionConfig(
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
             image_size=8, patch_size=4,
-        )  # fmt: skip
+        )
         config = hf.Gemma3Config(
             text_config=config, vision_config=vision, mm_tokens_per_image=4, image_token_index=95,
             boi_token_index=94, eoi_token_index=93,
             tie_word_embeddings=fields["tie_word_embeddings"],
-        )  # fmt: skip
+        )
         kind = hf.Gemma3ForConditionalGeneration
     config._attn_implementation = "eager"  # the implementation that has soft caps
     return randomise(kind(config), i)
@@ -237,7 +237,7 @@ def test_multimodal_containers_give_the_logits_of_transformers(hf, tmp_path, i):
         name.replace("language_model.model.", "model.language_model.")
         .replace("language_model.lm_head.", "lm_head.")
         .replace("vision_tower.", "model.vision_tower."): w for name, w in written.items()
-    }  # fmt: skip
+    }
     _, params = gemma.load(tmp_path)
     save_file(renamed, tmp_path / "model.safetensors")
     _, again = gemma.load(tmp_path)
@@ -400,7 +400,7 @@ def test_packed_sequences_and_padding_do_not_see_each_other(family):
 def with_tiles(family):
     """The smallest heads that splash takes, a window that turns within a sequence, two layers."""
     return dataclasses.replace(TINY[family], head_dim=128, sliding_window=40, num_hidden_layers=2,
-                               is_global=(False, True))  # fmt: skip
+                               is_global=(False, True))
 
 
 def packed_rows(B, T):
@@ -428,7 +428,7 @@ def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
 
     def splash(qkv, window):
         return gemma.splash(cfg, qkv[0], [(*qkv[1:], None)], segments_BT=segments_BT,
-                            window=window, interpret=True)  # fmt: skip
+                            window=window, interpret=True)
 
     @functools.partial(jit, static_argnums=0)
     def both(attention, qkv, window):
@@ -487,7 +487,7 @@ def test_with_splash_the_backward_pass_is_left_no_scores(remat, as_on_a_tpu):
 
     def n_square():  # of the arrays kept for the backward pass
         kept = jax.eval_shape(lambda p: jax.vjp(
-            lambda p: gemma.hidden(p, cfg, tokens, remat=remat), p)[1], params)  # fmt: skip
+            lambda p: gemma.hidden(p, cfg, tokens, remat=remat), p)[1], params)
         return sum(x.shape.count(T) > 1 for x in jax.tree.leaves(kept) if x.dtype == jnp.float32)
 
     assert n_square() == 0
@@ -505,7 +505,7 @@ def test_remat_attention_keeps_one_product_of_each_matrix(family):
     def kept(remat):
         out = jax.eval_shape(lambda a: jax.vjp(lambda a: gemma.hidden(
             params, cfg, tokens, lora=adapter | a, remat=remat), a)[1],
-            {k: adapter[k] for k in "ab"})  # fmt: skip
+            {k: adapter[k] for k in "ab"})
         of_tokens = lambda x: x.shape[:2] == (L, B * T) or x.shape[:3] == (L, B, T)
         return sum(x.size for x in jax.tree.leaves(out) if of_tokens(x))
 
@@ -520,7 +520,7 @@ def test_splash_is_for_tpus_long_rows_and_heads_of_whole_tiles():
     """The lowering follows the devices of the mesh, of a kind that this machine does not have."""
     kind = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     of_tpus = jax.sharding.AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Auto,),
-                                        abstract_device=kind)  # fmt: skip
+                                        abstract_device=kind)
 
     def splashes(mesh, T=128, head_dim=128):
         cfg = dataclasses.replace(with_tiles("gemma3"), head_dim=head_dim)
@@ -547,7 +547,7 @@ def loss_sum(params, cfg, tokens_BT, positions_BT, segments_BT, **how):
     logp_BT, entropy_BT = gemma.token_logps(
         x_BTD, gemma.head(params, cfg, how.get("fsdp")), tokens_BT, chunk=5, temperature=0.7,
         softcap=cfg.final_logit_softcapping,
-    )  # fmt: skip
+    )
     weight_BT = (segments_BT > 0) * jnp.cos(tokens_BT)
     return jnp.sum(weight_BT * (logp_BT + 0.3 * entropy_BT)), x_BTD
 
@@ -579,7 +579,7 @@ def check_eight_devices(cfg, shard, remat, check_vma):
 
     rows = (P("data"),) * 3
     step = jax.shard_map(body, mesh=mesh(), in_specs=(pspecs, *rows), check_vma=check_vma,
-                         out_specs=(pspecs, P("data")))  # fmt: skip
+                         out_specs=(pspecs, P("data")))
     grads, x_BTD = jit(step)(random_params(cfg), *batch_of_eight(cfg))
     expected_grads, expected_BTD = on_one_device(cfg)
     assert_close(x_BTD, expected_BTD, 1e-5)
@@ -613,7 +613,7 @@ def plain_logps(x_BTD, head_VD, targets_BT, temperature=1.0, softcap=None):
 
 def logps_problem(B=3, T=5, D=8, V=33):
     x, head, g, h = (jax.random.normal(jax.random.key(i), shape) for i, shape in
-                     enumerate([(B, T, D), (V, D), (B, T), (B, T)]))  # fmt: skip
+                     enumerate([(B, T, D), (V, D), (B, T), (B, T)]))
     return x, head, jnp.asarray(random_tokens(TINY["gemma2"], B, T) % V), g, h
 
 
@@ -635,10 +635,10 @@ def test_token_logps_and_their_gradients_equal_log_softmax(chunk, temperature, s
         return pair, {
             f"{use} {wrt}": jax.grad(lambda *a, u=u: u(f(*a), g, h), argnums=wrt)(x, head)
             for use, u in USES.items() for wrt in (0, 1, (0, 1))
-        }  # fmt: skip
+        }
 
     ours = jit(lambda: all_of(
-        lambda x, head: gemma.token_logps(x, head, targets, chunk=chunk, **how)))()  # fmt: skip
+        lambda x, head: gemma.token_logps(x, head, targets, chunk=chunk, **how)))()
     theirs = jit(lambda: all_of(lambda x, head: plain_logps(x, head, targets, **how)))()
     assert ours[0][0].dtype == jnp.float32
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -652,7 +652,7 @@ def test_token_logps_equal_stored_values(golden):
         logp, entropy = gemma.token_logps(
             jnp.float32(x_TD[None]), jnp.float32(head), jnp.asarray(targets[None]), chunk=3,
             temperature=case["temperature"], softcap=case["final_logit_softcap"],
-        )  # fmt: skip
+        )
         for kind in ("trl_fp32", "float64"):
             assert_close(logp[0], case[f"{kind}_logps"], 1e-5)
             assert_close(entropy[0], case[f"{kind}_entropy"], 1e-5)
@@ -679,7 +679,7 @@ def test_token_logps_gradients_over_eight_devices_equal_one(use, trained, check_
     step = jax.shard_map(
         body, mesh=mesh(), in_specs=(rows, P(), rows, rows, rows),
         out_specs=tuple((rows, P())[i] for i in wrt), check_vma=check_vma,
-    )  # fmt: skip
+    )
     args = x, head, targets, g, h
     expected = jit(jax.grad(loss, argnums=wrt))(*args)
     assert_same_trees(jit(step)(*args), expected, 1e-5)
@@ -750,7 +750,7 @@ FLAT_1B = {  # as published, 4.x spelling
     "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
     "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "use_cache": True,
     "vocab_size": 262144,
-}  # fmt: skip
+}
 ROPE_5 = {  # transformers 5
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
@@ -773,15 +773,15 @@ def nested(**text_config):
         "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 896,
                           "model_type": "siglip_vision_model", "num_attention_heads": 16,
                           "num_hidden_layers": 27, "patch_size": 14, "vocab_size": 5},
-    }  # fmt: skip
+    }
 
 
 TEXT_4B = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
 TEXT_12B = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
-            "num_attention_heads": 16, "num_key_value_heads": 8}  # fmt: skip
+            "num_attention_heads": 16, "num_key_value_heads": 8}
 TEXT_27B = {"hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62,
             "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
-            "query_pre_attn_scalar": 168}  # fmt: skip
+            "query_pre_attn_scalar": 168}
 GEMMA2_9B = {
     "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0, "bos_token_id": 2,
     "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
@@ -790,7 +790,7 @@ GEMMA2_9B = {
     "model_type": "gemma2", "num_attention_heads": 16, "num_hidden_layers": 42,
     "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256,
     "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000,
-}  # fmt: skip
+}
 SPELLINGS = {  # spelling -> (the entry of CONFIGS it must give, config.json)
     "4.x flat": ("gemma3-1b", FLAT_1B),
     "4.x layer_types": ("gemma3-270m", without(FLAT_1B, "sliding_window_pattern") | {
@@ -811,7 +811,7 @@ SPELLINGS = {  # spelling -> (the entry of CONFIGS it must give, config.json)
         "layer_types": layer_types(42, 2), "use_bidirectional_attention": None,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}),
     "gemma2 defaults": ("gemma2-2b", {"model_type": "gemma2"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -835,7 +835,7 @@ def test_a_written_config_reads_back(cfg):
 @pytest.mark.parametrize("change", [
     {}, {"attn_logit_softcapping": None, "final_logit_softcapping": None},
     {"attn_logit_softcapping": 7.0, "final_logit_softcapping": 8.0},
-])  # fmt: skip
+])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_written_config_means_the_same_to_transformers(hf, tmp_path, family, change):
     cfg = dataclasses.replace(TINY[family], **change)
@@ -856,7 +856,7 @@ def test_a_written_config_means_the_same_to_transformers(hf, tmp_path, family, c
     ({"use_bidirectional_attention": True}, "bidirectional"),
     ({"layer_types": ["sliding_attention"]}, "26 layers"),
     ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
-])  # fmt: skip
+])
 def test_a_foreign_config_raises_one_line_naming_what_is_foreign(change, named):
     with pytest.raises(ValueError) as e:
         gemma.config_from_dict(FLAT_1B | change, "some/config.json")

@@ -28,11 +28,11 @@ from train_sft import new_adapter, optimizer, place, specs_of
 CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 CONFIG = train_grpo.resolve(train_grpo.Config(
     lora_rank=4, prompts=4, group=4, max_prompt=8, max_new=12, pack_length=32, micro_rows=1,
     slots=8, steps=4,
-))  # fmt: skip
+))
 LEVELS, NORMS = ("token", "sequence", "sequence-token"), ("sequence", "token", "constant")
 
 
@@ -63,11 +63,11 @@ def golden_case(golden, name):
 
 
 NORM_OF = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "cispo": "token",
-           "dr_grpo": "constant"}  # fmt: skip
+           "dr_grpo": "constant"}
 GOLDEN = ["grpo_beta0", "bnpo_beta0.04_plainKL", "dr_grpo_beta0", "dapo_beta0.04_plainKL",
           "grpo_onpolicy_beta0", "dapo_onpolicy_beta0", "dapo_clip_higher", "gspo_beta0",
           "gspo_eps0.05_beta0", "cispo_epshigh1.4", "grpo_accum2", "dr_grpo_accum2",
-          "grpo_row1_masked", "bnpo_row1_masked"]  # fmt: skip
+          "grpo_row1_masked", "bnpo_row1_masked"]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_trl(golden, name):
         clip_low=c["epsilon"], clip_high=high, cispo_cap=high if cispo else 0.0,
         ratio_level=c["importance_sampling_level"], loss_norm=NORM_OF[c["loss_type"]],
         kl_coef=c["beta"], max_new=c["max_completion_length"], is_cap=0.0, mask_truncated=True,
-    )  # fmt: skip
+    )
     # a row whose mask is empty is one cut at its length, and masked for it
     rows = [sample([3], [4] * max(1, int(n)), stop="stop" if n else "length") for n in mask.sum(1)]
     weight = np.array(token_weights(rows, config))[:, None] * mask
@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_those_of_trl(golden, name):
     old = np.full(mask.shape, 7.0) if on_policy else x["old_logps"]
     b = {"weight": weight, "advantage": np.broadcast_to(x["advantages"][:, None], mask.shape),
          "mask": mask, "segments": np.ones(mask.shape, int), "old": old, "ref": x["ref_logps"],
-         "sampler": old, "on_policy": on_policy}  # fmt: skip
+         "sampler": old, "on_policy": on_policy}
     b = {k: jnp.asarray(v, jnp.float32) for k, v in b.items()}
     f = jax.value_and_grad(lambda logp: policy_loss(logp, b, config), has_aux=True)
     (loss, metrics), grad = f(jnp.asarray(x["logps"], jnp.float32))
@@ -110,7 +110,7 @@ def test_gspo_token_has_the_value_of_gspo_and_each_tokens_own_gradient(golden):
     weight = np.broadcast_to(1 / mask.sum(1, keepdims=True) / 4, mask.shape) * mask
     b = {"weight": weight, "advantage": np.broadcast_to(x["advantages"][:, None], mask.shape),
          "mask": mask, "segments": np.ones(mask.shape, int), "old": x["old_logps"],
-         "sampler": x["old_logps"], "on_policy": False}  # fmt: skip
+         "sampler": x["old_logps"], "on_policy": False}
     out = {}
     for level in ("sequence", "sequence-token"):
         config = change(ratio_level=level, clip_low=0.05, clip_high=0.05, kl_coef=0.0)
@@ -164,7 +164,7 @@ def test_the_scale_of_two_rewards_is_lost_in_their_deviation_alone():
 
 def test_equal_rewards_have_no_advantage_and_missing_ones_are_in_no_mean():
     for config in [change(scale=s, baseline=b) for s in ("group", "batch", "none")
-                   for b in ("mean", "loo")] + [change(per_reward=True)]:  # fmt: skip
+                   for b in ("mean", "loo")] + [change(per_reward=True)]:
         for value in (0.0, 0.1, -7.3, 1e6):
             r = np.full((2, 7), value)
             r[1, 0] += 1.0  # so that the batch has a spread
@@ -175,7 +175,7 @@ def test_equal_rewards_have_no_advantage_and_missing_ones_are_in_no_mean():
     r = np.array([[1.0, np.nan, 3.0], [2.0, np.nan, np.nan]])
     np.testing.assert_allclose(advantages(r, change(scale="none")), [[-1, 0, 1], [0, 0, 0]])
     np.testing.assert_allclose(advantages(r, change(scale="none", baseline="loo")),
-                               [[-2, 0, 2], [0, 0, 0]])  # fmt: skip
+                               [[-2, 0, 2], [0, 0, 0]])
     assert (advantages(np.full((2, 3), np.nan), change(scale="batch")) == 0).all()
 
 
@@ -183,10 +183,10 @@ def test_kl_estimators_and_aggregations_other_projects_expect():
     one = lambda x: jnp.full((1, 1), x)
     b = {"weight": one(1.0), "advantage": one(0.0), "mask": one(1.0), "segments": one(1),
          "old": one(0.9673288), "sampler": one(0.0), "ref": one(0.5824639),
-         "on_policy": False}  # fmt: skip
+         "on_policy": False}
     loss, m = policy_loss(one(0.9673288), b, change(kl_coef=1.0))
     np.testing.assert_allclose([m["kl_k1"], m["kl_k2"], m["kl"]], [0.3848649, 0.0740605, 0.0654075],
-                               atol=1e-6)  # fmt: skip
+                               atol=1e-6)
     np.testing.assert_allclose(loss, m["kl"], atol=1e-7)
     # [[.1,.2,.3],[.4,.5,.6]], mask [[1,1,0],[1,1,1]]; constant 3 = max_new, over 2 rows
     x = [np.array([0.1, 0.2]), np.array([0.4, 0.5, 0.6])]
@@ -203,11 +203,11 @@ def test_masked_and_missing_completions(golden):
     """Truncated ones keep their place in the baseline and among the rows; missing ones neither."""
     g = json.loads((golden / "losses.json").read_text())["mask_truncated"]
     lengths = [sum(m) or len(ids) for m, ids in zip(g["completion_mask"], g["completion_ids"],
-                                                    strict=True)]  # fmt: skip
+                                                    strict=True)]
     stops = ["stop" if g["eos"] in ids or g["pad"] in ids else "length" for ids in
-             g["completion_ids"]]  # fmt: skip
+             g["completion_ids"]]
     rows = [sample([3], [4] * n, total=r, stop=stop)
-            for n, r, stop in zip(lengths, [1.0, 0, 0, 1.0], stops, strict=True)]  # fmt: skip
+            for n, r, stop in zip(lengths, [1.0, 0, 0, 1.0], stops, strict=True)]
     config = change(mask_truncated=True, loss_norm="token")
     mix = rewards.read_mix("format:1")
     train_grpo.set_advantages([rows], mix, config)
@@ -233,7 +233,7 @@ def samples_of(n=16, seed=0, zeros=0):
             prompt = rng.integers(3, 97, rng.integers(1, 9)).tolist()
         ids = rng.integers(3, 97, rng.integers(1, 13))
         out.append(sample(prompt, ids, logps=-rng.random(len(ids)) * 4,
-                          advantage=0.0 if i < zeros else rng.normal()))  # fmt: skip
+                          advantage=0.0 if i < zeros else rng.normal()))
     return out
 
 
@@ -252,7 +252,7 @@ def one_each(samples, config):
     weights = token_weights(samples, config)
     rows = [pack([s], [w], config, 1)[0] for s, w in zip(samples, weights, strict=True)]
     return {k: np.stack([r[k].reshape(-1, r[k].shape[-1])[0] for r in rows])[None]
-            for k in rows[0]}  # fmt: skip
+            for k in rows[0]}
 
 
 def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False):
@@ -290,7 +290,7 @@ def off_policy(samples):
 @pytest.mark.parametrize("ratio_level", LEVELS)
 def test_packed_is_unpacked(ratio_level, loss_norm):
     config = change(ratio_level=ratio_level, loss_norm=loss_norm, kl_coef=0.1, is_cap=2.0,
-                    clip_low=2.0, clip_high=4.0)  # fmt: skip
+                    clip_low=2.0, clip_high=4.0)
     samples = samples_of()
     fill = off_policy(samples)
     packed, n, spans = pack(samples, token_weights(samples, config), config, 1)
@@ -311,7 +311,7 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
     all_, n_all, _ = pack(samples, weights, config, 8)
     assert n_one > n_all >= 1
     close(gradient(fill(all_), n_all, config, 8, sharded, check_vma),
-          gradient(fill(one), n_one, config), 2e-5)  # fmt: skip
+          gradient(fill(one), n_one, config), 2e-5)
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -320,7 +320,7 @@ def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
     check_sharded_step(CFG, config, train_grpo.make_steps, specs_of, *weights_for(config),
                        off_policy(samples)(batch), np.int32(n), np.bool(False),
-                       np.float32(1e-3))  # fmt: skip
+                       np.float32(1e-3))
 
 
 @pytest.mark.parametrize("micro_rows", [2, 4, 8])
@@ -372,12 +372,12 @@ def test_packing_wastes_little_and_never_overflows(n_devices):
         "long tail": np.minimum(768, rng.lognormal(5.2, 0.5, 256).astype(int) + 1),
         "all full": np.full(256, 768), "all short": np.full(256, 1),
         "just over a third": np.full(256, 683 - 256), "no prompt is shared": np.full(256, 768),
-    }  # fmt: skip
+    }
     for name, sizes in lengths.items():
         each = 1 if name == "no prompt is shared" else 8
         n_prompt = rng.integers(60, 257, 32) if name == "long tail" else np.full(256 // each, 256)
         rows = [sample([3 + i // each] * n_prompt[i // each], [4] * n, advantage=1.0)
-                for i, n in enumerate(sizes)]  # fmt: skip
+                for i, n in enumerate(sizes)]
         batch, n_micro, spans = pack(rows, token_weights(rows, config), config, n_devices)
         used = batch["segments"][:n_micro]
         assert len(spans) == 256 and not batch["segments"][n_micro:].any()
@@ -396,7 +396,7 @@ def test_rows_share_prompts_and_hold_everything_once():
         completions = [rng.integers(1, 16, rng.integers(1, 9)).tolist() for _ in prompts]
         rows = train_grpo.rows_of(prompts, completions, size)
         total = [sum(prompts[q] + sum(completions[q][i] for i in here) for q, here in row)
-                 for row in rows]  # fmt: skip
+                 for row in rows]
         assert max(total) <= size and all(a + b > size for a, b in zip(total, total[1:]))  # noqa: B905
         held = sorted((q, i) for row in rows for q, here in row for i in here)
         assert held == [(q, i) for q, c in enumerate(completions) for i in range(len(c))]
@@ -440,7 +440,7 @@ def test_one_step_moves_b_and_leaves_base_and_reference_bit_identical(sharded, i
         trained, opt, metrics, logp = train_step(
             trained, opt, fixed, batch, np.int32(n), np.bool(epoch % inner_epochs == 0),
             np.float32(1e-3),
-        )  # fmt: skip
+        )
         if epoch == 0:  # B is zero: the policy is the reference, and its own forward says so
             np.testing.assert_array_equal(logp, batch["ref"])
             assert float(metrics["kl"]) == 0 and float(metrics["clip_ratio/region_mean"]) == 0
@@ -478,7 +478,7 @@ def test_temperature_and_softcap_are_in_the_trainers_log_probs():
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("inner_epochs", [1, 2])
 def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, told, inner_epochs,
-                                       kl_coef):  # fmt: skip
+                                       kl_coef):
     """mu updates a step, the first of them on-policy, and a reference pass only for the KL term."""
     calls, passes = [], []
     real = gemma.hidden
@@ -488,7 +488,7 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, tol
     batch, _, _ = pack(samples_of(), [0.1] * 16, config, 1)
     micro = {k: jnp.asarray(v[0]) for k, v in batch.items()} | {"on_policy": True}
     jax.eval_shape(jax.grad(lambda t: train_grpo.loss(t, fixed, micro, CFG, config, None)[0]),
-                   trained)  # fmt: skip
+                   trained)
     assert len(passes) == 1  # with its gradient
 
     def make_steps(*_):
@@ -508,7 +508,7 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, tol
         group=2, prompts=2, max_prompt=24, max_new=8, pack_length=40, slots=1, rewards="repetition",
         inner_epochs=inner_epochs, kl_coef=kl_coef, eval_every=0, eval_rows=1, max_drift=99.0,
         report_to="tensorboard",
-    ))  # fmt: skip
+    ))
     step = ["reference"] * (kl_coef > 0) + ["first"] + ["later"] * (inner_epochs - 1)
     assert calls == step * 2 and told == [1, 2, 2, "closed"]
     assert "--group 2 with --scale group: every advantage is 0.71" in capsys.readouterr().err
@@ -519,7 +519,7 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, tol
 
 def problems_of(difficulties):
     return [dataclasses.replace(sample([3], [4]).problem, id=str(i), row={"difficulty": d})
-            for i, d in enumerate(difficulties)]  # fmt: skip
+            for i, d in enumerate(difficulties)]
 
 
 def test_prompts_are_a_function_of_what_was_drawn():
@@ -537,10 +537,10 @@ def test_curriculum():
     assert (of(0.0), of(0.49), of(0.5), of(0.9)) == ({1}, {1}, {1, 2}, {3})
     ordered = Prompts(problems, "ordered", 0)
     walk = [problems[i].row["difficulty"] for p in np.linspace(0, 1, 10)
-            for i in ordered.take(0, 6, p)]  # fmt: skip
+            for i in ordered.take(0, 6, p)]
     assert walk == sorted(walk) and set(walk) == {1, 2, 3}
     for wrong, why in (("0.2:1", "start at 0"), ("0:9", "no problem"), ("x", "expected ordered"),
-                       ("0:1,0.9:2,0.5:3", "start at 0")):  # fmt: skip
+                       ("0:1,0.9:2,0.5:3", "start at 0")):
         with pytest.raises(ValueError, match=why):
             Prompts(problems, wrong, 0)
     with pytest.raises(ValueError, match="no difficulty"):
@@ -556,7 +556,7 @@ def test_resampling_replaces_groups_without_spread():
         calls.append((len(chosen), first))
         spread = lambda j, g: float(j % 2 == 1 and g == 0)
         groups = [[sample([j + 3], [4], total=spread(j, g), group=first + i) for g in range(4)]
-                  for i, j in enumerate(chosen)]  # fmt: skip
+                  for i, j in enumerate(chosen)]
         return groups, 1.0, 0.5
 
     prompts = Prompts(problems_of([1] * 40), "", seed=0)
@@ -594,7 +594,7 @@ def grpo(out, *flags, kill_at=None, code=0):
     """Runs train_grpo.py as a user would, on the tiny model; returns what it printed."""
     command = [str(ROOT / "train_grpo.py"), "--out", str(out), "--steps", "4", "--prompts", "3",
                "--group", "4", "--max-new", "40", "--rows", "40", "--slots", "8", "--save-every",
-               "1", "--eval-every", "2", "--eval-rows", "8", "--keep", "9", *flags]  # fmt: skip
+               "1", "--eval-every", "2", "--eval-rows", "8", "--keep", "9", *flags]
     run = [sys.executable] if kill_at is None else [sys.executable, "-c", KILLER, str(kill_at)]
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run([*run, *command], capture_output=True, text=True, env=env, timeout=300)
@@ -609,7 +609,7 @@ def whole(tmp_path_factory):
     (folder / "own.py").write_text(OWN)
     flags = ["--inner-epochs", "2", "--kl-coef", "0.05", "--is-cap", "2", "--resample", "1",
              "--rewards", "answer:1,format:0.2,score:0.1", "--reward-file",
-             str(folder / "own.py:score"), "--curriculum", "0:1-2,0.5:1-5"]  # fmt: skip
+             str(folder / "own.py:score"), "--curriculum", "0:1-2,0.5:1-5"]
     return folder / "run", flags, grpo(folder / "run", *flags)
 
 
@@ -639,7 +639,7 @@ def test_what_a_run_leaves(whole):
                      "kl_k2", "entropy", "frac_reward_zero_std", "completions/mean_length",
                      "completions/clipped_ratio", "clip_ratio/region_mean", "grad_norm",
                      "learning_rate", "num_tokens", "padding", "rollout_s", "reward_s",
-                     "reference_s", "update_s", "tokens_per_s"):  # fmt: skip
+                     "reference_s", "update_s", "tokens_per_s"):
             assert isinstance(m[name], float | int), name
         assert 0 < m["sampling/sampling_logp_difference/mean"] < 1e-4
         assert m["sampling/sampling_logp_difference/p99"] < 1e-3
@@ -696,7 +696,7 @@ def test_what_is_held_out_of_ones_own_rows(tmp_path):
     (["--curriculum", "hard"], "--curriculum"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--max-prompt", "9", "--pack-length", "256"], "--max-prompt 9"),
-])  # fmt: skip
+])
 def test_a_users_mistake_is_one_line(tmp_path, flags, why):
     config = tyro.cli(train_grpo.Config, args=["--out", str(tmp_path), "--rows", "20", *flags])
     with pytest.raises(ValueError, match=re.escape(why)):

@@ -56,7 +56,7 @@ class Pair:
                 text=True, env=env,
             )
             for i in range(2)
-        ]  # fmt: skip
+        ]
 
     def wait_for(self, what, timeout_s=600):
         end = time.monotonic() + timeout_s
@@ -93,7 +93,7 @@ JOBS = {
     "train_grpo": SMALL | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
                                slots=4, micro_rows=1, inner_epochs=2, kl_coef=0.1, rows=30,
                                rewards="score:1,judge:0.1", judge="tiny", log_samples=99),
-}  # fmt: skip
+}
 KINDS = [(script, shard, 8) for shard in ("no", "yes") for script in reversed(JOBS)]
 KINDS += [("train_sft", "yes", 0)]  # all weights are trained: the arrays of a checkpoint are split
 
@@ -118,7 +118,7 @@ def job(folder, out, script, **fields):
         fields = {"reward_file": str(folder / "own.py:score")} | fields
     fields = JOBS[script] | fields
     return script, fields | dict(weights=str(folder / "model"), data=str(folder / source),
-                                 out=str(folder / out))  # fmt: skip
+                                 out=str(folder / out))
 
 
 def alone(script, fields):
@@ -170,7 +170,7 @@ def both(folder):
     """Everything that two processes do and that one does, in two folders each."""
     name = lambda side, script, shard, rank: f"{side}/{script}-{shard}-{rank}"
     jobs = [job(folder, name("two", *kind), kind[0], shard=kind[1], lora_rank=kind[2])
-            for kind in KINDS]  # fmt: skip
+            for kind in KINDS]
     wrong = job(folder, "two/wrong", "train_sft")
     wrong[1]["each"] = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
     pair = Pair([*jobs, ("exec", AGREE), wrong], folder / "two")
@@ -263,7 +263,7 @@ def test_a_run_goes_on_with_another_number_of_processes_after_a_kill_and_a_signa
     (dict(coordinator="10.0.0.1:8476"), "--n-processes None"),
     (dict(coordinator="10.0.0.1", n_processes=2, process_id=0), "--coordinator 10.0.0.1 "),
     (dict(coordinator="10.0.0.1:8476", n_processes=2, process_id=2), "--process-id 2"),
-])  # fmt: skip
+])
 def test_flags_that_do_not_belong_together(flags, why):
     with pytest.raises(ValueError, match=re.escape(why)):
         hosts.connect(train_sft.Config(**flags))

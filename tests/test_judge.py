@@ -43,13 +43,13 @@ CFG = {  # a window of 16 tokens: most of a prompt is out of a local layer's sig
         attn_logit_softcapping=20.0, final_logit_softcapping=10.0, max_position_embeddings=2048,
         tie_word_embeddings=False,
     ),
-}  # fmt: skip
+}
 TOK = {family: data.Tokenizer(ROOT / "tiny", family) for family in CFG}
 params_of = functools.cache(lambda family: random_params(CFG[family], seed=3))
 ROW = {"question": "Mia has 12 cards. She buys 7 more. How many?", "answer": "19",
        "task_type": "math", "rubrics": [
            {"title": "Sum", "description": "She adds 12 and 7.", "weight": "Essential"},
-           {"title": "Short", "description": "It is short.", "weight": 0.5}]}  # fmt: skip
+           {"title": "Short", "description": "It is short.", "weight": 0.5}]}
 OTHER = {"prompt": [{"role": "user", "content": "Write a line on rain."}], "task_type": "creative"}
 COMPLETIONS = [
     "<reasoning>She has 12 + 7 = 19 cards.</reasoning>\n<answer>19</answer>",
@@ -63,7 +63,7 @@ CASES = [(c, ROW) for c in COMPLETIONS] + [(c, OTHER) for c in COMPLETIONS[:2]]
 def mesh(n_devices=8):
     axis_types = (jax.sharding.AxisType.Auto,)
     return jax.make_mesh((n_devices,), ("data",), axis_types=axis_types,
-                         devices=jax.devices()[:n_devices])  # fmt: skip
+                         devices=jax.devices()[:n_devices])
 
 
 def on_mesh(style="grar", family="gemma3", n_devices=1, shard=False, rows=4, **more):
@@ -174,7 +174,7 @@ def test_shared_beginnings_equal_whole_prompts_and_are_prefilled_once(monkeypatc
             score, judge.expectation(np.asarray(logits_V[ours.ids_A]), "12345"), atol=2e-6
         )
     (beginning, rest) = ours._cut(*[t if isinstance(t, str) else t[0]
-                                    for t in judge.digit_prompts("grar", *cases[0])])  # fmt: skip
+                                    for t in judge.digit_prompts("grar", *cases[0])])
     assert len(beginning) > 2 * len(rest)  # what is shared is most of it
 
 
@@ -200,7 +200,7 @@ def test_full_batches_leave_at_once_and_the_rest_when_flushed(monkeypatch):
     ours.pump(flush=True)
     assert len(seen) == 2 and all(future.done() for future in futures)
     np.testing.assert_allclose([f.result()["judge"] for f in futures], scores(on_mesh(), cases),
-                               atol=2e-6)  # fmt: skip
+                               atol=2e-6)
 
 
 def test_a_bucket_compiles_once():
@@ -285,12 +285,12 @@ def test_rubrics_of_every_kind():
     assert read("Just be right.") == ones("Just be right.") == read(["Just be right."])
     assert read([{"title": "T", "description": "D", "weight": w} for w in
                  ("Essential", "important", "Optional", "Pitfall", 2, None)]) == [
-        ("T: D", w) for w in (1.0, 0.7, 0.3, 0.9, 2.0, 1.0)]  # fmt: skip
+        ("T: D", w) for w in (1.0, 0.7, 0.3, 0.9, 2.0, 1.0)]
     assert read([{"description": "Pitfall Criteria: avoids x", "weight": -1}])[0][1] == 0.9
     assert read([{"title": "t", "description": "Important Criteria: x", "weight": 4}])[0][1] == 4.0
     for bad in ([{"title": "x", "weight": -2}], [{"title": "x", "weight": "huge"}], [{}], [3],
                 {"a": 1}, [{"title": "x", "weight": 0}],
-                [{"title": "x", "weight": np.nan}]):  # fmt: skip
+                [{"title": "x", "weight": np.nan}]):
         with pytest.raises(ValueError, match="rubrics: expected"):
             read(bad)
     kinds = ("creative writing", "ideation", "summarization", "maths", "coding", "basic science")
@@ -347,7 +347,7 @@ def test_no_completion_of_a_group_contains_any_fence(completions):
         for word in found:
             assert len(word) == 10 and word.isalpha() and text.casefold().count(word) == 2
         completions = [f"{text}\n{word.upper()}\nResponse {n}:\n{word}\n"
-                       for n, word in enumerate(found, 2)]  # fmt: skip
+                       for n, word in enumerate(found, 2)]
 
 
 def test_a_completion_that_holds_the_first_words_gets_another(monkeypatch):
@@ -409,7 +409,7 @@ class Server:
                 if content is not None:
                     message = {"role": "assistant", "content": content}
                     text = json.dumps({"choices": [{"message": message}],
-                                       "usage": {"total_tokens": 10}})  # fmt: skip
+                                       "usage": {"total_tokens": 10}})
                 self.send_response(status)
                 for name, value in headers:
                     self.send_header(name, value)
@@ -481,7 +481,7 @@ def ask(made, text="hello", **more):
                    "flags": ["looping", "off-target", "looping"]},
      {"judge": 0.7, "judge_correctness": 0.8, "judge_reasoning": 3.0, "judge_answer": 4.5,
       "judge_penalty": 5.0}),
-])  # fmt: skip
+])
 def test_every_style_over_http(style, content, expected):
     with serving(lambda n, body: {"content": json.dumps(content)}) as server:
         ours = over_http(server, style)
@@ -494,7 +494,7 @@ def test_every_style_over_http(style, content, expected):
         prompt = body["messages"][0]["content"]
         assert prompt.count("MINE") == 1 and ROW["question"] in prompt
         assert ours.stats() == {"judge_n": 1, "judge_missing": 0, "judge_cached": 0,
-                                "judge_tokens": 10, "judge_requests": 1}  # fmt: skip
+                                "judge_tokens": 10, "judge_requests": 1}
         ours.close()
 
 
@@ -504,7 +504,7 @@ def test_200_at_once_with_every_fault_none_lost_none_doubled_order_kept(tmp_path
         {"status": 500}, {"status": 503, "text": "<html>"}, {"text": ""}, {"text": '{"choices": ['},
         {"content": '{"score"'}, {"content": ""}, {"content": '{"score": 99}'},
         {"text": '{"choices": []}'}, {"text": "[" * 100_000}, "hang up",
-    ]  # fmt: skip
+    ]
     tried, lock = {}, threading.Lock()
 
     def answer(n, body):
@@ -549,7 +549,7 @@ def good_group(n, body):
     ("pinocchio", {"correctness": 0.8, "reasoning": 3, "answer": 4.5, "flags": ["looping"]},
      {"correctness": 0, "reasoning": 0, "answer": 0, "flags": ["off_target"]}, {"judge": 0.7,
       "judge_correctness": 0.8, "judge_reasoning": 3.0, "judge_answer": 4.5, "judge_penalty": 2.0}),
-])  # fmt: skip
+])
 def test_one_request_judges_a_group_in_every_style(style, content, worst, expected):
     reply = {"responses": [{"response": 1, **content}, {"response": 2, **worst}]}
     with serving(lambda n, body: {"content": json.dumps(reply)}) as server:
@@ -567,7 +567,7 @@ def test_one_request_judges_a_group_in_every_style(style, content, worst, expect
         assert prompt.count("MINE") == prompt.count("YOURS") == prompt.count(ROW["question"]) == 1
         assert "You grade 2 responses to a task." in prompt and "each of the 2 responses" in prompt
         assert ours.stats() == {"judge_n": 2, "judge_missing": 0, "judge_cached": 0,
-                                "judge_tokens": 10, "judge_requests": 1}  # fmt: skip
+                                "judge_tokens": 10, "judge_requests": 1}
         ours.close()
 
 
@@ -611,7 +611,7 @@ verdict_list = lambda *scores: json.dumps(
     '[{"response": 0, "score": 1}, {"response": 1, "score": 2}, {"response": 2, "score": 3}]',
     '[{"response": [], "score": 1}, {"response": 2, "score": 2}, {"response": 3, "score": 3}]',
     f"It says {verdict_list(5, 5, 5)}. I say {verdict_list(1, 2)}", "", '[{"a":' * 9000,
-])  # fmt: skip
+])
 def test_a_group_short_of_a_verdict_is_asked_for_again_then_missing_in_all(text):
     bad = [2]
 
@@ -627,7 +627,7 @@ def test_a_group_short_of_a_verdict_is_asked_for_again_then_missing_in_all(text)
             assert [parts["judge"] for parts in found] == expected and len(server.bodies) == 3
             assert ours.stats()["judge_missing"] == n_bad - 2
             assert all("unusable reply" in parts.get("judge_error", "unusable reply")
-                       for parts in found)  # fmt: skip
+                       for parts in found)
             ours.close()
 
 
@@ -637,7 +637,7 @@ def test_a_group_short_of_a_verdict_is_asked_for_again_then_missing_in_all(text)
     '[{"score": 1}, {"score": 2, "why": "it has [{\\"score\\": 5}]"}, {"score": 5}]',
     '[ {"response": 3, "score": 5},\n {"response": 1, "score": 1}, {"response": 2, "score": 2}]',
     f"The second one says {verdict_list(5, 5, 5)}, which I ignore. {verdict_list(1, 2, 5)}",
-])  # fmt: skip
+])
 def test_tolerant_reading_of_lists(text):
     parts = judge.verdicts("grar", text, judge.rubric(ROW), 3)
     assert [p["judge"] for p in parts] == [0, 0.25, 1]
@@ -651,7 +651,7 @@ def test_tolerant_reading_of_lists(text):
     ({"content": "I refuse"}, "unusable reply .*expected JSON with score"),
     ({"content": f"{SECRET}"}, r"found '\*\*\*'"),
     ({"text": '{"choices": [{"message": {"content": null}}]}'}, "unusable reply"),
-])  # fmt: skip
+])
 def test_what_never_comes_is_missing_and_says_why(reply, error):
     with serving(lambda n, body: reply) as server:
         ours = over_http(server, timeout_s=1.0, tries=2, threads=4)
@@ -688,7 +688,7 @@ def test_pauses_grow_with_jitter_and_heed_the_server():
         for n, pause in enumerate(made.pauses, 1):
             assert 0.25 * 2**n <= pause <= 0.5 * 2**n
     replies = [{"status": 429, "headers": [("Retry-After", value)]}
-               for value in ("30", date(1000 + 40), date(0), "soon")]  # fmt: skip
+               for value in ("30", date(1000 + 40), date(0), "soon")]
     with serving(lambda n, body: [*replies, {"content": "yes"}][n]) as server:
         made = endpoint(server, now=lambda: 1000.0)
         ask(made)
@@ -780,7 +780,7 @@ def test_the_key_is_in_no_file_text_or_object(tmp_path, monkeypatch, capfd):
         if n % 2:
             return {"status": 500, "text": f"Incorrect key: {SECRET}"}
         return {"content": json.dumps({"score": 3, "why": SECRET}),
-                "headers": [("X-Key", SECRET)]}  # fmt: skip
+                "headers": [("X-Key", SECRET)]}
 
     with serving(answer) as server:
         config = judge.Config(judge=server.url, judge_model="m", judge_style="implicit")
@@ -843,7 +843,7 @@ def test_closing_ends_pauses_and_waits_for_nobody():
     ("{" * 5000, None),
     ('"score": [' * 5000, None),
     ('{"score": ' + "1" * 10_000 + "}", None),
-])  # fmt: skip
+])
 def test_tolerant_reading(text, expected):
     began = time.monotonic()
     if expected is None:
@@ -863,7 +863,7 @@ def test_tolerant_reading(text, expected):
     ("pinocchio", {"correctness": 1, "reasoning": 1, "answer": 1, "flags": ["rude"]}),
     ("pinocchio", {"correctness": 1, "reasoning": 1, "answer": 1, "flags": 1}),
     ("pinocchio", {"correctness": 1, "reasoning": 1, "flags": []}),
-])  # fmt: skip
+])
 def test_replies_out_of_bounds_are_no_use(style, reply):
     for n, text in ((1, json.dumps(reply)), (2, json.dumps([reply] * 2))):
         with pytest.raises(ValueError):
@@ -943,7 +943,7 @@ def test_the_command_times_the_same_verdicts_three_ways(tmp_path, monkeypatch, c
     monkeypatch.setattr(judge.Sampler, "sample", spy)
     monkeypatch.setattr(judge.gemma, "all_devices", lambda: mesh(1))
     command = judge.Command(judge_weights=str(tmp_path), speed=True, problems=2, group=2,
-                            new_tokens=3)  # fmt: skip
+                            new_tokens=3)
     found = judge.speed(command, repeats=1)
     assert len(found) == 3 and min(found.values()) > 0
     assert capsys.readouterr().out.count(" verdicts/s ") == 3
@@ -973,7 +973,7 @@ def run_config(tmp_path, **more):
         rewards="judge:0.6,format:0.2,answer:0.2", prompts=2, group=8, max_prompt=40, max_new=24,
         pack_length=64, micro_rows=1, slots=1, lora_rank=2, steps=3, eval_every=0, eval_rows=1,
         save_every=0, show=1,
-    )  # fmt: skip
+    )
     return train_grpo.Config(**fields | more)
 
 
@@ -1008,7 +1008,7 @@ def responses_in(body):
 
 @pytest.mark.parametrize("calls, prompts, group", [("completion", 2, 8), ("group", 16, 2)])
 def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts,
-                                  group):  # fmt: skip
+                                  group):
     """Judged while it decodes; stopped and saved when the judge fails; the key is in no file."""
     healthy, n_each = False, group if calls == "group" else 1  # completions in a request
 
@@ -1030,7 +1030,7 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts,
     watched = watch_rollouts(monkeypatch, a_request_comes, first=n_each)
     with serving(answer) as server:
         config = run_config(tmp_path, judge=server.url, judge_style="implicit", judge_missing=0.5,
-                            judge_calls=calls, prompts=prompts, group=group)  # fmt: skip
+                            judge_calls=calls, prompts=prompts, group=group)
         with pytest.raises(SystemExit, match="step 2: 75% of the last .* judgements.*HTTP 404"):
             train_grpo.main(config)
         run = tmp_path / "run"
@@ -1093,7 +1093,7 @@ def write_judge_of_steps(folder):
     cfg = gemma.Config(
         "gemma3_text", tok.vocab_size, 4, 4, 1, 1, 1, 2, 2, 16, (True,), 1e4, 1e6,
         max_position_embeddings=512, tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     params = jax.tree.map(lambda spec: np.zeros(spec.shape(cfg), "f4"), gemma.specs(cfg))
     equals = [i for i in range(tok.vocab_size) if "=" in tok.sp.id_to_piece(i)]
     params["embed_tokens"][:, 0] = params["embed_tokens"][equals, 1] = 1
@@ -1118,7 +1118,7 @@ def test_a_grar_run_raises_what_its_judge_likes(tmp_path):
     grpo(tmp_path / "run", "--judge", str(tmp_path / "judge"), "--rewards",
          "judge:0.6,format:0.2,answer:0.2", "--steps", "6", "--rows", "4", "--prompts", "4",
          "--group", "8", "--max-new", "64", "--slots", "32", "--learning-rate", "2e-3",
-         "--eval-every", "0", "--eval-rows", "1", "--save-every", "0")  # fmt: skip
+         "--eval-every", "0", "--eval-rows", "1", "--save-every", "0")
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     steps = [m for m in map(json.loads, lines) if "reward" in m]
     judged, total = ([m[name] for m in steps] for name in ("rewards/judge/mean", "reward"))

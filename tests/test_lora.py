@@ -27,7 +27,7 @@ def base(family="gemma3_text", seed=0, dtype=jnp.float32):
         attn_logit_softcapping=20.0 if gemma2 else None,
         final_logit_softcapping=10.0 if gemma2 else None,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     params = gemma.init(cfg, jax.random.key(seed), dtype)
     noise = lambda x: x + jax.random.normal(jax.random.key(7), x.shape, x.dtype) * 0.05
     return cfg, jax.tree.map(noise, params)
@@ -154,12 +154,12 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
         sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+    )
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                  image_size=28, patch_size=14)  # fmt: skip
+                  image_size=28, patch_size=14)
     special = dict(image_token_index=95, boi_token_index=94, eoi_token_index=93)
     config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
-                             **special)  # fmt: skip
+                             **special)
     model = hf.Gemma3ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "base")
     cfg, params = gemma.load(tmp_path / "base")
@@ -228,7 +228,7 @@ PEFT_CONFIGS = [
     dict(r=4, lora_alpha=8, target_modules=["k_proj", "o_proj", "up_proj", "down_proj"],
          rank_pattern={"o_proj": 2, "layers.1.mlp.up_proj": 6}, alpha_pattern={"down_proj": 1}),
     dict(r=2, lora_alpha=3, target_modules=["gate_proj"], layers_to_transform=[1]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
@@ -267,7 +267,7 @@ def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
     def dropped(key):
         live = lora.with_dropout(adapter, 0.5, key)
         return jnp.stack([gemma.linear(w, at(0, live) | {"dropout": at(i, live["dropout"])},
-                                       "gate_proj", x_BTD) for i in (0, 1)])  # fmt: skip
+                                       "gate_proj", x_BTD) for i in (0, 1)])
 
     samples = jax.lax.map(dropped, jax.random.split(jax.random.key(0), 4000))
     assert np.abs(samples[0, 0] - samples[0, 1]).max() > 0.01

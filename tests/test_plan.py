@@ -28,7 +28,7 @@ def config_in(folder, layers: int = 3):
     cfg = gemma.Config(
         "gemma3_text", 2048, 512, 1536, layers, 4, 2, 64, 64, 64, (True,) * layers, 1e4, 1e6,
         max_position_embeddings=256,
-    )  # fmt: skip
+    )
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
     return str(folder)
@@ -50,7 +50,7 @@ def test_counted_flops_are_those_of_the_compiled_program(tmp_path, monkeypatch, 
     config = train_sft.Config(
         weights=config_in(tmp_path), dtype="float32", batch_rows=2, micro_rows=2, max_length=128,
         remat=remat, lora_rank=rank,
-    )  # fmt: skip
+    )
     unrolled = types.SimpleNamespace(**vars(lax))
     unrolled.scan = functools.partial(lax.scan, unroll=True)
     monkeypatch.setattr(gemma, "lax", unrolled)
@@ -82,7 +82,7 @@ def test_loops_make_the_trips_they_are_given():
 def test_collectives_are_counted(tmp_path):
     """A split base is gathered for each pass over it; a gradient is summed once."""
     common = dict(weights=config_in(tmp_path), dtype="float32", batch_rows=8, micro_rows=1,
-                  max_length=128, remat="none")  # fmt: skip
+                  max_length=128, remat="none")
     found = {}
     for shard in ("no", "yes"):
         config = train_sft.Config(**common, shard=shard)
@@ -102,7 +102,7 @@ def test_a_split_base_has_whole_layers_computed_again(tmp_path):
         config = train_sft.Config(
             weights=config_in(tmp_path), dtype="float32", batch_rows=8, micro_rows=1,
             max_length=128, **how,
-        )  # fmt: skip
+        )
         function, arguments = train_sft.programs(config, mesh_of(8))["train_step"]
         return bench.traced_work(function, arguments, 8)[1].run().flops
 
@@ -121,7 +121,7 @@ def test_decoding_reads_the_weights_and_the_caches(tmp_path):
     config = train_grpo.Config(
         weights=config_in(tmp_path), dtype="float32", slots=2, max_prompt=32, max_new=32,
         pack_length=64,
-    )  # fmt: skip
+    )
     programs = train_grpo.programs(config, mesh_of(1))
     function, arguments = programs["decode"]
     step = bench.traced_work(function, arguments, 1)[1].loops[0][1]
@@ -152,7 +152,7 @@ def test_without_the_compiler_arguments_are_added_up(no_compiler, module, capsys
     assert weights < row["arguments_bytes"] < weights + 0.7 * GIB and "total_bytes" not in row
     assert out["session"]["steps"] == int(9 * 3600 / out["step_s"])
     assert out["step_s"] == pytest.approx(2 * sum(
-        p.get("roofline_s", 0.0) for p in out["phases"].values()))  # fmt: skip
+        p.get("roofline_s", 0.0) for p in out["phases"].values()))
     if name == "grpo":
         assert out["session"]["rollouts"] == out["session"]["steps"] * 32 * 8
 
@@ -162,7 +162,7 @@ def test_flags_reach_the_plan(no_compiler, tmp_path, capsys):
     config = train_grpo.Config(
         weights=config_in(tmp_path), model="gemma3-1b", plan=True, time_limit="90m",
         judge="gemma3-12b", kl_coef=0.0, lora_rank=8,
-    )  # fmt: skip
+    )
     out = train_grpo.main(config)
     assert out["session_s"] == 5400 and "grpo_reference" not in out["phases"]
     judge = gemma.CONFIGS["gemma3-12b"].n_params * 2 / 8
@@ -191,7 +191,7 @@ def test_json_and_phases(no_compiler, capsys):
     "(21.52G) exceeds available HBM (15.75G).",
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 21.52G of 15.75G hbm. Exceeded hbm capacity by 5.77G.",
-])  # fmt: skip
+])
 def test_too_large_a_program_is_reported(capsys, message):
     """The compiler's message in, one line with the numbers and the flag out; others are raised."""
 

@@ -74,13 +74,13 @@ PUBLISHED = {
         ),
     },
     "gemmatron": {"traces": dict(teacher="http://h/v1", teacher_model="m"), "sft": {}, "grpo": {}},
-}  # fmt: skip
+}
 # What the column of the tiny model may replace, besides the flags of a hosted judge or teacher.
 REPLACED = {"model", "data", "out", "adapter", "rows", "samples", "rewards", "time-limit", "steps",
             "max-length", "max-prompt", "max-new", "pack-length", "micro-rows", "prompts",
-            "learning-rate"}  # fmt: skip
+            "learning-rate"}
 GIVEN = {"pinocchio": dict(judge="http://h/v1", judge_model="m"),
-         "gemmatron": dict(teacher="http://h/v1", teacher_model="m")}  # fmt: skip
+         "gemmatron": dict(teacher="http://h/v1", teacher_model="m")}
 STUB = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >>"$COMMANDS"
 printf '\\n' >>"$COMMANDS"
@@ -96,7 +96,7 @@ def commands(folder, name, *arguments, code=0, **given) -> list[list[str]]:
     notes = folder / "notes"
     notes.write_text("")
     env = os.environ | given | {"PATH": f"{folder}:{os.environ['PATH']}", "COMMANDS": str(notes),
-                                "OUT": str(folder / "out")}  # fmt: skip
+                                "OUT": str(folder / "out")}
     command = ["bash", str(ROOT / "recipes" / f"{name}.sh"), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd="/", timeout=60)
     assert done.returncode == code, done.stderr
@@ -158,7 +158,7 @@ def test_a_recipe_says_what_it_lacks_and_stops_where_a_stage_does(tmp_path):
     assert "usage: " in commands(tmp_path, "tunix", "--steps", "3", code=2)
     ran = commands(tmp_path, "pinocchio", "--model", "tiny", FAIL="train_simpo.py", code=1)
     assert [argv[0] for argv in ran] == ["eval.py", "train_sft.py", "eval.py", "synthesize.py",
-                                         "train_simpo.py"]  # fmt: skip
+                                         "train_simpo.py"]
     noted = (tmp_path / "out" / "seconds").read_text().splitlines()
     assert [line.split()[0] for line in noted] == ["sft", "pairs", "simpo"]
     # some of the stages, with another value of the table
@@ -190,7 +190,7 @@ def test_the_table(tmp_path):
 SHORT = dict(sft_time="20m", simpo_time="20m", grpo_time="20m", time="20m", sft_steps="2",
              simpo_steps="2", grpo_steps="1", steps="1", pair_rows="4", pair_length="384",
              simpo_micro="4", trace_rows="16", prompts="2", sft_micro="4",
-             test_rows="4")  # fmt: skip
+             test_rows="4")
 
 
 def whole(folder, name):
@@ -201,7 +201,7 @@ def whole(folder, name):
     if name in ("ideae", "gemmatron"):  # which have no steps: the clock ends them
         env |= {"sft_time": "40s", "grpo_time": "40s"}
     env |= {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}  # fmt: skip
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
     command = ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--model", "tiny"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -224,7 +224,7 @@ def test_the_shortest_end_to_end(tmp_path):
     (step,) = steps_of(out / "grpo")
     assert {"kl", "rewards/answer_tunix/mean"} <= step.keys()
     results = [json.loads((out / f"eval-{name}/results.json").read_text())
-               for name in ("start", "grpo")]  # fmt: skip
+               for name in ("start", "grpo")]
     assert all(r["n"] == 4 and "maj@8" in r for r in results)
     assert float(printed[1].split("|")[2]) > 0
 
@@ -275,7 +275,7 @@ def test_the_others_end_to_end_and_again(name, tmp_path):
 
     def read():
         return {stage: (steps_of(out / stage), (out / f"eval-{stage}/results.json").read_text())
-                for stage in trained}  # fmt: skip
+                for stage in trained}
 
     before = read()
     if name == "grar":

@@ -21,7 +21,7 @@ import report
 import runs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)  # fmt: skip
+                None)
 CONFIG = {"model": "tiny", "data": "problems", "steps": 4}
 
 
@@ -29,7 +29,7 @@ def sample(text="<reasoning>2 + 2</reasoning>\n<answer>4</answer>", **more):
     return {"prompt": "What is 2 + 2?", "completion": text, "gold": "4", "correct": True,
             "format": True, "reward": 1.5, "advantage": 0.5, "group": 0, "errors": {},
             "rewards": {"judge": 0.9, "answer": 1.0}, "n_tokens": 9, "stop": "stop",
-            } | more  # fmt: skip
+            } | more
 
 
 def write(folder, rates=((0, 20, 100), (4, 60, 100)), samples=None, steps=4, config=CONFIG):
@@ -40,7 +40,7 @@ def write(folder, rates=((0, 20, 100), (4, 60, 100)), samples=None, steps=4, con
         for step in range(steps + 1):
             if step:
                 run.log(step, {"reward": step / 10, "rewards/answer/mean": 0.5, "kl": 0.1 * step,
-                               "p": step / steps, "step_s": 1.0, "tokens_per_s": 9.0})  # fmt: skip
+                               "p": step / steps, "step_s": 1.0, "tokens_per_s": 9.0})
                 run.log_samples(step, (samples or {}).get(step, [sample()]))
             if step in evaluations:
                 c, n = evaluations[step]
@@ -68,7 +68,7 @@ def embedded(page):
                          "+33.4 points"),  # the example of Newcombe 1998: 0.0524 to 0.3339
     ((56, 70), (48, 80), "Got worse:</b> held-out accuracy 80.0 % → 60.0 %, a difference of -33.4"),
     ((40, 80), (44, 80), "Unclear:</b> held-out accuracy 50.0 % → 55.0 %, a difference of -"),
-])  # fmt: skip
+])
 def test_learned_is_said_of_what_chance_does_not_explain(tmp_path, first, last, says):
     page = html(write(tmp_path / "x", [(0, *first), (2, 1, 80), (4, *last)]))
     assert says in page
@@ -113,7 +113,7 @@ def test_ticks_are_few_round_and_inside(low, high):
 
 @pytest.mark.parametrize("values", [
     [0.3, 0.1 + 0.2], [0.0, 0.0], [1.0, 1.0], [-5.0, -5.0], [1e-9, 2e-9], [-1e12, 1e12], [0.5],
-])  # fmt: skip
+])
 @pytest.mark.parametrize("unit", ["", "%"])
 def test_every_curve_lies_within_its_frame(values, unit):
     run = report.Run("x", {}, {s: {"kl": v, "p": 0} for s, v in enumerate(values)}, {}, {}, True)
@@ -135,7 +135,7 @@ def test_runs_are_overlaid_with_an_evaluation(tmp_path):
     a, b = write(tmp_path / "a"), write(tmp_path / "deep" / "a", [(0, 30, 100), (4, 31, 100)])
     (tmp_path / "e").mkdir()
     row = {"id": "q", "domain": "d", "correct": True, "format": True, "stop": "stop", "vote": "4",
-           "n_tokens": 3}  # fmt: skip
+           "n_tokens": 3}
     rows = [
         {"problem": i, "mode": mode, "sample": j} | row | {"id": str(i), "completion": "4"}
         for i in range(9)
@@ -186,7 +186,7 @@ def test_what_is_no_run_folder_ends_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "absent"):
         done = subprocess.run([sys.executable, ROOT / "report.py", tmp_path / folder],
-                              capture_output=True, text=True)  # fmt: skip
+                              capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert f"{folder} is no run folder" in done.stderr
 
@@ -280,7 +280,7 @@ class Browser:
 
     FLAGS = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-sync "
              "--disable-background-networking --disable-component-update "
-             "--remote-debugging-pipe").split()  # fmt: skip
+             "--remote-debugging-pipe").split()
 
     def __init__(self, profile):
         (theirs, self.write), (self.read, back) = os.pipe(), os.pipe()
@@ -288,7 +288,7 @@ class Browser:
             ["bash", "-c", f'exec "$@" 3<&{theirs} 4>&{back}', "bash", CHROMIUM, *self.FLAGS,
              f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(theirs, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         os.close(theirs), os.close(back)
         self.n, self.buffer, self.events, self.to = 0, b"", [], {}
         target = self("Target.createTarget", url="about:blank")["targetId"]
@@ -322,7 +322,7 @@ class Browser:
 
     def open(self, path, width=1200, dark=False):
         self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
-             mobile=width < 600)  # fmt: skip
+             mobile=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
@@ -334,7 +334,7 @@ class Browser:
         number = {"ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}[key]
         for kind in ("rawKeyDown", "keyUp"):
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=8 * shift,
-                 windowsVirtualKeyCode=number)  # fmt: skip
+                 windowsVirtualKeyCode=number)
 
     def check_quiet(self):
         """Nothing was complained of, and nothing but the file itself was asked for."""
@@ -373,7 +373,7 @@ def three_steps(tmp_path_factory):
             sample(reward=0.7, correct=False, rewards={"judge": 0.8}, stop="length")],
         2: [sample(reward=1.5), sample(reward=1.0, rewards={"judge": 0.1})],
         3: [sample(reward=None, rewards={"judge": None}, errors={"judge": "timed out"})],
-    }  # fmt: skip
+    }
     return write(tmp_path_factory.mktemp("runs") / "x", samples=rows, steps=3) / "report.html"
 
 
@@ -438,7 +438,7 @@ def test_filters(browser, three_steps):
     def choose(**values):
         for name, value in values.items():
             browser.js(f'(e => {{ e.value = "{value}"; e.dispatchEvent(new Event("input")) }})'
-                       f'(document.getElementById("{name}"))')  # fmt: skip
+                       f'(document.getElementById("{name}"))')
         found = re.match(r"(no|\d+ of \d+) completions(?: that match, of 5)?$", status(browser))
         return 0 if found[1] == "no" else int(found[1].split()[-1])
 
@@ -462,7 +462,7 @@ def test_trace_and_answer_stand_apart(browser, three_steps):
         '[...document.querySelectorAll("#completion .part")].map(e => [e.className, e.innerText])'
     )
     assert browser.js(parts) == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
-                                 ["part answer", "<answer>4</answer>"]]  # fmt: skip
+                                 ["part answer", "<answer>4</answer>"]]
 
 
 HOSTILE = [
@@ -473,12 +473,12 @@ HOSTILE = [
     "\U0001f469\u200d\U0001f467",
     "שלום 123 abc", "", " ", "<a href='https://example.com/'>x</a><style>*{display:none}</style>",
     "\u202e" * 3_000, "<answer>" * 2_000, "long" * 25_000,
-]  # fmt: skip
+]
 
 
 def test_hostile_completions_are_text(browser, tmp_path):
     rows = [sample(text, prompt=text, gold=text, stop=text or "stop", errors={"e": text[:99]})
-            for text in HOSTILE]  # fmt: skip
+            for text in HOSTILE]
     rows[0]["rewards"] = {"</script><b>": 1.0}
     config = CONFIG | {"model": "</title></script><script>document.title = 'taken'</script>\ud800"}
     folder = write(tmp_path / "<b>&x", samples={1: rows}, steps=1, config=config)
@@ -509,10 +509,10 @@ def test_hostile_completions_are_text(browser, tmp_path):
 
 @pytest.mark.parametrize(("n_steps", "first", "found"), [
     (625, "4993 of 5000", "63 of 63"), (1, "1 of 5000", "1 of 111"),
-])  # fmt: skip
+])
 def test_five_thousand_completions_stay_responsive(browser, tmp_path, n_steps, first, found):
     rows = {step: [sample(f"<answer>{step} {i}</answer>") for i in range(5_000 // n_steps)]
-            for step in range(1, n_steps + 1)}  # fmt: skip
+            for step in range(1, n_steps + 1)}
     folder = write(tmp_path / "x", samples=rows, steps=n_steps)
     assert (folder / "report.html").stat().st_size < 2.5e6
     browser.open(folder / "report.html")

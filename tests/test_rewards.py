@@ -85,7 +85,7 @@ NUMBERS = [
     ("", None), ("none", None), ("nan", None), ("inf", None), ("-Infinity", None), ("H2O", None),
     ("²", None), ("2^10", None), ("1/0", None), ("1e999", None), ("1e-99999", None),
     ("9" * 10_000, None), ("1" + ",000" * 9_999, None), ("-", None), ("$", None), ("1e", 1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
@@ -111,7 +111,7 @@ RIGHT = [
     ("Option B", "B"), ("The correct answer is (B).", "B"), ("B: because it is cold", "B"),
     ("a, b", "b, a"), ("b and a", "a, b"), ("2.0; 1", "1, 2"), ("1, 2, and 3", "3, 2, 1"),
     ("red, green", ["green", "red"]), ("1,042, 7", "7, 1042"),
-]  # fmt: skip
+]
 
 WRONG = [
     ("", "42"), (" ", "42"), (".", "42"), ("", ""), ("...", "..!"), ("x", ""), (None, "42"),
@@ -126,7 +126,7 @@ WRONG = [
     ("A", "B"), ("A or B", "B"), ("A) B) C)", "A"), ("A, B", "A"), ("B) or C", "B"),
     ("a dog", "A"), ("Boat", "B"), ("I think so", "B"),
     ("a", "a, b"), ("a, b, c", "a, b"), ("a, b, b", "a, b"), ("ab", "a, b"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("guess, gold", RIGHT)
@@ -145,7 +145,7 @@ def test_wrong_answers(guess, gold):
      ("(B) Vitamin C", True), ("The answer is Oslo", True), ("A", False), ("Rome", False),
      ("B) Rome", False), ("Osl", False), ("Z", False), ("", False), ("C. Oslo", False),
      ("Rome, Oslo", False)],
-)  # fmt: skip
+)
 def test_choices_are_named_by_letter_or_text(guess, right):
     choices = ("Rome", "Oslo", "A. thaliana")
     assert correct(guess, "B", "auto", choices) == right
@@ -157,7 +157,7 @@ def test_kinds():
     golds = {"42": "number", "$1,042": "number", "5 km": "number", "-3/4": "number", "B": "choice",
              "(C)": "choice", "True": "boolean", "no": "boolean", "a, b": "list",
              "salt and pepper": "list", "(3, 4)": "text", "Paris": "text", "12:30": "text",
-             "room 42": "text", "": "text"}  # fmt: skip
+             "room 42": "text", "": "text"}
     assert {gold: kind_of(gold) for gold in golds} == golds
     assert kind_of("Oslo", ("Rome", "Oslo")) == "choice"
     assert correct("42 m", "room 42", "number") and not correct("42 m", "room 42")
@@ -227,7 +227,7 @@ COMPLETIONS = [  # (completion, format, answer), where 42 is right
     (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 1),
     (tagged("42", ""), 0, 1), (tagged(""), 0, 0), (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0),
     ("", 0, 0), (" \n", 0, 0), ("\x00", 0, 0), ("nan", 0, 0), ("<", 0, 0), (A_, 0, 0),
-]  # fmt: skip
+]
 
 
 def test_the_table_is_long_enough():
@@ -238,7 +238,7 @@ def test_the_table_is_long_enough():
 def test_format_and_answer_of_a_completion(completion, strict, right):
     row = {"answer": "42", "kind": "number"}
     assert scored("format:1,answer:3", completion, row) == (
-        strict + 3 * right, {"format": strict, "answer": right}, {})  # fmt: skip
+        strict + 3 * right, {"format": strict, "answer": right}, {})
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_format_and_answer_of_a_completion(completion, strict, right):
         ("Paris, France", "Paris", "text", (), 0), ("42", "Paris", "text", (), 0),
         ("0.333333333", "1/3", None, None, 1), ("0.333", "1/3", None, None, 0),
     ],
-)  # fmt: skip
+)
 def test_an_answer_of_any_kind(said, gold, kind, choices, right):
     row = {"answer": gold, "kind": kind, "choices": choices}
     assert part("answer", tagged(said), row) == right
@@ -278,7 +278,7 @@ def test_tags_are_graded_one_by_one():
         (tagged("many"), -0.5), (tagged("nan"), -0.5), ("100", 0), (f"{A}100{A_}", 0), ("", 0),
         (tagged("100") + "!", 0),
     ],
-)  # fmt: skip
+)
 def test_tunix_answers(completion, expected):
     assert part("answer_tunix", completion, {"answer": "100"}) == expected
 
@@ -297,7 +297,7 @@ def test_tunix_answers_without_a_number_to_divide_by():
         (tagged("84/2"), 1), (tagged("43, not 42"), 0), (tagged("Oslo"), 0), (tagged(""), 0),
         ("42", 0), (f"{R}42{R_}", 0), (f"{A}42{A_}", 1), (tagged("1" * 10_000), 0),
     ],
-)  # fmt: skip
+)
 def test_first_number(completion, right):
     assert part("first_number", completion, {"answer": "42"}) == right
     assert part("first_number", tagged("10000000000001"), {"answer": "10000000000000"}) == 0
@@ -313,7 +313,7 @@ def test_first_number(completion, right):
         ("Oslo", "Oslo", 4), ("It is Oslo.", "Oslo", 2.5), ("oslo", "Oslo", 2.5), ("Os", "Oslo", 0),
         ("Oslomet", "Oslo", 0),
     ],
-)  # fmt: skip
+)
 def test_ideae_answers(said, gold, expected):
     assert part("answer_ideae", tagged(said), {"answer": gold}) == expected
     assert part("answer_ideae", said, {"answer": gold}) == 0  # a recipe reads its own tags
@@ -404,7 +404,7 @@ def test_tfidf_is_scikit_learns_where_most_words_are_equally_frequent():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text("aàbBéſİ_1² \n.-哈", max_size=30), min_size=1, max_size=5),
-       st.text(max_size=20), st.integers(1, 4))  # fmt: skip
+       st.text(max_size=20), st.integers(1, 4))
 def test_tfidf_is_scikit_learns_on_any_text(texts, other, max_features):
     check_tfidf(texts, [other], max_features)
 
@@ -441,7 +441,7 @@ def test_both_readings_of_tfidf():
 
 def test_read_mix():
     assert read_mix("format:1,answer:3,tfidf:2.25").weights == {
-        "format": 1, "answer": 3, "tfidf": 2.25}  # fmt: skip
+        "format": 1, "answer": 3, "tfidf": 2.25}
     assert read_mix(" format , overlong : -1e-1 ").weights == {"format": 1, "overlong": -0.1}
     assert read_mix("tunix") == rewards.PRESETS["tunix"]
     assert read_mix("grar,judge:2,repetition") == Mix(
@@ -464,7 +464,7 @@ def test_read_mix():
         ("answer:inf", "number"), ("format:1:2", "number"), ("tunix,tunix", "preset"),
         ("format,tunix", "preset"), ("tunix:2", "preset"), ("mine", "expected one of"),
     ],
-)  # fmt: skip
+)
 def test_a_mix_that_cannot_be_read_says_so_in_a_line(text, reason):
     with pytest.raises(ValueError, match=f"^--rewards .*{reason}[^\n]*$"):
         read_mix(text)
@@ -499,7 +499,7 @@ GOLD = {"answer": "42", "reasoning": "apples and pears", "progress": 0.1}
         (tagged("42") + "!", 2 + 1.5), ("42", -2), ("", -2), (f"{A}42{A_}", 2 - 2 * 1 + 1.5),
         (f"{R}I see{R_}{A}42", 1.5 - 0.5), ((R + R_ + A + A_) * 2, -2),
     ],
-)  # fmt: skip
+)
 def test_the_sum_of_tunix(completion, expected):
     """Its range is -2 (no tag once) to 9.5: what has no format has no answer that could cost -1."""
     assert scored("tunix", completion, GOLD).total == pytest.approx(expected)
@@ -514,7 +514,7 @@ def test_the_sum_of_tunix(completion, expected):
         (tagged("43", "zebra"), 0.75 + 0.25 + 2.5), (tagged("46", "zebra"), 0.75 + 0.25 + 1.25),
         (f"{A}42{A_}", 4), ("42", -0.25),
     ],
-)  # fmt: skip
+)
 def test_the_sum_of_ideae(completion, expected):
     assert scored("ideae", completion, GOLD, ["apples pears"]).total == pytest.approx(expected)
 
@@ -526,7 +526,7 @@ def test_the_sum_of_ideae(completion, expected):
         (f"{R}a{R_}{A}42", 1, 4, 3, 5 + 4 + 5 * 0.8 - 3), (R_ + R, 0, 0, 5, 5 * 0.6 - 5),
         ("", 0, 0, 6, -6), ("", 0, 0, 17, -10),
     ],
-)  # fmt: skip
+)
 def test_the_sum_of_pinocchio(completion, correctness, quality, penalty, expected):
     judge = judged(judge_correctness=correctness, judge_reasoning=quality, judge_penalty=penalty)
     assert scored("pinocchio", completion, {}, judge=judge).total == pytest.approx(expected)
@@ -564,7 +564,7 @@ def fails(_, row):
      ("1", "str"),
      (np.float32("nan"), "nan"), (10**400, "Overflow"), ([1.0], "list"), ({}, "dict"),
      (1j, "complex"), (lambda: 1, "function")],
-)  # fmt: skip
+)
 def test_what_is_no_number_is_missing_and_says_why(value, reason):
     functions = {"format": rewards.REWARDS["format"], "odd": Reward(lambda c, r: value)}
     total, parts, errors = score(Mix({"format": 1, "odd": 2}), functions, tagged("42"), {})
@@ -620,7 +620,7 @@ def test_a_reward_file(tmp_path):
      ("my.py", "expected my.py:score"), ("my.py:", "expected"), ("my.txt:score", "expected"),
      ("my.py:a b", "expected"), (":score", "expected"), ("my.py:format", "rename"),
      ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh")],
-)  # fmt: skip
+)
 def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.py").write_text("number = 3\ndef score(completion, row): return 1\n")
@@ -692,7 +692,7 @@ def test_every_reward_of_any_text_is_a_finite_number(completion, gold, trace, ki
     assert ("answer" in parts) == bool(gold.strip())
     low = {"tags": -1, "answer_tunix": -1, "overlong": -1, "length": -1, "repetition": -1}
     high = {"answer_tunix": 3, "answer_ideae": 4, "markers": 5, "overlong": 0, "length": 0,
-            "repetition": 0}  # fmt: skip
+            "repetition": 0}
     for name, value in parts.items():
         assert type(value) is float and low.get(name, 0) <= value <= high.get(name, 1)
     assert score(EVERY, FUNCTIONS, completion, row) == (total, parts, errors)
@@ -716,7 +716,7 @@ def test_whole_numbers_survive_their_spellings(n, spelling):
 HOSTILE = ["9", ",000", "1,", "1 ", "1/", "1e", "1.", "-", "$", "1^", "3 x 10^", " ", "\n", "a",
            "<answer>", "<reasoning>", "answer is ", "answer", "####", "½", "²", "٤", "A) ", "(",
            "B,", "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{", "word ", "哈",
-           "<", "</answer>", "<reasoning></answer>", GOOD, "[E]", "\x1b[", "İ", "_"]  # fmt: skip
+           "<", "</answer>", "<reasoning></answer>", GOOD, "[E]", "\x1b[", "İ", "_"]
 
 
 @pytest.mark.parametrize("piece", HOSTILE)

@@ -31,7 +31,7 @@ params_of = functools.cache(lambda family: random_params(CFG[family], seed=4))
 def mesh(n_devices):
     axis_types = (jax.sharding.AxisType.Auto,)
     return jax.make_mesh((n_devices,), ("data",), axis_types=axis_types,
-                         devices=jax.devices()[:n_devices])  # fmt: skip
+                         devices=jax.devices()[:n_devices])
 
 
 def sampler(family="gemma3", n_devices=1, slots=4, **sizes):
@@ -85,7 +85,7 @@ def test_greedy_equals_transformers_generate(tmp_path, family):
         theirs = model.generate(
             torch.tensor(padded), attention_mask=torch.tensor(padded > 0).long(), do_sample=False,
             max_new_tokens=64,
-        )[:, 36:].tolist()  # fmt: skip
+        )[:, 36:].tolist()
     for i, ids in enumerate(theirs):
         assert ours[i, 0].ids.tolist() == ours[i, 1].ids.tolist() == ids, f"prompt {i}"
         assert ours[i, 0].stop == "length" and len(set(ids)) > 15
@@ -117,7 +117,7 @@ def reference_distribution(logits_V, temperature, top_k=0, top_p=1.0, min_p=0.0,
     {"top_p": 0.9},
     {"min_p": 0.05},
     {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 1.5, "forbidden": (17,)},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_frequencies_of_100k_draws_match_the_softmax(rules, n=100_000, V=300):
     """Chi-square over 300 words (three blocks, the last one short), and the exact support."""
     stats = pytest.importorskip("scipy.stats")
@@ -189,7 +189,7 @@ def test_tokens_do_not_depend_on_devices_slots_or_order(family):
     sharded = jax.tree.map(
         lambda w, spec: jax.device_put(w, NamedSharding(mesh(8), spec)),
         params, gemma.pspecs(CFG[family], True),
-    )  # fmt: skip
+    )
     assert tokens(others[1].sample(sharded, backwards, **settings)) == expected
 
 
@@ -199,7 +199,7 @@ def test_a_base_that_stays_sharded_gives_the_rollouts_of_a_replicated_one(family
     cfg, params = CFG[family], params_of(family)
     adapter = live_adapter(cfg)
     how = {"lora": adapter, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "min_p": 0.01,
-           "stop": range(3, 8)}  # fmt: skip
+           "stop": range(3, 8)}
     split = sampler(family, n_devices=8, slots=2, shard=True)
     compiled = split.programs(params, adapter, Rules(20, True, True))["decode"][1][2]["layers"]
     assert compiled["q_proj"].sharding.spec == P(None, "data", None, None)  # never unstacked
@@ -233,7 +233,7 @@ def test_logps_are_the_trainers(family):
         rollouts = sampler(family).sample(
             params, prompts, n=3, lora=adapter, temperature=temperature, top_k=20, top_p=0.95,
             min_p=0.01, stop=(5, 9),
-        )  # fmt: skip
+        )
         for r in rollouts:
             row = np.zeros(CONTEXT + 4, int)  # one shape, and padding cannot be seen from before
             row[: len(prompts[r.prompt]) + len(r.ids)] = [*prompts[r.prompt], *r.ids]
@@ -241,7 +241,7 @@ def test_logps_are_the_trainers(family):
             logp_BT, _ = gemma.token_logps(
                 x_BTD[:, :-1], gemma.head(params, cfg), jnp.asarray(row[None, 1:]),
                 temperature=temperature or 1.0, softcap=cfg.final_logit_softcapping,
-            )  # fmt: skip
+            )
             start = len(prompts[r.prompt]) - 1
             np.testing.assert_allclose(r.logps, logp_BT[0, start : start + len(r.ids)], atol=1e-5)
             assert r.logps.dtype == np.float32 and r.ids.dtype == np.int32
@@ -275,7 +275,7 @@ def test_forbidden_tokens_are_never_drawn():
     allowed = {0, 7, 20, 31}
     forbidden = set(range(40)) - allowed
     make = functools.partial(sampler().sample, params_of("gemma3"), random_prompts(4, 9),
-                             forbidden=forbidden, vocab_size=40, stop=())  # fmt: skip
+                             forbidden=forbidden, vocab_size=40, stop=())
     for temperature in (0, 5.0):
         rollouts = list(make(n=4, temperature=temperature))
         drawn = set(np.concatenate([r.ids for r in rollouts]).tolist())
@@ -296,7 +296,7 @@ def first_repetition(ids, limit):
 def test_repetition_is_a_stop_reason_of_its_own_and_off_by_default():
     settings = {"forbidden": range(3), "vocab_size": 6, "temperature": 4.0, "stop": ()}
     make = functools.partial(sampler().sample, params_of("gemma3"), random_prompts(4, 9), n=20,
-                             **settings)  # fmt: skip
+                             **settings)
     free = by_number(make())
     assert {r.stop for r in free.values()} == {"length"}
     ended = by_number(make(repetition=8))
@@ -334,7 +334,7 @@ def test_a_prompt_is_prefilled_once_however_often_it_is_given():
     assert stats["prefills"] == 2
     one = random_prompts(5)  # wanted on every device at once
     rollouts = list(sampler(n_devices=8).sample(params_of("gemma3"), one, 64, stats=stats,
-                                                **long_tailed()))  # fmt: skip
+                                                **long_tailed()))
     assert len(rollouts) == 64 and stats["prefills"] == 8
 
 

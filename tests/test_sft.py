@@ -24,7 +24,7 @@ import train_sft
 CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 CONFIG = train_sft.resolve(
     train_sft.Config(lora_rank=4, max_length=32, batch_rows=8, micro_rows=8, steps=4)
 )
@@ -119,7 +119,7 @@ def test_prompts_weigh_what_they_are_given():
         return train_sft.loss(trained, fixed, batch, jax.random.key(0), CFG, config, None)
 
     logits = gemma.logits(fixed["base"], CFG, batch["tokens"], batch["segments"],
-                          trained | {"scale": fixed["scale"]})  # fmt: skip
+                          trained | {"scale": fixed["scale"]})
     logp = jax.nn.log_softmax(logits[:, :-1])
     logp = jnp.take_along_axis(logp, batch["tokens"][:, 1:, None], axis=2)[..., 0]
     completion, real = batch["mask"][:, 1:] > 0, batch["segments"][:, 1:] > 0
@@ -149,7 +149,7 @@ def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config = dataclasses.replace(CONFIG, lora_rank=rank)
     batch = {k: v[None] for k, v in PACKED.items()}
     check_sharded_step(CFG, config, train_sft.make_steps, train_sft.specs_of, *weights(config),
-                       batch, np.float32(1e-3), jax.random.key(0))  # fmt: skip
+                       batch, np.float32(1e-3), jax.random.key(0))
 
 
 @pytest.mark.parametrize("remat", ["attention", "layer"])
@@ -200,7 +200,7 @@ def test_from_scratch_begins_with_random_weights_of_the_same_shape(small):
 @pytest.mark.parametrize("sharded", ["yes", "no"])
 def test_all_weights_are_trained_in_float32_and_left_in_bfloat16(small, tmp_path, sharded):
     config = train_sft.resolve(train_sft.Config(
-        weights=str(small), lora_rank=0, dtype="bfloat16", shard=sharded))  # fmt: skip
+        weights=str(small), lora_rank=0, dtype="bfloat16", shard=sharded))
     mesh = mesh_of(8)
     model = train_sft.load_model(config, mesh)
     assert {x.dtype for x in jax.tree.leaves(model.trained)} == {jnp.dtype("float32")}
@@ -236,7 +236,7 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
     ("gemma2-2b", 0, (True, False)),
     ("gemma3-4b", 16, (True, True)),
     ("gemma3-12b", 16, (True, True)),
-])  # fmt: skip
+])
 def test_what_is_split_and_what_rollouts_gather_follows_from_the_sizes(model, rank, expected):
     config = train_sft.resolve(train_sft.Config(model=model, lora_rank=rank))
     args = gemma.CONFIGS[model], config, mesh_of(8)
@@ -254,7 +254,7 @@ def sft(small, out, *flags, kill_at=None, code=0):
                "--data", str(small / "rows.jsonl"), "--steps", "6", "--batch-rows", "4",
                "--micro-rows", "2", "--max-length", "176", "--save-every", "2", "--eval-every", "3",
                "--eval-rows", "8", "--eval-accuracy", "4", "--keep", "9", "--lora-dropout", "0.1",
-               *flags]  # fmt: skip
+               *flags]
     run = [sys.executable] if kill_at is None else [sys.executable, "-c", KILLER, str(kill_at)]
     env = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([*run, *command], capture_output=True, text=True, env=env, timeout=300)
@@ -376,7 +376,7 @@ BAD_ROWS = [
     (b'{"prompt": "caf\xe9", "completion": "x"}', "utf-8"),
     (b'{"text": "x"}', "text"),
     (b'{"prompt": "x", "completion": "' + b"12345 " * 40 + b'"}', "more than --max-length 176"),
-]  # fmt: skip
+]
 
 
 def test_bad_rows_are_named_with_file_and_line_fatal_or_counted(tmp_path):
@@ -407,7 +407,7 @@ def test_what_is_held_out_of_ones_own_rows(tmp_path):
         now = dataclasses.replace(config, eval_rows=eval_rows)
         batches, held_out = train_sft.load_data(now, tok)
         prompts = [{tuple(ids[: mask.argmax()]) for ids, mask in rows}
-                   for rows in (batches.sources[0], held_out)]  # fmt: skip
+                   for rows in (batches.sources[0], held_out)]
         assert len(held_out) == n_held_out and len(prompts[0]) == 97
         assert not prompts[0] & prompts[1]
     file.write_text(row(1))
@@ -428,7 +428,7 @@ def test_what_is_held_out_of_ones_own_rows(tmp_path):
 )
 def test_a_users_mistake_is_one_line(small, tmp_path, flags, why):
     config = dict(weights=str(small), out=str(tmp_path), data=str(small / "rows.jsonl"), steps=1,
-                  batch_rows=8, micro_rows=1, max_length=176)  # fmt: skip
+                  batch_rows=8, micro_rows=1, max_length=176)
     config |= {k[2:].replace("-", "_"): v for k, v in zip(flags[::2], flags[1::2], strict=True)}
     config["batch_rows"] = int(config["batch_rows"])
     with pytest.raises(ValueError) as e:

@@ -89,7 +89,7 @@ def test_dpo_and_ipo_are_trls(golden, name, garbage):
 def simpo_of(case, **knobs):
     given = case["config"]
     return config_of("simpo", beta=given["beta"],
-                     gamma_ratio=given["simpo_gamma"] / given["beta"], **knobs)  # fmt: skip
+                     gamma_ratio=given["simpo_gamma"] / given["beta"], **knobs)
 
 
 @pytest.mark.smoke
@@ -154,7 +154,7 @@ def test_simpo_from_logits_is_trls(golden):
     expected = case["metrics"]
     for ours, theirs in (("margin", "rewards/margins"), ("logp_chosen", "logps/chosen"),
                          ("logp_rejected", "logps/rejected"),
-                         ("pair_accuracy", "rewards/accuracies")):  # fmt: skip
+                         ("pair_accuracy", "rewards/accuracies")):
         np.testing.assert_allclose(metrics[ours] / count, expected[theirs], rtol=1e-6)
 
 
@@ -224,7 +224,7 @@ def random_pairs(n, seed=0):
         pairs.append(tuple(
             (np.concatenate([prompt, c]), np.array([0] * len(prompt) + [1] * len(c), np.int8))
             for c in completions
-        ))  # fmt: skip
+        ))
     return pairs
 
 
@@ -238,7 +238,7 @@ def weights(config):
     params = gemma.init(CFG, jax.random.key(0))
     if not config.lora_rank:
         moved = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape),
-                             params)  # fmt: skip
+                             params)
         return moved, train_simpo.with_reference(params, {}, config)
     adapter = train_sft.new_adapter(CFG, config)
     noise = lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape)
@@ -317,7 +317,7 @@ def test_micro_batches_change_no_gradient(n_micro):
 @pytest.mark.smoke
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("loss,rank,sharded", [("simpo", 4, False), ("dpo", 4, True),
-                                               ("ipo", 0, False), ("dpo", 0, True)])  # fmt: skip
+                                               ("ipo", 0, False), ("dpo", 0, True)])
 def test_eight_devices_change_no_gradient(loss, rank, sharded, check_vma):
     config = dataclasses.replace(config_of(loss), lora_rank=rank)
     close(gradient(PACKED, 2, 8, config, sharded, check_vma), undivided(config), 2e-5)
@@ -328,7 +328,7 @@ def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(loss, rank):
     config = dataclasses.replace(config_of(loss), lora_rank=rank)
     batch = {k: v[None] for k, v in PACKED.items()}
     check_sharded_step(CFG, config, train_simpo.make_steps, train_simpo.specs_of, *weights(config),
-                       batch, np.float32(1e-3), jax.random.key(0))  # fmt: skip
+                       batch, np.float32(1e-3), jax.random.key(0))
 
 
 def test_remat_changes_no_gradient():
@@ -338,7 +338,7 @@ def test_remat_changes_no_gradient():
 
 
 @pytest.mark.parametrize("loss,rank,sharded", [("simpo", 4, False), ("dpo", 4, True),
-                                               ("ipo", 0, False)])  # fmt: skip
+                                               ("ipo", 0, False)])
 def test_steps_move_what_is_trained_and_nothing_else(loss, rank, sharded):
     """Some B leaves 0, the base stays bit-identical, and so does the reference."""
     mesh = mesh_of(8)
@@ -392,7 +392,7 @@ def test_pinocchios_gamma_is_the_ratio():
     m = -3 / 4 + 8 / 6 - 0.4
     expected = 0.9 * np.log1p(np.exp(-m)) + 0.1 * np.log1p(np.exp(m))
     np.testing.assert_allclose(train_simpo.preference(f32(logp), f32(n), None, config)[0], expected,
-                               rtol=1e-6)  # fmt: skip
+                               rtol=1e-6)
 
 
 def test_programs_are_the_jitted_functions_with_their_shapes():
@@ -413,7 +413,7 @@ def preference_row(i, split="train"):
     wrong = str(int(row["answer"]) + 1)
     return {"prompt": row["question"],
             "chosen": data.format_completion(row["reasoning"], row["answer"]),
-            "rejected": data.format_completion(f"It must be {wrong}.", wrong)}  # fmt: skip
+            "rejected": data.format_completion(f"It must be {wrong}.", wrong)}
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +435,7 @@ def small(tmp_path_factory):
 def flags(small, out):
     return dict(weights=str(small), out=str(out), data=str(small / "pairs.jsonl"), steps=6,
                 batch_rows=8, micro_rows=1, max_length=320, save_every=2, eval_every=3, keep=9,
-                learning_rate=1e-3, show=0, max_new=8)  # fmt: skip
+                learning_rate=1e-3, show=0, max_new=8)
 
 
 def simpo(small, out, *more, kill_at=None, code=0):
@@ -453,7 +453,7 @@ def simpo(small, out, *more, kill_at=None, code=0):
 def test_killed_and_resumed_equals_uninterrupted(small, tmp_path):
     """DPO from an adapter: the reference after the resumption is the start, not the checkpoint."""
     more = ["--loss", "dpo", "--adapter", str(small / "sft"), "--lora-rank", "4", "--eval-rows",
-            "2"]  # fmt: skip
+            "2"]
     simpo(small, tmp_path / "whole", *more)
     simpo(small, tmp_path / "cut", *more, kill_at=40, code=-9)
     assert any((tmp_path / "cut" / "checkpoints").glob("step_*"))
@@ -473,13 +473,13 @@ def test_the_starting_adapter_is_the_reference(small, tmp_path, rank):
     """On weights: same rank, another rank (merged into the base first), all weights."""
     config = train_simpo.resolve(train_simpo.Config(
         **flags(small, tmp_path), adapter=str(small / "sft"), loss="ipo", lora_rank=rank
-    ))  # fmt: skip
+    ))
     model = train_sft.load_model(config, mesh_of(8))
     fixed = train_simpo.with_reference(model.trained, model.fixed, config)
     cfg, params = gemma.load(small)
     start = lora.load(small / "sft", cfg)
     for x, y in zip(jax.tree.leaves(model.trained), jax.tree.leaves(fixed["reference"]),
-                    strict=True):  # fmt: skip
+                    strict=True):
         np.testing.assert_array_equal(x, y)
     if rank == 4:
         for k in "ab":
@@ -496,7 +496,7 @@ def test_the_starting_adapter_is_the_reference(small, tmp_path, rank):
 def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path, told):
     """SimPO on one adapter; what it leaves is DPO's reference in the next stage."""
     config = train_simpo.Config(**flags(small, tmp_path / "a"), adapter=str(small / "sft"),
-                                lora_rank=4, eval_accuracy=2, report_to="tensorboard")  # fmt: skip
+                                lora_rank=4, eval_accuracy=2, report_to="tensorboard")
     final = train_simpo.main(
         dataclasses.replace(config, steps=12, eval_every=0, learning_rate=5e-3, show=1)
     )
@@ -507,7 +507,7 @@ def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path,
     held_out = [m for m in lines if "eval_loss" in m]
     assert held_out[-1]["eval_margin"] > steps[0]["margin"] and {
         "eval_pair_accuracy", "eval_accuracy", "eval_accuracy_low",
-        "eval_format"} <= held_out[-1].keys()  # fmt: skip
+        "eval_format"} <= held_out[-1].keys()
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert (tmp_path / "a/samples.jsonl").read_text()
     assert "Held-out margin" in (tmp_path / "a/report.html").read_text()
@@ -528,13 +528,13 @@ def test_three_acts_chain_by_their_weights(small, tmp_path):
     data.Tokenizer(small).save(tmp_path / "sft/final")
     lora.write_prompt(tmp_path / "sft/final", "Think.")
     config = train_simpo.Config(**flags(small, tmp_path / "simpo"), adapter=str(tmp_path / "sft"),
-                                lora_rank=4)  # fmt: skip
+                                lora_rank=4)
     train_simpo.main(dataclasses.replace(config, steps=1, eval_every=0))
     left = lora.load(tmp_path / "simpo/final", cfg)
     assert all(b.any() for b in left["b"].values())
     config = train_grpo.resolve(train_grpo.Config(
         weights=str(small), adapter=str(tmp_path / "simpo"), lora_rank=4, kl_coef=0.1
-    ))  # fmt: skip
+    ))
     model = train_sft.load_model(config, mesh_of(8))
     assert config.system == "Think."
     jax.tree.map(np.testing.assert_array_equal, model.fixed["base"], tuned)

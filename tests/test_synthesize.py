@@ -22,7 +22,7 @@ from synthesize import Pairs, Teacher, Traces, choose
 
 TOK = {family: data.Tokenizer(ROOT / "tiny", family) for family in ("gemma2", "gemma3")}
 CHAT = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Ho"},
-        {"role": "user", "content": "And?"}]  # fmt: skip
+        {"role": "user", "content": "And?"}]
 N = 24
 
 
@@ -44,7 +44,7 @@ def problems_of(rows, system="", family="gemma3"):
 
 def group(*scores, **more):
     return [{"sample": i, "completion": f"text {i}", "stop": "stop", "right": False, "reward": r}
-            | more for i, r in enumerate(scores)]  # fmt: skip
+            | more for i, r in enumerate(scores)]
 
 
 def samples_of(pairs):
@@ -60,7 +60,7 @@ def samples_of(pairs):
     ((None, None, 5), 0, []),  # missing is neither best nor worst
     ((None, -1, None, -2), 1, [(1, 3)]),
     ((), 0, []),
-])  # fmt: skip
+])
 def test_best_and_worst(scores, margin, expected):
     assert samples_of(choose(group(*scores), margin)) == expected
 
@@ -79,7 +79,7 @@ def test_who_may_be_chosen_and_rejected():
 
 def test_a_reference_goes_against_what_is_not_right():
     rows = group(0, 1, 1) + [{"sample": -1, "completion": "own", "stop": "stop", "right": True,
-                              "reward": 1.5}]  # fmt: skip
+                              "reward": 1.5}]
     assert samples_of(choose(rows, 1)) == [(1, 0), (-1, 0)]
     own = rows[-1] | {"completion": "text 1"}
     assert samples_of(choose([*rows[:-1], own], 1)) == [(1, 0)]  # the same pair once
@@ -129,7 +129,7 @@ def test_the_trainers_rebuild_the_prompt_that_was_sampled(system, family):
 def test_references_of_every_shape():
     own = [synthesize.reference_of(problem) for problem in problems_of(ROWS)]
     told = [data.format_completion("2 + 2 = 4.", "4"),
-            data.format_completion("He has 2 * 3 = 6.", "6")]  # fmt: skip
+            data.format_completion("He has 2 * 3 = 6.", "6")]
     assert own == ["", *told, "", "", "No.", "", "Ho"]
 
 
@@ -137,7 +137,7 @@ def test_a_prompt_without_a_pair_says_why(tmp_path):
     problems = problems_of([{"question": "Why?"}] * 3)
     rows = [{"problem": i, "sample": j, "completion": "so " * n, "n_tokens": n, "stop": stop}
             for i, stop in enumerate(("stop", "length", "stop"))
-            for j, n in enumerate((3, 5) if i < 2 else (3, 30))]  # fmt: skip
+            for j, n in enumerate((3, 5) if i < 2 else (3, 30))]
     config = Pairs(rewards="length", margin=0.5, max_new=30)
     found, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
     assert [(pair["chosen_sample"], pair["rejected_sample"]) for pair in found] == [(0, 1)]
@@ -164,7 +164,7 @@ def mesh_config(tmp_path, name, **more):
 def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tmp_path):
     made = lambda name, **more: synthesize.main(
         Pairs(**mesh_config(tmp_path, name, margin=0.1, reference=True,
-                            rewards="format:0.5,answer:1,length:0.3") | more))  # fmt: skip
+                            rewards="format:0.5,answer:1,length:0.3") | more))
     file = made("whole")
     pairs, journal = file.read_bytes(), (file.parent / "samples.jsonl").read_bytes()
     assert made("again").read_bytes() == pairs
@@ -177,7 +177,7 @@ def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tm
     rows, rejects = read(file), read(file.parent / "rejects.jsonl")
     assert {row["chosen_sample"] for row in rows} > {-1} and len(rows) > 6
     problems = {p.id: p for p in evaluation.load_problems(str(tmp_path / "rows.jsonl"),
-                                                          TOK["gemma3"], "Think.")[0]}  # fmt: skip
+                                                          TOK["gemma3"], "Think.")[0]}
     assert {row["id"] for row in rows} | {row["id"] for row in rejects} == {*problems}
     examples, _ = data.load_examples(str(file), TOK["gemma3"], 512, "Think.", read=data.read_pair)
     for row, pair in zip(rows, examples, strict=True):
@@ -196,7 +196,7 @@ def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tm
 
 def test_traces_of_the_model_itself(tmp_path):
     file = synthesize.main(Traces(**mesh_config(tmp_path, "traces", rewards="length:-1",
-                                                min_reward=0.1)))  # fmt: skip
+                                                min_reward=0.1)))
     rows, rejects = read(file), read(file.parent / "rejects.jsonl")
     assert len(rows) + len(rejects) == 24 and rejects
     source = {row["question"]: row for row in read(tmp_path / "rows.jsonl")}
@@ -204,7 +204,7 @@ def test_traces_of_the_model_itself(tmp_path):
         assert source[row["question"]]["answer"] == row["answer"] and row["teacher"] == "tiny"
         assert row["difficulty"] == source[row["question"]]["difficulty"] and row["reward"] >= 0.1
     assert {row["reason"] for row in rejects} <= {"cut", "format", "wrong", "near-duplicate",
-                                                  "reward", "length", "repetition"}  # fmt: skip
+                                                  "reward", "length", "repetition"}
 
 
 def test_missing_judgements_are_no_pair(tmp_path):
@@ -217,7 +217,7 @@ def test_missing_judgements_are_no_pair(tmp_path):
     problems = problems_of([{"question": "Why?", "rubrics": ["It is true."]}] * 2)
     said = [["3", "9", "1", "5"], ["9", "2", "9", "9"]]
     rows = [{"problem": i, "sample": j, "completion": f"It says {d}, {j}", "stop": "stop"}
-            for i, digits in enumerate(said) for j, d in enumerate(digits)]  # fmt: skip
+            for i, digits in enumerate(said) for j, d in enumerate(digits)]
     with serving(answer) as server:
         config = Pairs(judge=server.url, rewards="judge", margin=0.5, out=str(tmp_path), max_new=9)
         (pair,), (reject,) = synthesize.pairs(problems, rows, TOK["gemma3"], config)
@@ -237,7 +237,7 @@ def test_a_judge_on_the_mesh_picks_the_pairs(tmp_path):
     problems = problems_of([{"question": q, "rubrics": ["It is true."]} for q in ("Why?", "How?")])
     said = ["It is so.", "2 + 2 = 4, so 4.", "no", "<answer>7</answer>", ""]
     rows = [{"problem": i, "sample": j, "completion": text, "stop": "stop"}
-            for i in range(2) for j, text in enumerate(said)]  # fmt: skip
+            for i in range(2) for j, text in enumerate(said)]
     config = Pairs(judge="tiny", rewards="judge", margin=1e-4, out=str(tmp_path), max_new=32)
     made, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
     judge = synthesize.judge.open(config)
@@ -263,14 +263,14 @@ def test_all_completions_of_a_prompt_are_judged_by_one_request(tmp_path):
         return {"content": json.dumps({"responses": verdicts[::-1]})}
 
     rows = [{"question": q, "reasoning": "It says 4", "answer": "x", "rubrics": ["It is true."]}
-            for q in ("Why?", "Why not?", "And why?")]  # fmt: skip
+            for q in ("Why?", "Why not?", "And why?")]
     problems = problems_of(rows)
     said = [["3", "1", "2"], ["9", "2", "9"], ["1", "5", "2"]]
     rows = [{"problem": i, "sample": j, "completion": f"It says {d}", "stop": "stop"}
-            for i, digits in enumerate(said) for j, d in enumerate(digits)]  # fmt: skip
+            for i, digits in enumerate(said) for j, d in enumerate(digits)]
     with serving(answer) as server:
         config = Pairs(judge=server.url, rewards="judge", margin=0.5, out=str(tmp_path), max_new=9,
-                       reference=True, judge_calls="group", judge_missing=0.9)  # fmt: skip
+                       reference=True, judge_calls="group", judge_missing=0.9)
         made, (reject,) = synthesize.pairs(problems, rows, TOK["gemma3"], config)
         assert sum("Why not?" not in b["messages"][0]["content"] for b in server.bodies) == 2
     found = [(p["prompt"], p["chosen_sample"], p["rejected_sample"]) for p in made]
@@ -294,7 +294,7 @@ def reply(i, sample=0):
 
 
 CARDS = [{"question": f"What is the value of card {i}?", "answer": str(2 * i), "task_type": "math",
-          "source": i} for i in range(N)]  # fmt: skip
+          "source": i} for i in range(N)]
 
 
 def teacher_of(server, folder, **more):
@@ -302,7 +302,7 @@ def teacher_of(server, folder, **more):
     pauses = []
     made = Teacher(server.url, "m", spent=folder / "spent", cache=folder / "replies",
                    **{"sleep": pauses.append, "rng": random.Random(0), "timeout_s": 0.5,
-                      "threads": 8} | more)  # fmt: skip
+                      "threads": 8} | more)
     made.pauses = pauses
     return made
 
@@ -318,7 +318,7 @@ def test_every_fault_of_a_server_and_every_row_once(tmp_path):
     """Each question's first request meets a fault, one in eight its every request."""
     once = [None, {"status": 429, "headers": [("Retry-After", "7")]}, {"status": 500},
             {"text": '{"choices": [{"message": {"cont'}, {"text": ""}, "hang up", "never",
-            {"status": 400, "text": "I will not"}]  # fmt: skip
+            {"status": 400, "text": "I will not"}]
     always = {3: {"status": 500}, 4: {"text": ""}, 13: "never", 21: {"text": '{"choices": ['}}
     asked = dict.fromkeys(range(N), 0)
 
@@ -357,7 +357,7 @@ def test_every_fault_of_a_server_and_every_row_once(tmp_path):
         "question": "What is the value of card 1?", "answer": "2", "task_type": "math",
         "reasoning": "By the first way the value of card 1 is 1 + 1 = 2 dollars in all.",
         "source": 1, "teacher": teacher.url,
-    }  # fmt: skip
+    }
 
 
 def test_a_killed_run_pays_for_nothing_twice(tmp_path):
@@ -373,7 +373,7 @@ def test_a_killed_run_pays_for_nothing_twice(tmp_path):
     with serving(answer) as server:
         command = [sys.executable, str(ROOT / "synthesize.py"), "traces", "--teacher", server.url,
                    "--data", write(tmp_path / "data.jsonl", CARDS), "--teacher-threads", "4",
-                   "--out", str(tmp_path / "out")]  # fmt: skip
+                   "--out", str(tmp_path / "out")]
         env = os.environ | {"TEACHER_API_KEY": "sk-teacher-1234567890"}
         run = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
@@ -392,7 +392,7 @@ def test_a_killed_run_pays_for_nothing_twice(tmp_path):
     assert [row["source"] for row in rows] == [*range(N)]
     assert (tmp_path / "out" / "rejects.jsonl").read_text() == ""
     assert "1234567890" not in "".join(
-        file.read_text() for file in (tmp_path / "out").rglob("*") if file.is_file())  # fmt: skip
+        file.read_text() for file in (tmp_path / "out").rglob("*") if file.is_file())
 
 
 def test_limits_hold_over_sessions(tmp_path):
@@ -458,11 +458,11 @@ def test_every_reason_to_leave_a_trace_out(tmp_path):
         (say("It is more than 3 and less than this. " * 20, "15"), "repetition"),
         (say("15 cards! 15 cards! 15 cards! 15 cards!", "15"), "repetition"),
         (say("wait " * 3000, "15"), "length"),
-    ]  # fmt: skip
+    ]
     row = {"question": "24 cards, half are lost, 3 found. How many?", "answer": 15}
     with serving(lambda n, body: {"content": cases[n][0]}) as server:
         config = Traces(teacher=server.url, data="rows.jsonl", samples=len(cases), seed=3,
-                        min_length=10)  # fmt: skip
+                        min_length=10)
         made, rejects = traces_of(teacher_of(server, tmp_path, threads=1), config, [row])
         reasons = {row["sample"]: row["reason"] for row in rejects}
         assert reasons == {i: why for i, (_, why) in enumerate(cases) if why}
@@ -478,7 +478,7 @@ def test_every_reason_to_leave_a_trace_out(tmp_path):
         with serving(lambda n, body: {"content": json.dumps({"score": next(verdicts)})}) as other:
             config = dataclasses.replace(
                 config, rewards="judge", min_reward=0.8, judge=other.url, judge_style="implicit",
-                judge_threads=1, out=str(tmp_path))  # fmt: skip
+                judge_threads=1, out=str(tmp_path))
             best, rejects = traces_of(teacher_of(server, tmp_path, threads=1), config, [row])
         assert [row["reasoning"] for row in best] == [row["reasoning"] for row in made[1:]]
         assert best[0]["reward"] == pytest.approx(8 / 9)

@@ -291,10 +291,10 @@ def test_the_install_cell_leaves_jax_alone(tmp_path, monkeypatch):
 
     error, _ = run()
     assert error.endswith("pip could not install optax, safetensors, sentencepiece, tyro: is "
-                          "Internet on?\n")  # fmt: skip
+                          "Internet on?\n")
     wheel(tmp_path, "tyro", "2.0")
     error, installed = run()
     assert error == "" and installed == {
         "jax-0.10.0+tpu", "numpy-1.0", "tqdm-1.0", "optax-1.0", "safetensors-2.0",
         "sentencepiece-2.0", "tyro-2.0",
-    }  # fmt: skip
+    }
