@@ -48,6 +48,7 @@ from tqdm import tqdm
 import data
 import gemma
 import hosts
+import hub
 import judge
 import lora
 import rewards
@@ -149,7 +150,7 @@ def fill(config, defaults: dict[str, dict]):
     steps the clock alone decides, so steps stay None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(runs.output(config.out)))
+    config = dataclasses.replace(config, system=system, out=str(hub.output(config.out)))
     covers = lambda name: name.startswith("gemma") and config.model.startswith(name)
     names = [name for name in defaults if config.model == name or covers(name)]
     if not names:
@@ -637,7 +638,7 @@ def table(results: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def fingerprint(start: lora.Start) -> str:
+def fingerprint(start: hub.Start) -> str:
     """Tells other weights apart without reading gigabytes: sizes and samples of the files."""
     digest, folders = hashlib.sha256(), [start.weights] + [start.adapter] * bool(start.adapter)
     for file in [f for folder in folders for f in sorted(folder.glob("*.safetensors"))]:
@@ -650,7 +651,7 @@ def fingerprint(start: lora.Start) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_folder(config, start: lora.Start, problems: list[Problem]) -> None:
+def check_folder(config, start: hub.Start, problems: list[Problem]) -> None:
     """Begins a folder; completions of something else in it are an error, not overwritten."""
     prompts = repr([(p.id, p.prompt) for p in problems]).encode()
     out, record = Path(config.out), dataclasses.asdict(config)
@@ -672,7 +673,7 @@ def check_folder(config, start: lora.Start, problems: list[Problem]) -> None:
         runs.write_json(out / "config.json", record)
 
 
-def answer(config, start: lora.Start, tok: data.Tokenizer, problems: list[Problem],
+def answer(config, start: hub.Start, tok: data.Tokenizer, problems: list[Problem],
            greedy: bool) -> tuple[dict, list[dict]]:
     """evaluate() with the model of a script's Config; its folder keeps what is finished."""
     check_folder(config, start, problems)
@@ -700,12 +701,12 @@ def main(config: Config) -> dict:
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
     others = None
     if config.compare is not None:
-        file = runs.output(config.compare) / "samples.jsonl"
+        file = hub.output(config.compare) / "samples.jsonl"
         if not file.is_file():
             raise ValueError(f"--compare {config.compare}: no samples.jsonl there")
         others = read_lines(file)
 
-    start = lora.start(config.model, config.weights, config.adapter)
+    start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     problems, _ = load_problems(config.data, tok, config.system, config.rows, config.max_prompt,
                                 config.skip_bad_rows)

@@ -29,11 +29,9 @@ Source of the architecture: google-deepmind/gemma and transformers' modeling_gem
 
 import dataclasses
 import functools
-import glob
 import hashlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -869,7 +867,6 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
     ValueError naming the file, the tensor, what was expected and what was found.
     """
     path = Path(path)
-    _check_format(path)
     cfg = read_config(path)
     where = _tensors(path)
     separate = "lm_head.weight" in where
@@ -930,125 +927,6 @@ def _export(spec: Spec, cfg: Config, leaf: jax.Array) -> np.ndarray:
     if spec.inp and spec.out != "V":
         tensor = tensor.transpose(*range(n, tensor.ndim), *range(n))
     return np.ascontiguousarray(tensor).reshape(spec.hf_shape(cfg))
-
-
-# ---------------------------------------------------------------------------------------- finding
-
-KAGGLE = Path("/kaggle")  # its inputs are in input/, what is kept of a session in working/
-OTHER_FORMATS = {  # what Kaggle calls frameworks -> files that show them
-    "Flax": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
-    "PyTorch": ("*.ckpt", "*.pth", "*.pt", "*.bin"),
-    "Keras": ("*.weights.h5",),
-}
-SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # what tells one Gemma from another
-
-
-def _other_format(path: Path) -> str | None:
-    """What a folder without safetensors holds: "Flax weights (…/gemma3-1b-it/_METADATA)" or so."""
-    if any(path.glob("*.safetensors*")):
-        return None
-    for name, patterns in OTHER_FORMATS.items():
-        found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
-        if found:
-            return f"{name} weights ({min(found)})"
-    return None
-
-
-def _check_format(path: Path) -> None:
-    if other := _other_format(path):
-        raise ValueError(f"{path}: holds {other}, which are never opened; take the Transformers "
-                         "ones, a folder with config.json and safetensors")
-
-
-def _hub_name(model: str) -> str:
-    """gemma3-1b -> gemma-3-1b-it; -pt gives the name of the base model on the Hub."""
-    name = model.replace("gemma2", "gemma-2").replace("gemma3", "gemma-3")
-    if not name.endswith(("-it", "-pt")):
-        return name + "-it"
-    bare = name.startswith("gemma-2") or "270m" in name  # base models published without a suffix
-    return name.removesuffix("-pt") if bare else name
-
-
-def kaggle_inputs(name: str) -> list[str]:
-    """Patterns of what is called so among Kaggle's inputs; not `**`: some hold a million files."""
-    return [f"{KAGGLE}/input/{'*/' * deep}{name}" for deep in range(5)]
-
-
-def find(model: str, weights: str | Path | None = None) -> Path:
-    """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
-
-    model: a name of CONFIGS, with -it (the default) or -pt. The error lists every place searched
-    and the commands that would fetch the model.
-    """
-    if weights is not None:
-        _check_format(Path(weights))
-        if not (Path(weights) / "config.json").exists():
-            raise ValueError(f"--weights {weights}: no config.json there")
-        return Path(weights)
-    base = model.removesuffix("-it").removesuffix("-pt")
-    if base not in CONFIGS:
-        raise ValueError(f"--model {model}: unknown, expected one of {', '.join(CONFIGS)}")
-    if base == "tiny":
-        return Path(__file__).resolve().parent / "tiny"
-    name, expected = _hub_name(model), CONFIGS[base]
-    handle = f"google/{name[: len('gemma-3')]}/transformers/{name}"
-    cache = Path.home() / ".cache"
-    hf_home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
-    hub = os.environ.get("HF_HUB_CACHE", hf_home / "hub")
-    kagglehub = os.environ.get("KAGGLEHUB_CACHE", cache / "kagglehub")
-    root = os.environ.get("GEMMA_WEIGHTS", "$GEMMA_WEIGHTS (not set)")
-    patterns = [root, f"{root}/{name}", *kaggle_inputs(name), *kaggle_inputs(f"{name}/*"),
-                f"{hub}/models--google--{name}/snapshots/*",
-                f"{kagglehub}/models/{handle}/*"]
-    for pattern in patterns:
-        found = [Path(f) for f in glob.glob(pattern) if (Path(f) / "config.json").exists()]
-        found = [f for f in found if any(f.glob("*.safetensors"))]  # not a half-filled cache
-        for folder in sorted(found, key=os.path.getmtime, reverse=True):
-            cfg = read_config(folder)
-            if all(getattr(cfg, k) == getattr(expected, k) for k in SHAPE):
-                return folder
-    downloaded, why = _download(name, handle)
-    if downloaded:
-        return downloaded
-    flax = name.replace("-", "", 1)  # gemma3-1b-it
-    inputs = [p for n in (flax, f"{flax}/*", name, f"{name}/*") for p in kaggle_inputs(n)]
-    others = {_other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
-    raise ValueError("\n".join([
-        f"--model {model}: no folder of {name} found. Searched:", *(f"  {p}" for p in patterns),
-        *(f"Found {other}, but only Transformers weights (safetensors) can be read"
-          for other in sorted(others)),
-        f"Downloading: {why}.",
-        "Accept the license on the model's page, then get it with one of these, or give its folder "
-        "as --weights DIR:",
-        f"  hf download google/{name}",
-        f"  python -c \"import kagglehub; kagglehub.model_download('{handle}')\"",
-        f"  on Kaggle: Add Input > Models > {handle.split('/')[1]} > Transformers > {name}",
-    ]))
-
-
-def _download(hf_name: str, kaggle_handle: str) -> tuple[Path | None, str]:
-    """Asks kagglehub (on Kaggle) and huggingface_hub, if they happen to be installed."""
-    why = []
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        try:
-            import kagglehub
-
-            return Path(kagglehub.model_download(kaggle_handle)), ""
-        except Exception as e:  # any failure of an optional library only means "not here"
-            why.append(f"kagglehub: {_first_line(e)}")
-    try:
-        import huggingface_hub
-
-        files = ["*.json", "*.safetensors", "tokenizer.model"]
-        got = huggingface_hub.snapshot_download(f"google/{hf_name}", allow_patterns=files)
-        return Path(got), ""
-    except Exception as e:
-        why.append(f"huggingface_hub: {_first_line(e)}")
-    return None, "; ".join(why)
-
-
-def _first_line(e: Exception) -> str:
-    return f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
 
 
 # ------------------------------------------------------------------------------------- self-check

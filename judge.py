@@ -68,6 +68,8 @@ from jax.sharding import PartitionSpec as P
 import data
 import gemma
 import hosts
+import hub
+import problems
 from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
@@ -136,7 +138,7 @@ def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None,
         raise ValueError(f"--judge-style {style}: on the mesh expected one of {', '.join(DIGITS)}")
     try:
         named = config.judge_weights is None and Path(name).is_dir()
-        folder = name if named else gemma.find(name, config.judge_weights)
+        folder = name if named else hub.find_model(name, config.judge_weights)
     except ValueError as e:
         flags = str(e).replace("--model", "--judge").replace("--weights", "--judge-weights")
         raise ValueError(flags) from None
@@ -1016,7 +1018,7 @@ def attack(judge, cases: list[tuple[str, dict]]) -> dict[str, list[float]]:
 def injections(config: Command) -> dict[str, list[float]]:
     """Judges right and wrong answers to word problems, then what ATTACKS does to the wrong ones."""
     n, judge = config.problems, open(config)
-    rows = [data.word_problem("test", i) for i in range(n)]
+    rows = [problems.word_problem("test", i) for i in range(n)]
     case = lambda row, answer: (data.format_completion(row["reasoning"], answer), row)
     right = [case(row, row["answer"]) for row in rows]
     wrong = [case(row, str(int(row["answer"]) + 7)) for row in rows]
@@ -1044,12 +1046,12 @@ def speed(config: Command, repeats: int = 3) -> dict[str, float]:
     are in the tokens of the tiny model, whose ids every vocabulary has. Decoded verdicts are a
     digit, and --new-tokens tokens as JSON takes them; each prompt is prefilled whole.
     """
-    mesh, tok, cfg = gemma.all_devices(), data.Tokenizer(gemma.find("tiny")), shape_of(config)
+    mesh, tok, cfg = gemma.all_devices(), data.Tokenizer(hub.find_model("tiny")), shape_of(config)
     dtype, shard = layout(cfg, mesh)
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), gemma.pspecs(cfg, shard))
     init = jax.jit(functools.partial(gemma.init, cfg, dtype=dtype), out_shardings=specs)
     params = init(jax.random.key(0))
-    rows = [data.word_problem("test", i) for i in range(config.problems + config.group)]
+    rows = [problems.word_problem("test", i) for i in range(config.problems + config.group)]
     texts = [data.format_completion(row["reasoning"], row["answer"]) for row in rows]
     cases = [(texts[i + j], rows[i]) for i in range(config.problems) for j in range(config.group)]
     judge = OnMesh(cfg, params, tok, mesh, config.judge_style, shard=shard)

@@ -15,13 +15,12 @@ gemma.linear applies it; this file makes, merges, loads and saves it.
 """
 
 import dataclasses
-import glob
 import json
 import math
 import re
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import gemma
-from gemma import LINEARS, Config, Spec, _canonical, _sizes, find
+import hub
+from gemma import LINEARS, Config, Spec, _canonical, _sizes
 
 
 def parse_targets(targets: str) -> list[str]:
@@ -129,58 +129,6 @@ def stack(first: dict, second: dict, cfg: Config) -> dict:
 # --------------------------------------------------------------------------- from stage to stage
 
 
-class Start(NamedTuple):
-    """Where a stage begins: a folder of weights, and a PEFT adapter on top or None."""
-
-    weights: Path
-    adapter: Path | None
-
-
-def _folder(adapter: str) -> Path:
-    """What --adapter names, of a run its final/; on Kaggle also in its output or its inputs."""
-    folder = next(filter(Path.is_dir, (Path(adapter), gemma.KAGGLE / "working" / adapter)), None)
-    if folder is None:
-        inputs = [f for pattern in gemma.kaggle_inputs(adapter) for f in glob.glob(pattern)]
-        if len(inputs) > 1:
-            raise ValueError(f"--adapter {adapter}: several inputs have it, give more of the path "
-                             f"of one: {', '.join(sorted(inputs))}")
-        folder = Path((inputs or [adapter])[0])
-    return folder / "final" if (folder / "final").is_dir() else folder
-
-
-def start(model: str, weights: str | None, adapter: str | None) -> Start:
-    """Finds them: --adapter is a PEFT adapter, a run's final/, or a whole model (a new base).
-
-    A stage that trained an adapter on such a new base leaves its folder's name in the adapter.
-    """
-    if adapter is None:
-        return Start(find(model, weights), None)
-    folder = _folder(adapter)
-    if (folder / "adapter_config.json").exists():
-        base = _trained_base(folder)
-        if base is None or weights and not base.exists():
-            return Start(find(model, weights), folder)
-        if not base.exists():
-            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
-                             "is not there; --weights names it where it is now")
-        return Start(base, folder)
-    if (folder / "config.json").exists():
-        return Start(folder, None)
-    raise ValueError(f"--adapter {adapter}: expected adapter_config.json (an adapter), config.json "
-                     "(a whole model), or a run folder with final/")
-
-
-def _trained_base(adapter: Path) -> Path | None:
-    """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        base = Path(config["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError):  # load() says what is wrong with it
-        return None
-    ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
-    return base if ours and ((base / "prompt.json").exists() or not base.exists()) else None
-
-
 def continue_from(path: Path | None, params: dict, cfg: Config, new_rank: int,
                   targets: list[str]) -> tuple[dict, dict | None, dict | None]:
     """(parameters, the adapter to go on training, the adapter that was merged instead).
@@ -205,7 +153,7 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
     """The system text that `--adapter` was trained under; another one given is an error."""
     if adapter is None:
         return system
-    folder = _folder(adapter)
+    folder = hub.find_adapter(adapter)
     if not (folder / "prompt.json").exists():
         return system
     trained = json.loads((folder / "prompt.json").read_text())["system"]
@@ -335,7 +283,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     """
     import data  # text is data.py's; only a merge copies the tokenizer
 
-    base, path = start(model, weights, adapter)
+    base, path = hub.find_start(model, weights, adapter)
     if path is None:
         raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
     if Path(out).resolve() == base.resolve():

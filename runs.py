@@ -54,15 +54,6 @@ STARTED = None if "ipykernel" in sys.modules else time.monotonic() - time.proces
 
 # ---------------------------------------------------------------------------- environment
 
-KAGGLE = Path("/kaggle")
-
-
-def output(folder: str) -> Path:
-    """Where a folder of results lies: on Kaggle only /kaggle/working survives the session."""
-    working = KAGGLE / "working"
-    return working / folder if working.is_dir() else Path(folder)
-
-
 def check_jax(version: str | None = None) -> None:
     """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here.
 

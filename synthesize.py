@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+import hub
 import judge
-import lora
 import rewards
 import runs
 from eval import Problem, Sampling
@@ -397,7 +397,7 @@ def main(config: Config) -> Path:
     config = resolve(config)
     out = Path(config.out)
     runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
-    start = lora.start(config.model, config.weights, config.adapter)
+    start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     problems, bad = evaluation.load_problems(
         config.data, tok, config.system, config.rows, config.max_prompt, config.skip_bad_rows

@@ -152,9 +152,9 @@ import sys
 
 from IPython.display import HTML
 
-import runs
+import hub
 
-folder = runs.output({out!r})
+folder = hub.output({out!r})
 subprocess.run([sys.executable, "report.py", folder], check=True)
 page = html.escape((folder / "report.html").read_text())
 HTML(f'<iframe srcdoc="{{page}}" width="100%" height="900"></iframe>')

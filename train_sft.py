@@ -41,6 +41,7 @@ from jax.sharding import PartitionSpec as P
 import data
 import gemma
 import hosts
+import hub
 import lora
 import rewards
 import runs
@@ -458,7 +459,7 @@ class Model(NamedTuple):
 
 def load_model(config: Config, mesh: Mesh) -> Model:
     """The weights and the adapter that a stage starts from, and says what they are."""
-    start = lora.start(config.model, config.weights, config.adapter)
+    start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     cfg, merged, adapter = gemma.read_config(start.weights), None, None
     sharded = is_sharded(cfg, config, mesh)

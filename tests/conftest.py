@@ -57,6 +57,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     import data
     import gemma
+    import problems
 
     tok = data.Tokenizer(ROOT / "tiny")
     cfg = gemma.Config(
@@ -65,7 +66,7 @@ def small(tmp_path_factory):
     )
     gemma.save(folder, cfg, gemma.init(cfg, jax.random.key(0)))
     tok.save(folder)
-    rows = [json.dumps(data.word_problem("train", i)) for i in range(40)]
+    rows = [json.dumps(problems.word_problem("train", i)) for i in range(40)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     return folder
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import data
 import eval as evaluation
+import hub
+import problems
 
 pytestmark = pytest.mark.smoke
 TURN = lambda role, text: {"role": role, "content": text}
@@ -94,7 +96,7 @@ def test_pack_is_best_fit():
 
 def test_packing_wastes_little():
     tok = data.Tokenizer(ROOT / "tiny")
-    ids = [tok.example(data.messages(data.word_problem("train", i)))[0] for i in range(500)]
+    ids = [tok.example(data.messages(problems.word_problem("train", i)))[0] for i in range(500)]
     bins = data.pack([len(i) for i in ids], 256)
     assert sum(map(len, ids)) / (256 * len(bins)) > 0.93  # 198 rows where 186 would hold it all
 
@@ -262,11 +264,11 @@ def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
         __exit__ = lambda self, *a: None
 
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: Tampered())
-    with pytest.raises(ValueError, match=data.GSM8K["train"]) as e:
+    with pytest.raises(ValueError, match=hub.GSM8K["train"]) as e:
         list(data.read_rows("gsm8k"))
     assert hashlib.sha256(b"{}").hexdigest() in str(e.value)
     assert not [*tmp_path.rglob("*.jsonl")]  # what is not the file is not kept
-    monkeypatch.setitem(data.GSM8K, "train", hashlib.sha256(b"{}").hexdigest())
+    monkeypatch.setitem(hub.GSM8K, "train", hashlib.sha256(b"{}").hexdigest())
     [(where, _)] = data.read_rows("gsm8k")
     assert where == f"{tmp_path}/home/.cache/gsm8k/train.jsonl:1"
     monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
@@ -277,7 +279,7 @@ def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
 
 
 def test_data_is_found_among_the_inputs_of_kaggle(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "KAGGLE", tmp_path)
+    monkeypatch.setattr(hub, "KAGGLE", tmp_path)
     monkeypatch.delenv("GSM8K", raising=False)
     monkeypatch.chdir(tmp_path)
     for folder in ("mine", "datasets/somebody/other", "datasets/somebody/grade-gsm8k/main"):

@@ -14,6 +14,7 @@ import data
 import eval as evaluation
 import gemma
 import lora
+import problems
 import rewards
 from sampler import Rollout
 
@@ -92,7 +93,7 @@ def test_intervals_and_mcnemar_are_scipys():
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_the_prompt_is_the_one_of_training(system):
-    row = data.word_problem("test", 0)
+    row = problems.word_problem("test", 0)
     problem = evaluation.read_problem(row, TOK, system)
     assert list(problem.prompt) == TOK.chat(data.messages(row, system)[:-1])
     assert (problem.gold, problem.kind, problem.domain) == (row["answer"], "number", "math")
@@ -319,7 +320,7 @@ def folder(tmp_path_factory):
     adapter = {part: {"q_proj": array} for part, array in adapter.items()}
     lora.save(folder / "adapter", adapter, TINY)
     lora.write_prompt(folder / "adapter", "Be brief.")
-    rows = [data.word_problem("test", i) for i in range(4)] + ROWS[2:]
+    rows = [problems.word_problem("test", i) for i in range(4)] + ROWS[2:]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import gemma
+import hub
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("gemma2", "gemma3")
@@ -592,15 +593,15 @@ def test_each_place_is_searched_and_goes_before_the_later_ones(bare, monkeypatch
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         place(folder, model)
-        assert gemma.find(model) == folder
-    assert gemma.find(model, bare / "kaggle" / HUB[model]) == bare / "kaggle" / HUB[model]
+        assert hub.find_model(model) == folder
+    assert hub.find_model(model, bare / "kaggle" / HUB[model]) == bare / "kaggle" / HUB[model]
 
 
 def test_the_newest_version_is_taken(bare):
     versions = [place(bare / f"kaggle/gemma-3-1b-it/{n}", "gemma3-1b") for n in (10, 9, 2)]
     for newest in versions:
         os.utime(newest, (2e9, 2e9))
-        assert gemma.find("gemma3-1b") == newest
+        assert hub.find_model("gemma3-1b") == newest
         os.utime(newest, (1e9, 1e9))
 
 
@@ -612,10 +613,10 @@ def test_wrong_shapes_and_half_filled_folders_are_passed_by(bare, monkeypatch):
     place(bare / "kaggle/gemma-3-1b-it/1", "gemma2-2b")
     (bare / "kaggle/gemma-3-1b-it/dangling").symlink_to(bare / "gone")
     with pytest.raises(ValueError, match="no folder of gemma-3-1b-it found"):
-        gemma.find("gemma3-1b")
-    hub = bare / "home/.cache/huggingface/hub/models--google--gemma-3-1b-it/snapshots/a"
-    place(hub, "gemma3-1b", weights="model-00001-of-00002.safetensors")
-    assert gemma.find("gemma3-1b") == hub
+        hub.find_model("gemma3-1b")
+    hub_cache = bare / "home/.cache/huggingface/hub/models--google--gemma-3-1b-it/snapshots/a"
+    place(hub_cache, "gemma3-1b", weights="model-00001-of-00002.safetensors")
+    assert hub.find_model("gemma3-1b") == hub_cache
 
 
 @pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b-pt"])
@@ -624,7 +625,7 @@ def test_not_found_lists_every_place_and_the_commands(bare, monkeypatch, model):
     handle = f"google/{name[:7]}/transformers/{name}"
     monkeypatch.setenv("HF_HOME", str(bare / "hf"))
     with pytest.raises(ValueError) as error:
-        gemma.find(model)
+        hub.find_model(model)
     message = str(error.value)
     for words in (
         f"--model {model}: no folder of {name} found",
@@ -641,7 +642,7 @@ def test_not_found_lists_every_place_and_the_commands(bare, monkeypatch, model):
         assert words in message, message
     monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
     with pytest.raises(ValueError, match="Searched:\n  " + str(bare / "mine") + "\n"):
-        gemma.find(model)
+        hub.find_model(model)
 
 
 FORMATS = [  # as Kaggle mounts them -> what the message says of each
@@ -661,24 +662,24 @@ def test_other_formats_are_recognised_and_named(bare, folder, file, name):
     for other in (file, "config.json", "tokenizer.model"):  # of Kaggle's own, not Hugging Face's
         (folder / other).write_text("{}")
     with pytest.raises(ValueError) as error:
-        gemma.find("gemma3-1b")
+        hub.find_model("gemma3-1b")
     found = f"Found {name} weights ({folder / file}), but only Transformers weights"
     assert found in str(error.value)
     assert "Add Input > Models > gemma-3 > Transformers > gemma-3-1b-it" in str(error.value)
-    for call, arguments in ((gemma.find, ("gemma3-1b", folder)), (gemma.load, (folder,))):
+    for call, arguments in ((hub.find_model, ("gemma3-1b", folder)), (gemma.load, (folder,))):
         message = one_line(call, *arguments)
         assert f"{folder}: holds {name} weights ({folder / file}), which are never" in message
         assert "take the Transformers ones" in message
     best = place(bare / "kaggle/gemma-3/transformers/gemma-3-1b-it/1", "gemma3-1b")
-    assert gemma.find("gemma3-1b") == best
+    assert hub.find_model("gemma3-1b") == best
 
 
 def test_unknown_names_and_wrong_flags(bare):
     for model in ("gemma-3-1b", "gemma3-7b", "gemma3-1b-xx", ""):
-        message = one_line(gemma.find, model)
+        message = one_line(hub.find_model, model)
         assert f"--model {model}: unknown" in message
         assert all(known in message for known in gemma.CONFIGS)
-    assert f"--weights {bare}: no config.json" in one_line(gemma.find, "gemma3-1b", bare)
+    assert f"--weights {bare}: no config.json" in one_line(hub.find_model, "gemma3-1b", bare)
 
 
 def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypatch):

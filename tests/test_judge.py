@@ -30,6 +30,7 @@ from test_grpo import grpo
 import data
 import gemma
 import judge
+import problems
 import train_grpo
 from sampler import Sampler
 
@@ -949,7 +950,7 @@ def test_the_command_times_the_same_verdicts_three_ways(tmp_path, monkeypatch, c
     assert capsys.readouterr().out.count(" verdicts/s ") == 3
     assert [lengths for _, lengths in asked] == [{1}, {1}, {3}, {3}]
     prompts = {tuple(ids) for ids in asked[0][0]}
-    row = data.word_problem("test", 1)
+    row = problems.word_problem("test", 1)
     mine = data.format_completion(row["reasoning"], row["answer"])
     (whole,) = whole_prompts("grar", mine, row, TOK["gemma3"])
     assert len(prompts) == 4 and tuple(whole) in prompts
@@ -1112,7 +1113,7 @@ def test_a_grar_run_raises_what_its_judge_likes(tmp_path):
     """
     write_judge_of_steps(tmp_path / "judge")
     ours = judge.open(judge.Config(judge=str(tmp_path / "judge")), mesh(1))
-    row = data.word_problem("train", 0)
+    row = problems.word_problem("train", 0)
     few, more, most = scores(ours, [(text, row) for text in ("30", "2 = 2", "2 = 2, 3 = 3, 4 = 4")])
     assert few < more < most - 0.05
     grpo(tmp_path / "run", "--judge", str(tmp_path / "judge"), "--rewards",

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import gemma
+import hub
 import lora
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
@@ -195,14 +196,15 @@ def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path)
         lora.save(tmp_path / folder / "final", random_adapter(cfg), cfg, str(on))
     original = str(tmp_path / "original")
     for weights in (None, original):
-        start = lora.start("tiny", weights, str(tmp_path / "simpo"))
+        start = hub.find_start("tiny", weights, str(tmp_path / "simpo"))
         assert start == (tuned, tmp_path / "simpo" / "final")
-    assert lora.start("tiny", original, str(tmp_path / "other")).weights == tmp_path / "original"
-    assert lora.start("tiny", None, str(tmp_path / "hub")).weights.name == "tiny"
+    start = hub.find_start("tiny", original, str(tmp_path / "other"))
+    assert start.weights == tmp_path / "original"
+    assert hub.find_start("tiny", None, str(tmp_path / "hub")).weights.name == "tiny"
     tuned.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"sft/final.*--weights names it"):
-        lora.start("tiny", None, str(tmp_path / "simpo"))
-    moved = lora.start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
+        hub.find_start("tiny", None, str(tmp_path / "simpo"))
+    moved = hub.find_start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
     assert moved.weights == tmp_path / "moved"
 
 

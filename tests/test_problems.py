@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from data import DIRECT, LARGEST, format_completion, gsm8k_row, split_of, word_problem
+from data import format_completion, gsm8k_row
+from problems import DIRECT, LARGEST, split_of, word_problem
 
 N = 20_000
 WORDS = {"twice": 2, "half": 2, "Half": 2}  # numbers that a question spells

@@ -14,9 +14,9 @@ import tyro
 from conftest import ROOT
 from test_sft import mesh_of
 
-import data
 import gemma
 import lora
+import problems
 import runs
 import train_sft
 
@@ -196,7 +196,7 @@ SHORT = dict(sft_time="20m", simpo_time="20m", grpo_time="20m", time="20m", sft_
 def whole(folder, name):
     """A recipe on the tiny model from end to end -> its folder, and the rows of its table."""
     rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps(data.word_problem("train", i)) for i in range(48)))
+    rows.write_text("\n".join(json.dumps(problems.word_problem("train", i)) for i in range(48)))
     env = os.environ | SHORT | {"OUT": str(folder / "out"), "data": str(rows)}
     if name in ("ideae", "gemmatron"):  # which have no steps: the clock ends them
         env |= {"sft_time": "40s", "grpo_time": "40s"}

@@ -18,6 +18,7 @@ from test_sft import CFG, KILLER, contents, mesh_of
 import data
 import gemma
 import lora
+import problems
 import train_grpo
 import train_sft
 import train_simpo
@@ -409,7 +410,7 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
 
 def preference_row(i, split="train"):
     """A word problem solved, and the same with a wrong result."""
-    row = data.word_problem(split, i)
+    row = problems.word_problem(split, i)
     wrong = str(int(row["answer"]) + 1)
     return {"prompt": row["question"],
             "chosen": data.format_completion(row["reasoning"], row["answer"]),

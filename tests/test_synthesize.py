@@ -17,6 +17,7 @@ from test_judge import serving
 
 import data
 import eval as evaluation
+import problems
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
@@ -146,7 +147,7 @@ def test_a_prompt_without_a_pair_says_why(tmp_path):
 
 
 def mesh_config(tmp_path, name, **more):
-    rows = [data.word_problem("train", i) for i in range(6)]
+    rows = [problems.word_problem("train", i) for i in range(6)]
     fields = dict(
         data=write(tmp_path / "rows.jsonl", rows),
         out=str(tmp_path / name),

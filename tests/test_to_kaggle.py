@@ -16,9 +16,8 @@ import pip
 import pytest
 from conftest import ROOT
 
-import gemma
+import hub
 import lora
-import runs
 import to_kaggle
 
 nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
@@ -215,11 +214,11 @@ def test_other_scripts_export_too(tmp_path, script):
 
 
 def test_output_goes_where_kaggle_keeps_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "KAGGLE", tmp_path)
-    assert runs.output("runs/sft") == Path("runs/sft")
+    monkeypatch.setattr(hub, "KAGGLE", tmp_path)
+    assert hub.output("runs/sft") == Path("runs/sft")
     (tmp_path / "working").mkdir()
-    assert runs.output("runs/sft") == tmp_path / "working/runs/sft"
-    assert runs.output("/elsewhere/sft") == Path("/elsewhere/sft")
+    assert hub.output("runs/sft") == tmp_path / "working/runs/sft"
+    assert hub.output("/elsewhere/sft") == Path("/elsewhere/sft")
     monkeypatch.chdir(tmp_path)
     for name in ("train_sft", "train_simpo", "train_grpo", "eval"):
         module = importlib.import_module(name)
@@ -229,25 +228,25 @@ def test_output_goes_where_kaggle_keeps_it(tmp_path, monkeypatch):
 
 
 def test_adapters_are_found_in_the_output_and_among_the_inputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(gemma, "KAGGLE", tmp_path)
+    monkeypatch.setattr(hub, "KAGGLE", tmp_path)
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="--adapter runs/a: expected adapter_config.json"):
-        lora.start("tiny", None, "runs/a")
+        hub.find_start("tiny", None, "runs/a")
     last = None
     for where in ("input/notebooks/me/first/runs/a", "working/runs/a"):
         last = tmp_path / where / "final"
         last.mkdir(parents=True)
         (last / "adapter_config.json").write_text("{}")
         lora.write_prompt(last, where)
-        assert lora.start("tiny", None, "runs/a").adapter == last
+        assert hub.find_start("tiny", None, "runs/a").adapter == last
         assert lora.read_prompt("runs/a", None) == where
-    assert lora.start("tiny", None, str(last)).adapter == last
+    assert hub.find_start("tiny", None, str(last)).adapter == last
     for where in ("first", "second"):
         (tmp_path / "input/notebooks/me" / where / "runs/b").mkdir(parents=True)
     with pytest.raises(
         ValueError, match="--adapter runs/b: several inputs have it, .*second/runs/b"
     ):
-        lora.start("tiny", None, "runs/b")
+        hub.find_start("tiny", None, "runs/b")
 
 
 # ----------------------------------------------------------------------------------- installation

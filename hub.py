@@ -1,0 +1,257 @@
+"""Where things are found: model folders, adapters and data, by flag, environment, Kaggle or cache.
+
+    hub.find_model("gemma3-1b")                    # a Hugging Face folder, downloaded if need be
+    hub.find_start("gemma3-1b", None, "runs/sft")  # the weights and the adapter a stage begins with
+    hub.find_file("mine.jsonl")                    # a path, or a name among Kaggle's inputs
+    hub.find_gsm8k("train")
+
+Every search goes from what the user named to what happens to be there: the path itself, then
+Kaggle's outputs and inputs, then the caches of the download tools, then a download.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import gemma
+
+KAGGLE = Path("/kaggle")  # inputs lie in input/; only what is in working/ survives the session
+
+# ----------------------------------------------------------------------------------------- kaggle
+
+
+def output(folder: str) -> Path:
+    """Where a folder of results goes: on Kaggle into /kaggle/working."""
+    working = KAGGLE / "working"
+    return working / folder if working.is_dir() else Path(folder)
+
+
+def input_patterns(name: str) -> list[str]:
+    """Glob patterns of `name` among Kaggle's inputs. Not `**`: some inputs hold a million files."""
+    return [f"{KAGGLE}/input/{'*/' * depth}{name}" for depth in range(6)]
+
+
+def find_input(name: str, flag: str) -> Path | None:
+    """The one Kaggle input of this name, or None; several are an error that lists them."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        return None
+    found = sorted({f for pattern in input_patterns(name) for f in glob.glob(pattern)})
+    if len(found) > 1:
+        raise ValueError(f"{flag} {name}: several inputs have it, give more of the path of one: "
+                         + ", ".join(found))
+    return Path(found[0]) if found else None
+
+
+# ----------------------------------------------------------------------------------------- models
+
+OTHER_FORMATS = {  # what Kaggle calls frameworks -> files that show them
+    "Flax": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
+    "PyTorch": ("*.ckpt", "*.pth", "*.pt", "*.bin"),
+    "Keras": ("*.weights.h5",),
+}
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # what tells one Gemma from another
+
+
+def base_name(model: str) -> str:
+    """The key of gemma.CONFIGS: gemma3-1b-it -> gemma3-1b."""
+    return model.removesuffix("-it").removesuffix("-pt")
+
+
+def hub_name(model: str) -> str:
+    """The model's name on the Hub: gemma3-1b -> gemma-3-1b-it; -pt names the base model."""
+    name = model.replace("gemma2", "gemma-2").replace("gemma3", "gemma-3")
+    if not name.endswith(("-it", "-pt")):
+        return name + "-it"
+    bare = name.startswith("gemma-2") or "270m" in name  # base models published without a suffix
+    return name.removesuffix("-pt") if bare else name
+
+
+def other_format(path: Path) -> str | None:
+    """What a folder without safetensors holds: "Flax weights (…/gemma3-1b-it/_METADATA)" or so."""
+    if any(path.glob("*.safetensors*")):
+        return None
+    for name, patterns in OTHER_FORMATS.items():
+        found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
+        if found:
+            return f"{name} weights ({min(found)})"
+    return None
+
+
+def find_model(model: str, weights: str | Path | None = None, flags=("--model", "--weights")):
+    """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
+
+    model: a name of gemma.CONFIGS, with -it (the default) or -pt. flags: what an error calls the
+    two arguments. The error lists every place searched and the commands that fetch the model.
+    """
+    if weights is not None:
+        folder = Path(weights)
+        if other := other_format(folder):
+            raise ValueError(f"{flags[1]} {folder}: holds {other}, which cannot be read; take the "
+                             "Transformers version, a folder with config.json and safetensors")
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{flags[1]} {folder}: no config.json there")
+        return folder
+    base = base_name(model)
+    if base not in gemma.CONFIGS:
+        raise ValueError(f"{flags[0]} {model}: unknown, expected one of {', '.join(gemma.CONFIGS)}")
+    if base == "tiny":
+        return Path(__file__).resolve().parent / "tiny"
+    name, expected = hub_name(model), gemma.CONFIGS[base]
+    handle = f"google/{name[: len('gemma-3')]}/transformers/{name}"
+    cache = Path.home() / ".cache"
+    hf_home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
+    hf_cache = os.environ.get("HF_HUB_CACHE", hf_home / "hub")
+    kagglehub = os.environ.get("KAGGLEHUB_CACHE", cache / "kagglehub")
+    root = os.environ.get("GEMMA_WEIGHTS", "$GEMMA_WEIGHTS (not set)")
+    patterns = [root, f"{root}/{name}", *input_patterns(name), *input_patterns(f"{name}/*"),
+                f"{hf_cache}/models--google--{name}/snapshots/*",
+                f"{kagglehub}/models/{handle}/*"]
+    for pattern in patterns:
+        found = [Path(f) for f in glob.glob(pattern) if (Path(f) / "config.json").exists()]
+        found = [f for f in found if any(f.glob("*.safetensors"))]  # not a half-filled cache
+        for folder in sorted(found, key=os.path.getmtime, reverse=True):
+            cfg = gemma.read_config(folder)
+            if all(getattr(cfg, k) == getattr(expected, k) for k in SHAPE):
+                return folder
+    downloaded, why = _download(name, handle)
+    if downloaded:
+        return downloaded
+    flax = name.replace("-", "", 1)  # gemma3-1b-it
+    inputs = [p for n in (flax, f"{flax}/*", name, f"{name}/*") for p in input_patterns(n)]
+    others = {other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
+    raise ValueError("\n".join([
+        f"{flags[0]} {model}: no folder of {name} found. Searched:", *(f"  {p}" for p in patterns),
+        *(f"Found {other}, but only Transformers weights (safetensors) can be read"
+          for other in sorted(others)),
+        f"Downloading: {why}.",
+        "Accept the license on the model's page, then get it with one of these, or give its folder "
+        f"as {flags[1]} DIR:",
+        f"  hf download google/{name}",
+        f"  python -c \"import kagglehub; kagglehub.model_download('{handle}')\"",
+        f"  on Kaggle: Add Input > Models > {handle.split('/')[1]} > Transformers > {name}",
+    ]))
+
+
+def _download(name: str, handle: str) -> tuple[Path | None, str]:
+    """Asks kagglehub (on Kaggle) and huggingface_hub, where they are installed -> (folder, why)."""
+    why = []
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        try:
+            import kagglehub
+
+            return Path(kagglehub.model_download(handle)), ""
+        except Exception as e:  # any failure of an optional library only means "not here"
+            why.append(f"kagglehub: {_first_line(e)}")
+    try:
+        import huggingface_hub
+
+        files = ["*.json", "*.safetensors", "tokenizer.model"]
+        return Path(huggingface_hub.snapshot_download(f"google/{name}", allow_patterns=files)), ""
+    except Exception as e:
+        why.append(f"huggingface_hub: {_first_line(e)}")
+    return None, "; ".join(why)
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
+
+
+# --------------------------------------------------------------------------------------- adapters
+
+
+class Start(NamedTuple):
+    """Where a stage begins: a folder of weights, and a PEFT adapter on top or None."""
+
+    weights: Path
+    adapter: Path | None
+
+
+def find_adapter(adapter: str) -> Path:
+    """The folder that --adapter names, or its final/ where it is a run."""
+    folder = next(filter(Path.is_dir, (Path(adapter), KAGGLE / "working" / adapter)), None)
+    folder = folder or find_input(adapter, "--adapter") or Path(adapter)
+    return folder / "final" if (folder / "final").is_dir() else folder
+
+
+def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
+    """--adapter is a PEFT adapter, the final/ of a run, or a whole model, which is a new base.
+
+    A stage that trained an adapter on such a new base leaves its folder's name in the adapter.
+    """
+    if adapter is None:
+        return Start(find_model(model, weights), None)
+    folder = find_adapter(adapter)
+    if (folder / "adapter_config.json").exists():
+        base = _trained_base(folder)
+        if base is None or weights and not base.exists():
+            return Start(find_model(model, weights), folder)
+        if not base.exists():
+            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
+                             "is not there; --weights names it where it is now")
+        return Start(base, folder)
+    if (folder / "config.json").exists():
+        return Start(folder, None)
+    raise ValueError(f"--adapter {adapter}: expected adapter_config.json (an adapter), config.json "
+                     "(a whole model), or a run folder with final/")
+
+
+def _trained_base(adapter: Path) -> Path | None:
+    """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        base = Path(config["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):  # lora.load says what is wrong with it
+        return None
+    ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
+    return base if ours and ((base / "prompt.json").exists() or not base.exists()) else None
+
+
+# ------------------------------------------------------------------------------------------- data
+
+GSM8K = {  # sha256 of grade_school_math/data/*.jsonl in github.com/openai/grade-school-math
+    "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+}
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/"
+
+
+def find_file(source: str, flag: str = "--data") -> Path:
+    """A file by its path, or by its name (or the end of its path) among Kaggle's inputs."""
+    if (path := Path(source)).is_file():
+        return path
+    if found := find_input(source, flag):
+        return found
+    raise ValueError(f"{flag} {source}: no such file; expected problems, gsm8k or a JSONL file")
+
+
+def find_gsm8k(split: str) -> Path:
+    """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, our cache; else downloaded into it."""
+    cache, name = Path.home() / ".cache" / "gsm8k", f"{split}.jsonl"
+    inputs = [Path(f) for pattern in input_patterns("*gsm8k*") for f in sorted(glob.glob(pattern))]
+    folders = [Path(os.environ.get("GSM8K", "gsm8k")), *inputs]
+    for file in (f for folder in folders for f in (folder / name, folder / "main" / name)):
+        if file.is_file():
+            return file
+    file = cache / name
+    if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == GSM8K[split]:
+        return file
+    url = f"{GSM8K_URL}grade_school_math/data/{name}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except OSError as e:
+        searched = ", ".join(map(str, [*folders, cache]))
+        raise ValueError(f"--data gsm8k: no {name} in {searched}, nor in a folder $GSM8K, and "
+                         f"{url} cannot be had ({e})") from None
+    if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
+        raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = cache / f"{name}.{os.getpid()}"  # renamed when whole: a kill leaves no torn file
+    partial.write_bytes(content)
+    partial.replace(file)
+    return file
