@@ -27,15 +27,11 @@ stays, and the results are those of an uninterrupted run. Scores come last, in t
 data; other --rewards sample nothing again.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
-import json
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,19 +43,20 @@ from tqdm import tqdm
 
 import data
 import gemma
-import hosts
 import hub
-import judge
 import lora
 import rewards
+import rollouts
 import runs
+import stage
+from rollouts import Problem, check, wilson
 from sampler import Rollout, Sampler
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling(judge.Config):
+class Sampling:
     """What is answered, by whom and how; the flags that synthesize.py has too."""
 
     # model
@@ -105,6 +102,28 @@ class Sampling(judge.Config):
     """Of the random completions."""
     reward_file: str | None = None
     """A reward of your own: my.py:score, a function of (completion, row)."""
+    reward_threads: int = 16
+    """Completions scored at a time."""
+    reward_timeout: float = 60.0
+    """Seconds without any score after which the scores still awaited are missing."""
+
+    # judge (judge.py)
+    judge: str | None = None
+    """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
+    judge_model: str | None = None
+    """The model's name at the endpoint."""
+    judge_weights: str | None = None
+    """Folder of the judge's weights; default: looked for by name."""
+    judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
+    """One metric 1-5, all items at once, item by item; or Pinocchio's, over HTTP only."""
+    judge_calls: Literal["completion", "group"] = "completion"
+    """What a request to an endpoint judges: one completion, or all those of a question at once."""
+    judge_threads: int = 16
+    """Requests in flight at an endpoint."""
+    judge_limit: int = 0
+    """Requests that may be sent, those of earlier sessions in the cache included; 0: no limit."""
+    judge_missing: float = 0.2
+    """Share of missing judgements, of the latest 200, above which the run stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,318 +154,123 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }
-# What a resumed evaluation may not give anew; the weights and prompts themselves are checked too.
-FIXED = ("dtype", "greedy", "samples", "temperature", "top_k", "top_p", "min_p", "max_new",
-         "repetition", "seed")
 EVERY_S = 10.0  # between two lines of progress
 N_RESAMPLES = 2_000
-Z = 1.959963984540054  # the normal distribution has 95 % within Z standard deviations
-
-
-def fill(config, defaults: dict[str, dict]):
-    """Any script's Config with the fields left at None filled from its model's defaults.
-
-    The system text is the one that the adapter was trained under. With a time limit and without
-    steps the clock alone decides, so steps stay None.
-    """
-    system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(hub.output(config.out)))
-    covers = lambda name: name.startswith("gemma") and config.model.startswith(name)
-    names = [name for name in defaults if config.model == name or covers(name)]
-    if not names:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3
-    filled = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if runs.parse_time(getattr(config, "time_limit", None)) is not None:
-        filled.pop("steps", None)
-    return dataclasses.replace(config, **filled)
 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    config = fill(config, DEFAULTS)
+    config = stage.resolve(config, DEFAULTS)
     if config.samples < 0 or not (config.greedy or config.samples):
         raise ValueError(f"--samples {config.samples} leaves nothing to do: expected 1 or more, or "
                          "0 without --no-greedy")
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"--temperature {config.temperature}: expected 0 (greedy) or more")
-    asked = []  # of the judge; mistakes are better said before the sampling
+    judged = []  # rewards that need a judge; mistakes are better said before the sampling
     if config.rewards or config.reward_file:
         mix = rewards.read_mix(config.rewards, config.reward_file)
-        asked = [name for name in mix.weights if name in rewards.JUDGED]
-    if asked and config.judge is None:
-        raise ValueError(f"--rewards {asked[0]}: needs --judge")
-    if config.judge is not None and not asked:
+        judged = [name for name in mix.weights if name in rewards.JUDGED]
+    if judged and config.judge is None:
+        raise ValueError(f"--rewards {judged[0]}: needs --judge")
+    if config.judge is not None and not judged:
         raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
     return config
-
-
-# -------------------------------------------------------------------------------------- problems
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One row, ready to be answered and graded."""
-
-    id: str  # of question and answer, whatever the system text: pairs runs of two models
-    prompt: tuple[int, ...]  # token ids
-    question: str  # to read
-    gold: str | None  # the right answer; None: nothing to check
-    kind: str  # how to check it, one of rewards.KINDS
-    choices: tuple[str, ...]
-    domain: str
-    row: dict = dataclasses.field(default_factory=dict, compare=False)  # all that the data said
-
-
-def load_problems(source: str, tok: data.Tokenizer, system: str = "", rows: int = 0,
-                  max_prompt: int | None = None,
-                  skip_bad_rows: bool = False) -> tuple[list[Problem], list[str]]:
-    """The first `rows` problems of each source (0: all), and what was wrong with those left out.
-
-    Says how many of each there are.
-    """
-    problems, bad, seen = [], [], Counter()
-    for one in filter(None, (s.strip() for s in source.split(","))):
-        n_before = len(problems)
-        for where, row in data.read_rows(one):
-            if rows and len(problems) - n_before == rows:
-                break
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                name = Path(one.partition(":")[0]).stem
-                problem = read_problem(row, tok, system, name)
-                if max_prompt and len(problem.prompt) > max_prompt:
-                    raise ValueError(f"{len(problem.prompt)} tokens, more than --max-prompt "
-                                     f"{max_prompt}")
-            except (ValueError, KeyError, TypeError) as e:
-                bad.append(f"{where}: {e}")
-                if not skip_bad_rows:
-                    raise ValueError(f"{bad[-1]} (--skip-bad-rows leaves such rows out)") from None
-                continue
-            seen[problem.id] += 1
-            if (n := seen[problem.id]) > 1:  # the same row again is another problem
-                problem = dataclasses.replace(problem, id=f"{problem.id}-{n}")
-            problems.append(problem)
-    if not problems:
-        raise ValueError(f"--data {source}: no usable row" + (f"; first: {bad[0]}" if bad else ""))
-    left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
-    runs.say(f"data: {len(problems):,} problems of {source}{left_out}")
-    return problems, bad
-
-
-def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str = "") -> Problem:
-    """A row of any known shape; the prompt is what training on it would have shown the model."""
-    if isinstance(row.get("answer"), str) and "####" in row["answer"]:
-        row = row | data.gsm8k_row(row)
-    choices = row.get("choices") or ()
-    if not isinstance(choices, list | tuple):
-        raise ValueError(f"expected a list of choices, found {choices!r:.60}")
-    choices = tuple(map(str, choices))
-    chat = row.get("messages", row.get("prompt", row.get("question")))
-    if chat is None:
-        raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
-    if isinstance(chat, str) and chat.strip():
-        chat = [{"role": "user", "content": data.asked(chat, choices)}]
-    is_turn = lambda m: isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str)
-    if not isinstance(chat, list) or not chat or not all(map(is_turn, chat)):
-        raise ValueError("expected a text or a list of messages, each with role and a text as "
-                         f"content, found {chat!r:.60}")
-    completion = row.get("completion")
-    if chat[-1]["role"] in ("assistant", "model"):
-        completion, chat = chat[-1]["content"], chat[:-1]
-    gold = _gold(row, completion, choices)
-    identity = json.dumps([chat, gold, choices], sort_keys=True)
-    if system and chat[0]["role"] != "system":
-        chat = [{"role": "system", "content": system}, *chat]
-    if (kind := row.get("kind", "auto")) not in rewards.KINDS:
-        raise ValueError(f"kind {kind!r}: expected one of {', '.join(rewards.KINDS)}")
-    return Problem(
-        id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-        prompt=tuple(tok.chat(data.fold_system(chat))),
-        question=chat[-1]["content"],
-        gold=gold,
-        kind=rewards.kind_of(gold, choices) if gold is not None and kind == "auto" else kind,
-        choices=choices,
-        domain=str(row.get("task_type") or row.get("domain") or source),
-        row=row,
-    )
-
-
-def _gold(row: dict, completion, choices: tuple[str, ...]) -> str | None:
-    """The right answer of a row, where it has one: of a completion only what is in its tags."""
-    gold = row.get("answer")
-    if choices and isinstance(gold, int) and 0 <= gold < len(choices):
-        return chr(ord("A") + gold)
-    if gold is None and isinstance(completion, str):
-        _, answer, strict = rewards.parse(completion)
-        gold = answer if strict else None
-    if gold is None:
-        return None
-    gold = ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold).strip()
-    if choices and (letter := rewards.vote(gold, "choice", choices)) is None:
-        raise ValueError(f"answer {gold!r:.60} is none of the {len(choices)} choices")
-    if not gold:
-        raise ValueError("the answer is empty (leave it out where there is nothing to check)")
-    return letter if choices else gold
 
 
 # --------------------------------------------------------------------------------------- answers
 
 
-def evaluate(sampler: Sampler, params: dict, tok: data.Tokenizer, problems: list[Problem], *,
-             adapter: dict | None = None, greedy: bool = True, samples: int = 0,
-             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-             max_new: int | None = None, repetition: int = 0, seed: int = 0,
-             journal: Path | None = None,
-             every_s: float | None = EVERY_S) -> tuple[dict, list[dict]]:
-    """Answers all problems -> (results, one row for each completion, in the problems' order).
+def answer(config, problems: list[Problem], tok: data.Tokenizer, start: hub.Start,
+           greedy: bool) -> list[dict]:
+    """`complete` with the model of a script's Config, and samples.jsonl of its folder."""
+    mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
+    cfg, params = gemma.load(start.weights, dtype, mesh)
+    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
+    if adapter is not None:
+        runs.say(lora.describe(adapter))
+    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                      max_new=config.max_new, dtype=dtype)
+    journal = Path(config.out) / "samples.jsonl"
+    return complete(sampler, (params, adapter), tok, problems, config, greedy, journal)
 
-    journal: a file that gets the rows of a problem as soon as it is finished, and whose finished
-    problems are not sampled again. every_s: seconds between lines of progress, None for none.
+
+def complete(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
+             config, greedy: bool = True, journal: Path | None = None) -> list[dict]:
+    """Answers all problems -> a row for each completion, in the problems' order.
+
+    journal: gets the rows of a problem as soon as all of them are there; problems that it has
+    already are not sampled again.
     """
-    n_of = {"greedy": int(greedy), "sampled": samples}
+    n_of = {"greedy": int(greedy), "sampled": config.samples}
     rows = [] if journal is None else read_journal(journal, problems, n_of)
-    done = {(row["mode"], row["problem"]) for row in rows}
-    began, n_before, n_all = time.monotonic(), len(rows), len(problems) * sum(n_of.values())
-    shown, n_done = began, n_before
+    finished = {(row["mode"], row["problem"]) for row in rows}
+    progress = tqdm(total=len(problems) * sum(n_of.values()), initial=len(rows),
+                    desc="completions", mininterval=EVERY_S)
     for mode, n in n_of.items():
-        mine = hosts.share(range(len(problems)))
-        todo = {i: problems[i].prompt for i in mine if (mode, i) not in done}
-        if not n:
-            continue
-        # Truncation leaves the likeliest token alone; given here too, it compiles only once.
-        rollouts = sampler.sample(
-            params, todo, n, lora=adapter, seed=seed, max_new=max_new, repetition=repetition,
-            temperature=0.0 if mode == "greedy" else temperature, top_k=top_k, top_p=top_p,
-            min_p=min_p, stop=tok.stop_ids, forbidden=tok.forbidden_ids, vocab_size=tok.vocab_size,
-        )
+        todo = {i: p.prompt for i, p in enumerate(problems) if n and (mode, i) not in finished}
         unfinished = {}
-        for rollout in rollouts:
+        # Truncation keeps the likeliest token, so greedy decoding may have the same rules, and
+        # then both compile only once.
+        for rollout in sampler.sample(
+                weights[0], todo, max(1, n), lora=weights[1], seed=config.seed,
+                temperature=0.0 if mode == "greedy" else config.temperature, top_k=config.top_k,
+                top_p=config.top_p, min_p=config.min_p, repetition=config.repetition,
+                **rollouts.token_rules(tok)):
             group = unfinished.setdefault(rollout.prompt, {})
             group[rollout.index] = grade(rollout, mode, problems[rollout.prompt], tok)
-            n_done += 1
+            progress.update()
             if len(group) == n:
                 new = [group[i] for i in sorted(unfinished.pop(rollout.prompt))]
                 rows += new
                 if journal is not None:
-                    with runs._writing(journal), journal.open("ab") as f:
-                        f.write(to_lines(new))
-            now = time.monotonic()
-            if every_s is not None and now - shown >= every_s:
-                show(n_done, n_all, (now - began) / (n_done - n_before))
-                shown = now
-    rows = [row for part in hosts.gather(rows) for row in part]
-    rows.sort(key=lambda row: (row["problem"], row["mode"], row["sample"]))
-    return summarize(rows), rows
-
-
-def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
-    """(the answer, whether it is right or None where there is nothing to check, strict format)."""
-    _, answer, strict = rewards.parse(completion)
-    if problem.gold is None:
-        return answer, None, strict
-    right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
-    return answer, right, strict
+                    with runs.writing(journal), journal.open("ab") as f:
+                        f.write(runs.to_jsonl(new))
+    progress.close()
+    return sorted(rows, key=lambda row: (row["problem"], row["mode"], row["sample"]))
 
 
 def grade(rollout: Rollout, mode: str, problem: Problem, tok: data.Tokenizer) -> dict:
     """A completion as a row of samples.jsonl."""
     completion = tok.decode(rollout.ids)
-    answer, right, strict = check(problem, completion)
-    said = None if right is None else rewards.vote(answer, problem.kind, problem.choices)
+    said, right, strict = check(problem, completion)
+    vote = None if right is None else rewards.vote(said, problem.kind, problem.choices)
     return {
         "problem": rollout.prompt, "id": problem.id, "domain": problem.domain, "mode": mode,
         "sample": rollout.index, "correct": right, "format": strict, "stop": rollout.stop,
-        "n_tokens": len(rollout.ids), "gold": problem.gold, "answer": answer, "vote": said,
+        "n_tokens": len(rollout.ids), "gold": problem.gold, "answer": said, "vote": vote,
         "prompt": problem.question, "completion": completion,
-    }
-
-
-def reward_functions(config, problems: list[Problem]) -> tuple[rewards.Mix, dict]:
-    """(weights, functions) of a script's --rewards; a judge's read row["verdict"]."""
-    mix = rewards.read_mix(config.rewards, config.reward_file)
-    traces = [trace for p in problems if isinstance(trace := p.row.get("reasoning"), str)]
-    names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-    names = names if config.judge else ()
-    judged = {name: rewards.Reward(functools.partial(verdict, name)) for name in names}
-    return mix, rewards.prepare(mix, traces, config.reward_file, judged)
-
-
-def row_of(problem: Problem, n_tokens: int, stop: str, max_new: int, overlong: float = 0.2,
-           progress: float = 0.0) -> dict:
-    """What a reward is told besides the completion: all that the data's row has, and this."""
-    return problem.row | {
-        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-        "choices": problem.choices, "n_tokens": n_tokens, "max_new": max_new,
-        "overlong_buffer": overlong * max_new, "stop": stop, "progress": progress,
     }
 
 
 def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
           config) -> list[rewards.Scored]:
     """What --rewards gives each row; judged in their order, so the same after a kill."""
-    mix, functions = reward_functions(config, problems)
-    given, scored, judging = [], [], contextlib.nullcontext()
-    for row in rows:
-        n_tokens = row.get("n_tokens") or len(tok.encode(row["completion"]))
-        given.append(row_of(problems[row["problem"]], n_tokens, row["stop"], config.max_new))
-    if config.judge and not mix.weights.keys().isdisjoint(rewards.JUDGED):
-        cache = Path(config.out) / "judge" / "replies.jsonl"
-        judging = contextlib.closing(judge.open(config, cache=cache))
-    with judging as judge_:
-        if judge_:
-            groups = judge.in_groups([row["problem"] for row in rows])
-            for row, about, group in zip(rows, given, groups, strict=True):
-                about["verdict"] = judge_.submit(row["completion"], dict(about), group)
-                judge_.pump()
-            judge_.pump(flush=True)
-        progress = tqdm(rows, "scores", mininterval=EVERY_S)
-        for row, about in zip(progress, given, strict=True):
-            scored.append(rewards.score(mix, functions, row["completion"], about))
-            if judge_ and (trouble := judge_.trouble()):
+    scored = []
+    with rollouts.Scorer(config, problems) as scorer:
+        places = rollouts.places([row["problem"] for row in rows])
+        futures = []
+        for row, place in zip(rows, places, strict=True):
+            n_tokens = row.get("n_tokens") or len(tok.encode(row["completion"]))
+            told = rollouts.reward_row(problems[row["problem"]], n_tokens, row["stop"], config)
+            futures.append(scorer.submit(row["completion"], told, place))
+        for i in tqdm(range(0, len(futures), 16), "scores", mininterval=EVERY_S):
+            scored += scorer.collect(futures[i : i + 16])
+            if scorer.judge and (trouble := scorer.judge.trouble()):
                 raise SystemExit(f"{trouble}; the same command continues from there")
     return scored
 
 
-def verdict(name: str, completion: str, row: dict) -> float:
-    """What the judge said of a completion, waiting for it; a judgement it failed is missing."""
-    parts = row["verdict"].result()
-    if parts[name] is None:
-        raise RuntimeError(parts["judge_error"])
-    return parts[name]
-
-
-def show(n_done: int, n_all: int, s_each: float) -> None:
-    left = tqdm.format_interval(s_each * (n_all - n_done))
-    runs.say(f"{n_done:,}/{n_all:,} completions  {1 / s_each:.3g} a second  {left} left")
-
-
-def to_lines(rows: Iterable[dict]) -> bytes:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return lines.encode(errors="backslashreplace")
-
-
-def read_lines(path: Path) -> list[dict]:
-    rows = []
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):  # torn by a kill
-            row = json.loads(line)
-            rows += [row] if isinstance(row, dict) else []
-    return rows
-
-
 def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> list[dict]:
-    """The rows of finished problems; cuts off a torn line and what it left incomplete."""
+    """The rows of finished problems; cuts off a torn line and the rows of unfinished problems."""
     if not path.exists():
         return []
-    rows = read_lines(path)
+    rows = [row for _, row in runs.read_jsonl(path) if isinstance(row, dict)]
     counts = Counter((row["mode"], row["problem"]) for row in rows)
     rows = [row for row in rows if counts[row["mode"], row["problem"]] == n_of[row["mode"]]]
     for row in rows:
         if row["problem"] >= len(problems) or row["id"] != problems[row["problem"]].id:
             raise ValueError(f"{path}: problem {row['problem']} is not that of --data any more")
-    runs._replace(path, to_lines(rows))
+    runs.replace_file(path, runs.to_jsonl(rows))
     return rows
 
 
@@ -471,13 +295,6 @@ def majority(votes: list[str | None], right: list[bool]) -> float:
     counts = Counter(vote for vote in votes if vote is not None)
     tied = [vote for vote, n in counts.items() if n == max(counts.values())]
     return sum(right[votes.index(vote)] for vote in tied) / max(1, len(tied))
-
-
-def wilson(c: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a rate of c in n (JASA 22, 1927)."""
-    middle, half = (c + Z**2 / 2) / (n + Z**2), Z * math.sqrt(c * (n - c) / n + Z**2 / 4)
-    half /= n + Z**2
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def bootstrap(values: Iterable[float]) -> tuple[float, float]:
@@ -568,14 +385,6 @@ def means(measured: list[dict[str, float]]) -> dict:
     return out
 
 
-def eval_metrics(results: dict) -> dict[str, float]:
-    """What a training script logs of an evaluation; without answers to check, no accuracy."""
-    names = {"eval_accuracy": "pass@1", "eval_format": "format", "eval_length": "length"}
-    out = {ours: results[name] for ours, name in names.items() if results[name] is not None}
-    limits = results["intervals"].get("pass@1", ())
-    return out | dict(zip(("eval_accuracy_low", "eval_accuracy_high"), limits, strict=False))
-
-
 def compare(rows: list[dict], others: list[dict]) -> dict:
     """This run against another on the problems both have; a positive difference: this is higher."""
     ours, theirs = by_problem(rows), by_problem(others)
@@ -651,76 +460,35 @@ def fingerprint(start: hub.Start) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_folder(config, start: hub.Start, problems: list[Problem]) -> None:
-    """Begins a folder; completions of something else in it are an error, not overwritten."""
-    prompts = repr([(p.id, p.prompt) for p in problems]).encode()
-    out, record = Path(config.out), dataclasses.asdict(config)
-    record |= {"checksum of the weights": fingerprint(start),
-               "checksum of the prompts": hashlib.sha256(prompts).hexdigest()[:16]}
-    if (out / "config.json").exists() and (out / "samples.jsonl").exists():
-        try:
-            old = dict(json.loads((out / "config.json").read_bytes()))
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{out / 'config.json'} cannot be read: {e}; put it back, or choose "
-                             "another --out") from None
-        for key in [key for key in record if key in FIXED or " " in key]:
-            if (was := old.get(key)) != (now := record[key]):
-                flag = key if " " in key else "--" + key.replace("_", "-")
-                raise ValueError(f"{flag} was {was!r} when {out} was begun, now it is {now!r}: "
-                                 "put it back, or choose another --out")
-    with runs._writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        runs.write_json(out / "config.json", record)
-
-
-def answer(config, start: hub.Start, tok: data.Tokenizer, problems: list[Problem],
-           greedy: bool) -> tuple[dict, list[dict]]:
-    """evaluate() with the model of a script's Config; its folder keeps what is finished."""
-    check_folder(config, start, problems)
-    mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
-    cfg, params = gemma.load(start.weights, dtype, mesh)
-    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
-    if adapter is not None:
-        runs.say(lora.describe(adapter))
-    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                      max_new=config.max_new, dtype=dtype)
-    return evaluate(
-        sampler, params, tok, problems, adapter=adapter, greedy=greedy, samples=config.samples,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        min_p=config.min_p, repetition=config.repetition, seed=config.seed,
-        journal=Path(config.out) / "samples.jsonl",
-    )
-
-
 @runs.one_line
 def main(config: Config) -> dict:
     """Runs the evaluation, writes its folder, prints the table and returns the results."""
     runs.check_jax()
     runs.compilation_cache()
     config = resolve(config)
-    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    stage.show_config(config)
     others = None
     if config.compare is not None:
         file = hub.output(config.compare) / "samples.jsonl"
         if not file.is_file():
             raise ValueError(f"--compare {config.compare}: no samples.jsonl there")
-        others = read_lines(file)
+        others = [row for _, row in runs.read_jsonl(file) if isinstance(row, dict)]
 
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
-    problems, _ = load_problems(config.data, tok, config.system, config.rows, config.max_prompt,
-                                config.skip_bad_rows)
+    problems, _ = rollouts.load_problems(config, tok)
     out = Path(config.out)
     with runs.lock(out):
-        results, rows = answer(config, start, tok, problems, config.greedy)
+        begin_folder(config, start, problems)
+        rows = answer(config, problems, tok, start, config.greedy)
         if config.rewards or config.reward_file:
             for row, scored in zip(rows, score(problems, rows, tok, config), strict=True):
                 row |= {"reward": scored.total, "rewards": scored.parts, "errors": scored.errors}
-            results = summarize(rows)
+        results = summarize(rows)
         if others is not None:
             results["compare"] = compare(rows, others)
-        with runs._writing(out):
-            runs._replace(out / "samples.jsonl", to_lines(rows))
+        with runs.writing(out):
+            runs.replace_file(out / "samples.jsonl", runs.to_jsonl(rows))
             runs.write_json(out / "results.json", results)
     print(table(results))
     return results

@@ -31,15 +31,12 @@ What to expect: the reward rises, and with it held-out accuracy; with one inner 
 about zero by construction, so look at reward, grad_norm and the evaluations instead.
 """
 
-import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,26 +47,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
-import eval as evaluation
 import gemma
 import hosts
-import judge as judges
 import rewards
+import rollouts
 import runs
-import train_sft
-from eval import Problem, check, evaluate, row_of
-from sampler import Rollout, Sampler
-from train_sft import join, place, vary
+import stage
+from rollouts import Problem, Sample
+from sampler import Sampler
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(judges.Config):
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed.
-
-    The flags of a judge are those of judge.py.
-    """
+class Config:
+    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
 
     # model
     model: str = "tiny"
@@ -105,6 +97,12 @@ class Config(judges.Config):
     """A reward of your own: my.py:score, a function of (completion, row)."""
     overlong_buffer: float = 0.2
     """Share of --max-new over which the reward "overlong" falls from 0 to -1 (DAPO)."""
+    reward_threads: int = 16
+    """Completions scored at a time, while the devices decode others."""
+    reward_timeout: float = 60.0
+    """Seconds that a step's last completions may take to score; a later score is missing."""
+    max_missing: float = 0.5
+    """Share of a step's completions without a reward above which the run saves and stops."""
 
     # rollouts
     prompts: int | None = None
@@ -213,8 +211,6 @@ class Config(judges.Config):
     """Steps between two such shows."""
     log_samples: int = 8
     """Completions of each step kept in samples.jsonl, besides those whose reward failed."""
-    reward_threads: int = 16
-    """Completions scored at a time, while the devices write others."""
     save_every: int | None = None
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -225,9 +221,27 @@ class Config(judges.Config):
     """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
     weights are needed, and nothing is run."""
 
+    # judge (judge.py)
+    judge: str | None = None
+    """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
+    judge_model: str | None = None
+    """The model's name at the endpoint."""
+    judge_weights: str | None = None
+    """Folder of the judge's weights; default: looked for by name."""
+    judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
+    """One metric 1-5, all items at once, item by item; or Pinocchio's, over HTTP only."""
+    judge_calls: Literal["completion", "group"] = "completion"
+    """What a request to an endpoint judges: one completion, or all those of a question at once."""
+    judge_threads: int = 16
+    """Requests in flight at an endpoint."""
+    judge_limit: int = 0
+    """Requests that may be sent, those of earlier sessions in the cache included; 0: no limit."""
+    judge_missing: float = 0.2
+    """Share of missing judgements, of the latest 200, above which the run stops."""
+
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    """host:port of process 0, where the processes meet; auto: JAX finds it (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
     """How many run this command, each on a host (or GPU) of its own."""
     process_id: int | None = None
@@ -252,8 +266,6 @@ DEFAULTS = {
     "gemma2-9b": REAL | dict(lora_rank=32, slots=8),
     "gemma3-12b": REAL | dict(lora_rank=32, slots=8),
 }
-MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every", "show",
-              "show_every", "reward_threads")
 LABELS = {  # metrics on the line of a step; their names are those of TRL where it has one
     "reward": "reward", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
     "completions/clipped_ratio": "cut", "frac_reward_zero_std": "flat", "kl": "kl",
@@ -266,7 +278,16 @@ LABELS = {  # metrics on the line of a step; their names are those of TRL where 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    config = evaluation.fill(config, DEFAULTS)
+    for flag, value, excluded in (
+        ("--cispo-cap", config.cispo_cap, ("clip_low", "clip_high")),
+        ("--per-reward", config.per_reward, ("scale",)),
+    ):
+        for name in excluded:
+            if value and getattr(config, name) != getattr(Config, name):
+                flag_read = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag_read} {getattr(config, name)} has no effect beside {flag} "
+                                 f"{value}: leave one of the two out")
+    config = stage.resolve(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
     longest = config.max_prompt + config.max_new
@@ -284,83 +305,71 @@ def resolve(config: Config) -> Config:
     return config
 
 
-# ----------------------------------------------------------------------------------------- batch
-
-INTS = ("tokens", "segments", "parents", "positions", "source")  # of an update's arrays [.., B, T]
-FLOATS = ("mask", "weight", "advantage", "sampler", "old", "ref")
+# -------------------------------------------------------------------------------------- rollouts
 
 
-class Prompts:
-    """Which problems a step takes: a function of (seed, how many were drawn, share of the run)."""
+class Setup(NamedTuple):
+    """What stays the same over a run."""
 
-    def __init__(self, problems: list[Problem], curriculum: str, seed: int):
-        self.seed, self.ordered = seed, curriculum == "ordered"
-        self.phases = [(0.0, list(range(len(problems))))]
-        if not curriculum:
-            return
-        difficulty = []
-        for p in problems:
-            if not isinstance(p.row.get("difficulty"), int | float):
-                raise ValueError(f"--curriculum: no difficulty in the row {p.question!r:.60}")
-            difficulty.append(p.row["difficulty"])
-        if self.ordered:
-            order = np.random.default_rng((seed, 0, 0)).permutation(len(problems))
-            self.phases = [(0.0, sorted(order.tolist(), key=lambda i: difficulty[i]))]
-            return
-        self.phases = []
-        for part in curriculum.split(","):
-            try:
-                start, _, span = part.partition(":")
-                low, _, high = span.partition("-")
-                start, low, high = float(start), float(low), float(high or low)
-            except ValueError:
-                raise ValueError(f"--curriculum {part!r}: expected ordered, or a share of the run "
-                                 "and difficulties, as 0.3:1-2") from None
-            rows = [i for i, d in enumerate(difficulty) if low <= d <= high]
-            if not rows:
-                raise ValueError(f"--curriculum {part}: no problem has such a difficulty")
-            self.phases.append((start, rows))
-        starts = [start for start, _ in self.phases]
-        if starts[0] != 0 or starts != sorted(starts):
-            raise ValueError(f"--curriculum {curriculum}: the phases must start at 0 and go on")
-
-    def take(self, drawn: int, n: int, p: float) -> list[int]:
-        """The next n problems after `drawn` others, at share p of the run."""
-        phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
-        rows = self.phases[phase][1]
-        if self.ordered:
-            first = int(p * max(0, len(rows) - n))
-            return [rows[(first + j) % len(rows)] for j in range(n)]
-        taken = []
-        for j in range(drawn, drawn + n):
-            lap, at = divmod(j, len(rows))
-            order = np.random.default_rng((self.seed, phase, lap)).permutation(len(rows))
-            taken.append(rows[order[at]])
-        return taken
+    config: Config
+    mesh: Mesh
+    model: stage.Model
+    problems: list[Problem]
+    held_out: list[Problem]
+    order: rollouts.Order
+    sampler: Sampler
+    scorer: rollouts.Scorer
+    steps: tuple  # (train_step, reference_step) of make_steps
+    reference: Any  # what `trained` was before this stage; None without --kl-coef
 
 
-@dataclasses.dataclass
-class Sample:
-    """One completion with its score."""
+class State(NamedTuple):
+    """What a step changes, and a checkpoint holds."""
 
-    problem: Problem
-    group: int  # which of the step's groups
-    rollout: Rollout
-    text: str
-    right: bool | None  # whether the answer is; None: nothing to check
-    strict: bool  # format
-    scored: rewards.Scored
-    advantage: float = 0.0
+    trained: dict
+    opt: Any
+    step: int = 0
+    drawn: int = 0  # problems taken so far
+    num_tokens: int = 0  # sampled and read so far
 
-    def row(self) -> dict:
-        """As a line of samples.jsonl."""
-        return {
-            "id": self.problem.id, "prompt": self.problem.question, "completion": self.text,
-            "gold": self.problem.gold, "correct": self.right, "format": self.strict,
-            "reward": self.scored.total, "advantage": self.advantage,
-            "rewards": self.scored.parts, "errors": self.scored.errors, "group": self.group,
-            "n_tokens": len(self.rollout.ids), "stop": self.rollout.stop,
-        }
+    @property
+    def arrays(self) -> dict:
+        return {"trained": self.trained, "opt": self.opt}
+
+
+def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
+    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   shard=stage.rollouts_are_sharded(cfg, config, mesh))
+
+
+def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str, float]]:
+    """(groups to learn from, all groups, seconds) of one step at share p of the run.
+
+    With --resample, groups whose rewards are all equal are replaced by groups of new problems, for
+    as many rounds as it allows.
+    """
+    config, used, seen = setup.config, [], []
+    times = {"rollout_s": 0.0, "reward_s": 0.0}
+    weights = stage.forward_weights(state.trained, setup.model.fixed, jnp.dtype(config.dtype))
+    for _ in range(1 + config.resample):
+        chosen = setup.order.take(state.drawn + len(seen), config.prompts - len(used), p, len(seen))
+        groups, took = rollouts.sample_groups(
+            setup.sampler, weights, setup.model.tok, [setup.problems[i] for i in chosen],
+            setup.scorer, config, step=state.step, first=len(seen), p=p)
+        times = {k: times[k] + took[k] for k in times}
+        seen += groups
+        a_QG = set_advantages(groups, setup.scorer.mix, config)
+        keep = a_QG.any(axis=1) if config.resample else np.ones(len(groups), bool)
+        used += [group for group, k in zip(groups, keep, strict=True) if k]
+        if len(used) == config.prompts:
+            break
+    if used:
+        set_advantages(used, setup.scorer.mix, config)  # --scale batch: over those that are used
+    return used, seen, times
+
+
+# ------------------------------------------------------------------------------------ advantages
 
 
 def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | None = None,
@@ -411,98 +420,20 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
     return [weight(len(s.rollout.ids)) if kept(s) else 0.0 for s in samples]
 
 
-def n_packed(config: Config, n_devices: int) -> tuple[int, int]:
-    """(micro-batches at most, rows of one over all devices) of an update.
-
-    A row is begun only where no other has room, so any two hold more than one row's tokens together
-    and there are at most 2 total / pack_length + 1.
-    """
-    n_samples = config.prompts * config.group
-    total = n_samples * (config.max_prompt + config.max_new)
-    n_rows = min(n_samples, 2 * total // config.pack_length + 1)
-    rows = config.micro_rows * n_devices
-    return -(-n_rows // rows), rows
-
-
-def rows_of(prompts: list[int], completions: list[list[int]], size: int) -> list[list]:
-    """Packs lengths into rows of `size`: a row is a list of (prompt, [its completions there]).
-
-    Completions of a prompt share one copy of it in a row. The largest group comes first, and goes
-    to the fullest row that takes it whole, else part of it to the emptiest, else to a new one.
-    A prompt of 2 with completions of 3, 5 and 1 in 8 -> [[(0, [1, 2])], [(0, [0])]]: 2+5+1, 2+3.
-    """
-    rows, room = [], []
-    total = [p + sum(lengths) for p, lengths in zip(prompts, completions, strict=True)]
-    for q in sorted(range(len(prompts)), key=lambda q: -total[q]):
-        left = sorted(range(len(completions[q])), key=lambda i: -completions[q][i])
-        while left:
-            need = prompts[q] + sum(completions[q][i] for i in left)
-            whole = [r for r in range(len(rows)) if room[r] >= need]
-            r = min(whole, key=room.__getitem__) if whole else int(np.argmax([*room, -1]))
-            if r == len(rows) or room[r] < prompts[q] + completions[q][left[-1]]:
-                r = len(rows)
-                rows.append([])
-                room.append(size)
-            room[r] -= prompts[q]
-            here = []
-            for i in left:
-                if completions[q][i] <= room[r]:
-                    room[r] -= completions[q][i]
-                    here.append(i)
-            rows[r].append((q, here))
-            left = [i for i in left if i not in here]
-    return rows
-
-
-def pack(samples: list[Sample], weights: list[float], config: Config,
-         n_devices: int) -> tuple[dict, int, list]:
-    """(arrays [micro-batches at most, rows, pack_length], micro-batches used, where they lie).
-
-    A completion lies at (its index, flat row, slice). What has no gradient is left out.
-    Prompt [p p], completions [c c] and [d] of advantages 2 and -1, log-probs l and m:
-    segments 1 1 2 2 3, parents 1 1 1 1 1, source 0 0 1 2 1 (the token that predicts this one),
-    mask 0 0 1 1 1, advantage 0 0 2 2 -1, sampler 0 0 l l m.
-    """
-    n_max, rows = n_packed(config, n_devices)
-    groups = {}  # by prompt
-    for i, s in enumerate(samples):
-        if weights[i] and (s.advantage or config.kl_coef):
-            groups.setdefault(s.problem.prompt, []).append(i)
-    prompts, live = list(groups), list(groups.values())
-    lengths = [[len(samples[i].rollout.ids) for i in group] for group in live]
-    packed = rows_of([len(p) for p in prompts], lengths, config.pack_length)
-    shape = n_max * rows, config.pack_length
-    batch = {k: np.zeros(shape, np.int32) for k in INTS}
-    batch |= {k: np.zeros(shape, np.float32) for k in FLOATS}
-    spans, n_micro = [], -(-len(packed) // rows)
-    for b, parts in enumerate(packed):
-        # Row b goes to micro-batch b % n_micro, so that the last one is not the only one with gaps.
-        r, at, segment = (b % n_micro) * rows + b // n_micro, 0, 0
-
-        def put(ids, first, r=r, **values):
-            """Writes a segment, whose first token has position `first`, behind the others."""
-            nonlocal at, segment
-            span, segment = slice(at, at + len(ids)), segment + 1
-            values |= {"tokens": ids, "segments": segment,
-                       "positions": np.arange(first, first + len(ids))}
-            for k, v in values.items():
-                batch[k][r, span] = v
-            at = span.stop
-            return span
-
-        for q, here in parts:
-            prompt = put(prompts[q], 0)
-            batch["parents"][r, prompt] = parent = segment
-            for i in (live[q][j] for j in here):
-                s = samples[i]
-                span = put(
-                    s.rollout.ids, len(prompts[q]), parents=parent, mask=1.0, weight=weights[i],
-                    advantage=s.advantage, sampler=s.rollout.logps,
-                )
-                batch["source"][r, span] = np.arange(span.start - 1, span.stop - 1)
-                batch["source"][r, span.start] = prompt.stop - 1
-                spans.append((i, r, span))
-    return {k: v.reshape(n_max, rows, -1) for k, v in batch.items()}, n_micro, spans
+def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:
+    """Gives each sample its advantage, and returns them [Q, G]."""
+    nan = lambda x: np.nan if x is None else x
+    names = [name for name, weight in mix.weights.items() if weight]
+    totals_QG = np.array([[nan(s.scored.total) for s in g] for g in groups], float)
+    # what does not apply to a row is no part of its sum
+    parts_QGC = np.array([[[nan(s.scored.parts.get(n, 0.0)) for n in names] for s in g]
+                          for g in groups], float)
+    parts_QGC[np.isnan(totals_QG)] = np.nan
+    a_QG = advantages(totals_QG, config, parts_QGC, np.array([mix.weights[n] for n in names]))
+    for group, a_G in zip(groups, a_QG, strict=True):
+        for sample, a in zip(group, a_G, strict=True):
+            sample.advantage = float(a)
+    return a_QG
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -549,7 +480,7 @@ def policy_loss(logp_BT, b: dict, config: Config):
 
 def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
     """Log-probs and entropies [B, T] of the completion tokens of B packed rows; 0 elsewhere."""
-    params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
+    params, adapter = stage.forward_weights(trained, fixed, jnp.dtype(config.dtype))
     x_BTD = gemma.hidden(params, cfg, b["tokens"], b["positions"], b["segments"], b["parents"],
                          lora=adapter, remat=config.remat, fsdp=fsdp)
     # A completion's first token is predicted by its prompt's last, wherever in the row that lies.
@@ -579,7 +510,7 @@ def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp
     """
     replicated = jax.tree.map(lambda s: "data" not in s, specs)
     # A replicated leaf is made varying, else its gradient would come already summed over devices.
-    trained = jax.tree.map(lambda r, x: vary(x) if r else x, replicated, trained)
+    trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
     f = jax.value_and_grad(partial(loss, cfg=cfg, config=config, fsdp=fsdp), has_aux=True)
 
     def micro(i, carry):
@@ -591,8 +522,8 @@ def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp
 
     b = jax.tree.map(lambda x: x[0], batch) | {"on_policy": on_policy}
     names = jax.eval_shape(lambda: f(trained, fixed, b)[0][1][0])
-    zeros = jax.tree.map(jnp.zeros_like, trained), {k: vary(jnp.zeros(())) for k in names}
-    zeros[1]["loss"] = vary(jnp.zeros(()))
+    zeros = jax.tree.map(jnp.zeros_like, trained), {k: stage.vary(jnp.zeros(())) for k in names}
+    zeros[1]["loss"] = stage.vary(jnp.zeros(()))
     (g, metrics), logp_nBT = lax.fori_loop(
         0, n_micro, micro, (zeros, jnp.zeros_like(batch["sampler"]))
     )
@@ -615,7 +546,7 @@ def reference_logps(reference, fixed, batch, n_micro, *, cfg, config, fsdp):
 
 def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     """grads() under shard_map: (trained, fixed, batch, n_micro, on_policy) -> its results."""
-    specs, fixed = train_sft.specs_of(cfg, config, sharded)
+    specs, fixed = stage.partition_specs(cfg, config, sharded)
     fsdp, rows = "data" if sharded else None, P(None, "data")
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -627,7 +558,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, n_micro, on_policy, lr), reference(...)."""
     check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
     mesh_grads = grads_on_mesh(cfg, config, mesh, sharded, check_vma)
-    tx = train_sft.optimizer(config)
+    tx = stage.optimizer(config)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
@@ -637,7 +568,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
         trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
         return trained, opt, metrics, logp_nBT
 
-    specs, fixed = train_sft.specs_of(cfg, config, sharded)
+    specs, fixed = stage.partition_specs(cfg, config, sharded)
     fsdp, rows = "data" if sharded else None, P(None, "data")
     reference = jax.jit(jax.shard_map(
         partial(reference_logps, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -649,161 +580,89 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = train_sft.model_of(config)
-    sharded, dtype = train_sft.is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
+    cfg = stage.model_config(config)
+    sharded, dtype = stage.base_is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
     train_step, reference = make_steps(cfg, config, mesh, sharded)
-    specs = train_sft.specs_of(cfg, config, sharded)
-    weights = partial(train_sft.random_weights, cfg, config)
-    trained, opt, fixed = train_sft.state_shapes(config, mesh, weights, specs)
-    base, adapter = jax.eval_shape(partial(join, dtype=dtype), trained, fixed)
-    n_max, rows = n_packed(config, mesh.size)
+    specs = stage.partition_specs(cfg, config, sharded)
+    weights = partial(stage.random_weights, cfg, config)
+    trained, opt, fixed = stage.state_shapes(config, mesh, weights, specs)
+    base, adapter = jax.eval_shape(partial(stage.forward_weights, dtype=dtype), trained, fixed)
+    n_max, rows = rollouts.packed_size(config, mesh.size)
     batch = {
         k: jax.ShapeDtypeStruct((n_max, rows, config.pack_length),
-                                jnp.int32 if k in INTS else jnp.float32,
+                                jnp.int32 if k in rollouts.INTS else jnp.float32,
                                 sharding=NamedSharding(mesh, P(None, "data")))
-        for k in INTS + FLOATS
+        for k in rollouts.INTS + rollouts.FLOATS
     }
     n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
     out = make_sampler(cfg, config, mesh).programs(base, adapter)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
     if config.kl_coef:
         out["reference"] = reference, (trained, fixed, batch, n_micro)
-    return out | judges.programs(config, mesh)
+    if config.judge:
+        import judge
+
+        out |= judge.programs(config, mesh)
+    return out
+
+# ------------------------------------------------------------------------------------ one update
 
 
-# -------------------------------------------------------------------------------------- rollouts
-
-
-def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
-    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                   shard=train_sft.samples_sharded(cfg, config, mesh))
-
-
-def grade(rollout: Rollout, problem: Problem, text: str, row: dict, mix: rewards.Mix,
-          functions: dict) -> Sample:
-    """One completion and its score; runs in a thread while the devices write others."""
-    _, right, strict = check(problem, text)
-    scored = rewards.score(mix, functions, text, row)
-    return Sample(problem, rollout.prompt, rollout, text, right, strict, scored)
-
-
-def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:
-    """Gives each sample its advantage, and returns them [Q, G]."""
-    nan = lambda x: np.nan if x is None else x
-    names = [name for name, weight in mix.weights.items() if weight]
-    totals_QG = np.array([[nan(s.scored.total) for s in g] for g in groups], float)
-    # what does not apply to a row is no part of its sum
-    parts_QGC = np.array([[[nan(s.scored.parts.get(n, 0.0)) for n in names] for s in g]
-                          for g in groups], float)
-    parts_QGC[np.isnan(totals_QG)] = np.nan
-    a_QG = advantages(totals_QG, config, parts_QGC, np.array([mix.weights[n] for n in names]))
-    for group, a_G in zip(groups, a_QG, strict=True):
-        for sample, a in zip(group, a_G, strict=True):
-            sample.advantage = float(a)
-    return a_QG
-
-
-def collect(play: Callable, prompts: Prompts, drawn: int, p: float, mix: rewards.Mix,
-            config: Config) -> tuple[list, list, dict]:
-    """(groups to learn from, all groups, seconds) of one step; `drawn` problems were taken before.
-
-    play(numbers of problems, first) -> (groups, rollout_s, reward_s). With --resample, groups
-    whose rewards are all equal are replaced by new ones, as many rounds as it allows.
-    """
-    used, seen, times = [], [], {"rollout_s": 0.0, "reward_s": 0.0}
-    for _ in range(1 + config.resample):
-        chosen = prompts.take(drawn + len(seen), config.prompts - len(used), p)
-        groups, rollout_s, reward_s = play(chosen, len(seen))
-        times["rollout_s"] += rollout_s
-        times["reward_s"] += reward_s
-        a_QG, seen = set_advantages(groups, mix, config), seen + groups
-        keep = a_QG.any(axis=1) if config.resample else np.ones(len(groups), bool)
-        used += [group for group, k in zip(groups, keep, strict=True) if k]
-        if len(used) == config.prompts:
-            break
-    if used:
-        set_advantages(used, mix, config)  # --scale batch: over those that are used
-    return used, seen, times
-
-
-def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
-    """What the completions of a step were like, under TRL's names where it has one."""
-    samples = [s for group in groups for s in group]
-    column = lambda values: np.array([np.nan if v is None else v for v in values], float)
-
-    def mean(values, of=np.mean):  # of what is there; nothing there: no such metric
-        there = column(values)
-        there = there[~np.isnan(there)]
-        return float(of(there)) if len(there) else None
-
-    spread = lambda x: np.std(x, ddof=1) if len(x) > 1 else 0.0
-    std = [mean((s.scored.total for s in group), spread) for group in groups]
-    lengths = column(len(s.rollout.ids) for s in samples)
-    ended = lengths[[s.rollout.stop == "stop" for s in samples]]
-    out = {
-        "reward": mean(s.scored.total for s in samples),
-        "reward_std": mean((s.scored.total for s in samples), spread),
-        "frac_reward_zero_std": mean(None if x is None else x < 1e-6 for x in std),
-        "frac_reward_missing": mean(s.scored.total is None for s in samples),
-        "accuracy": mean(s.right for s in samples),
-        "format": mean(s.strict for s in samples),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/mean_terminated_length": ended.mean() if len(ended) else None,
-        "completions/clipped_ratio": mean(s.rollout.stop == "length" for s in samples),
-        "completions/repetition_ratio": mean(s.rollout.stop == "repetition" for s in samples),
+def update(setup: Setup, state: State, samples: list[Sample],
+           lr: float) -> tuple[State, dict[str, float], dict]:
+    """--inner-epochs updates from one set of samples -> (state, metrics of the last, the batch)."""
+    began, (config, mesh, model) = time.perf_counter(), setup[:3]
+    train_step, reference_step = setup.steps
+    trained, opt, metrics = state.trained, state.opt, {}
+    host, n_micro, spans = rollouts.pack(samples, token_weights(samples, config), config, mesh.size)
+    batch, n = stage.put(host, mesh, P(None, "data")), np.int32(n_micro)
+    if config.kl_coef:
+        ref = reference_step(setup.reference, model.fixed, batch, n)
+        batch["ref"] = jax.block_until_ready(ref)
+    reference_s = time.perf_counter() - began
+    for epoch in range(config.inner_epochs):
+        trained, opt, metrics, logp = train_step(
+            trained, opt, model.fixed, batch, n, np.bool(epoch == 0), np.float32(lr))
+        if epoch == 0:
+            batch["old"] = logp
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    logp_RT = np.asarray(hosts.whole(batch["old"])).reshape(-1, config.pack_length)
+    n_real, n_rows = (host["segments"] > 0).sum(), n_micro * host["tokens"].shape[1]
+    metrics |= rollouts.drift(samples, spans, logp_RT) | {
+        "padding": 1 - n_real / max(1, n_rows * config.pack_length),
+        "reference_s": reference_s,
+        "update_s": time.perf_counter() - began - reference_s,
     }
-    for name in mix.weights:
-        parts = [s.scored.parts[name] for s in samples if name in s.scored.parts]
-        out |= {f"rewards/{name}/mean": mean(parts), f"rewards/{name}/std": mean(parts, spread),
-                f"rewards/{name}/missing": mean(part is None for part in parts)}
-    return {k: float(v) for k, v in out.items() if v is not None}
-
-
-def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, float]:
-    """How far the trainer's log-probs of the same tokens lie from the sampler's."""
-    differences = [np.abs(logp_RT[r, span] - samples[i].rollout.logps) for i, r, span in spans]
-    if not differences:
-        return {}
-    d = np.concatenate(differences)
-    name = "sampling/sampling_logp_difference/"
-    return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
-            name + "max": float(d.max())}
-
-
-def show(samples: list[Sample]) -> None:
-    """Completions for the terminal, coloured by tag, with what they were rewarded for."""
-    number = lambda x: "missing" if x is None else f"{x:.3g}"
-    for s in samples:
-        parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
-        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
-                 f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
-                 f"{s.rollout.stop}")
-        for name, error in s.scored.errors.items():
-            runs.say(f"  {name}: {error}")
+    return state._replace(trained=trained, opt=opt, step=state.step + 1), metrics, host
 
 
 # ------------------------------------------------------------------------------------------ main
 
 
-def load_data(config: Config, tok) -> tuple[list[Problem], list[Problem]]:
-    """The problems to train on and those held out."""
-    read = lambda source, rows: evaluation.load_problems(
-        source, tok, config.system, rows, config.max_prompt, config.skip_bad_rows
-    )[0]
-    problems = read(config.data, config.rows)
-    built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
-    if config.eval_data or built_in:
-        return problems, read(config.eval_data or built_in, config.eval_rows)
-    if len(problems) == 1:
-        raise ValueError(f"--data {config.data}: one problem is too few to hold some out; "
-                         "--eval-data names other held-out ones")
-    order = np.random.default_rng((config.seed, 1)).permutation(len(problems))
-    n = len(problems) // 50 + 1
-    n = min(n, config.eval_rows or n)
-    return [problems[i] for i in sorted(order[n:])], [problems[i] for i in order[:n]]
+def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
+    """Held-out greedy accuracy and format, logged and shown -> the score of a checkpoint."""
+    dtype = jnp.dtype(setup.config.dtype)
+    weights = stage.forward_weights(state.trained, setup.model.fixed, dtype)
+    with run.budget.measure("eval"):
+        metrics, _ = rollouts.evaluate(setup.sampler, weights, setup.model.tok, setup.held_out)
+    run.log(state.step, metrics)
+    runs.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    return metrics.get("eval_accuracy", metrics["eval_format"])
+
+
+def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]],
+             metrics: dict[str, float]) -> None:
+    """Writes and shows what a step did; stops a run whose sampler and trainer disagree."""
+    config, step, samples = setup.config, state.step, [s for group in seen for s in group]
+    run.log(step, rollouts.summarize(seen, setup.scorer.mix) | metrics | setup.scorer.stats())
+    failed = [s for s in samples[config.log_samples :] if s.scored.errors]
+    run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
+    if config.show and (step == 1 or step % config.show_every == 0):
+        rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
+    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if drift > config.max_drift:
+        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
+                         f"on average, more than --max-drift {config.max_drift}")
 
 
 @runs.one_line
@@ -817,168 +676,65 @@ def main(config: Config) -> Path | dict:
     config = resolve(config)
     hosts.connect(config)
     runs.compilation_cache()
-    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    stage.show_config(config)
     if config.group == 2 and config.scale == "group":
         runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
-                 "apart the rewards are; --scale none keeps that")
+                 "apart the rewards are; --scale none keeps that distance")
     mesh = gemma.all_devices()
 
     # load
-    model = train_sft.load_model(config, mesh)
-    cfg, tok, trained, fixed = model.cfg, model.tok, model.trained, model.fixed
-    problems, held_out = load_data(config, tok)
-    prompts = Prompts(problems, config.curriculum, config.seed)
-    mix, functions = evaluation.reward_functions(config, problems)
-    judge = None
-    if config.judge:
-        judge = judges.open(config, mesh, cache=Path(config.out) / "judge" / "replies.jsonl")
-    reference = jax.tree.map(jnp.copy, trained) if config.kl_coef else None
+    model = stage.load_model(config, mesh)
+    sources, held_out = data.load_split(config, rollouts.problem_reader(config, model.tok),
+                                        rows=config.rows)
+    problems = rollouts.numbered([problem for source in sources for problem in source])
+    held_out = rollouts.numbered(held_out)
+    reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
+    state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
 
     # compile
-    train_step, reference_step = make_steps(cfg, config, mesh, model.sharded)
-    opt = train_sft.init_opt(config, trained, mesh, model.specs)
-    sampler, dtype = make_sampler(cfg, config, mesh), jnp.dtype(config.dtype)
-    pool = ThreadPoolExecutor(config.reward_threads)
-
-    def play(chosen: list[int], first: int):
-        """Completions of some problems, scored as they finish -> groups, rollout_s, reward_s."""
-        began, futures = time.perf_counter(), {}
-        mine = hosts.share(range(len(chosen)))
-        params, adapter = join(trained, fixed, dtype)
-        rollouts = sampler.sample(
-            params, {first + i: problems[chosen[i]].prompt for i in mine}, config.group,
-            lora=adapter, seed=config.seed, step=step, temperature=config.temperature,
-            top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, stop=tok.stop_ids,
-            forbidden=tok.forbidden_ids, vocab_size=tok.vocab_size, repetition=config.repetition,
-        )
-        for r in rollouts:
-            problem, text = problems[chosen[r.prompt - first]], tok.decode(r.ids)
-            row = row_of(problem, len(r.ids), r.stop, config.max_new, config.overlong_buffer, p)
-            if judge is not None:
-                row["verdict"] = judge.submit(text, row, (r.prompt, r.index, config.group))
-                judge.pump()
-            score = pool.submit(grade, r, problem, text, row, mix, functions)
-            futures[r.prompt - first, r.index] = score
-        ended = time.perf_counter()
-        if judge is not None:
-            judge.pump(flush=True)
-        groups = [[futures[i, g].result() for g in range(config.group)] for i in mine]
-        return hosts.join(groups), ended - began, time.perf_counter() - ended
-
-    def update(samples, lr):
-        """mu updates from one set of samples -> metrics of the last, logp of the first."""
-        nonlocal trained, opt
-        began, metrics = time.perf_counter(), {}
-        host, n_micro, spans = pack(samples, token_weights(samples, config), config, mesh.size)
-        batch, n = place(host, mesh, P(None, "data")), np.int32(n_micro)
-        if config.kl_coef:
-            batch["ref"] = jax.block_until_ready(reference_step(reference, fixed, batch, n))
-        reference_s = time.perf_counter() - began
-        for epoch in range(config.inner_epochs):
-            trained, opt, metrics, logp = train_step(
-                trained, opt, fixed, batch, n, np.bool(epoch == 0), np.float32(lr)
-            )
-            if epoch == 0:
-                batch["old"] = logp
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        logp = np.asarray(hosts.whole(batch["old"])).reshape(-1, config.pack_length)
-        n_real, n_rows = (host["segments"] > 0).sum(), n_micro * host["tokens"].shape[1]
-        metrics |= drift(samples, spans, logp) | {
-            "padding": 1 - n_real / max(1, n_rows * config.pack_length),
-            "reference_s": reference_s,
-            "update_s": time.perf_counter() - began - reference_s,
-        }
-        return metrics, host
-
-    def measure(run) -> float:
-        """Held-out greedy accuracy and format, logged and shown -> the score."""
-        params, adapter = join(trained, fixed, dtype)
-        results, _ = evaluate(sampler, params, tok, held_out, adapter=adapter, every_s=None)
-        metrics = evaluation.eval_metrics(results)
-        run.log(step, metrics)
-        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        return metrics.get("eval_accuracy", metrics["eval_format"])
-
-    def write(folder: Path | None) -> None:
-        train_sft.write_model(folder, config, model, trained)
+    steps, sampler = make_steps(model.cfg, config, mesh, model.sharded), make_sampler(
+        model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
-                         needs=("step", "save", "eval"))
-    report_to = [name for name in config.report_to.split(",") if name]
-    closing = contextlib.closing(judge) if judge else contextlib.nullcontext()
-    with pool, closing, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to,
-                                 LABELS, every_s=0.0) as run:
-        saved = run.restore({"trained": trained, "opt": opt})
-        step, state = 0, {"drawn": 0, "num_tokens": 0}
+    with runs.Run(config, LABELS) as run, rollouts.Scorer(config, problems, mesh) as scorer:
+        setup = Setup(config, mesh, model, problems, held_out,
+                      rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
+                      steps, reference)
+        saved = run.restore(state.arrays)
         if saved is not None:
-            step, state = saved.step, saved.state
-            trained = train_sft.place_like(saved.arrays["trained"], trained)
-            opt = train_sft.place_like(saved.arrays["opt"], opt)
+            arrays = stage.put_like(saved.arrays, state.arrays)
+            state = State(**arrays, step=saved.step, **saved.state)
         elif config.eval_every:
-            with budget.measure("eval"):
-                measure(run)
-        first_step, measured = step, None
+            evaluate(setup, state, run)
 
-        def save(score=None):
-            run.save(step, {"trained": trained, "opt": opt}, state, write, score)
+        def save(score: float | None = None) -> None:
+            counters = {"drawn": state.drawn, "num_tokens": state.num_tokens}
+            run.save(state.step, state.arrays, counters, write, score)
 
-        while (p := run.progress(step)) < 1 and not run.stopping:
-            began = time.perf_counter()
-            groups, seen, times = collect(play, prompts, state["drawn"], p, mix, config)
-            everything = [s for group in seen for s in group]
-            if step == first_step and all(s.scored.total is None for s in everything):
-                raise SystemExit("no completion of the first step could be scored: "
-                                 f"{everything[0].scored.errors}")
-            # the share of the run at the end of this step, so that the first step moves
-            p_end = min(1.0, p + (1 / config.steps if config.steps else 0.0))
-            lr = train_sft.schedule(p_end, config)
-            metrics, batch = update([s for group in groups for s in group], lr)
-            n_tokens = sum(len(s.rollout.ids) + len(s.problem.prompt) for s in everything)
-            state = {"drawn": state["drawn"] + len(seen),
-                     "num_tokens": state["num_tokens"] + n_tokens}
-            step, step_s = step + 1, time.perf_counter() - began
-            metrics = summarize(seen, mix) | metrics | times | {
-                "learning_rate": lr, "p": p, "num_tokens": state["num_tokens"], "step_s": step_s,
-                "tokens_per_s": n_tokens / step_s,
-            }
-            metrics |= judges.total(hosts.everyone(judge.stats())) if judge else {}
-            run.check_finite(step, metrics, batch)
-            run.log(step, metrics)
-            failed = [s for s in everything[config.log_samples :] if s.scored.errors]
-            run.log_samples(step, [s.row() for s in everything[: config.log_samples] + failed])
-            if config.show and (step == 1 or step % config.show_every == 0):
-                show(everything[:: max(1, len(everything) // config.show)][: config.show])
-            check_drift(step, metrics, config)
-            troubles = hosts.everyone(judge.trouble()) if judge else []
-            if trouble := next(filter(None, troubles), None):
+        def write(folder: Path | None) -> None:
+            stage.write_model(folder, config, model, state.trained)
+
+        while (p := run.progress(state.step)) < 1 and not run.stopping:
+            began, lr = time.perf_counter(), stage.schedule(p, config)
+            used, seen, times = rollout(setup, state, p)
+            state, metrics, batch = update(setup, state, [s for group in used for s in group], lr)
+            samples = [s for group in seen for s in group]
+            n_tokens = sum(len(s.rollout.ids) + len(s.problem.prompt) for s in samples)
+            state = state._replace(drawn=state.drawn + len(seen),
+                                   num_tokens=state.num_tokens + n_tokens)
+            step_s = time.perf_counter() - began
+            run.check_finite(state.step, metrics, batch)
+            log_step(setup, state, run, seen, metrics | times | {
+                "learning_rate": lr, "p": p, "num_tokens": state.num_tokens, "step_s": step_s,
+                "tokens_per_s": n_tokens / step_s})
+            if trouble := scorer.trouble([s.scored for s in samples]):
                 save()
-                raise SystemExit(f"step {step}: {trouble}")
-            ends = config.steps is not None and step >= config.steps
-            if config.eval_every and step % config.eval_every == 0 and not ends:
-                with budget.measure("eval"):
-                    score = measure(run)
-                save(score)
-                measured = step
-            elif config.save_every and step % config.save_every == 0 and not ends:
+                raise SystemExit(f"step {state.step}: {trouble}")
+            if run.due(config.eval_every, state.step):
+                save(evaluate(setup, state, run))
+            elif run.due(config.save_every, state.step):
                 save()
-        unsaved = step != measured and (saved is None or step > saved.step)
-        if p < 1:
-            if unsaved:  # again, it would lose its score
-                save()
-            run.stop()
-        if unsaved:
-            save(measure(run))
-        return run.finish(write)
-
-
-def check_drift(step: int, metrics: dict, config: Config) -> None:
-    name = "sampling/sampling_logp_difference/mean"
-    if metrics.get(name, 0.0) > config.max_drift:
-        raise SystemExit(
-            f"step {step}: sampler and trainer differ by {metrics[name]:.3g} in their log-probs on "
-            f"average, more than --max-drift {config.max_drift}"
-        )
+        return run.end(state.step, save, lambda: evaluate(setup, state, run), write)
 
 
 if __name__ == "__main__":

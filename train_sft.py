@@ -35,18 +35,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
 import hosts
-import hub
 import lora
-import rewards
 import runs
-from eval import Problem, eval_metrics, evaluate, fill
-from sampler import Sampler
+import stage
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -153,7 +150,7 @@ class Config:
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    """host:port of process 0, where the processes meet; auto: JAX finds it (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
     """How many run this command, each on a host (or GPU) of its own."""
     process_id: int | None = None
@@ -174,19 +171,19 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }
-MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every")
+SHOWN = {"loss": "loss", "tokens_per_s": "tok/s"}  # metrics on the line of a step
 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
     if config.from_scratch and config.lora_rank is None:
         config = dataclasses.replace(config, lora_rank=0)
-    config = fill(config, DEFAULTS)
+    config = stage.resolve(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
     if config.from_scratch and config.lora_rank:
-        raise ValueError(f"--lora-rank {config.lora_rank}: random weights are trained whole, not "
-                         "with --from-scratch and an adapter")
+        raise ValueError(f"--lora-rank {config.lora_rank}: --from-scratch trains all weights, so "
+                         "it takes no adapter")
     return config
 
 
@@ -198,7 +195,7 @@ def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: st
 
     trained: {"a", "b"} of an adapter, or all parameters. Per-device sizes.
     """
-    params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
+    params, adapter = stage.forward_weights(trained, fixed, jnp.dtype(config.dtype))
     if adapter is not None:
         adapter = lora.with_dropout(adapter, config.lora_dropout, key)
     x_BTD = gemma.hidden(params, cfg, batch["tokens"], batch["positions"], batch["segments"],
@@ -213,19 +210,7 @@ def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: st
     return -jnp.sum(logp_BT * weight_BT), jnp.sum(weight_BT)
 
 
-def join(trained, fixed, dtype) -> tuple[dict, dict | None]:
-    """(parameters, adapter or None) for a forward pass, in the compute dtype."""
-    if "base" in fixed:
-        return fixed["base"], trained | {"scale": fixed["scale"]}
-    return jax.tree.map(lambda x: x.astype(dtype), trained), None
-
-
 # ------------------------------------------------------------------------------------ train_step
-
-
-def vary(x):
-    """Makes a replicated value this device's own; its gradient is then this device's alone."""
-    return lax.pcast(x, "data", to="varying")
 
 
 def grads(trained, fixed, batch, key, *, specs, **kw):
@@ -237,7 +222,7 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     key = jax.random.fold_in(key, lax.axis_index("data"))
     replicated = jax.tree.map(lambda s: "data" not in s, specs)
     # A replicated leaf is made varying, else its gradient would come already summed over devices.
-    trained = jax.tree.map(lambda r, x: vary(x) if r else x, replicated, trained)
+    trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
 
     def micro(carry, xs):
         i, micro_batch = xs
@@ -245,7 +230,8 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
         (total, count), g = f(trained, fixed, micro_batch, jax.random.fold_in(key, i))
         return jax.tree.map(jnp.add, carry, (g, total, count)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, trained), vary(jnp.zeros(())), vary(jnp.zeros(()))
+    zero = stage.vary(jnp.zeros(()))
+    zeros = jax.tree.map(jnp.zeros_like, trained), zero, zero
     n_micro = batch["tokens"].shape[0]
     (g, total, count), _ = lax.scan(micro, zeros, (jnp.arange(n_micro), batch))
     total, count = lax.psum((total, count), "data")
@@ -255,37 +241,9 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     return g, {"loss": total / count, "n_tokens": count}
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW without the learning rate, which train_step is given because it follows the clock."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b2=config.adam_b2),
-        optax.add_decayed_weights(config.weight_decay),
-    )
-
-
-def schedule(p: float, config: Config) -> float:
-    """Learning rate at share p of the run: linear warm-up, cosine to final_lr of the peak."""
-    if p < config.warmup:
-        return config.learning_rate * p / config.warmup
-    cosine = 0.5 * (1 + np.cos(np.pi * (p - config.warmup) / max(1e-9, 1 - config.warmup)))
-    return config.learning_rate * float(config.final_lr + (1 - config.final_lr) * cosine)
-
-
-def specs_of(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
-    """PartitionSpecs of (what is trained, what is fixed).
-
-    An adapter is replicated; a base, or weights that are trained, may be split.
-    """
-    if not config.lora_rank:
-        return gemma.pspecs(cfg, sharded), {}
-    each = {n: P() for n in lora.parse_targets(config.lora_targets)}
-    return {"a": each, "b": each}, {"base": gemma.pspecs(cfg, sharded), "scale": each}
-
-
 def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     """grads() under shard_map: (trained, fixed, batch, key) -> (gradient, metrics)."""
-    specs, fixed = specs_of(cfg, config, sharded)
+    specs, fixed = stage.partition_specs(cfg, config, sharded)
     fsdp = "data" if sharded else None
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -296,7 +254,8 @@ def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
     check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
-    tx, mesh_grads = optimizer(config), grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    mesh_grads = grads_on_mesh(cfg, config, mesh, sharded, check_vma)
+    tx = stage.optimizer(config)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -312,7 +271,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
         total, count = loss(trained, fixed, batch, jax.random.key(0), cfg, quiet, fsdp)
         return lax.psum({"loss": total, "count": count}, "data")
 
-    specs, fixed = specs_of(cfg, config, sharded)
+    specs, fixed = stage.partition_specs(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
         eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
         check_vma=check_vma,
@@ -323,359 +282,36 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = model_of(config)
-    sharded = is_sharded(cfg, config, mesh)
-    specs = specs_of(cfg, config, sharded)
-    state = state_shapes(config, mesh, partial(random_weights, cfg, config), specs)
-    return step_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
-
-
-def random_weights(cfg: gemma.Config, config: Config) -> tuple[dict, dict]:
-    """(trained, fixed) of a run that starts from nothing."""
-    key = jax.random.key(0)
-    if not config.lora_rank:
-        return gemma.init(cfg, key), {}
-    trained, scale = lora.split(new_adapter(cfg, config))
-    return trained, {"base": gemma.init(cfg, key, jnp.dtype(config.dtype))} | scale
-
-
-def state_shapes(config: Config, mesh: Mesh, weights, specs: tuple) -> tuple:
-    """(trained, opt, fixed) as shapes on the mesh, of weights() -> (trained, fixed)."""
-    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-    trained, fixed = jax.tree.map(shape, jax.eval_shape(weights), specs)
-    tx = optimizer(config)
-    opt = jax.eval_shape(tx.init, trained)
-    return trained, jax.tree.map(shape, opt, opt_specs(tx, trained, specs[0])), fixed
-
-
-def step_programs(config: Config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
-    """programs() of a train_step and an eval_step that read packed rows."""
-    (train_step, eval_step), (trained, opt, fixed) = steps, state
-    n_micro, rows = batch_shape(config, mesh)
-    shapes = lambda *lead: {
-        k: jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32,
-                                sharding=NamedSharding(mesh, P(*(None for _ in lead), "data")))
-        for k in ("tokens", "mask", "segments", "positions")
-    }
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return {
-        "train_step": (train_step, (trained, opt, fixed, shapes(n_micro), scalar, key)),
-        "eval_step": (eval_step, (trained, fixed, shapes())),
-    }
+    cfg = stage.model_config(config)
+    sharded = stage.base_is_sharded(cfg, config, mesh)
+    specs = stage.partition_specs(cfg, config, sharded)
+    state = stage.state_shapes(config, mesh, partial(stage.random_weights, cfg, config), specs)
+    return stage.packed_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
 
 
 # ------------------------------------------------------------------------------------------ main
 
 
-def base_name(config: Config) -> str:
-    return config.model.removesuffix("-it").removesuffix("-pt")
+class Pending(NamedTuple):
+    """A step that the devices may still be busy with."""
+
+    step: int
+    metrics: dict  # on the devices
+    batch: dict
+    lr: float
+    p: float  # share of the run at its beginning
 
 
-def model_of(config: Config) -> gemma.Config:
-    """The model's shape, by name or by the config.json of --weights; needs no weights."""
-    return gemma.read_config(config.weights) if config.weights else gemma.CONFIGS[base_name(config)]
-
-
-def batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """(micro-batches, rows of a micro-batch over all devices) of one update."""
-    rows = min(config.micro_rows * mesh.size, config.batch_rows)
-    if config.batch_rows % rows or rows % mesh.size:
-        raise ValueError(
-            f"--batch-rows {config.batch_rows} is not a multiple of --micro-rows "
-            f"{config.micro_rows} times {mesh.size} devices"
-        )
-    return config.batch_rows // rows, rows
-
-
-def is_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
-    """Whether the base is split over the mesh rather than copied to every device."""
-    if config.shard != "auto" or mesh.size == 1:
-        return config.shard == "yes" and mesh.size > 1
-    # Training all weights keeps a float32 master, two moments and a gradient of each.
-    per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    return too_large(cfg, per_weight, mesh)
-
-
-def samples_sharded(cfg: gemma.Config, config: Config, mesh: Mesh) -> bool:
-    """Whether rollouts leave a sharded base where it is rather than gather it once a phase."""
-    itemsize = jnp.dtype(config.dtype).itemsize
-    return is_sharded(cfg, config, mesh) and too_large(cfg, itemsize, mesh)
-
-
-def too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
-    """Whether a copy of all weights takes over 40 % of a device's memory."""
-    device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
-    here = device.platform != "cpu" and device in jax.local_devices()  # else only compiled for
-    limit = ((device.memory_stats() if here else None) or {}).get("bytes_limit", 16 * 2**30)
-    return cfg.n_params * bytes_per_weight > 0.4 * limit
-
-
-def new_adapter(cfg: gemma.Config, config: Config) -> dict:
-    key = jax.random.key(config.seed)
-    return lora.init(cfg, key, config.lora_rank, config.lora_alpha, config.lora_targets,
-                     config.rslora)
-
-
-def opt_specs(tx, trained, specs):
-    """PartitionSpecs of the optimizer state: moments lie where their weights lie."""
-    return optax.tree_map_params(
-        tx, lambda _, s: s, jax.eval_shape(tx.init, trained), specs,
-        transform_non_params=lambda _: P(),
-    )
-
-
-def init_opt(config: Config, trained: dict, mesh: Mesh, specs: dict):
-    """The optimizer's state of what is trained, as it lies on the mesh."""
-    tx = optimizer(config)
-    at = jax.tree.map(partial(NamedSharding, mesh), opt_specs(tx, trained, specs))
-    return jax.jit(tx.init, out_shardings=at)(trained)
-
-
-def place(tree, mesh: Mesh, specs):
-    """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
-    if isinstance(specs, P):
-        specs = jax.tree.map(lambda _: specs, tree)
-    return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
-
-
-def place_like(tree, like):
-    """Host arrays onto the devices as arrays of the same tree already are."""
-    return jax.tree.map(lambda x, now: hosts.put(x, now.sharding), tree, like)
-
-
-class Model(NamedTuple):
-    """What a stage begins with, on the mesh."""
-
-    cfg: gemma.Config
-    tok: data.Tokenizer
-    weights: Path  # the folder they came from
-    trained: dict  # {"a", "b"} of the adapter, or all weights in float32
-    fixed: dict  # {"base", "scale"}, or nothing
-    specs: dict  # PartitionSpecs of what is trained
-    sharded: bool
-    merged: dict | None  # an adapter that went into the base and must come out again in final/
-
-
-def load_model(config: Config, mesh: Mesh) -> Model:
-    """The weights and the adapter that a stage starts from, and says what they are."""
-    start = hub.find_start(config.model, config.weights, config.adapter)
-    tok = data.Tokenizer(config.tokenizer or start.weights)
-    cfg, merged, adapter = gemma.read_config(start.weights), None, None
-    sharded = is_sharded(cfg, config, mesh)
-    if getattr(config, "from_scratch", False):
-        base = gemma.init(cfg, jax.random.key(config.seed))
-    else:
-        dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
-        cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
-        base, adapter, merged = lora.continue_from(
-            start.adapter, base, cfg, config.lora_rank, lora.parse_targets(config.lora_targets)
-        )
-    if merged is not None:
-        runs.say(f"--adapter {start.adapter} merged into the base: {lora.describe(merged)}")
-    trained, fixed = base, {}
-    if config.lora_rank:
-        adapter = adapter or new_adapter(cfg, config)
-        runs.say(lora.describe(adapter))
-        trained, scale = lora.split(adapter)
-        fixed = {"base": base} | place(scale, mesh, P())
-    specs, _ = specs_of(cfg, config, sharded)
-    rollouts = "in their place" if samples_sharded(cfg, config, mesh) else "from a copy on each"
-    runs.say(
-        f"{cfg.n_params:,} weights {'split over' if sharded else 'on each of'} {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind}" + f"; rollouts read them {rollouts}" * sharded
-    )
-    trained = place(trained, mesh, specs)
-    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
-
-
-def write_model(folder: Path | None, config: Config, model: Model, trained: dict) -> None:
-    """What --adapter of the next stage takes: a PEFT adapter, or a whole model in bfloat16."""
-    cfg, tok = model.cfg, model.tok
-    if not config.lora_rank:
-        weights = hosts.whole(
-            jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained)
-        )  # as published
-    if folder is None:  # another host writes
-        return
-    if config.lora_rank:
-        live = jax.device_get(trained | {"scale": model.fixed["scale"]})
-        live = live if model.merged is None else lora.stack(model.merged, live, cfg)
-        lora.save(folder, live, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
-    else:
-        stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
-        gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
-        tok.save(folder)
-    lora.write_prompt(folder, config.system)
-
-
-def load_data(config: Config, tok: data.Tokenizer,
-              read=data.read_example) -> tuple[data.Packed, list]:
-    """The training batches and the held-out examples; says what was read and left out."""
-
-    def load(sources):
-        sets = []
-        for source in filter(None, (s.strip() for s in sources.split(","))):
-            examples, bad = data.load_examples(source, tok, config.max_length, config.system,
-                                               config.skip_bad_rows, read)
-            left_out = f", {len(bad)} bad rows left out, first: {bad[0]}" if bad else ""
-            runs.say(f"data: {len(examples):,} rows of {source}{left_out}")
-            sets.append(examples)
-        return sets
-
-    sets = load(config.data)
-    weights = [float(w) for w in config.mix.split(",")] if config.mix else None
-    if weights and (len(weights) != len(sets) or min(weights) < 0 or not sum(weights)):
-        raise ValueError(
-            f"--mix {config.mix}: expected {len(sets)} weights for --data {config.data}"
-        )
-    built_in = {"problems": "problems:test", "gsm8k": "gsm8k:test"}.get(config.data)
-    if config.eval_data or built_in:
-        held_out = [e for examples in load(config.eval_data or built_in) for e in examples]
-    else:
-        sets, held_out = hold_out(sets, config)
-    batches = data.Packed(sets, config.max_length, config.batch_rows, config.seed, weights)
-    return batches, held_out[: config.eval_rows or None]
-
-
-def hold_out(sets: list[list], config: Config) -> tuple[list[list], list]:
-    """What to train on and all rows of 2 % of the prompts: no prompt is on both sides."""
-
-    def prompt(row):
-        ids, mask = data.sequences(row)[0]
-        return ids[: np.argmax(mask)].tobytes()
-
-    prompts = list(dict.fromkeys(prompt(row) for rows in sets for row in rows))
-    order = np.random.default_rng(config.seed).permutation(len(prompts))
-    out = {prompts[i] for i in order[: len(prompts) // 50 + 1]}
-    held_out = [row for rows in sets for row in rows if prompt(row) in out]
-    sets = [[row for row in rows if prompt(row) not in out] for rows in sets]
-    if not all(sets):
-        raise ValueError(f"--data {config.data}: {len(prompts)} prompts are too few to hold "
-                         "some out; --eval-data names other held-out rows")
-    return sets, held_out
-
-
-def problem(ids, mask, tok: data.Tokenizer) -> Problem:
-    """A held-out example as a question to answer: its prompt, and the answer in its completion."""
-    first = int(np.argmax(mask))
-    length = int(np.argmin(np.append(mask[first:], 0)))  # of the first turn that is trained on
-    question = tok.decode(ids[:first], keep_special=True).rsplit("<start_of_turn>user\n", 1)[-1]
-    question = question.split("<end_of_turn>")[0]
-    _, gold, strict = rewards.parse(tok.decode(ids[first : first + length]))
-    gold = gold if strict else None
-    kind = "auto" if gold is None else rewards.kind_of(gold)
-    prompt = tuple(ids[:first].tolist())
-    return Problem(question, prompt, question, gold, kind, (), "held-out")
-
-
-def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Packed,
-        held_out: list, show: tuple[str, ...] = ("loss", "tokens_per_s")) -> Path:
-    """Trains until --steps or --time-limit, with evaluations and checkpoints, and writes final/.
-
-    steps: (train_step, eval_step) of this script or of train_simpo.py. show: metrics of the line.
-    """
-    (train_step, eval_step), tok, fixed = steps, model.tok, model.fixed
-    trained, (n_micro, _) = model.trained, batch_shape(config, mesh)
-    opt = init_opt(config, trained, mesh, model.specs)
-    key = jax.random.key(config.seed)
-    eval_rows = config.micro_rows * mesh.size
-    eval_set = data.eval_batches(held_out, config.max_length, eval_rows)
-
-    questions = held_out[: max(config.eval_accuracy, config.show)]
-    problems = [problem(*data.sequences(row)[0], tok) for row in questions]
-    longest = max((len(p.prompt) for p in problems), default=1)
-    sampler = Sampler(model.cfg, mesh, slots=min(64, max(1, len(problems))), max_prompt=longest,
-                      max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                      shard=samples_sharded(model.cfg, config, mesh))
-
-    def measure(run, step) -> float:
-        """Held-out loss, accuracy and a few completions, logged and shown -> the score."""
-        sums = [eval_step(trained, fixed, place(b, mesh, P("data"))) for b in eval_set]
-        sums = jax.tree.map(lambda *x: float(np.sum(x)), *jax.device_get(sums))
-        count = sums.pop("count")
-        metrics = {f"eval_{k}": x / count for k, x in sums.items()}
-        rows = []
-        if problems:
-            params, adapter = join(trained, fixed, jnp.dtype(config.dtype))
-            results, rows = evaluate(sampler, params, tok, problems, adapter=adapter, every_s=None)
-            if config.eval_accuracy:
-                metrics |= eval_metrics(results)
-        run.log(step, metrics)
-        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        keep = [{k: row[k] for k in ("prompt", "completion", "gold", "correct", "format", "stop")}
-                for row in rows[: config.show]]
-        run.log_samples(step, keep)
-        for row in keep:
-            runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
-        return metrics.get("eval_accuracy", -metrics["eval_loss"])
-
-    def write(folder: Path | None) -> None:
-        write_model(folder, config, model, trained)
-
-    # loop
-    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
-                         needs=("step", "save", "eval"))
-    report_to = [name for name in config.report_to.split(",") if name]
-    with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, show) as run:
-        saved = run.restore({"trained": trained, "opt": opt})
-        step = 0
-        if saved is not None:
-            step = saved.step
-            trained = place_like(saved.arrays["trained"], trained)
-            opt = place_like(saved.arrays["opt"], opt)
-        pending, measured, began = None, None, time.perf_counter()
-
-        def log_pending():
-            """Waits for the newest step and writes its line."""
-            nonlocal pending, began
-            if pending is None:
-                return
-            (n, metrics, extra, batch), pending = pending, None
-            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | extra
-            run.check_finite(n, metrics, batch)
-            now = time.perf_counter()
-            n_real = int((batch["segments"] > 0).sum())
-            metrics |= {"tokens_per_s": n_real / (now - began), "step_s": now - began}
-            began = now
-            run.log(n, metrics)
-
-        def save(score=None):
-            log_pending()
-            run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
-
-        while (p := run.progress(step)) < 1 and not run.stopping:
-            batch = batches.batch(step)
-            # the share of the run at the end of this step, so that the first step moves
-            lr = schedule(min(1.0, p + (1 / config.steps if config.steps else 0.0)), config)
-            micro = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
-            trained, opt, metrics = train_step(
-                trained, opt, fixed, place(micro, mesh, P(None, "data")), np.float32(lr),
-                jax.random.fold_in(key, step),
-            )
-            log_pending()  # of the step before: the device is busy with this one meanwhile
-            step += 1
-            pending = step, metrics, {"lr": lr, "p": p}, batch
-            ends = config.steps is not None and step >= config.steps
-            if config.eval_every and step % config.eval_every == 0 and not ends:
-                log_pending()
-                with budget.measure("eval"):
-                    score = measure(run, step)
-                save(score)
-                measured = step
-                began = time.perf_counter()
-            elif config.save_every and step % config.save_every == 0 and not ends:
-                save()
-                began = time.perf_counter()
-        log_pending()
-        unsaved = step != measured and (saved is None or step > saved.step)
-        if p < 1:
-            if unsaved:  # again, it would lose its score
-                save()
-            run.stop()
-        if unsaved:
-            save(measure(run, step))
-        return run.finish(write)
+def log_step(run: runs.Run, pending: Pending, began: float) -> float:
+    """Waits for a step and writes its line; -> the time, when the next one began."""
+    metrics = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
+    run.check_finite(pending.step, metrics, pending.batch)
+    now = time.perf_counter()
+    n_tokens = int((pending.batch["segments"] > 0).sum())
+    run.log(pending.step, metrics | {
+        "lr": pending.lr, "p": pending.p, "tokens_per_s": n_tokens / (now - began),
+        "step_s": now - began})
+    return now
 
 
 @runs.one_line
@@ -689,13 +325,57 @@ def main(config: Config) -> Path | dict:
     config = resolve(config)
     hosts.connect(config)
     runs.compilation_cache()
-    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    stage.show_config(config)
     mesh = gemma.all_devices()
-    batch_shape(config, mesh)  # what is wrong with it is better said before all is loaded
-    model = load_model(config, mesh)
-    batches, held_out = load_data(config, model.tok)
-    steps = make_steps(model.cfg, config, mesh, model.sharded)
-    return fit(config, mesh, model, steps, batches, held_out)
+    n_micro, _ = stage.batch_shape(config, mesh)
+
+    # load
+    model = stage.load_model(config, mesh)
+    read = partial(data.read_example, tok=model.tok, system=config.system)
+    sources, held_out = data.load_split(config, read)
+    batches = data.Packed(sources, config.max_length, config.batch_rows, config.seed,
+                          data.mix_weights(config, sources))
+    trained, fixed = model.trained, model.fixed
+    opt = stage.init_optimizer(config, trained, mesh, model.specs)
+
+    # compile
+    train_step, eval_step = make_steps(model.cfg, config, mesh, model.sharded)
+    held_out = stage.HeldOut(config, mesh, model, held_out, eval_step)
+
+    # loop: batch -> update -> log -> evaluate -> save
+    with runs.Run(config, SHOWN) as run:
+        step, key, pending = 0, jax.random.key(config.seed), None
+        if (saved := run.restore({"trained": trained, "opt": opt})) is not None:
+            step = saved.step
+            trained = stage.put_like(saved.arrays["trained"], trained)
+            opt = stage.put_like(saved.arrays["opt"], opt)
+
+        def write(folder: Path | None) -> None:
+            stage.write_model(folder, config, model, trained)
+
+        def save(score: float | None = None) -> None:
+            run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
+
+        began = time.perf_counter()
+        while (p := run.progress(step)) < 1 and not run.stopping:
+            batch, lr = batches.batch(step), stage.schedule(p, config)
+            micro = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
+            trained, opt, metrics = train_step(
+                trained, opt, fixed, stage.put(micro, mesh, P(None, "data")), np.float32(lr),
+                jax.random.fold_in(key, step))
+            if pending is not None:  # log the step before while the devices are busy with this one
+                began = log_step(run, pending, began)
+            step += 1
+            pending = Pending(step, metrics, batch, lr, p)
+            evaluates = run.due(config.eval_every, step)
+            if evaluates or run.due(config.save_every, step):
+                log_step(run, pending, began)
+                pending = None
+                save(held_out.measure(trained, step, run) if evaluates else None)
+                began = time.perf_counter()
+        if pending is not None:
+            log_step(run, pending, began)
+        return run.end(step, save, lambda: held_out.measure(trained, step, run), write)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,14 @@ when it dives, or completions get longer, the learning rate is too high.
 
 import dataclasses
 import sys
+import time
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
@@ -48,9 +50,7 @@ import gemma
 import hosts
 import lora
 import runs
-import train_sft
-from eval import fill
-from train_sft import join, vary
+import stage
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -166,7 +166,7 @@ class Config:
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    """host:port of process 0, where the processes meet; auto: JAX finds it (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
     """How many run this command, each on a host (or GPU) of its own."""
     process_id: int | None = None
@@ -185,6 +185,9 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }
+SHOWN = {  # metrics on the line of a step
+    "loss": "loss", "pair_accuracy": "pairs right", "margin": "margin", "tokens_per_s": "tok/s",
+}
 KNOBS = {  # the fields that each loss reads, with their defaults
     "simpo": dict(beta=2.0, gamma_ratio=0.5, label_smoothing=0.0),
     "dpo": dict(beta=0.1, label_smoothing=0.0),
@@ -200,7 +203,7 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
                              f"{', '.join(knobs)}".replace("_", "-"))
-    config = fill(config, {name: table | knobs for name, table in DEFAULTS.items()})
+    config = stage.resolve(config, {name: table | knobs for name, table in DEFAULTS.items()})
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
     if config.beta is not None and config.beta <= 0:
@@ -287,10 +290,12 @@ def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: st
         )
         return pair_sums(jnp.where(mask_BT > 0, logp_BT, 0.0), segments_BT)
 
-    params, adapter = join(trained, fixed, dtype)
+    params, adapter = stage.forward_weights(trained, fixed, dtype)
     if adapter is not None:
         adapter = lora.with_dropout(adapter, config.lora_dropout, key)
-    ref_BQG = read(*join(fixed["reference"], fixed, dtype)) if "reference" in fixed else None
+    ref_BQG = None
+    if "reference" in fixed:
+        ref_BQG = read(*stage.forward_weights(fixed["reference"], fixed, dtype))
     n_BQG = pair_sums(mask_BT.astype(jnp.float32), segments_BT)
     total, count, metrics = preference(read(params, adapter), n_BQG, ref_BQG, config)
     return total, (count, metrics)
@@ -308,7 +313,7 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     key = jax.random.fold_in(key, lax.axis_index("data"))
     replicated = jax.tree.map(lambda s: "data" not in s, specs)
     # A replicated leaf is made varying, else its gradient would come already summed over devices.
-    trained = jax.tree.map(lambda r, x: vary(x) if r else x, replicated, trained)
+    trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
 
     def micro(carry, xs):
         i, micro_batch = xs
@@ -317,7 +322,7 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
         sums = {"loss": total, "n_pairs": count} | metrics
         return jax.tree.map(jnp.add, carry, (g, sums)), None
 
-    sums = {k: vary(jnp.zeros(())) for k in ("loss", "n_pairs", *METRICS)}
+    sums = {k: stage.vary(jnp.zeros(())) for k in ("loss", "n_pairs", *METRICS)}
     zeros = jax.tree.map(jnp.zeros_like, trained), sums
     n_micro = batch["tokens"].shape[0]
     (g, sums), _ = lax.scan(micro, zeros, (jnp.arange(n_micro), batch))
@@ -328,9 +333,9 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     return g, {k: x / count for k, x in sums.items()} | {"n_pairs": count}
 
 
-def specs_of(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
+def partition_specs(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
     """PartitionSpecs of what is trained and of what is fixed; a reference lies like the former."""
-    specs, fixed = train_sft.specs_of(cfg, config, sharded)
+    specs, fixed = stage.partition_specs(cfg, config, sharded)
     return specs, fixed | ({"reference": specs} if config.loss in ("dpo", "ipo") else {})
 
 
@@ -338,14 +343,12 @@ def with_reference(trained, fixed, config: Config):
     """What stays fixed, for DPO and IPO with a copy of what is trained before it is."""
     if config.loss not in ("dpo", "ipo"):
         return fixed
-    dtype = jnp.float32 if config.lora_rank else jnp.dtype(config.dtype)
-    copy = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trained)  # x itself is donated
-    return fixed | {"reference": copy}
+    return fixed | {"reference": stage.reference_copy(trained, config)}
 
 
 def grads_on_mesh(cfg, config, mesh, sharded: bool, check_vma: bool = True):
     """grads() under shard_map: (trained, fixed, batch, key) -> (gradient, metrics)."""
-    specs, fixed = specs_of(cfg, config, sharded)
+    specs, fixed = partition_specs(cfg, config, sharded)
     fsdp = "data" if sharded else None
     return jax.shard_map(
         partial(grads, specs=specs, cfg=cfg, config=config, fsdp=fsdp), mesh=mesh,
@@ -357,7 +360,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     """Jitted train_step(trained, opt, fixed, batch, lr, key), eval_step(trained, fixed, batch)."""
     check_vma = not gemma.on_tpu(mesh)  # JAX's splash attention raises under True
     mesh_grads = grads_on_mesh(cfg, config, mesh, sharded, check_vma)
-    tx = train_sft.optimizer(config)
+    tx = stage.optimizer(config)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(trained, opt, fixed, batch, lr, key):
@@ -374,7 +377,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
         total, (count, metrics) = sums
         return lax.psum({"loss": total, "count": count} | metrics, "data")
 
-    specs, fixed = specs_of(cfg, config, sharded)
+    specs, fixed = partition_specs(cfg, config, sharded)
     eval_step = jax.jit(jax.shard_map(
         eval_sums, mesh=mesh, in_specs=(specs, fixed, P("data")), out_specs=P(),
         check_vma=check_vma,
@@ -385,18 +388,40 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = train_sft.model_of(config)
-    sharded = train_sft.is_sharded(cfg, config, mesh)
+    cfg = stage.model_config(config)
+    sharded = stage.base_is_sharded(cfg, config, mesh)
 
     def weights():
-        trained, fixed = train_sft.random_weights(cfg, config)
+        trained, fixed = stage.random_weights(cfg, config)
         return trained, with_reference(trained, fixed, config)
 
-    state = train_sft.state_shapes(config, mesh, weights, specs_of(cfg, config, sharded))
-    return train_sft.step_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
+    state = stage.state_shapes(config, mesh, weights, partition_specs(cfg, config, sharded))
+    return stage.packed_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
 
 
 # ------------------------------------------------------------------------------------------ main
+
+
+class Pending(NamedTuple):
+    """A step that the devices may still be busy with."""
+
+    step: int
+    metrics: dict  # on the devices
+    batch: dict
+    lr: float
+    p: float  # share of the run at its beginning
+
+
+def log_step(run: runs.Run, pending: Pending, began: float) -> float:
+    """Waits for a step and writes its line; -> the time, when the next one began."""
+    metrics = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
+    run.check_finite(pending.step, metrics, pending.batch)
+    now = time.perf_counter()
+    n_tokens = int((pending.batch["segments"] > 0).sum())
+    run.log(pending.step, metrics | {
+        "lr": pending.lr, "p": pending.p, "tokens_per_s": n_tokens / (now - began),
+        "step_s": now - began})
+    return now
 
 
 @runs.one_line
@@ -413,15 +438,57 @@ def main(config: Config) -> Path | dict:
                          '"4", "rejected": "5"} lines')
     hosts.connect(config)
     runs.compilation_cache()
-    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    stage.show_config(config)
     mesh = gemma.all_devices()
-    train_sft.batch_shape(config, mesh)  # what is wrong with it is better said before all is loaded
-    model = train_sft.load_model(config, mesh)
-    batches, held_out = train_sft.load_data(config, model.tok, data.read_pair)
-    steps = make_steps(model.cfg, config, mesh, model.sharded)
-    model = model._replace(fixed=with_reference(model.trained, model.fixed, config))
-    show = "loss", "pair_accuracy", "margin", "tokens_per_s"
-    return train_sft.fit(config, mesh, model, steps, batches, held_out, show)
+    n_micro, _ = stage.batch_shape(config, mesh)
+
+    # load
+    model = stage.load_model(config, mesh)
+    read = partial(data.read_pair, tok=model.tok, system=config.system)
+    sources, held_out = data.load_split(config, read)
+    batches = data.Packed(sources, config.max_length, config.batch_rows, config.seed,
+                          data.mix_weights(config, sources))
+    trained, fixed = model.trained, with_reference(model.trained, model.fixed, config)
+    opt = stage.init_optimizer(config, trained, mesh, model.specs)
+
+    # compile
+    train_step, eval_step = make_steps(model.cfg, config, mesh, model.sharded)
+    held_out = stage.HeldOut(config, mesh, model, held_out, eval_step)
+
+    # loop: batch -> update -> log -> evaluate -> save
+    with runs.Run(config, SHOWN) as run:
+        step, key, pending = 0, jax.random.key(config.seed), None
+        if (saved := run.restore({"trained": trained, "opt": opt})) is not None:
+            step = saved.step
+            trained = stage.put_like(saved.arrays["trained"], trained)
+            opt = stage.put_like(saved.arrays["opt"], opt)
+
+        def write(folder: Path | None) -> None:
+            stage.write_model(folder, config, model, trained)
+
+        def save(score: float | None = None) -> None:
+            run.save(step, {"trained": trained, "opt": opt}, {}, write, score)
+
+        began = time.perf_counter()
+        while (p := run.progress(step)) < 1 and not run.stopping:
+            batch, lr = batches.batch(step), stage.schedule(p, config)
+            micro = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
+            trained, opt, metrics = train_step(
+                trained, opt, fixed, stage.put(micro, mesh, P(None, "data")), np.float32(lr),
+                jax.random.fold_in(key, step))
+            if pending is not None:  # log the step before while the devices are busy with this one
+                began = log_step(run, pending, began)
+            step += 1
+            pending = Pending(step, metrics, batch, lr, p)
+            evaluates = run.due(config.eval_every, step)
+            if evaluates or run.due(config.save_every, step):
+                log_step(run, pending, began)
+                pending = None
+                save(held_out.measure(trained, step, run) if evaluates else None)
+                began = time.perf_counter()
+        if pending is not None:
+            log_step(run, pending, began)
+        return run.end(step, save, lambda: held_out.measure(trained, step, run), write)
 
 
 if __name__ == "__main__":

@@ -105,16 +105,16 @@ def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args)
 
     Adam's first moments are a tenth of the gradient, so they are compared with their largest entry.
     """
-    import train_sft
+    import stage
 
     trained, fixed = jax.device_get((trained, fixed))  # so that nothing of it can be donated
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     after = []
     for sharded in (False, True):
         specs, fixed_specs = specs_of(cfg, config, sharded)
-        here = train_sft.place(trained, mesh, specs)
-        opt = train_sft.optimizer(config).init(here)
-        base = train_sft.place(fixed, mesh, fixed_specs)
+        here = stage.place(trained, mesh, specs)
+        opt = stage.optimizer(config).init(here)
+        base = stage.place(fixed, mesh, fixed_specs)
         here, opt, metrics, *_ = make_steps(cfg, config, mesh, sharded)[0](here, opt, base, *args)
         metrics = {k: metrics[k] for k in ("loss", "grad_norm")}
         after.append(jax.device_get((here, opt[1].mu, metrics)))

@@ -16,6 +16,7 @@ import gemma
 import lora
 import problems
 import rewards
+import rollouts
 from sampler import Rollout
 
 TINY = gemma.Config(
@@ -51,8 +52,8 @@ def test_ties_of_a_vote_count_as_the_share_that_is_right():
 
 
 def test_intervals_by_hand():
-    np.testing.assert_allclose(evaluation.wilson(8, 10), (0.490163, 0.943318), atol=1e-6)
-    assert evaluation.wilson(0, 10)[0] == 0.0 and evaluation.wilson(10, 10)[1] == 1.0
+    np.testing.assert_allclose(rollouts.wilson(8, 10), (0.490163, 0.943318), atol=1e-6)
+    assert rollouts.wilson(0, 10)[0] == 0.0 and rollouts.wilson(10, 10)[1] == 1.0
     values = np.random.default_rng(1).random(400)
     half = 1.96 * values.std(ddof=1) / 20
     low, high = evaluation.bootstrap(values)
@@ -68,11 +69,6 @@ def test_bootstrap_is_scipys():
     np.testing.assert_allclose(evaluation.bootstrap(values), (ci.low, ci.high), atol=4e-3)
 
 
-def test_progress_says_how_long_it_will_take(capsys):
-    evaluation.show(200, 1319, 0.5)
-    assert capsys.readouterr().err == "200/1,319 completions  2 a second  09:19 left\n"
-
-
 def test_mcnemar_by_hand():
     assert evaluation.mcnemar(0, 0) == 1.0 and evaluation.mcnemar(3, 3) == 1.0
     assert evaluation.mcnemar(6, 1) == evaluation.mcnemar(1, 6) == 2 * (1 + 7) / 2**7
@@ -82,7 +78,7 @@ def test_intervals_and_mcnemar_are_scipys():
     stats = pytest.importorskip("scipy.stats")
     for c, n in ((0, 7), (3, 7), (7, 7), (500, 1319)):
         ci = stats.binomtest(c, n).proportion_ci(method="wilson")
-        np.testing.assert_allclose(evaluation.wilson(c, n), (ci.low, ci.high), atol=1e-12)
+        np.testing.assert_allclose(rollouts.wilson(c, n), (ci.low, ci.high), atol=1e-12)
     for wins, losses in ((5, 0), (10, 4), (3, 9), (120, 80)):
         p = stats.binomtest(wins, wins + losses).pvalue
         assert evaluation.mcnemar(wins, losses) == pytest.approx(p)
@@ -94,10 +90,10 @@ def test_intervals_and_mcnemar_are_scipys():
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_the_prompt_is_the_one_of_training(system):
     row = problems.word_problem("test", 0)
-    problem = evaluation.read_problem(row, TOK, system)
-    assert list(problem.prompt) == TOK.chat(data.messages(row, system)[:-1])
+    problem = rollouts.read_problem(row, TOK, system)
+    assert list(problem.prompt) == TOK.chat(data.with_system(data.parse_row(row).chat, system))
     assert (problem.gold, problem.kind, problem.domain) == (row["answer"], "number", "math")
-    assert problem.id == evaluation.read_problem(row, TOK).id  # whatever the system text
+    assert problem.id == rollouts.read_problem(row, TOK).id  # whatever the system text
 
 
 GSM8K = {"question": "How many?", "answer": "He has 2 * 3 = <<2*3=6>>6.\n#### 6"}
@@ -124,14 +120,14 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"
     ],
 )
 def test_rows_of_every_shape(row, gold, kind):
-    problem = evaluation.read_problem(row, TOK, source="file")
+    problem = rollouts.read_problem(row, TOK, source="file")
     assert (problem.gold, problem.kind, problem.domain) == (gold, kind, "file")
     assert problem.prompt[-1] == TOK.encode("\n")[-1] and TOK.decode(problem.prompt)
 
 
 def test_choices_are_shown():
     row = {"question": "Where is it?", "choices": ["Rome", "Oslo"], "answer": "B", "domain": "geo"}
-    problem = evaluation.read_problem(row, TOK)
+    problem = rollouts.read_problem(row, TOK)
     assert problem.question == "Where is it?\nA) Rome\nB) Oslo" and problem.domain == "geo"
 
 
@@ -153,11 +149,11 @@ def test_bad_rows_are_named_or_counted(row, complaint, tmp_path):
     file = tmp_path / "rows.jsonl"
     good = {"question": "How many?", "answer": "1"}
     file.write_text("".join(json.dumps(r) + "\n" for r in (good, row, good)))
+    config = evaluation.Config(data=str(file), system="Think.", max_prompt=64, rows=0)
     with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{complaint}"):
-        evaluation.load_problems(str(file), TOK, "Think.", max_prompt=64)
-    problems, bad = evaluation.load_problems(
-        str(file), TOK, "Think.", max_prompt=64, skip_bad_rows=True
-    )
+        rollouts.load_problems(config, TOK)
+    config = dataclasses.replace(config, skip_bad_rows=True)
+    problems, bad = rollouts.load_problems(config, TOK)
     assert len(problems) == 2 and len({p.id for p in problems}) == 2 and len(bad) == 1
 
 
@@ -180,6 +176,11 @@ class Parrot:
                 )
 
 
+def complete(parrot, problems, greedy=True, samples=0):
+    config = evaluation.Config(samples=samples)
+    return evaluation.complete(parrot, (None, None), TOK, problems, config, greedy)
+
+
 def said(answer):
     return data.format_completion("So", answer)
 
@@ -190,7 +191,7 @@ ROWS = [
     {"question": "Where?", "choices": ["Rome", "Oslo"], "answer": "B", "task_type": "geo"},
     {"prompt": "A poem.", "rubrics": ["It rhymes."], "task_type": "poems"},
 ]
-PROBLEMS = [evaluation.read_problem(row, TOK) for row in ROWS]
+PROBLEMS = [rollouts.read_problem(row, TOK) for row in ROWS]
 PARROT = Parrot(
     [[said("6")], ["It is 7."], [said("A")], [said("Roses")]],
     [
@@ -204,7 +205,8 @@ PARROT = Parrot(
 
 @pytest.mark.smoke
 def test_every_metric_by_hand():
-    results, rows = evaluation.evaluate(PARROT, None, TOK, PROBLEMS, samples=4, every_s=None)
+    rows = complete(PARROT, PROBLEMS, samples=4)
+    results = evaluation.summarize(rows)
     assert [(r["problem"], r["mode"], r["sample"]) for r in rows[:6]] == [
         (0, "greedy", 0), *((0, "sampled", i) for i in range(4)), (1, "greedy", 0)
     ]
@@ -218,7 +220,7 @@ def test_every_metric_by_hand():
         "length": np.mean([r["n_tokens"] for r in rows if r["mode"] == "greedy"]),
     }
     assert {k: results[k] for k in expected} == pytest.approx(expected)
-    assert results["intervals"]["pass@1"] == evaluation.wilson(2, 3)
+    assert results["intervals"]["pass@1"] == rollouts.wilson(2, 3)
     low, high = results["intervals"]["pass@2"]
     assert low <= results["pass@2"] <= high
     math, geo, poems = (results["domains"][d] for d in ("math", "geo", "poems"))
@@ -232,16 +234,14 @@ def test_accuracy_and_format_are_two_questions():
     """The same answers, with tags and without."""
     bare = Parrot([["It is 6."], ["so 7"], ["B"], ["x"]], None)
     full = Parrot([[said("6")], [said("7")], [said("B")], [said("x")]], None)
-    (a, _), (b, _) = (
-        evaluation.evaluate(p, None, TOK, PROBLEMS, every_s=None) for p in (bare, full)
-    )
+    a, b = (evaluation.summarize(complete(parrot, PROBLEMS)) for parrot in (bare, full))
     assert (a["pass@1"], a["format"], a["pass@1_tags"]) == (1.0, 0.0, 0.0)
     assert (b["pass@1"], b["format"], b["pass@1_tags"]) == (1.0, 1.0, 1.0)
 
 
 def test_scores_are_means_of_what_was_scored():
     """By hand: a reward for the first letter, one that fails for "cut", one for rows with gold."""
-    _, rows = evaluation.evaluate(PARROT, None, TOK, PROBLEMS, samples=4, every_s=None)
+    rows = complete(PARROT, PROBLEMS, samples=4)
     for row in rows:
         parts = {"a": None if "cut" in row["completion"] else float(row["sample"])}
         parts |= {"b": float(row["correct"])} if row["correct"] is not None else {}
@@ -268,22 +268,20 @@ def test_scores_are_means_of_what_was_scored():
 
 
 def test_without_greedy_the_samples_are_pass_at_1_and_without_gold_there_is_none():
-    results, _ = evaluation.evaluate(
-        PARROT, None, TOK, PROBLEMS, greedy=False, samples=4, every_s=None
-    )
+    results = evaluation.summarize(complete(PARROT, PROBLEMS, greedy=False, samples=4))
     assert results["pass@1"] == pytest.approx(7 / 12) and "pass@1_sampled" not in results
-    results, _ = evaluation.evaluate(PARROT, None, TOK, PROBLEMS[3:], every_s=None)
+    results = evaluation.summarize(complete(PARROT, PROBLEMS[3:]))
     assert (results["pass@1"], results["n"], results["n_graded"]) == (None, 1, 0)
 
 
 def test_a_comparison_pairs_the_problems_both_have():
     better = Parrot([[said("6")], ["It is 7."], [said("B")], [said("Roses")]], PARROT.texts[1.0])
-    _, ours = evaluation.evaluate(better, None, TOK, PROBLEMS, every_s=None)
+    ours = complete(better, PROBLEMS)
     # the other run saw the problems in another order, one of them not at all, and sampled too
     shuffled = Parrot([PARROT.texts[0.0][i] for i in (2, 0, 3)],
                       [PARROT.texts[1.0][i] for i in (2, 0, 3)])
     problems = [PROBLEMS[i] for i in (2, 0, 3)]
-    _, theirs = evaluation.evaluate(shuffled, None, TOK, problems, samples=4, every_s=None)
+    theirs = complete(shuffled, problems, samples=4)
     pairs = evaluation.compare(ours, theirs)
     assert pairs["n"] == 3
     expected = {
@@ -345,22 +343,20 @@ def test_end_to_end_and_after_a_kill(config, tmp_path, monkeypatch, capsys):
     assert len(rows) == 6 * 3 and results == evaluation.summarize(rows)
     assert len({r["completion"] for r in rows}) > 10
 
-    # the same, killed after some problems by a progress line that raises
+    # the same, killed after some problems
     class Killed(Exception):
         pass
 
-    calls, kill_at = [], [13]
+    calls, kill_at, real = [], [13], evaluation.grade
 
-    def show(n_done, n_all, s_each):
-        calls.append(n_done)
-        assert n_all == 18 and s_each > 0
-        if n_done in kill_at:
+    def grade(*args):
+        calls.append(args)
+        if len(calls) in kill_at:
             raise Killed
+        return real(*args)
 
     killed = dataclasses.replace(config, out=str(tmp_path / "killed"))
-    real = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "show", show)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **kw: real(*a, **kw, every_s=0.0))
+    monkeypatch.setattr(evaluation, "grade", grade)
     with pytest.raises(Killed):
         evaluation.main(killed)
     journal = tmp_path / "killed" / "samples.jsonl"
@@ -371,7 +367,7 @@ def test_end_to_end_and_after_a_kill(config, tmp_path, monkeypatch, capsys):
     calls.clear()
     kill_at.clear()
     again = evaluation.main(killed)
-    assert calls[0] == n_written + 1 and calls[-1] == 18  # what was finished stayed
+    assert len(calls) == 18 - n_written  # what was finished stayed
     assert again == results
     assert journal.read_bytes() == (out / "samples.jsonl").read_bytes()
     calls.clear()

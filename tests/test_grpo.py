@@ -6,24 +6,27 @@ import os
 import re
 import subprocess
 import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from conftest import KILLER, ROOT, check_sharded_step, contents
+from conftest import KILLER, ROOT, check_sharded_step
 from jax.sharding import AxisType
 
-import data
 import gemma
 import lora
 import rewards
+import rollouts
+import stage
 import train_grpo
-from eval import Problem
+from rollouts import Order, Problem, Sample, pack
 from sampler import Rollout
-from train_grpo import Prompts, Sample, advantages, pack, policy_loss, token_weights
-from train_sft import new_adapter, optimizer, place, specs_of
+from stage import new_adapter, optimizer, partition_specs, put
+from train_grpo import advantages, policy_loss, token_weights
 
 CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
@@ -258,7 +261,7 @@ def one_each(samples, config):
 def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False):
     mesh = mesh_of(devices)
     trained, fixed = weights_for(config)
-    trained, fixed = place((trained, fixed), mesh, specs_of(CFG, config, sharded))
+    trained, fixed = put((trained, fixed), mesh, partition_specs(CFG, config, sharded))
     f = jax.jit(train_grpo.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     return jax.device_get(f(trained, fixed, batch, np.int32(n_micro), np.bool(on_policy)))
 
@@ -318,7 +321,7 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config, samples = change(lora_rank=rank, kl_coef=0.1), samples_of()
     batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
-    check_sharded_step(CFG, config, train_grpo.make_steps, specs_of, *weights_for(config),
+    check_sharded_step(CFG, config, train_grpo.make_steps, partition_specs, *weights_for(config),
                        off_policy(samples)(batch), np.int32(n), np.bool(False),
                        np.float32(1e-3))
 
@@ -389,21 +392,6 @@ def test_packing_wastes_little_and_never_overflows(n_devices):
             assert (used > 0).sum() <= apart
 
 
-def test_rows_share_prompts_and_hold_everything_once():
-    rng = np.random.default_rng(1)
-    for size in (24, 40, 200):
-        prompts = rng.integers(1, 9, 30).tolist()
-        completions = [rng.integers(1, 16, rng.integers(1, 9)).tolist() for _ in prompts]
-        rows = train_grpo.rows_of(prompts, completions, size)
-        total = [sum(prompts[q] + sum(completions[q][i] for i in here) for q, here in row)
-                 for row in rows]
-        assert max(total) <= size and all(a + b > size for a, b in zip(total, total[1:]))  # noqa: B905
-        held = sorted((q, i) for row in rows for q, here in row for i in here)
-        assert held == [(q, i) for q, c in enumerate(completions) for i in range(len(c))]
-        assert all(here for row in rows for _, here in row)
-    assert train_grpo.rows_of([2], [[3, 5, 1]], 8) == [[(0, [1, 2])], [(0, [0])]]
-
-
 def test_packed_arrays_hold_the_sampled_tokens():
     a = sample([5, 6], [7, 8], logps=[-1, -2], advantage=2.0)
     b = sample([5, 6], [10], logps=[-3], advantage=-1.0)
@@ -429,7 +417,7 @@ def test_one_step_moves_b_and_leaves_base_and_reference_bit_identical(sharded, i
     trained, scale = lora.split(new_adapter(CFG, config))
     before = jax.device_get((base, trained))
     state = trained, {"base": base} | scale
-    trained, fixed = place(state, mesh, specs_of(CFG, config, sharded))
+    trained, fixed = put(state, mesh, partition_specs(CFG, config, sharded))
     reference = jax.tree.map(jnp.copy, trained)
     train_step, ref_step = train_grpo.make_steps(CFG, config, mesh, sharded)
     opt = optimizer(config).init(trained)
@@ -518,56 +506,85 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, tol
 
 
 def problems_of(difficulties):
-    return [dataclasses.replace(sample([3], [4]).problem, id=str(i), row={"difficulty": d})
+    return [dataclasses.replace(sample([3], [4]).problem, id=str(i), fields={"difficulty": d})
             for i, d in enumerate(difficulties)]
 
 
 def test_prompts_are_a_function_of_what_was_drawn():
-    prompts = Prompts(problems_of([1] * 10), "", seed=3)
+    prompts = Order(problems_of([1] * 10), "", seed=3)
     flat = prompts.take(0, 25, 0.0)
     assert flat == sum((prompts.take(i, 5, 0.0) for i in range(0, 25, 5)), [])
     assert sorted(flat[:10]) == list(range(10)) == sorted(flat[10:20]) != flat[:10]
-    assert flat[:10] != flat[10:20] and flat != Prompts(problems_of([1] * 10), "", 4).take(0, 25, 0)
+    assert flat[:10] != flat[10:20] and flat != Order(problems_of([1] * 10), "", 4).take(0, 25, 0)
 
 
 def test_curriculum():
     problems = problems_of([3, 1, 2] * 20)
-    phases = Prompts(problems, "0:1,0.5:1-2,0.8:3", 0)
-    of = lambda p: {problems[i].row["difficulty"] for i in phases.take(0, 30, p)}
+    phases = Order(problems, "0:1,0.5:1-2,0.8:3", 0)
+    of = lambda p: {problems[i].fields["difficulty"] for i in phases.take(0, 30, p)}
     assert (of(0.0), of(0.49), of(0.5), of(0.9)) == ({1}, {1}, {1, 2}, {3})
-    ordered = Prompts(problems, "ordered", 0)
-    walk = [problems[i].row["difficulty"] for p in np.linspace(0, 1, 10)
+    ordered = Order(problems, "ordered", 0)
+    walk = [problems[i].fields["difficulty"] for p in np.linspace(0, 1, 10)
             for i in ordered.take(0, 6, p)]
     assert walk == sorted(walk) and set(walk) == {1, 2, 3}
     for wrong, why in (("0.2:1", "start at 0"), ("0:9", "no problem"), ("x", "expected ordered"),
                        ("0:1,0.9:2,0.5:3", "start at 0")):
         with pytest.raises(ValueError, match=why):
-            Prompts(problems, wrong, 0)
+            Order(problems, wrong, 0)
     with pytest.raises(ValueError, match="no difficulty"):
-        Prompts([sample([3], [4]).problem], "ordered", 0)
+        Order([sample([3], [4]).problem], "ordered", 0)
 
 
-def test_resampling_replaces_groups_without_spread():
-    """Rewards of problem j: all equal where j is even."""
-    config, mix = change(prompts=4, resample=3), rewards.read_mix("format:1")
-    calls = []
+def stepping(config, problems, monkeypatch):
+    """A Setup whose rollouts score 1 for one completion of a problem of odd number, else 0."""
+    calls, mix = [], rewards.read_mix("format:1")
 
-    def play(chosen, first):
-        calls.append((len(chosen), first))
-        spread = lambda j, g: float(j % 2 == 1 and g == 0)
-        groups = [[sample([j + 3], [4], total=spread(j, g), group=first + i) for g in range(4)]
-                  for i, j in enumerate(chosen)]
-        return groups, 1.0, 0.5
+    def sample_groups(sampler, weights, tok, chosen, scorer, config, *, step, first, p):
+        calls.append(([int(problem.id) for problem in chosen], first))
+        spread = lambda problem, g: float(int(problem.id) % 2 == 1 and g == 0)
+        groups = [[sample([3], [4], total=spread(problem, g), group=first + i) for g in range(4)]
+                  for i, problem in enumerate(chosen)]
+        return groups, {"rollout_s": 1.0, "reward_s": 0.5}
 
-    prompts = Prompts(problems_of([1] * 40), "", seed=0)
-    used, seen, times = train_grpo.collect(play, prompts, 0, 0.0, mix, config)
+    monkeypatch.setattr(rollouts, "sample_groups", sample_groups)
+    model = stage.Model(CFG, None, None, {}, {}, {}, False, None)
+    order = Order(problems, config.curriculum, 0)
+    scorer = types.SimpleNamespace(mix=mix)
+    setup = train_grpo.Setup(config, None, model, problems, [], order, None, scorer, (), None)
+    return setup, calls
+
+
+def test_resampling_replaces_groups_without_spread(monkeypatch):
+    setup, calls = stepping(change(prompts=4, resample=3), problems_of([1] * 40), monkeypatch)
+    used, seen, times = train_grpo.rollout(setup, train_grpo.State({}, None), 0.0)
     assert len(used) == 4 and all(any(s.advantage for s in g) for g in used)
-    assert len(seen) == sum(n for n, _ in calls) > 4 and times["rollout_s"] == len(calls)
-    assert [first for _, first in calls] == np.cumsum([0] + [n for n, _ in calls])[:-1].tolist()
-    everything = train_grpo.collect(play, prompts, 0, 0.0, mix, change(prompts=4))
-    assert len(everything[0]) == len(everything[1]) == 4
-    flat = summary = train_grpo.summarize(everything[1], mix)
-    assert 0 < flat["frac_reward_zero_std"] < 1 and summary["reward"] > 0
+    assert len(seen) == sum(len(ids) for ids, _ in calls) > 4
+    assert times == {"rollout_s": len(calls), "reward_s": len(calls) / 2}
+    firsts = np.cumsum([0] + [len(ids) for ids, _ in calls])[:-1].tolist()
+    assert [first for _, first in calls] == firsts
+    setup, _ = stepping(change(prompts=4), problems_of([1] * 40), monkeypatch)
+    used, seen, _ = train_grpo.rollout(setup, train_grpo.State({}, None), 0.0)
+    assert len(used) == len(seen) == 4
+    summary = rollouts.summarize(seen, setup.scorer.mix)
+    assert 0 < summary["frac_reward_zero_std"] < 1 and summary["reward"] > 0
+
+
+def test_resampling_in_order_takes_new_problems(monkeypatch):
+    config = change(prompts=4, resample=3, curriculum="ordered")
+    setup, calls = stepping(config, problems_of([0] * 40), monkeypatch)
+    train_grpo.rollout(setup, train_grpo.State({}, None), 0.5)
+    taken = [i for ids, _ in calls for i in ids]
+    assert len(calls) > 1 and len(taken) == len(set(taken))
+
+
+@pytest.mark.parametrize("flags, why", [
+    ({"cispo_cap": 5.0, "clip_high": 0.3}, "--clip-high 0.3 has no effect beside --cispo-cap 5.0"),
+    ({"cispo_cap": 5.0, "clip_low": 0.1}, "--clip-low 0.1 has no effect beside --cispo-cap 5.0"),
+    ({"per_reward": True, "scale": "none"}, "--scale none has no effect beside --per-reward True"),
+])
+def test_settings_that_exclude_each_other_are_refused(flags, why):
+    with pytest.raises(ValueError, match=why):
+        train_grpo.resolve(train_grpo.Config(**flags))
 
 
 # --------------------------------------------------------------------------------- whole runs
@@ -613,22 +630,6 @@ def whole(tmp_path_factory):
     return folder / "run", flags, grpo(folder / "run", *flags)
 
 
-FAULTS = sorted(np.random.default_rng(2026).choice(np.arange(12, 70), 3, replace=False).tolist())
-
-
-@pytest.mark.parametrize("kill_at", FAULTS)
-def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, kill_at):
-    out, flags, _ = whole
-    grpo(tmp_path, *flags, kill_at=kill_at, code=-9)
-    assert not (tmp_path / "final").exists()
-    grpo(tmp_path, *flags)
-    one, other = contents(out), contents(tmp_path)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name] == other[name], name
-    assert len(one["metrics.jsonl"]) == 7  # four steps; held-out before, in the middle, at the end
-
-
 def test_what_a_run_leaves(whole):
     out, _, said = whole
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -656,11 +657,13 @@ def test_what_a_run_leaves(whole):
     assert final["r"] == 16
 
 
-def test_a_reward_that_always_fails_stops_the_first_step(tmp_path):
+def test_a_reward_that_mostly_fails_stops_the_run(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     flags = ["--reward-file", str(tmp_path / "own.py:broken"), "--rewards", "broken:1"]
-    said = grpo(tmp_path / "run", *flags, code=1)
-    assert "no such field" in said.splitlines()[-1] and "broken" in said.splitlines()[-1]
+    said = grpo(tmp_path / "run", *flags, code=1).splitlines()[-1]
+    assert "12 of 12 completions have no reward, more than --max-missing 0.5" in said
+    assert "no such field" in said
+    assert (tmp_path / "run/checkpoints/step_1").exists()
 
 
 def test_the_reference_is_the_starting_adapter(whole, tmp_path):
@@ -673,18 +676,24 @@ def test_the_reference_is_the_starting_adapter(whole, tmp_path):
     assert kl[0] == 0 < kl[1]
 
 
-def test_what_is_held_out_of_ones_own_rows(tmp_path):
-    file, tok = tmp_path / "rows.jsonl", data.Tokenizer(ROOT / "tiny")
-    row = lambda i: json.dumps({"question": f"{i} + 1?", "answer": i + 1})
-    config = train_grpo.resolve(train_grpo.Config(data=str(file)))
-    for n, eval_rows, n_held_out in ((120, 200, 3), (120, 2, 2), (120, 0, 3), (2, 200, 1)):
-        file.write_text("\n".join(map(row, range(n))))
-        parts = train_grpo.load_data(dataclasses.replace(config, eval_rows=eval_rows), tok)
-        ids = [{p.id for p in part} for part in parts]
-        assert [len(part) for part in ids] == [n - n_held_out, n_held_out] and not ids[0] & ids[1]
-    file.write_text(row(1))
-    with pytest.raises(ValueError, match="one problem is too few.*--eval-data"):
-        train_grpo.load_data(config, tok)
+def test_a_reward_that_never_returns_is_missing(tmp_path):
+    """Also where every thread is stuck: the scores behind them in the queue are missing too."""
+    (tmp_path / "own.py").write_text(
+        "import time\n\ndef score(completion, row):\n"
+        "    return 1.0 if completion == 'quick' else time.sleep(600)\n")
+    config = change(rewards="score:1", reward_file=str(tmp_path / "own.py:score"),
+                    reward_threads=2, reward_timeout=0.5, out=str(tmp_path / "run"))
+    began = time.monotonic()
+    with rollouts.Scorer(config, []) as scorer:
+        for texts in (["quick", "slow", "slow", "quick"], ["quick"]):
+            futures = [scorer.submit(text, {}, (0, i, 4)) for i, text in enumerate(texts)]
+            scores = scorer.collect(futures)
+            assert [s.total for s in scores[:1]] == [1.0]
+    assert [s.total for s in scores] == [1.0] and time.monotonic() - began < 20
+    slow = rollouts.Scorer(config, [])
+    one, = slow.collect([slow.submit("slow", {}, (0, 0, 1))])
+    assert one.total is None and "--reward-timeout" in one.errors["total"]
+    assert "1 of 1 completions have no reward" in slow.trouble([one])
 
 
 @pytest.mark.parametrize("flags, why", [
@@ -705,13 +714,17 @@ def test_a_users_mistake_is_one_line(tmp_path, flags, why):
 
 def test_drift_between_sampler_and_trainer_stops_the_run():
     name = "sampling/sampling_logp_difference/mean"
-    train_grpo.check_drift(3, {name: 0.4}, CONFIG)
-    with pytest.raises(SystemExit, match="step 3.*--max-drift"):
-        train_grpo.check_drift(3, {name: 0.6}, CONFIG)
     rows = [sample([5, 6], [7, 8], logps=[-1, -2], advantage=2.0)]
     batch, _, spans = pack(rows, [1.0], CONFIG, 1)
     logp_RT = batch["sampler"][0] + batch["mask"][0] * 0.25
-    assert train_grpo.drift(rows, spans, logp_RT)[name] == 0.25
+    assert rollouts.drift(rows, spans, logp_RT)[name] == 0.25
+    run = types.SimpleNamespace(log=lambda *_: None, log_samples=lambda *_: None)
+    scorer = types.SimpleNamespace(mix=rewards.read_mix("format:1"), stats=dict)
+    setup = types.SimpleNamespace(config=change(show=0), scorer=scorer)
+    state = train_grpo.State({}, None, step=3)
+    train_grpo.log_step(setup, state, run, [rows], {name: 0.4})
+    with pytest.raises(SystemExit, match="step 3.*--max-drift"):
+        train_grpo.log_step(setup, state, run, [rows], {name: 0.6})
 
 
 def test_programs_are_the_jitted_functions_with_their_shapes():

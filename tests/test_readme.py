@@ -11,9 +11,9 @@ import tyro
 from conftest import ROOT
 
 import data
-import eval as evaluation
 import judge
 import rewards
+import rollouts
 
 pytestmark = pytest.mark.smoke
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -100,7 +100,7 @@ ROWS = [json.loads(line) for block in LINES for line in block.splitlines()]
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.get("task_type", "shape"))
 def test_an_example_row_is_read_by_all_who_take_it(row):
-    problem = evaluation.read_problem(row, TOK, data.SYSTEM)
+    problem = rollouts.read_problem(row, TOK, data.SYSTEM)
     trained = "reasoning" in row or not {"task_type", "rubrics"} & row.keys()
     if trained:  # as SFT shows the question, so it is asked
         ids, mask = data.read_example(row, TOK, data.SYSTEM)
@@ -116,7 +116,7 @@ def test_an_example_row_is_read_by_all_who_take_it(row):
 def test_there_is_a_row_of_every_domain():
     domains = "medical, chemistry, legal, robotics, creative writing, summarisation, code"
     assert ", ".join(row["task_type"] for row in ROWS if "task_type" in row) == domains
-    kinds = [evaluation.read_problem(row, TOK).kind for row in ROWS if "task_type" in row]
+    kinds = [rollouts.read_problem(row, TOK).kind for row in ROWS if "task_type" in row]
     assert kinds[:3] == ["choice", "number", "boolean"]
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 import data
 import gemma
 import lora
+import stage
 import train_sft
 
 CFG = gemma.Config(
@@ -49,7 +50,7 @@ def weights(config=CONFIG, seed=0, dtype=jnp.float32):
     params = gemma.init(CFG, jax.random.key(seed), dtype)
     if not config.lora_rank:
         return params, {}
-    adapter = train_sft.new_adapter(CFG, config)
+    adapter = stage.new_adapter(CFG, config)
     noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
     trained, fixed = lora.split(adapter | {"b": jax.tree.map(noise, adapter["b"])})
     return trained, {"base": params} | fixed
@@ -58,8 +59,8 @@ def weights(config=CONFIG, seed=0, dtype=jnp.float32):
 def gradient(batch, n_micro=1, devices=1, config=CONFIG, sharded=False, check_vma=True):
     """(gradient, metrics) of one update whose rows are laid out as asked."""
     mesh = mesh_of(devices)
-    specs = train_sft.specs_of(CFG, config, sharded)
-    trained, fixed = train_sft.place(weights(config), mesh, specs)
+    specs = stage.partition_specs(CFG, config, sharded)
+    trained, fixed = stage.put(weights(config), mesh, specs)
     batch = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
     f = jax.jit(train_sft.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     out = f(trained, fixed, batch, jax.random.key(0))
@@ -148,7 +149,7 @@ def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config = dataclasses.replace(CONFIG, lora_rank=rank)
     batch = {k: v[None] for k, v in PACKED.items()}
-    check_sharded_step(CFG, config, train_sft.make_steps, train_sft.specs_of, *weights(config),
+    check_sharded_step(CFG, config, train_sft.make_steps, stage.partition_specs, *weights(config),
                        batch, np.float32(1e-3), jax.random.key(0))
 
 
@@ -164,12 +165,12 @@ def test_one_step_moves_b_and_leaves_the_base_bit_identical(sharded):
     mesh = mesh_of(8)
     base = gemma.init(CFG, jax.random.key(0), jnp.bfloat16)
     config = dataclasses.replace(CONFIG, dtype="bfloat16", learning_rate=3e-6)
-    trained, fixed = lora.split(train_sft.new_adapter(CFG, config))
+    trained, fixed = lora.split(stage.new_adapter(CFG, config))
     before = jax.device_get((base, trained))
-    specs = train_sft.specs_of(CFG, config, sharded)
-    trained, fixed = train_sft.place((trained, {"base": base} | fixed), mesh, specs)
+    specs = stage.partition_specs(CFG, config, sharded)
+    trained, fixed = stage.put((trained, {"base": base} | fixed), mesh, specs)
     train_step, _ = train_sft.make_steps(CFG, config, mesh, sharded)
-    opt = train_sft.optimizer(config).init(trained)
+    opt = stage.optimizer(config).init(trained)
     batch = {k: v[None] for k, v in PACKED.items()}
     for _ in range(2):
         trained, opt, metrics = train_step(
@@ -189,7 +190,7 @@ def test_one_step_moves_b_and_leaves_the_base_bit_identical(sharded):
 def test_from_scratch_begins_with_random_weights_of_the_same_shape(small):
     _, stored = gemma.load(small)
     config = train_sft.Config(weights=str(small), from_scratch=True, seed=5)
-    models = [train_sft.load_model(train_sft.resolve(config), mesh_of(8)).trained for _ in "ab"]
+    models = [stage.load_model(train_sft.resolve(config), mesh_of(8)).trained for _ in "ab"]
     for a, b, c in zip(*map(jax.tree.leaves, (*models, stored)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.shape == c.shape and (not np.any(a) or (np.asarray(a) != c).any())
@@ -202,22 +203,22 @@ def test_all_weights_are_trained_in_float32_and_left_in_bfloat16(small, tmp_path
     config = train_sft.resolve(train_sft.Config(
         weights=str(small), lora_rank=0, dtype="bfloat16", shard=sharded))
     mesh = mesh_of(8)
-    model = train_sft.load_model(config, mesh)
+    model = stage.load_model(config, mesh)
     assert {x.dtype for x in jax.tree.leaves(model.trained)} == {jnp.dtype("float32")}
-    params, adapter = train_sft.join(model.trained, model.fixed, jnp.bfloat16)
+    params, adapter = stage.forward_weights(model.trained, model.fixed, jnp.bfloat16)
     assert adapter is None and {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     split = {x.sharding.is_fully_replicated for x in jax.tree.leaves(model.trained)}
     assert split == ({True} if sharded == "no" else {True, False})  # norms stay whole
-    opt = train_sft.optimizer(config).init(model.trained)
+    opt = stage.optimizer(config).init(model.trained)
     assert {x.dtype for x in jax.tree.leaves((opt[1].mu, opt[1].nu))} == {jnp.dtype("float32")}
-    train_sft.write_model(tmp_path, config, model, model.trained)
+    stage.write_model(tmp_path, config, model, model.trained)
     stored = load_file(tmp_path / "model.safetensors")
     assert {x.dtype for x in stored.values()} == {jnp.dtype("bfloat16")}
 
 
 def test_learning_rate_warms_up_and_ends_at_its_share():
     config = dataclasses.replace(CONFIG, learning_rate=1.0, warmup=0.1, final_lr=0.1)
-    rates = [train_sft.schedule(p, config) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    rates = [stage.schedule(p, config) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
     np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 0.55, 0.1], atol=1e-9)
 
 
@@ -240,9 +241,9 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
 def test_what_is_split_and_what_rollouts_gather_follows_from_the_sizes(model, rank, expected):
     config = train_sft.resolve(train_sft.Config(model=model, lora_rank=rank))
     args = gemma.CONFIGS[model], config, mesh_of(8)
-    assert (train_sft.is_sharded(*args), train_sft.samples_sharded(*args)) == expected
+    assert (stage.base_is_sharded(*args), stage.rollouts_are_sharded(*args)) == expected
     whole = dataclasses.replace(config, shard="no")
-    assert not train_sft.samples_sharded(args[0], whole, args[2])
+    assert not stage.rollouts_are_sharded(args[0], whole, args[2])
 
 
 # --------------------------------------------------------------------------------- whole runs
@@ -268,23 +269,6 @@ def whole(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     sft(small, out)
     return out
-
-
-# Seeded fault points: calls of fsync, rename and replace, the moments that decide what is on disk.
-FAULTS = sorted(np.random.default_rng(2026).choice(np.arange(8, 60), 3, replace=False).tolist())
-
-
-@pytest.mark.parametrize("kill_at", FAULTS)
-def test_killed_and_resumed_equals_uninterrupted(small, whole, tmp_path, kill_at):
-    sft(small, tmp_path, kill_at=kill_at, code=-9)
-    assert not (tmp_path / "final").exists()
-    sft(small, tmp_path)
-    assert "Held-out loss" in (tmp_path / "report.html").read_text()
-    one, other = contents(whole), contents(tmp_path)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name] == other[name], name
-    assert len(one["metrics.jsonl"]) == 8  # six steps, held-out loss at 3 and at the end
 
 
 def test_what_an_evaluation_leaves(whole):
@@ -362,57 +346,6 @@ def test_nan_in_the_weights_stops_with_step_and_batch(small, tmp_path):
     assert "step 1 of" in said.splitlines()[-1] and "loss is nan" in said
     batch = np.load(tmp_path / "a" / "nan_step_1.npz", allow_pickle=False)
     assert any(v.shape == (4, 176) for v in batch.values())
-
-
-BAD_ROWS = [
-    (b'{"question": "Q?", "reasoning": "r"}', "'answer'"),
-    (b'{"prompt": "P", "completion": ""}', "'completion'"),
-    (b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}',
-     "empty"),
-    (b'{"question": "Q?", "answer": "no end mark"}', "####"),
-    (b"not json", "Expecting value"),
-    (b"[" * 100_000, "recursion"),
-    (b'["a", "list"]', "JSON object"),
-    (b'{"prompt": "caf\xe9", "completion": "x"}', "utf-8"),
-    (b'{"text": "x"}', "text"),
-    (b'{"prompt": "x", "completion": "' + b"12345 " * 40 + b'"}', "more than --max-length 176"),
-]
-
-
-def test_bad_rows_are_named_with_file_and_line_fatal_or_counted(tmp_path):
-    tok = data.Tokenizer(ROOT / "tiny")
-    good = b'{"prompt": "Hi", "completion": "Hello"}'
-    file = tmp_path / "rows.jsonl"
-    for bad, why in BAD_ROWS:
-        file.write_bytes(good + b"\n\n" + bad + b"\n" + good)
-        with pytest.raises(ValueError) as e:
-            data.load_examples(str(file), tok, 176)
-        assert f"{file}:3: " in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
-        examples, left_out = data.load_examples(str(file), tok, 176, skip_bad_rows=True)
-        assert len(examples) == 2 and len(left_out) == 1 and f"{file}:3: " in left_out[0]
-    file.write_bytes(b"\n".join(bad for bad, _ in BAD_ROWS))
-    with pytest.raises(ValueError, match="no usable row"):
-        data.load_examples(str(file), tok, 176, skip_bad_rows=True)
-    with pytest.raises(ValueError, match="no such file"):
-        data.load_examples("absent.jsonl", tok, 176)
-
-
-def test_what_is_held_out_of_ones_own_rows(tmp_path):
-    """All rows of 2 % of the prompts; --eval-rows 0 keeps all of them."""
-    file, tok = tmp_path / "rows.jsonl", data.Tokenizer(ROOT / "tiny")
-    row = lambda i: json.dumps({"prompt": f"{i // 2} + 1?", "completion": f"{i}"})
-    config = train_sft.resolve(train_sft.Config(data=str(file)))
-    file.write_text("\n".join(map(row, range(200))))
-    for eval_rows, n_held_out in ((256, 6), (4, 4), (0, 6)):
-        now = dataclasses.replace(config, eval_rows=eval_rows)
-        batches, held_out = train_sft.load_data(now, tok)
-        prompts = [{tuple(ids[: mask.argmax()]) for ids, mask in rows}
-                   for rows in (batches.sources[0], held_out)]
-        assert len(held_out) == n_held_out and len(prompts[0]) == 97
-        assert not prompts[0] & prompts[1]
-    file.write_text(row(1))
-    with pytest.raises(ValueError, match="1 prompts are too few.*--eval-data"):
-        train_sft.load_data(config, tok)
 
 
 @pytest.mark.parametrize(

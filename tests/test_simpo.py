@@ -19,8 +19,8 @@ import data
 import gemma
 import lora
 import problems
+import stage
 import train_grpo
-import train_sft
 import train_simpo
 
 CONFIG = train_simpo.resolve(
@@ -241,7 +241,7 @@ def weights(config):
         moved = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape),
                              params)
         return moved, train_simpo.with_reference(params, {}, config)
-    adapter = train_sft.new_adapter(CFG, config)
+    adapter = stage.new_adapter(CFG, config)
     noise = lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape)
     trained, fixed = lora.split(adapter | {"b": jax.tree.map(noise, adapter["b"])})
     start, _ = lora.split(adapter)
@@ -251,10 +251,10 @@ def weights(config):
 def gradient(batch, n_micro=1, devices=1, config=CONFIG, sharded=False, check_vma=True):
     """(gradient, metrics) of one update whose rows are laid out as asked."""
     mesh = mesh_of(devices)
-    specs, fixed_specs = train_simpo.specs_of(CFG, config, sharded)
+    specs, fixed_specs = train_simpo.partition_specs(CFG, config, sharded)
     trained, fixed = weights(config)
-    trained = train_sft.place(trained, mesh, specs)
-    fixed = train_sft.place(fixed, mesh, fixed_specs)
+    trained = stage.put(trained, mesh, specs)
+    fixed = stage.put(fixed, mesh, fixed_specs)
     batch = {k: v.reshape(n_micro, -1, v.shape[-1]) for k, v in batch.items()}
     f = jax.jit(train_simpo.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     return jax.device_get(f(trained, fixed, batch, jax.random.key(0)))
@@ -328,8 +328,8 @@ def test_eight_devices_change_no_gradient(loss, rank, sharded, check_vma):
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(loss, rank):
     config = dataclasses.replace(config_of(loss), lora_rank=rank)
     batch = {k: v[None] for k, v in PACKED.items()}
-    check_sharded_step(CFG, config, train_simpo.make_steps, train_simpo.specs_of, *weights(config),
-                       batch, np.float32(1e-3), jax.random.key(0))
+    check_sharded_step(CFG, config, train_simpo.make_steps, train_simpo.partition_specs,
+                       *weights(config), batch, np.float32(1e-3), jax.random.key(0))
 
 
 def test_remat_changes_no_gradient():
@@ -347,16 +347,16 @@ def test_steps_move_what_is_trained_and_nothing_else(loss, rank, sharded):
     base = gemma.init(CFG, jax.random.key(0), jnp.bfloat16 if rank else jnp.float32)
     trained, fixed = base, {}
     if rank:
-        trained, scale = lora.split(train_sft.new_adapter(CFG, config))
+        trained, scale = lora.split(stage.new_adapter(CFG, config))
         fixed = {"base": base} | scale
-    specs, fixed_specs = train_simpo.specs_of(CFG, config, sharded)
+    specs, fixed_specs = train_simpo.partition_specs(CFG, config, sharded)
     before = jax.device_get(trained)
-    trained = train_sft.place(trained, mesh, specs)
+    trained = stage.put(trained, mesh, specs)
     fixed = train_simpo.with_reference(trained, fixed, config)
-    fixed = train_sft.place(fixed, mesh, fixed_specs)
+    fixed = stage.put(fixed, mesh, fixed_specs)
     fixed_before = jax.device_get(fixed)
     train_step, _ = train_simpo.make_steps(CFG, config, mesh, sharded)
-    opt = train_sft.optimizer(config).init(trained)
+    opt = stage.optimizer(config).init(trained)
     batch = {k: v[None] for k, v in PACKED.items()}
     for _ in range(2):
         trained, opt, metrics = train_step(
@@ -475,7 +475,7 @@ def test_the_starting_adapter_is_the_reference(small, tmp_path, rank):
     config = train_simpo.resolve(train_simpo.Config(
         **flags(small, tmp_path), adapter=str(small / "sft"), loss="ipo", lora_rank=rank
     ))
-    model = train_sft.load_model(config, mesh_of(8))
+    model = stage.load_model(config, mesh_of(8))
     fixed = train_simpo.with_reference(model.trained, model.fixed, config)
     cfg, params = gemma.load(small)
     start = lora.load(small / "sft", cfg)
@@ -487,7 +487,7 @@ def test_the_starting_adapter_is_the_reference(small, tmp_path, rank):
             jax.tree.map(np.testing.assert_array_equal, fixed["reference"][k], start[k])
     tokens = np.arange(3, 23)[None]
     expected = gemma.logits(params, cfg, tokens, lora=start)
-    params, adapter = train_sft.join(fixed["reference"], fixed, jnp.float32)
+    params, adapter = stage.forward_weights(fixed["reference"], fixed, jnp.float32)
     host = jax.device_get((params, adapter))
     np.testing.assert_allclose(
         gemma.logits(host[0], cfg, tokens, lora=host[1]), expected, atol=1e-4
@@ -514,7 +514,7 @@ def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path,
     assert "Held-out margin" in (tmp_path / "a/report.html").read_text()
     config = dataclasses.replace(config, adapter=str(final), loss="dpo", out=str(tmp_path / "b"))
     config = train_simpo.resolve(config)
-    model = train_sft.load_model(config, mesh_of(8))
+    model = stage.load_model(config, mesh_of(8))
     fixed = train_simpo.with_reference(model.trained, model.fixed, config)
     left = lora.load(final, model.cfg)
     for k in "ab":
@@ -536,23 +536,11 @@ def test_three_acts_chain_by_their_weights(small, tmp_path):
     config = train_grpo.resolve(train_grpo.Config(
         weights=str(small), adapter=str(tmp_path / "simpo"), lora_rank=4, kl_coef=0.1
     ))
-    model = train_sft.load_model(config, mesh_of(8))
+    model = stage.load_model(config, mesh_of(8))
     assert config.system == "Think."
     jax.tree.map(np.testing.assert_array_equal, model.fixed["base"], tuned)
     for k in "ab":  # of which train_grpo.py makes its reference
         jax.tree.map(np.testing.assert_array_equal, model.trained[k], left[k])
-
-
-def test_no_prompt_is_on_both_sides(small, tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    rows = [preference_row(i) for i in range(100)]
-    rows += [row | {"rejected": "I do not know."} for row in rows]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    config = train_simpo.resolve(train_simpo.Config(data=str(file)))
-    batches, held_out = train_sft.load_data(config, data.Tokenizer(ROOT / "tiny"), data.read_pair)
-    prompt = lambda pair: tuple(pair[0][0][: np.argmax(pair[0][1])])
-    assert len(held_out) == 6 and len(batches.sources[0]) == 194
-    assert not {prompt(p) for p in held_out} & {prompt(p) for p in batches.sources[0]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,545 @@
+"""Prompts -> scored samples: the problems of a step, their completions and scores, packed rows.
+
+    problems = rollouts.load_problems("gsm8k", tok)
+    order = rollouts.Order(problems, curriculum="", seed=0)
+    with rollouts.Scorer(config, problems, mesh) as scorer:
+        groups, seconds = rollouts.sample_groups(...)      # one group of G samples for each prompt
+    batch, n_micro, spans = rollouts.pack(samples, weights, config, mesh.size)
+
+1. A completion is scored in a thread as soon as it is finished, while the devices decode others.
+2. A reward that fails or does not return is missing, not 0, and its reason is kept.
+3. The ids that were sampled are the ids that are trained on; text is never tokenised again.
+4. A row of an update holds a prompt once, followed by completions of it that see the prompt and
+   themselves: fewer tokens to compute, the same gradient (a test).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import queue
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+import data
+import hosts
+import rewards
+import runs
+from sampler import Rollout, Sampler
+
+# -------------------------------------------------------------------------------------- problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One row, ready to be answered and graded."""
+
+    id: str  # of question and answer, whatever the system text: pairs the runs of two models
+    prompt: tuple[int, ...]  # token ids
+    question: str  # to read
+    gold: str | None  # the right answer; None: nothing to check
+    kind: str  # how to check it, one of rewards.KINDS
+    choices: tuple[str, ...]
+    domain: str
+    fields: dict = dataclasses.field(default_factory=dict, compare=False)  # the row's own
+
+
+def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str = "") -> Problem:
+    """A row of any known shape; its prompt is what training on the row would show the model."""
+    chat, completion, gold, choices, fields = data.parse_row(row)
+    if gold is None and completion is not None:  # of a completion, what is inside its tags
+        _, answer, strict = rewards.parse(completion)
+        gold = answer if strict else None
+    if (kind := fields.get("kind", "auto")) not in rewards.KINDS:
+        raise ValueError(f"kind {kind!r}: expected one of {', '.join(rewards.KINDS)}")
+    if gold is not None and kind == "auto":
+        kind = rewards.kind_of(gold, choices)
+    identity = json.dumps([chat, gold, choices], sort_keys=True)
+    return Problem(
+        id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        prompt=tuple(tok.chat(data.with_system(chat, system))),
+        question=chat[-1]["content"], gold=gold, kind=kind, choices=choices,
+        domain=str(fields.get("task_type") or fields.get("domain") or source), fields=fields,
+    )
+
+
+def problem_reader(config, tok: data.Tokenizer):
+    """read_problem under a script's --system, with --max-prompt as its limit."""
+
+    def read(row: dict) -> Problem:
+        problem = read_problem(row, tok, config.system)
+        if config.max_prompt and len(problem.prompt) > config.max_prompt:
+            raise ValueError(f"the prompt has {len(problem.prompt)} tokens, more than --max-prompt "
+                             f"{config.max_prompt}")
+        return problem
+
+    return read
+
+
+def numbered(problems: list[Problem]) -> list[Problem]:
+    """The same with ids that differ: the second problem of an id becomes id-2."""
+    seen, out = Counter(), []
+    for problem in problems:
+        seen[problem.id] += 1
+        n = seen[problem.id]
+        out.append(dataclasses.replace(problem, id=f"{problem.id}-{n}") if n > 1 else problem)
+    return out
+
+
+def load_problems(config, tok: data.Tokenizer) -> tuple[list[Problem], list[str]]:
+    """The problems of a script's --data, and what was wrong with the rows left out."""
+    sources, bad = data.load(config.data, problem_reader(config, tok), rows=config.rows,
+                             skip_bad_rows=config.skip_bad_rows, what="problems")
+    return numbered([problem for source in sources for problem in source]), bad
+
+
+def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
+    """(the answer, whether it is right or None where there is nothing to check, strict format)."""
+    _, answer, strict = rewards.parse(completion)
+    if problem.gold is None:
+        return answer, None, strict
+    right = rewards.correct(answer, problem.gold, problem.kind, problem.choices)
+    return answer, right, strict
+
+
+class Order:
+    """Which problems a step takes: a function of (seed, how many were drawn, share of the run)."""
+
+    def __init__(self, problems: list[Problem], curriculum: str, seed: int):
+        self.seed, self.ordered = seed, curriculum == "ordered"
+        self.phases = [(0.0, list(range(len(problems))))]
+        if not curriculum:
+            return
+        difficulty = []
+        for p in problems:
+            if not isinstance(p.fields.get("difficulty"), int | float):
+                raise ValueError(f"--curriculum: no difficulty in the row {p.question!r:.60}")
+            difficulty.append(p.fields["difficulty"])
+        if self.ordered:
+            order = np.random.default_rng((seed, 0, 0)).permutation(len(problems))
+            self.phases = [(0.0, sorted(order.tolist(), key=lambda i: difficulty[i]))]
+            return
+        self.phases = []
+        for part in curriculum.split(","):
+            try:
+                start, _, span = part.partition(":")
+                low, _, high = span.partition("-")
+                start, low, high = float(start), float(low), float(high or low)
+            except ValueError:
+                raise ValueError(f"--curriculum {part!r}: expected ordered, or a share of the run "
+                                 "and difficulties, as 0.3:1-2") from None
+            rows = [i for i, d in enumerate(difficulty) if low <= d <= high]
+            if not rows:
+                raise ValueError(f"--curriculum {part}: no problem has such a difficulty")
+            self.phases.append((start, rows))
+        starts = [start for start, _ in self.phases]
+        if starts[0] != 0 or starts != sorted(starts):
+            raise ValueError(f"--curriculum {curriculum}: the phases must start at 0 and go up")
+
+    def take(self, drawn: int, n: int, p: float, in_step: int = 0) -> list[int]:
+        """The next n problems after `drawn` others, `in_step` of them in this step, at share p."""
+        phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
+        rows = self.phases[phase][1]
+        if self.ordered:
+            first = int(p * max(0, len(rows) - n)) + in_step
+            return [rows[(first + j) % len(rows)] for j in range(n)]
+        taken = []
+        for j in range(drawn, drawn + n):
+            lap, at = divmod(j, len(rows))
+            order = np.random.default_rng((self.seed, phase, lap)).permutation(len(rows))
+            taken.append(rows[order[at]])
+        return taken
+
+
+# --------------------------------------------------------------------------------------- scoring
+
+
+@dataclasses.dataclass
+class Sample:
+    """One completion with its score."""
+
+    problem: Problem
+    group: int  # which of the step's groups
+    rollout: Rollout
+    text: str
+    right: bool | None  # whether the answer is right; None: nothing to check
+    strict: bool  # whether the format is
+    scored: rewards.Scored
+    advantage: float = 0.0
+
+    def row(self) -> dict:
+        """The sample as a line of samples.jsonl."""
+        return {
+            "id": self.problem.id, "prompt": self.problem.question, "completion": self.text,
+            "gold": self.problem.gold, "correct": self.right, "format": self.strict,
+            "reward": self.scored.total, "advantage": self.advantage,
+            "rewards": self.scored.parts, "errors": self.scored.errors, "group": self.group,
+            "n_tokens": len(self.rollout.ids), "stop": self.rollout.stop,
+        }
+
+
+def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.0) -> dict:
+    """What a reward function is told besides the completion: the data's row, and this."""
+    overlong = getattr(config, "overlong_buffer", 0.2)
+    return problem.fields | {
+        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
+        "choices": problem.choices, "n_tokens": n_tokens, "max_new": config.max_new,
+        "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
+    }
+
+
+class Scorer:
+    """--rewards and --judge: scores of completions, worked out in threads.
+
+    A reward that never returns is missing after --reward-timeout seconds. The threads are daemons,
+    so such a reward cannot hold up the end of the program either.
+    """
+
+    def __init__(self, config, problems: list[Problem], mesh: Mesh | None = None):
+        self.config, self.judge = config, None
+        self.mix = rewards.read_mix(config.rewards, config.reward_file)
+        traces = [t for p in problems if isinstance(t := p.fields.get("reasoning"), str)]
+        judged = {}
+        if config.judge and not self.mix.weights.keys().isdisjoint(rewards.JUDGED):
+            import judge  # here: most runs have none
+
+            names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
+            judged = {n: rewards.Reward(functools.partial(verdict, n)) for n in names}
+            cache = Path(config.out) / "judge" / "replies.jsonl"
+            self.judge = judge.open(config, mesh, cache=cache)
+        self.functions = rewards.prepare(self.mix, traces, config.reward_file, judged)
+        self.verdicts: list[Future] = []  # of the judge, since the last collect()
+        self.tasks, self.progress_s = queue.SimpleQueue(), 0.0
+        for _ in range(config.reward_threads):
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while (task := self.tasks.get()) is not None:
+            future, completion, row = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(rewards.score(self.mix, self.functions, completion, row))
+            except BaseException as error:  # whatever a reward does, only its sample is lost
+                future.set_exception(error)
+            self.progress_s = time.monotonic()
+
+    def submit(self, completion: str, row: dict, place: tuple) -> Future:
+        """A future of rewards.Scored; place: (question, index, size), see `places`."""
+        if self.judge is not None:
+            row["verdict"] = self.judge.submit(completion, row, place)
+            self.verdicts.append(row["verdict"])
+            self.judge.pump()
+        future = Future()
+        self.tasks.put((future, completion, row))
+        return future
+
+    def collect(self, futures: list[Future]) -> list[rewards.Scored]:
+        """The scores of these futures, in their order; waits no longer than --reward-timeout.
+
+        The time counts from the last score that arrived. The judge bounds its own time.
+        """
+        if self.judge is not None:
+            self.judge.pump(flush=True)
+            wait(self.verdicts)
+            self.verdicts.clear()
+        self.progress_s, scores = time.monotonic(), []
+        for future in futures:
+            while not future.done():
+                left = self.config.reward_timeout - (time.monotonic() - self.progress_s)
+                if left <= 0:
+                    break
+                wait([future], left)
+            if future.done() and not future.exception():
+                scores.append(future.result())
+                continue
+            why = repr(future.exception()) if future.done() else (
+                f"no score after {self.config.reward_timeout:g} s of --reward-timeout")
+            if not future.done() and not future.cancel():
+                self._start_thread()  # in place of the one that is stuck
+            scores.append(rewards.Scored(None, {}, {"total": why}))
+        return scores
+
+    def stats(self) -> dict[str, float]:
+        """Metrics of the judge since the last call, over all hosts."""
+        if self.judge is None:
+            return {}
+        import judge
+
+        return judge.total(hosts.everyone(self.judge.stats()))
+
+    def trouble(self, scores: list[rewards.Scored]) -> str | None:
+        """Why the run should be saved and stopped: too much of these scores is missing; or None."""
+        missing = [s for s in scores if s.total is None]
+        if len(missing) > self.config.max_missing * len(scores):
+            reasons = Counter(next(iter(s.errors.values()), "no reason") for s in missing)
+            return (f"{len(missing)} of {len(scores)} completions have no reward, more than "
+                    f"--max-missing {self.config.max_missing:g}; {reasons.most_common(1)[0][0]}")
+        troubles = hosts.everyone(self.judge.trouble()) if self.judge else []
+        return next(filter(None, troubles), None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for _ in range(self.config.reward_threads):
+            self.tasks.put(None)
+        if self.judge is not None:
+            self.judge.close()
+
+
+def places(questions: list) -> list[tuple]:
+    """(question, index, size of its group) of completions: a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2).
+    """
+    size, seen, out = Counter(questions), Counter(), []
+    for question in questions:
+        out.append((question, seen[question], size[question]))
+        seen[question] += 1
+    return out
+
+
+def verdict(name: str, completion: str, row: dict) -> float:
+    """The judge's part of this name, once it is there; a judgement that failed is missing."""
+    parts = row["verdict"].result()
+    if parts[name] is None:
+        raise RuntimeError(parts["judge_error"])
+    return parts[name]
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+def token_rules(tok: data.Tokenizer) -> dict:
+    """What Sampler.sample must know of a tokenizer: the ids that stop, and those never drawn."""
+    return {"stop": tok.stop_ids, "forbidden": tok.forbidden_ids, "vocab_size": tok.vocab_size}
+
+
+def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
+                  scorer: Scorer, config, *, step: int, first: int,
+                  p: float) -> tuple[list[list[Sample]], dict[str, float]]:
+    """--group completions of each problem, scored -> (one group a problem, seconds).
+
+    weights: (params, adapter). first: how many prompts this step has sampled before; the noise of a
+    rollout depends on (seed, step, number of its prompt in the step, number in its group).
+    """
+    began, futures, finished = time.perf_counter(), {}, {}
+    mine = hosts.share(range(len(problems)))
+    params, adapter = weights
+    completions = sampler.sample(
+        params, {first + i: problems[i].prompt for i in mine}, config.group, lora=adapter,
+        seed=config.seed, step=step, temperature=config.temperature, top_k=config.top_k,
+        top_p=config.top_p, min_p=config.min_p, repetition=config.repetition, **token_rules(tok))
+    for r in completions:
+        problem, text = problems[r.prompt - first], tok.decode(r.ids)
+        row = reward_row(problem, len(r.ids), r.stop, config, p)
+        futures[r.prompt, r.index] = scorer.submit(text, row, (r.prompt, r.index, config.group))
+        finished[r.prompt, r.index] = r, text
+    rollout_s = time.perf_counter() - began
+    keys = sorted(futures)
+    scores = dict(zip(keys, scorer.collect([futures[key] for key in keys]), strict=True))
+    groups = []
+    for i in mine:
+        group = []
+        for key in ((first + i, g) for g in range(config.group)):
+            r, text = finished[key]
+            _, right, strict = check(problems[i], text)
+            group.append(Sample(problems[i], first + i, r, text, right, strict, scores[key]))
+        groups.append(group)
+    groups = _join(groups, problems, first)
+    reward_s = time.perf_counter() - began - rollout_s
+    return groups, {"rollout_s": rollout_s, "reward_s": reward_s}
+
+
+def _join(groups: list[list[Sample]], problems: list[Problem], first: int) -> list[list[Sample]]:
+    """The groups of all hosts, in the order of the problems. JSON crosses the wire."""
+    if hosts.count == 1:
+        return groups
+
+    def plain(s: Sample) -> dict:
+        r = s.rollout
+        return {"group": s.group, "text": s.text, "right": s.right, "strict": s.strict,
+                "scored": s.scored, "index": r.index, "ids": r.ids.tolist(),
+                "logps": r.logps.tolist(), "stop": r.stop}
+
+    def sample(d: dict) -> Sample:
+        ids, logps = np.array(d["ids"], np.int32), np.array(d["logps"], np.float32)
+        r = Rollout(d["group"], d["index"], ids, logps, d["stop"])
+        return Sample(problems[d["group"] - first], d["group"], r, d["text"], d["right"],
+                      d["strict"], rewards.Scored(*d["scored"]))
+
+    joined = hosts.join([[plain(s) for s in group] for group in groups])
+    return [[sample(d) for d in group] for group in joined]
+
+
+def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
+             problems: list[Problem]) -> tuple[dict[str, float], list[dict]]:
+    """Answers held-out problems greedily -> (metrics, a line of samples.jsonl for each)."""
+    params, adapter = weights
+    mine = hosts.share(range(len(problems)))
+    rows = {}
+    for r in sampler.sample(params, {i: problems[i].prompt for i in mine}, lora=adapter,
+                            temperature=0.0, **token_rules(tok)):
+        problem, text = problems[r.prompt], tok.decode(r.ids)
+        _, right, strict = check(problem, text)
+        rows[r.prompt] = {"prompt": problem.question, "completion": text, "gold": problem.gold,
+                          "correct": right, "format": strict, "n_tokens": len(r.ids),
+                          "stop": r.stop}
+    rows = hosts.join([rows[i] for i in mine])
+    graded = [row["correct"] for row in rows if row["correct"] is not None]
+    metrics = {"eval_format": float(np.mean([row["format"] for row in rows])),
+               "eval_length": float(np.mean([row["n_tokens"] for row in rows]))}
+    if graded:
+        low, high = wilson(sum(graded), len(graded))
+        metrics = {"eval_accuracy": float(np.mean(graded)), "eval_accuracy_low": low,
+                   "eval_accuracy_high": high} | metrics
+    return metrics, rows
+
+
+Z = 1.959963984540054  # the normal distribution has 95 % within Z standard deviations
+
+
+def wilson(c: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate of c in n (JASA 22, 1927)."""
+    middle, half = (c + Z**2 / 2) / (n + Z**2), Z * math.sqrt(c * (n - c) / n + Z**2 / 4)
+    half /= n + Z**2
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+# --------------------------------------------------------------------------------------- packing
+
+INTS = ("tokens", "segments", "parents", "positions", "source")  # of an update's arrays [.., B, T]
+FLOATS = ("mask", "weight", "advantage", "sampler", "old", "ref")
+
+
+def packed_size(config, n_devices: int) -> tuple[int, int]:
+    """(largest number of micro-batches, rows of one over all devices) of an update.
+
+    A row is begun only where no other has room, so any two hold more than one row's tokens together
+    and there are at most 2 total / pack_length + 1.
+    """
+    n_samples = config.prompts * config.group
+    total = n_samples * (config.max_prompt + config.max_new)
+    n_rows = min(n_samples, 2 * total // config.pack_length + 1)
+    rows = config.micro_rows * n_devices
+    return -(-n_rows // rows), rows
+
+
+def pack(samples: list[Sample], weights: list[float], config,
+         n_devices: int) -> tuple[dict, int, list]:
+    """(arrays [micro-batches at most, rows, pack_length], micro-batches used, spans).
+
+    spans: (index of the sample, flat row, slice) of each completion. A sample without a gradient is
+    left out. Prompt [p p], completions [c c] and [d] of advantages 2 and -1, log-probs l and m:
+    segments 1 1 2 2 3, parents 1 1 1 1 1, source 0 0 1 2 1 (the token that predicts this one),
+    mask 0 0 1 1 1, advantage 0 0 2 2 -1, sampler 0 0 l l m.
+    """
+    n_max, rows = packed_size(config, n_devices)
+    groups = {}  # prompt -> its samples
+    for i, s in enumerate(samples):
+        if weights[i] and (s.advantage or config.kl_coef):
+            groups.setdefault(s.problem.prompt, []).append(i)
+    prompts, live = list(groups), list(groups.values())
+    lengths = [[len(samples[i].rollout.ids) for i in group] for group in live]
+    packed = data.pack([len(p) for p in prompts], lengths, config.pack_length)
+    shape = n_max * rows, config.pack_length
+    batch = {k: np.zeros(shape, np.int32) for k in INTS}
+    batch |= {k: np.zeros(shape, np.float32) for k in FLOATS}
+    spans, n_micro = [], -(-len(packed) // rows)
+    for b, parts in enumerate(packed):
+        # Row b goes to micro-batch b % n_micro, so that the last one is not the only one with gaps.
+        r, at, segment = (b % n_micro) * rows + b // n_micro, 0, 0
+
+        def put(ids, position, r=r, **values):
+            """Writes a segment behind the others; its first token has the given position."""
+            nonlocal at, segment
+            span, segment = slice(at, at + len(ids)), segment + 1
+            values |= {"tokens": ids, "segments": segment,
+                       "positions": np.arange(position, position + len(ids))}
+            for k, v in values.items():
+                batch[k][r, span] = v
+            at = span.stop
+            return span
+
+        for q, here in parts:
+            prompt = put(prompts[q], 0)
+            batch["parents"][r, prompt] = parent = segment
+            for i in (live[q][j] for j in here):
+                s = samples[i]
+                span = put(s.rollout.ids, len(prompts[q]), parents=parent, mask=1.0,
+                           weight=weights[i], advantage=s.advantage, sampler=s.rollout.logps)
+                batch["source"][r, span] = np.arange(span.start - 1, span.stop - 1)
+                batch["source"][r, span.start] = prompt.stop - 1
+                spans.append((i, r, span))
+    return {k: v.reshape(n_max, rows, -1) for k, v in batch.items()}, n_micro, spans
+
+
+# --------------------------------------------------------------------------------------- metrics
+
+
+def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
+    """What the completions of a step were like, under TRL's names where it has one."""
+    samples = [s for group in groups for s in group]
+    column = lambda values: np.array([np.nan if v is None else v for v in values], float)
+
+    def mean(values, of=np.mean):
+        """`of` the values that are there; None where none is: no such metric then."""
+        present = column(values)
+        present = present[~np.isnan(present)]
+        return float(of(present)) if len(present) else None
+
+    spread = lambda x: np.std(x, ddof=1) if len(x) > 1 else 0.0
+    std = [mean((s.scored.total for s in group), spread) for group in groups]
+    lengths = column(len(s.rollout.ids) for s in samples)
+    ended = lengths[[s.rollout.stop == "stop" for s in samples]]
+    out = {
+        "reward": mean(s.scored.total for s in samples),
+        "reward_std": mean((s.scored.total for s in samples), spread),
+        "frac_reward_zero_std": mean(None if x is None else x < 1e-6 for x in std),
+        "frac_reward_missing": mean(s.scored.total is None for s in samples),
+        "accuracy": mean(s.right for s in samples),
+        "format": mean(s.strict for s in samples),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/mean_terminated_length": ended.mean() if len(ended) else None,
+        "completions/clipped_ratio": mean(s.rollout.stop == "length" for s in samples),
+        "completions/repetition_ratio": mean(s.rollout.stop == "repetition" for s in samples),
+    }
+    for name in mix.weights:
+        parts = [s.scored.parts[name] for s in samples if name in s.scored.parts]
+        out |= {f"rewards/{name}/mean": mean(parts), f"rewards/{name}/std": mean(parts, spread),
+                f"rewards/{name}/missing": mean(part is None for part in parts)}
+    return {k: float(v) for k, v in out.items() if v is not None}
+
+
+def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, float]:
+    """How far the trainer's log-probs of the same tokens are from the sampler's."""
+    differences = [np.abs(logp_RT[r, span] - samples[i].rollout.logps) for i, r, span in spans]
+    if not differences:
+        return {}
+    d = np.concatenate(differences)
+    name = "sampling/sampling_logp_difference/"
+    return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
+            name + "max": float(d.max())}
+
+
+def show(samples: list[Sample]) -> None:
+    """Prints completions, coloured by tag, with what they were rewarded for."""
+    number = lambda x: "missing" if x is None else f"{x:.3g}"
+    for s in samples:
+        parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
+        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
+                 f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
+                 f"{s.rollout.stop}")
+        for name, error in s.scored.errors.items():
+            runs.say(f"  {name}: {error}")

@@ -1,0 +1,358 @@
+"""What every training stage begins and ends with: defaults, weights on the mesh, optimizer, final/.
+
+    config = stage.resolve(config, DEFAULTS)
+    model = stage.load_model(config, mesh)
+    opt = stage.init_optimizer(config, model, mesh)
+    ...                                                   # the script's own loop
+    stage.write_model(folder, config, model, trained)     # what --adapter of the next stage takes
+
+A stage trains `trained` and reads `fixed`, two pytrees:
+
+    with an adapter     trained = {"a", "b"}, float32          fixed = {"base", "scale"}
+    --lora-rank 0       trained = all weights, float32         fixed = {}
+
+1. An adapter of another rank, or on other matrices, is merged into the base; `write_model` stacks
+   it onto the new one, so that final/ always belongs on the original base.
+2. The base is replicated where it fits and split over the mesh where it does not. An adapter is
+   always replicated.
+3. The learning rate follows the share of the run that is done, p, so it follows the clock where
+   the run has a --time-limit.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import data
+import gemma
+import hosts
+import hub
+import lora
+import runs
+
+# -------------------------------------------------------------------------------------- defaults
+
+
+def resolve(config, defaults: dict[str, dict]):
+    """A script's Config with the fields left at None filled from the table of its model.
+
+    The system text is the one that the adapter was trained under. With a time limit and without
+    --steps the clock alone decides, so steps stay None.
+    """
+    system = lora.read_prompt(config.adapter or config.weights, config.system)
+    config = dataclasses.replace(config, system=system, out=str(hub.output(config.out)))
+    names = [name for name in defaults if config.model == name
+             or name.startswith("gemma") and config.model.startswith(name)]
+    if not names:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3
+    unset = {k: v for k, v in table.items() if getattr(config, k) is None}
+    if runs.parse_time(getattr(config, "time_limit", None)) is not None:
+        unset.pop("steps", None)
+    return dataclasses.replace(config, **unset)
+
+
+def show_config(config) -> None:
+    """Prints the resolved settings."""
+    settings = dataclasses.asdict(config).items()
+    runs.say(" ".join(f"{k}={v}" for k, v in settings if v is not None))
+
+
+def model_config(config) -> gemma.Config:
+    """The model's shape, by the config.json of --weights or by name; needs no weights."""
+    if config.weights:
+        return gemma.read_config(config.weights)
+    if (name := hub.base_name(config.model)) not in gemma.CONFIGS:
+        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
+    return gemma.CONFIGS[name]
+
+
+# ----------------------------------------------------------------------------------- on the mesh
+
+
+def vary(x):
+    """Makes a replicated value this device's own, so that its gradient is this device's alone."""
+    return lax.pcast(x, "data", to="varying")
+
+
+def put(tree, mesh: Mesh, specs):
+    """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
+    if isinstance(specs, P):
+        specs = jax.tree.map(lambda _: specs, tree)
+    return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
+
+
+def put_like(tree, like):
+    """Host arrays onto the devices, sharded as the arrays of the same tree `like` already are."""
+    return jax.tree.map(lambda x, now: hosts.put(x, now.sharding), tree, like)
+
+
+def base_is_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
+    """Whether the base is split over the mesh rather than copied to every device."""
+    if config.shard != "auto" or mesh.size == 1:
+        return config.shard == "yes" and mesh.size > 1
+    # Training all weights keeps a float32 master, two moments and a gradient of each.
+    per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
+    return _copy_is_too_large(cfg, per_weight, mesh)
+
+
+def rollouts_are_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
+    """Whether decoding reads a sharded base in place rather than gather a copy once a phase."""
+    itemsize = jnp.dtype(config.dtype).itemsize
+    return base_is_sharded(cfg, config, mesh) and _copy_is_too_large(cfg, itemsize, mesh)
+
+
+def _copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
+    """Whether a copy of all weights takes over 40 % of a device's memory."""
+    device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
+    is_here = device.platform != "cpu" and device in jax.local_devices()  # else only compiled for
+    limit = ((device.memory_stats() if is_here else None) or {}).get("bytes_limit", 16 * 2**30)
+    return cfg.n_params * bytes_per_weight > 0.4 * limit
+
+
+def partition_specs(cfg: gemma.Config, config, sharded: bool) -> tuple[dict, dict]:
+    """PartitionSpecs of (trained, fixed)."""
+    if not config.lora_rank:
+        return gemma.pspecs(cfg, sharded), {}
+    each = {n: P() for n in lora.parse_targets(config.lora_targets)}
+    return {"a": each, "b": each}, {"base": gemma.pspecs(cfg, sharded), "scale": each}
+
+
+def forward_weights(trained, fixed, dtype) -> tuple[dict, dict | None]:
+    """(parameters, adapter or None) for a forward pass, in the compute dtype."""
+    if "base" in fixed:
+        return fixed["base"], trained | {"scale": fixed["scale"]}
+    return jax.tree.map(lambda x: x.astype(dtype), trained), None
+
+
+def reference_copy(trained, config):
+    """A copy of what is about to be trained, for a reference; `trained` itself will be donated.
+
+    All weights are kept in the compute dtype: a forward pass casts them to it anyway.
+    """
+    dtype = jnp.float32 if config.lora_rank else jnp.dtype(config.dtype)
+    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trained)
+
+
+# ----------------------------------------------------------------------------------- the beginning
+
+
+class Model(NamedTuple):
+    """What a stage begins with, on the mesh."""
+
+    cfg: gemma.Config
+    tok: data.Tokenizer
+    weights: Path  # the folder they came from
+    trained: dict
+    fixed: dict
+    specs: dict  # PartitionSpecs of `trained`
+    sharded: bool  # whether the base is split over the mesh
+    merged: dict | None  # an adapter that was merged into the base
+
+
+def load_model(config, mesh: Mesh) -> Model:
+    """Loads the weights and the adapter that a stage starts from, and says what they are."""
+    start = hub.find_start(config.model, config.weights, config.adapter)
+    tok = data.Tokenizer(config.tokenizer or start.weights)
+    cfg, merged, adapter = gemma.read_config(start.weights), None, None
+    sharded = base_is_sharded(cfg, config, mesh)
+    if getattr(config, "from_scratch", False):
+        base = gemma.init(cfg, jax.random.key(config.seed))
+    else:
+        dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
+        cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
+        if start.adapter is not None:
+            adapter = lora.load(start.adapter, cfg)
+            same = lora.rank(adapter) == config.lora_rank
+            if not same or set(adapter["a"]) != set(lora.parse_targets(config.lora_targets)):
+                base, merged, adapter = lora.merge(base, adapter, cfg), adapter, None
+                runs.say(f"--adapter {start.adapter} merged into the base: {lora.describe(merged)}")
+    trained, fixed = base, {}
+    if config.lora_rank:
+        adapter = adapter or new_adapter(cfg, config)
+        runs.say(lora.describe(adapter))
+        trained, scale = lora.split(adapter)
+        fixed = {"base": base} | put(scale, mesh, P())
+    specs, _ = partition_specs(cfg, config, sharded)
+    kind = f"{mesh.size} {mesh.devices.flat[0].device_kind}"
+    where = f"{'split over' if sharded else 'on each of'} {kind}"
+    if sharded:
+        in_place = rollouts_are_sharded(cfg, config, mesh)
+        where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
+    runs.say(f"{cfg.n_params:,} weights {where}")
+    trained = put(trained, mesh, specs)
+    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
+
+
+def new_adapter(cfg: gemma.Config, config) -> dict:
+    key = jax.random.key(config.seed)
+    return lora.init(cfg, key, config.lora_rank, config.lora_alpha, config.lora_targets,
+                     config.rslora)
+
+
+# ---------------------------------------------------------------------------------- optimisation
+
+
+def optimizer(config) -> optax.GradientTransformation:
+    """AdamW without the learning rate, which train_step is given because it follows the clock."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b2=config.adam_b2),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+def schedule(p: float, config) -> float:
+    """Learning rate of the step that begins at share p of the run: linear warm-up, then cosine.
+
+    It is the rate at the end of that step, where --steps tells, so that the first step moves.
+    """
+    p = min(1.0, p + (1 / config.steps if config.steps else 0.0))
+    if p < config.warmup:
+        return config.learning_rate * p / config.warmup
+    cosine = 0.5 * (1 + np.cos(np.pi * (p - config.warmup) / max(1e-9, 1 - config.warmup)))
+    return config.learning_rate * float(config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def optimizer_specs(tx, trained, specs):
+    """PartitionSpecs of the optimizer state: moments are sharded as their weights are."""
+    return optax.tree_map_params(
+        tx, lambda _, s: s, jax.eval_shape(tx.init, trained), specs,
+        transform_non_params=lambda _: P())
+
+
+def init_optimizer(config, trained: dict, mesh: Mesh, specs: dict):
+    """The optimizer state of `trained`, on the mesh."""
+    tx = optimizer(config)
+    shardings = jax.tree.map(partial(NamedSharding, mesh), optimizer_specs(tx, trained, specs))
+    return jax.jit(tx.init, out_shardings=shardings)(trained)
+
+
+# ------------------------------------------------------------- shapes, to compile without weights
+
+
+def random_weights(cfg: gemma.Config, config) -> tuple[dict, dict]:
+    """(trained, fixed) of a stage that starts from random weights."""
+    key = jax.random.key(0)
+    if not config.lora_rank:
+        return gemma.init(cfg, key), {}
+    trained, scale = lora.split(new_adapter(cfg, config))
+    return trained, {"base": gemma.init(cfg, key, jnp.dtype(config.dtype))} | scale
+
+
+def state_shapes(config, mesh: Mesh, weights, specs: tuple) -> tuple:
+    """(trained, opt, fixed) as ShapeDtypeStructs on the mesh; weights() -> (trained, fixed)."""
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+    trained, fixed = jax.tree.map(shape, jax.eval_shape(weights), specs)
+    tx = optimizer(config)
+    opt = jax.eval_shape(tx.init, trained)
+    return trained, jax.tree.map(shape, opt, optimizer_specs(tx, trained, specs[0])), fixed
+
+
+def batch_shape(config, mesh: Mesh) -> tuple[int, int]:
+    """(micro-batches, rows of a micro-batch over all devices) of an update from packed rows."""
+    rows = min(config.micro_rows * mesh.size, config.batch_rows)
+    if config.batch_rows % rows or rows % mesh.size:
+        raise ValueError(f"--batch-rows {config.batch_rows} is not a multiple of --micro-rows "
+                         f"{config.micro_rows} times {mesh.size} devices")
+    return config.batch_rows // rows, rows
+
+
+def packed_programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
+    """The programs of a (train_step, eval_step) that read packed rows, with their argument shapes.
+
+    name -> (jitted function, arguments); state: of state_shapes.
+    """
+    (train_step, eval_step), (trained, opt, fixed) = steps, state
+    n_micro, rows = batch_shape(config, mesh)
+
+    def batch(*lead):
+        sharding = NamedSharding(mesh, P(*(None for _ in lead), "data"))
+        array = jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32, sharding=sharding)
+        return dict.fromkeys(("tokens", "mask", "segments", "positions"), array)
+
+    lr, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
+    return {
+        "train_step": (train_step, (trained, opt, fixed, batch(n_micro), lr, key)),
+        "eval_step": (eval_step, (trained, fixed, batch())),
+    }
+
+
+# ------------------------------------------------------------------------------------ evaluations
+
+
+class HeldOut:
+    """What SFT and SimPO measure at an evaluation: the loss of held-out rows, and answers.
+
+    --eval-accuracy problems are answered greedily, --show of them are printed. A sampler takes
+    minutes to compile on a TPU, so there is none where neither is asked for or --eval-every is 0.
+    """
+
+    def __init__(self, config, mesh: Mesh, model: Model, items: list, eval_step):
+        self.config, self.mesh, self.model, self.eval_step = config, mesh, model, eval_step
+        self.batches = data.eval_batches(items, config.max_length, config.micro_rows * mesh.size)
+        self.sampler, n = None, max(config.eval_accuracy, config.show)
+        if n and items and config.eval_every:
+            import rollouts  # here: most of SFT needs no sampler
+
+            problems = [rollouts.read_problem(item.fields, model.tok, config.system)
+                        for item in items[:n]]
+            self.problems, self.answer = problems, rollouts.evaluate
+            self.sampler = rollouts.Sampler(
+                model.cfg, mesh, slots=min(64, len(problems)),
+                max_prompt=max(len(problem.prompt) for problem in problems),
+                max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                shard=rollouts_are_sharded(model.cfg, config, mesh))
+
+    def measure(self, trained: dict, step: int, run: runs.Run) -> float:
+        """Logs and shows the metrics -> the score of a checkpoint: accuracy, or minus the loss."""
+        model, rows = self.model, []
+        with run.budget.measure("eval"):
+            sums = [self.eval_step(trained, model.fixed, put(batch, self.mesh, P("data")))
+                    for batch in self.batches]
+            sums = jax.tree.map(lambda *x: float(np.sum(x)), *jax.device_get(sums))
+            count = sums.pop("count")
+            metrics = {f"eval_{k}": x / count for k, x in sums.items()}
+            if self.sampler is not None:
+                weights = forward_weights(trained, model.fixed, jnp.dtype(self.config.dtype))
+                answers, rows = self.answer(self.sampler, weights, model.tok, self.problems)
+                metrics |= answers if self.config.eval_accuracy else {}
+        run.log(step, metrics)
+        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        run.log_samples(step, rows[: self.config.show])
+        for row in rows[: self.config.show]:
+            runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
+        return metrics.get("eval_accuracy", -metrics["eval_loss"])
+
+
+# ---------------------------------------------------------------------------------------- the end
+
+
+def write_model(folder: Path | None, config, model: Model, trained: dict) -> None:
+    """What --adapter of the next stage takes: a PEFT adapter, or a whole model in bfloat16.
+
+    folder: None on a host that does not write; it still takes part in gathering the weights.
+    """
+    cfg, tok = model.cfg, model.tok
+    if not config.lora_rank:  # in bfloat16, as Gemma is published
+        weights = hosts.whole(jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained))
+    if folder is None:
+        return
+    if config.lora_rank:
+        adapter = jax.device_get(trained | {"scale": model.fixed["scale"]})
+        adapter = adapter if model.merged is None else lora.stack(model.merged, adapter, cfg)
+        lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
+    else:
+        stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
+        gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
+        tok.save(folder)
+    lora.write_prompt(folder, config.system)
