@@ -290,6 +290,14 @@ def packed_programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
 # ------------------------------------------------------------------------------------ evaluations
 
 
+def keep_held_out(config, items: list) -> None:
+    """Writes the held-out rows into the run folder, so that eval.py can be run on the same ones."""
+    if hosts.index == 0:
+        file = Path(config.out) / "held_out.jsonl"
+        with runs.writing(file):
+            runs.replace_file(file, runs.to_jsonl(item.fields for item in items))
+
+
 class HeldOut:
     """What SFT and SimPO measure at an evaluation: the loss of held-out rows, and answers.
 

@@ -6,14 +6,15 @@
 The flags after the script are the script's own, and its own parser reads them here: a mistake costs
 a second now, not the queue for a TPU. What to know:
 
-1. The notebook (File > Import Notebook) has a cell for each file, to read and to change, then cells
-   that train, evaluate and show the report, with the flags as `main(Config(...))`.
+1. The notebook (File > Import Notebook) has one folded cell with our files as plain text, then
+   cells that configure, train, evaluate, compare and show the report.
 2. --one-file is for a single cell. It is the script itself, with its siblings quoted at its head.
    In a kernel it takes the flags given here and never looks at the kernel's; run as a script, they
    are its defaults.
-3. Neither replaces a package that is there: the TPU build of JAX stays.
-4. The file of --reward-file comes along. Data and adapters do not: added as inputs, they are found
-   by the names they are given here.
+3. The first cell installs what is missing. JAX and libtpu are replaced only where JAX is too old or
+   libtpu is not the version that JAX asks for, both together, and before anything imports them.
+4. The files of --rewards and --reward-file come along. Data and adapters do not: added as inputs,
+   they are found by the names they are given here.
 """
 
 import ast
@@ -22,7 +23,6 @@ import dataclasses
 import importlib
 import io
 import json
-import re
 import shlex
 import sys
 import tarfile
@@ -31,6 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+
+import data
+import rewards
 
 HERE = Path(__file__).resolve().parent
 
@@ -70,9 +73,18 @@ def given(config: Any) -> dict:
 
 
 def call(config: Any) -> str:
-    """Source that makes a Config: "Config(\\n    steps=2,\\n)"."""
+    """Source that makes a Config: "Config(\n    steps=2,\n)"."""
     lines = "".join(f"    {name}={value!r},\n" for name, value in given(config).items())
     return f"{type(config).__name__}(\n{lines})" if lines else f"{type(config).__name__}()"
+
+
+def quoted(files: dict[str, str]) -> str:
+    """Source that fills the dict FILES: each text as it is, where no quotes are in the way."""
+    lines = []
+    for name, text in files.items():
+        plain = "'''" not in text and not text.endswith("\\")
+        lines.append(f"FILES[{name!r}] = " + (f"r'''\n{text}'''" if plain else repr(f"\n{text}")))
+    return "\n\n".join(lines)
 
 
 def tiny(folder: str) -> str:
@@ -89,39 +101,41 @@ def tiny(folder: str) -> str:
 
 
 def install() -> str:
-    """Source that adds what requirements.txt names and is not there, JAX apart."""
+    """Source that adds what requirements.txt names and is not there, and mends JAX's versions."""
     names = (HERE / "requirements.txt").read_text().split("\n")
     return INSTALL.format(wanted=[n for n in names if n.isidentifier() and n != "jax"])
 
 
-# --------------------------------------------------------------------------------------- notebook
-
-INTRO = """\
-# {title}
-
-By `python to_kaggle.py {command}`.
-
-1. Settings: a TPU v5e-8 as accelerator, Internet on. Add Input > Models > gemma-3 (or gemma-2) >
-   **Transformers** > the size of `model`; the Flax and PyTorch ones are not read. Weights, data and
-   the adapter of an earlier notebook are found among the inputs by the names in the run cell.
-2. Run All. To change a file, change its cell, then run it and the run cell.
-3. Results are in `/kaggle/working`. Interrupting the run cell saves; running it again goes on.
-"""
 INSTALL = """\
-# Adds what is missing and changes nothing else: the build of JAX belongs to this machine's TPU.
+# Adds the packages that are missing. JAX and libtpu must fit each other: where they do not, or JAX
+# is too old, both are replaced, which needs no restart because nothing has imported JAX yet.
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib import metadata
 
-wanted = {wanted}
-missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-if missing:
-    pins = {{d.name: f"{{d.name}}=={{d.version}}" for d in metadata.distributions() if d.name}}
-    pins = [pin for name, pin in pins.items() if name.startswith(("jax", "libtpu", "numpy"))]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--constraint", "/dev/stdin", *missing]
-    if subprocess.run(pip, input="\\n".join(pins), text=True).returncode:
-        raise SystemExit(f"pip could not install {{', '.join(missing)}}: is Internet on?")
+versions = {{d.name.lower(): d.version for d in metadata.distributions() if d.name}}
+install = [name for name in {wanted} if importlib.util.find_spec(name) is None]
+jax, libtpu = versions.get("jax", "0"), versions.get("libtpu")
+is_old = [int(n) for n in re.findall(r"\\d+", jax)[:2]] < [0, 10]
+requires = (metadata.requires("jax") if "jax" in versions else None) or []
+asked = [m[1] for r in requires if (m := re.match(r"libtpu==([\\d.]*\\d)", r))]
+fits = not libtpu or not asked or f"{{libtpu}}.".startswith(f"{{asked[0]}}.")
+keep = ("numpy", "jax", "jaxlib", "libtpu")
+if is_old or not fits:
+    if "jax" in sys.modules:
+        raise SystemExit(f"JAX {{jax}} and libtpu {{libtpu}} must be replaced, but JAX is imported "
+                         "already: restart the kernel and run this cell first")
+    cuda = [n for n in ("13", "12") if importlib.util.find_spec(f"jax_cuda{{n}}_plugin")]
+    extra = "[tpu]" if libtpu else f"[cuda{{cuda[0]}}]" if cuda else ""
+    install.append(f"jax{{extra}}>=0.10,<0.13" if is_old else f"jax{{extra}}=={{jax}}")
+    keep = ("numpy",)
+if install:
+    pins = "\\n".join(f"{{name}}=={{versions[name]}}" for name in keep if name in versions)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--constraint", "/dev/stdin", *install]
+    if subprocess.run(pip, input=pins, text=True).returncode:
+        raise SystemExit(f"pip could not install {{', '.join(install)}}: is Internet on?")
     importlib.invalidate_caches()
 """
 TINY = """\
@@ -135,15 +149,50 @@ packed = \"\"\"
 with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed))) as tar:
     tar.extractall({folder}, filter="data")
 """
-RUN = """\
+
+# --------------------------------------------------------------------------------------- notebook
+
+INTRO = """\
+# {title}
+
+Made by `python to_kaggle.py {command}`.
+
+1. **Settings**: Accelerator TPU v5e-8, Internet on, Environment "Always use latest".
+2. **Inputs**: Add Input > Models > gemma-3 (or gemma-2) > **Transformers** > the size of `model`.
+   The Flax and PyTorch versions cannot be read. Data files and the output of an earlier notebook
+   are found among the inputs by the names used in the configuration.
+3. **Save Version > Save & Run All.** Results are in `/kaggle/working/runs`. A run that was stopped
+   goes on when the training cell runs again where that folder is still there.
+"""
+PACKAGE = """\
+# The code, as plain text: change a file here, then run this cell and those below it.
 import sys
+from pathlib import Path
 
-for name in {modules}:
-    sys.modules.pop(name, None)  # or a change to a cell above would not count
+FILES = {{}}
+{files}
 
+for name, text in FILES.items():
+    Path("code", name).parent.mkdir(parents=True, exist_ok=True)
+    Path("code", name).write_text(text[1:])
+    sys.modules.pop(name.removesuffix(".py"), None)
+sys.path[:0] = ["code"] * ("code" not in sys.path)
+{tiny}"""
+CONFIGURE = """\
 import {module} as script
 
-script.main(script.{config})
+config = script.{config}
+"""
+EVALUATE = """\
+import eval as evaluation
+
+{data}before = evaluation.main(evaluation.{before})
+after = evaluation.main(evaluation.{after})
+"""
+OWN_ROWS = """\
+import hub
+
+held_out = str(hub.output(config.out) / "held_out.jsonl")  # the rows that training left out
 """
 REPORT = """\
 import html
@@ -154,40 +203,91 @@ from IPython.display import HTML
 
 import hub
 
-folder = hub.output({out!r})
-subprocess.run([sys.executable, "report.py", folder], check=True)
+folder = hub.output(config.out)
+subprocess.run([sys.executable, "code/report.py", folder], check=True, capture_output=True)
 page = html.escape((folder / "report.html").read_text())
 HTML(f'<iframe srcdoc="{{page}}" width="100%" height="900"></iframe>')
 """
+COMPLETIONS = """\
+import json
+
+rows = map(json.loads, (hub.output(config.out + "-eval") / "samples.jsonl").open())
+for row in [row for row in rows if row["mode"] == "greedy"][:3]:
+    print(row["prompt"], row["completion"], f"(expected: {row['gold']})", sep="\\n\\n")
+"""
+SUBMIT = """\
+## What to submit
+
+`/kaggle/working/runs` holds the run; its `final` folder is the model: a PEFT adapter for the base
+model named in its `adapter_config.json`, or a whole model where all weights were trained. The cell
+below merges an adapter into its base, for programs that take whole models.
+"""
+MERGE = """\
+import subprocess
+import sys
+
+# subprocess.run([sys.executable, "code/lora.py", "--model", config.model, "--adapter", config.out,
+#                 "--out", "merged"], check=True)
+"""
+
+
+def evaluation_cell(config: Any) -> str:
+    """Source that evaluates the start and the end of a training run, and compares them."""
+    evaluation = importlib.import_module("eval").Config
+    same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows",
+            "system")
+    same = {name: value for name, value in given(config).items() if name in same}
+    source = config.eval_data or data.test_split(config.data)
+    own = source is None and config.data is not None
+    rows = getattr(config, "eval_rows", None)
+    same |= {"data": "held_out" if own else source, "rows": rows}
+    before = evaluation(**same, adapter=config.adapter, out=f"{config.out}-eval-before")
+    after = evaluation(**same, adapter=config.out, out=f"{config.out}-eval",
+                       compare=f"{config.out}-eval-before")
+    text = EVALUATE.format(data=OWN_ROWS * own, before=call(before), after=call(after))
+    return text.replace("data='held_out'", "data=held_out")
 
 
 def notebook(script: str, config: Any, files: dict[str, str], flags: list[str]) -> str:
-    """The .ipynb: install, a cell for each file, run, and for training eval and report."""
-    module, modules = script.removesuffix(".py"), [file.removesuffix(".py") for file in files]
+    """The .ipynb: setup, configuration and run, and for training evaluation and report."""
+    module = script.removesuffix(".py")
     title, command = sys.modules[module].__doc__.split("\n")[0], shlex.join([script, *flags])
-    cells = {"intro": INTRO.format(title=title, command=command), "install": install()}
-    cells |= {file: f"%%writefile {file}\n{text}" for file, text in files.items()}
-    if getattr(config, "model", None) == "tiny":
-        cells["tiny"] = tiny('"."')
-    cells["run"] = RUN.format(modules=modules, module=module, config=call(config))
+    model = tiny("'code'") if getattr(config, "model", None) == "tiny" else ""
+    cells = [  # (id, text); cells whose id begins with # are Markdown
+        ("# intro", INTRO.format(title=title, command=command)),
+        ("install", install()),
+        ("package", PACKAGE.format(files=quoted(files), tiny=model)),
+        ("# configuration", "## Configuration\n\nEvery field is explained in the script's Config."),
+        ("config", CONFIGURE.format(module=module, config=call(config))),
+        ("# run", "## Run\n\nInterrupting this cell saves; running it again goes on."),
+        ("run", "final = script.main(config)\n"),
+    ]
     if script.startswith("train_"):
-        same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows")
-        same = {name: value for name, value in given(config).items() if name in same}
-        rows, source = given(config).get("eval_rows"), config.eval_data
-        evaluation = importlib.import_module("eval").Config(
-            **same, adapter=config.out, data=source, rows=rows, out=f"{config.out}-eval"
-        )
-        cells["eval"] = RUN.format(modules=modules, module="eval", config=call(evaluation))
-    if "report.py" in files:
-        cells["report"] = REPORT.format(out=config.out)
-    code = {"cell_type": "code", "execution_count": None, "outputs": []}
+        cells += [
+            ("# evaluation", "## Before and after\n\nThe same held-out problems, answered by the "
+             "model that training started from and by the trained one."),
+            ("eval", evaluation_cell(config)),
+            ("# report", "## Report\n\nCurves of every metric and a browser of completions."),
+            ("report", REPORT),
+            ("# completions", "## Three answers of the trained model"),
+            ("completions", COMPLETIONS),
+            ("# submit", SUBMIT),
+            ("merge", MERGE),
+        ]
+    folded = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}
+    out = []
+    for name, text in cells:
+        cell = {"id": name.replace("# ", "about-"), "metadata": {},
+                "source": text.removesuffix("\n").splitlines(keepends=True)}
+        if name.startswith("#"):
+            cell["cell_type"] = "markdown"
+        else:
+            cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
+        if name in ("install", "package"):
+            cell["metadata"] = folded
+        out.append(cell)
     return json.dumps({
-        "cells": [
-            (code if name != "intro" else {"cell_type": "markdown"})
-            | {"id": re.sub(r"\W", "-", name), "metadata": {},
-               "source": text.removesuffix("\n").splitlines(keepends=True)}
-            for name, text in cells.items()
-        ],
+        "cells": out,
         "metadata": {
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
             "language_info": {"name": "python"},
@@ -238,22 +338,27 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
     parser = "tyro.cli(Config,"
     assert tail.count(parser) == 1, f"{script} ends in another way than the other scripts"
     tail = tail.replace(parser, "CONFIG if KERNEL else tyro.cli(Config, default=CONFIG,")
-    siblings, others = [], [tiny("FOLDER.name")] if getattr(config, "model", "") == "tiny" else []
-    own = (getattr(config, "reward_file", None) or "").rpartition(":")[0]
-    for name, text in files.items():
-        plain = "'''" not in text and not text.endswith("\\")
-        quoted = f"r'''\n{text}'''" if plain else repr(f"\n{text}")
-        if name == own:  # a flag names its path
-            others.append(f"Path({name!r}).write_text({quoted}[1:])\n")
-        elif name != script:
-            siblings.append(f"FILES[{name!r}] = {quoted}\n")
-    head = HEAD.format(install=textwrap.indent(install(), "    "), files="\n".join(siblings),
-                       module=script.removesuffix(".py"), others="\n".join(others))
+    siblings = quoted({name: text for name, text in files.items() if name != script})
+    others = tiny("FOLDER.name") if getattr(config, "model", "") == "tiny" else ""
+    head = HEAD.format(install=textwrap.indent(install(), "    "), files=siblings,
+                       module=script.removesuffix(".py"), others=others)
     flags = f"\n\n\nCONFIG = {call(config)}\n"
     return "\n".join(lines[:end]) + head + code.strip() + flags + main + tail
 
 
 # ------------------------------------------------------------------------------------------- main
+
+
+def reward_files(config: Any) -> tuple[dict[str, str], Any]:
+    """The files that --rewards and --reward-file name, and the Config that finds them by name."""
+    files, own = {}, getattr(config, "reward_file", None)
+    for path in rewards.files(getattr(config, "rewards", None) or "", own):
+        if not path.is_file():
+            raise ValueError(f"--reward-file {own}: no file '{path}'")
+        files[path.name] = path.read_text()
+    if own:
+        config = dataclasses.replace(config, reward_file=own.rpartition("/")[2])
+    return files, config
 
 
 def main(config: Config, flags: list[str]) -> Path:
@@ -267,23 +372,19 @@ def main(config: Config, flags: list[str]) -> Path:
     if hasattr(module, "resolve"):
         module.resolve(parsed)  # finds wrong values too
     also = ("eval.py", "report.py") if script.startswith("train_") and not config.one_file else ()
-    names = [name for one in (*also, script) for name in needed(one)]
+    names = dict.fromkeys(name for one in (*also, script) for name in needed(one))
     files = {name: (HERE / name).read_text() for name in names}
-    if reward_file := getattr(parsed, "reward_file", None):
-        path, _, function = reward_file.rpartition(":")
-        if not Path(path).is_file():
-            raise ValueError(f"--reward-file {reward_file}: no file {path!r}")
-        if Path(path).name in files:
-            raise ValueError(f"--reward-file {reward_file}: rename it, one of ours has that name")
-        files[Path(path).name] = Path(path).read_text()
-        parsed = dataclasses.replace(parsed, reward_file=f"{Path(path).name}:{function}")
+    extra, parsed = reward_files(parsed)
+    for name in extra.keys() & files.keys():
+        raise ValueError(f"--reward-file {name}: rename it, one of ours has that name")
+    files = extra | files
     if config.one_file:
         text, end = one_file(script, parsed, files), "_kaggle.py"
     else:
         text, end = notebook(script, parsed, files, flags), ".ipynb"
     to = Path(config.to or script.replace(".py", end))
     to.write_text(text)
-    print(f"{to}: {len(text):,} bytes, with {', '.join(files)}")
+    print(f"{to}: {len(text):,} bytes, {len(files)} files: {', '.join(files)}")
     return to
 
 

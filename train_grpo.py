@@ -700,6 +700,7 @@ def main(config: Config) -> Path | dict:
         setup = Setup(config, mesh, model, problems, held_out,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
                       steps, reference)
+        stage.keep_held_out(config, held_out)
         saved = run.restore(state.arrays)
         if saved is not None:
             arrays = stage.put_like(saved.arrays, state.arrays)

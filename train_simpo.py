@@ -453,10 +453,11 @@ def main(config: Config) -> Path | dict:
 
     # compile
     train_step, eval_step = make_steps(model.cfg, config, mesh, model.sharded)
-    held_out = stage.HeldOut(config, mesh, model, held_out, eval_step)
+    evaluation = stage.HeldOut(config, mesh, model, held_out, eval_step)
 
     # loop: batch -> update -> log -> evaluate -> save
     with runs.Run(config, SHOWN) as run:
+        stage.keep_held_out(config, held_out)
         step, key, pending = 0, jax.random.key(config.seed), None
         if (saved := run.restore({"trained": trained, "opt": opt})) is not None:
             step = saved.step
@@ -484,11 +485,11 @@ def main(config: Config) -> Path | dict:
             if evaluates or run.due(config.save_every, step):
                 log_step(run, pending, began)
                 pending = None
-                save(held_out.measure(trained, step, run) if evaluates else None)
+                save(evaluation.measure(trained, step, run) if evaluates else None)
                 began = time.perf_counter()
         if pending is not None:
             log_step(run, pending, began)
-        return run.end(step, save, lambda: held_out.measure(trained, step, run), write)
+        return run.end(step, save, lambda: evaluation.measure(trained, step, run), write)
 
 
 if __name__ == "__main__":

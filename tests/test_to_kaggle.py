@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -52,14 +53,29 @@ def test_notebook_trains_evaluates_and_reports(tmp_path, one_device):
     there = {"metadata": {"path": path.parent}}
     client = nbclient.NotebookClient(notebook, timeout=600, startup_timeout=300, resources=there)
     client.execute()  # raises where a cell does
-    for file in path.parent.glob("*.py"):
-        assert file.read_bytes() == (ROOT / file.name).read_bytes()
-    for file in (path.parent / "tiny").iterdir():
-        assert file.read_bytes() == (ROOT / "tiny" / file.name).read_bytes()
+    assert len(notebook.cells) < 20
+    for folder in (path.parent / "code", path.parent / "code/tiny"):
+        for file in (f for f in folder.iterdir() if f.is_file()):
+            assert file.read_bytes() == (ROOT / file.relative_to(path.parent / "code")).read_bytes()
     lines = (path.parent / "runs/grpo/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2]
     results = json.loads((path.parent / "runs/grpo-eval/results.json").read_text())
-    assert results["n"] == 4 and "pass@1" in results
+    assert results["n"] == 4 and "pass@1" in results and results["compare"]["n"] == 4
+    outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
+    assert not [o for out in outputs.values() for o in out if o.output_type == "execute_result"
+                and "text/html" not in o.data]  # no stray values
+
+
+def test_evaluation_is_on_the_data_of_the_training(tmp_path):
+    """Its test split, the --eval-data given, or the rows that training held out of the user's."""
+    for flags, expected in (
+        (["--data", "gsm8k"], "data='gsm8k:test'"),
+        (["--data", "mine.jsonl"], "data=held_out"),
+        (["--data", "mine.jsonl", "--eval-data", "other.jsonl"], "data='other.jsonl'"),
+    ):
+        cells = json.loads(export(tmp_path / "nb", *flags).read_text())["cells"]
+        text = next("".join(cell["source"]) for cell in cells if cell["id"] == "eval")
+        assert text.count(expected) == 2 and ("held_out.jsonl" in text) == ("held_out" in expected)
 
 
 def talk(client, code, until=None, then=None):
@@ -178,8 +194,8 @@ def test_a_reward_file_comes_along(tmp_path):
     flags = ["--model", "gemma3-1b", "--reward-file", f"{tmp_path}/my.py:score"]
     cells = json.loads(export(tmp_path / "nb", *flags).read_text())["cells"]
     sources = {cell["id"]: "".join(cell["source"]) for cell in cells}
-    assert sources["my-py"] + "\n" == "%%writefile my.py\n" + text
-    assert "reward_file='my.py:score'" in sources["run"] and "tiny" not in sources
+    assert repr("\n" + text) in sources["package"] and "tarfile" not in sources["package"]
+    assert "reward_file='my.py:score'" in sources["config"]
     assert "adapter='runs/grpo'" in sources["eval"] and "model='gemma3-1b'" in sources["eval"]
     one = export(tmp_path / "one", *flags, one_file=True).read_text()
     strings = {node.value for node in ast.walk(ast.parse(one)) if isinstance(node, ast.Constant)}
@@ -195,8 +211,8 @@ def test_a_reward_file_beside_the_scripts_is_written_where_its_flag_says(tmp_pat
     monkeypatch.setattr(to_kaggle, "HERE", here)
     flags = ["--model", "gemma3-1b", "--reward-file"]
     one = export(tmp_path / "one", *flags, f"{here}/my.py:score", one_file=True).read_text()
-    assert "Path('my.py').write_text(" in one and "FILES['my.py']" not in one
-    with pytest.raises(ValueError, match="rewards.py:score: rename it, one of ours has that name"):
+    assert "FILES['my.py'] = " in one
+    with pytest.raises(ValueError, match="rewards.py: rename it, one of ours has that name"):
         export(tmp_path / "one", *flags, f"{here}/rewards.py:score")
 
 
@@ -255,6 +271,7 @@ def test_adapters_are_found_in_the_output_and_among_the_inputs(tmp_path, monkeyp
 def wheel(folder, name, version, requires=""):
     """A package of one empty module."""
     info, needs = f"{name}-{version}.dist-info", f"Requires-Dist: {requires}\n" * bool(requires)
+    needs += "Provides-Extra: tpu\n" * ("extra" in requires)
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
         file.writestr(f"{name}.py", "")
@@ -275,9 +292,13 @@ def test_the_install_cell_leaves_jax_alone(tmp_path, monkeypatch):
     (tmp_path / "pip").symlink_to(Path(pip.__file__).parent)  # quicker than one of its own
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (site,) = (tmp_path / "venv").glob("lib/*/site-packages")
-    for there in ("jax 0.10.0+tpu", "numpy 1.0", "tqdm 1.0"):
-        zipfile.ZipFile(wheel(tmp_path, *there.split())).extractall(site)
-    wheel(tmp_path, "jax", "0.12.0")
+    for there in ("jax 0.10.0", "numpy 1.0", "tqdm 1.0", "libtpu 0.0.37"):
+        requires = 'libtpu==0.0.37.*; extra == "tpu"' if there[:3] == "jax" else ""
+        zipfile.ZipFile(wheel(tmp_path, *there.split(), requires)).extractall(site)
+    wheel(tmp_path, "jax", "0.13.0")
+    wheel(tmp_path, "jax", "0.12.0", 'libtpu==0.0.44.*; extra == "tpu"')
+    for version in ("0.0.17", "0.0.37", "0.0.44"):
+        wheel(tmp_path, "libtpu", version)
     wheel(tmp_path, "optax", "1.0", "jax>=0.9")
     wheel(tmp_path, "optax", "2.0", "jax>=0.12")
     for name in ("numpy", "safetensors", "sentencepiece", "tqdm"):
@@ -294,6 +315,18 @@ def test_the_install_cell_leaves_jax_alone(tmp_path, monkeypatch):
     wheel(tmp_path, "tyro", "2.0")
     error, installed = run()
     assert error == "" and installed == {
-        "jax-0.10.0+tpu", "numpy-1.0", "tqdm-1.0", "optax-1.0", "safetensors-2.0",
+        "jax-0.10.0", "libtpu-0.0.37", "numpy-1.0", "tqdm-1.0", "optax-1.0", "safetensors-2.0",
         "sentencepiece-2.0", "tyro-2.0",
     }
+    # Kaggle's image of August 2026: an old JAX, and a libtpu that is not the one JAX asks for
+    for there, jax, libtpu in (
+        ("jax 0.7.2", "0.12.0", "0.0.44"), ("jax 0.10.0", "0.10.0", "0.0.37"),
+    ):
+        for old in (*site.glob("jax-*"), *site.glob("libtpu-*")):
+            shutil.rmtree(old)
+        requires = f'libtpu=={"0.0.20" if "0.7" in there else "0.0.37"}.*; extra == "tpu"'
+        package = wheel(tmp_path, *there.split(), requires)
+        zipfile.ZipFile(package).extractall(site)
+        zipfile.ZipFile(tmp_path / "libtpu-0.0.17-py3-none-any.whl").extractall(site)
+        error, installed = run()
+        assert error == "" and {f"jax-{jax}", f"libtpu-{libtpu}"} <= installed, (error, installed)
