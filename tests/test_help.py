@@ -31,6 +31,8 @@ def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
         match node:
             case ast.Attribute(ast.Name("config" | "quiet"), field):
                 found.add(field)
+            case ast.Attribute(ast.Attribute(_, "config"), field):  # self.config, setup.config
+                found.add(field)
             case ast.Call(ast.Name("getattr"), [ast.Name("config"), ast.Constant(field), *_]):
                 found.add(field)
             case ast.Attribute(ast.Name(owner), function):
