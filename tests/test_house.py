@@ -1,4 +1,4 @@
-"""The order of the rooms: what imports what, how much a reader of the GRPO path pays, no privates."""
+"""The order of the rooms: what imports what, how many files a reader pays for, no privates."""
 
 import ast
 import subprocess
@@ -56,8 +56,8 @@ def test_rooms_that_are_not_asked_for_are_not_imported(tmp_path):
     """By a whole run: neither the judge nor another script, nor an optional package."""
     program = (
         "import sys, train_grpo\n"
-        "train_grpo.main(train_grpo.Config(steps=1, prompts=2, group=2, max_new=8, rows=20, slots=4,"
-        f" eval_every=0, eval_rows=2, out={str(tmp_path / 'run')!r}))\n"
+        "train_grpo.main(train_grpo.Config(steps=1, prompts=2, group=2, max_new=8, rows=20,"
+        f" slots=4, eval_every=0, eval_rows=2, out={str(tmp_path / 'run')!r}))\n"
         "print(*sys.modules)")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
