@@ -16,7 +16,8 @@ import rewards
 import rollouts
 
 pytestmark = pytest.mark.smoke
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [b for page in PAGES for b in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
 COMMANDS = [
     shlex.split(part)
     for block in BLOCKS
