@@ -329,13 +329,13 @@ def evaluate(sampler: Sampler, params: dict, tok: data.Tokenizer, problems: list
                 new = [group[i] for i in sorted(unfinished.pop(rollout.prompt))]
                 rows += new
                 if journal is not None:
-                    with runs._writing(journal), journal.open("ab") as f:
+                    with runs.writing(journal), journal.open("ab") as f:
                         f.write(to_lines(new))
             now = time.monotonic()
             if every_s is not None and now - shown >= every_s:
                 show(n_done, n_all, (now - began) / (n_done - n_before))
                 shown = now
-    rows = [row for part in hosts.gather(rows) for row in part]
+    rows = [row for part in hosts.everyone(rows) for row in part]
     rows.sort(key=lambda row: (row["problem"], row["mode"], row["sample"]))
     return summarize(rows), rows
 
@@ -445,7 +445,7 @@ def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> l
     for row in rows:
         if row["problem"] >= len(problems) or row["id"] != problems[row["problem"]].id:
             raise ValueError(f"{path}: problem {row['problem']} is not that of --data any more")
-    runs._replace(path, to_lines(rows))
+    runs.replace_file(path, to_lines(rows))
     return rows
 
 
@@ -667,7 +667,7 @@ def check_folder(config, start: lora.Start, problems: list[Problem]) -> None:
                 flag = key if " " in key else "--" + key.replace("_", "-")
                 raise ValueError(f"{flag} was {was!r} when {out} was begun, now it is {now!r}: "
                                  "put it back, or choose another --out")
-    with runs._writing(out):
+    with runs.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         runs.write_json(out / "config.json", record)
 
@@ -718,8 +718,8 @@ def main(config: Config) -> dict:
             results = summarize(rows)
         if others is not None:
             results["compare"] = compare(rows, others)
-        with runs._writing(out):
-            runs._replace(out / "samples.jsonl", to_lines(rows))
+        with runs.writing(out):
+            runs.replace_file(out / "samples.jsonl", to_lines(rows))
             runs.write_json(out / "results.json", results)
     print(table(results))
     return results

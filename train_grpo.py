@@ -227,7 +227,7 @@ class Config(judges.Config):
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    """host:port of process 0, where the processes meet; auto: JAX finds them (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
     """How many run this command, each on a host (or GPU) of its own."""
     process_id: int | None = None
@@ -252,8 +252,6 @@ DEFAULTS = {
     "gemma2-9b": REAL | dict(lora_rank=32, slots=8),
     "gemma3-12b": REAL | dict(lora_rank=32, slots=8),
 }
-MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every", "show",
-              "show_every", "reward_threads")
 LABELS = {  # metrics on the line of a step; their names are those of TRL where it has one
     "reward": "reward", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
     "completions/clipped_ratio": "cut", "frac_reward_zero_std": "flat", "kl": "kl",
@@ -361,6 +359,23 @@ class Sample:
             "rewards": self.scored.parts, "errors": self.scored.errors, "group": self.group,
             "n_tokens": len(self.rollout.ids), "stop": self.rollout.stop,
         }
+
+
+    def plain(self) -> dict:
+        """As JSON, for the other processes."""
+        r = self.rollout
+        return {"group": self.group, "text": self.text, "right": self.right, "strict": self.strict,
+                "scored": self.scored, "rollout": [r.prompt, r.index, r.ids.tolist(),
+                                                   r.logps.tolist(), r.stop]}
+
+    @classmethod
+    def of(cls, problem: Problem, plain: dict):
+        """The sample that plain() was made of."""
+        prompt, index, ids, logps, stop = plain["rollout"]
+        rollout = Rollout(prompt, index, np.array(ids, np.int32), np.array(logps, np.float32), stop)
+        scored = rewards.Scored(*plain["scored"])
+        return cls(problem, plain["group"], rollout, plain["text"], plain["right"],
+                   plain["strict"], scored)
 
 
 def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | None = None,
@@ -863,7 +878,11 @@ def main(config: Config) -> Path | dict:
         if judge is not None:
             judge.pump(flush=True)
         groups = [[futures[i, g].result() for g in range(config.group)] for i in mine]
-        return hosts.join(groups), ended - began, time.perf_counter() - ended
+        if hosts.count > 1:  # the groups of the others, too
+            plain = hosts.join([[s.plain() for s in group] for group in groups])
+            groups = [[Sample.of(problems[i], s) for s in group]
+                      for i, group in zip(chosen, plain, strict=True)]
+        return groups, ended - began, time.perf_counter() - ended
 
     def update(samples, lr):
         """mu updates from one set of samples -> metrics of the last, logp of the first."""
@@ -903,12 +922,8 @@ def main(config: Config) -> Path | dict:
         train_sft.write_model(folder, config, model, trained)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
-                         needs=("step", "save", "eval"))
-    report_to = [name for name in config.report_to.split(",") if name]
     closing = contextlib.closing(judge) if judge else contextlib.nullcontext()
-    with pool, closing, runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to,
-                                 LABELS, every_s=0.0) as run:
+    with pool, closing, runs.Run(config, LABELS, every_s=0.0) as run:
         saved = run.restore({"trained": trained, "opt": opt})
         step, state = 0, {"drawn": 0, "num_tokens": 0}
         if saved is not None:
@@ -916,9 +931,9 @@ def main(config: Config) -> Path | dict:
             trained = train_sft.place_like(saved.arrays["trained"], trained)
             opt = train_sft.place_like(saved.arrays["opt"], opt)
         elif config.eval_every:
-            with budget.measure("eval"):
+            with run.budget.measure("eval"):
                 measure(run)
-        first_step, measured = step, None
+        first_step = step
 
         def save(score=None):
             run.save(step, {"trained": trained, "opt": opt}, state, write, score)
@@ -954,22 +969,13 @@ def main(config: Config) -> Path | dict:
             if trouble := next(filter(None, troubles), None):
                 save()
                 raise SystemExit(f"step {step}: {trouble}")
-            ends = config.steps is not None and step >= config.steps
-            if config.eval_every and step % config.eval_every == 0 and not ends:
-                with budget.measure("eval"):
+            if run.due(config.eval_every, step):
+                with run.budget.measure("eval"):
                     score = measure(run)
                 save(score)
-                measured = step
-            elif config.save_every and step % config.save_every == 0 and not ends:
+            elif run.due(config.save_every, step):
                 save()
-        unsaved = step != measured and (saved is None or step > saved.step)
-        if p < 1:
-            if unsaved:  # again, it would lose its score
-                save()
-            run.stop()
-        if unsaved:
-            save(measure(run))
-        return run.finish(write)
+        return run.end(step, save, lambda: measure(run), write)
 
 
 def check_drift(step: int, metrics: dict, config: Config) -> None:

@@ -152,7 +152,7 @@ class Config:
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    """host:port of process 0, where the processes meet; auto: JAX finds them (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
     """How many run this command, each on a host (or GPU) of its own."""
     process_id: int | None = None
@@ -173,7 +173,7 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }
-MAY_CHANGE = ("steps", "time_limit", "out", "keep", "report_to", "save_every", "eval_every")
+LABELS = {"loss": "loss", "tokens_per_s": "tok/s"}  # metrics on the line of a step
 
 
 def resolve(config: Config) -> Config:
@@ -569,10 +569,10 @@ def problem(ids, mask, tok: data.Tokenizer) -> Problem:
 
 
 def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Packed,
-        held_out: list, show: tuple[str, ...] = ("loss", "tokens_per_s")) -> Path:
+        held_out: list, show: dict[str, str] = LABELS) -> Path:
     """Trains until --steps or --time-limit, with evaluations and checkpoints, and writes final/.
 
-    steps: (train_step, eval_step) of this script or of train_simpo.py. show: metrics of the line.
+    steps: (train_step, eval_step) of this script or of train_simpo.py. show: see runs.Run.
     """
     (train_step, eval_step), tok, fixed = steps, model.tok, model.fixed
     trained, (n_micro, _) = model.trained, batch_shape(config, mesh)
@@ -613,17 +613,14 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
         write_model(folder, config, model, trained)
 
     # loop
-    budget = runs.Budget(config.steps, runs.parse_time(config.time_limit), start=runs.STARTED,
-                         needs=("step", "save", "eval"))
-    report_to = [name for name in config.report_to.split(",") if name]
-    with runs.Run(config.out, config, MAY_CHANGE, budget, config.keep, report_to, show) as run:
+    with runs.Run(config, show) as run:
         saved = run.restore({"trained": trained, "opt": opt})
         step = 0
         if saved is not None:
             step = saved.step
             trained = place_like(saved.arrays["trained"], trained)
             opt = place_like(saved.arrays["opt"], opt)
-        pending, measured, began = None, None, time.perf_counter()
+        pending, began = None, time.perf_counter()
 
         def log_pending():
             """Waits for the newest step and writes its line."""
@@ -655,26 +652,17 @@ def fit(config: Config, mesh: Mesh, model: Model, steps: tuple, batches: data.Pa
             log_pending()  # of the step before: the device is busy with this one meanwhile
             step += 1
             pending = step, metrics, {"lr": lr, "p": p}, batch
-            ends = config.steps is not None and step >= config.steps
-            if config.eval_every and step % config.eval_every == 0 and not ends:
+            if run.due(config.eval_every, step):
                 log_pending()
-                with budget.measure("eval"):
+                with run.budget.measure("eval"):
                     score = measure(run, step)
                 save(score)
-                measured = step
                 began = time.perf_counter()
-            elif config.save_every and step % config.save_every == 0 and not ends:
+            elif run.due(config.save_every, step):
                 save()
                 began = time.perf_counter()
         log_pending()
-        unsaved = step != measured and (saved is None or step > saved.step)
-        if p < 1:
-            if unsaved:  # again, it would lose its score
-                save()
-            run.stop()
-        if unsaved:
-            save(measure(run, step))
-        return run.finish(write)
+        return run.end(step, save, lambda: measure(run, step), write)
 
 
 @runs.one_line

@@ -166,7 +166,7 @@ class Config:
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; found by JAX on SLURM, GKE, TPU slices."""
+    """host:port of process 0, where the processes meet; auto: JAX finds them (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
     """How many run this command, each on a host (or GPU) of its own."""
     process_id: int | None = None
@@ -420,7 +420,7 @@ def main(config: Config) -> Path | dict:
     batches, held_out = train_sft.load_data(config, model.tok, data.read_pair)
     steps = make_steps(model.cfg, config, mesh, model.sharded)
     model = model._replace(fixed=with_reference(model.trained, model.fixed, config))
-    show = "loss", "pair_accuracy", "margin", "tokens_per_s"
+    show = {"loss": "loss", "pair_accuracy": "acc", "margin": "margin", "tokens_per_s": "tok/s"}
     return train_sft.fit(config, mesh, model, steps, batches, held_out, show)
 
 

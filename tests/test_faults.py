@@ -265,31 +265,33 @@ def test_two_runs_on_one_folder(world, tmp_path, name):
     world.goes_on(name, out)
 
 
-LOWER = {
-    "train_sft": ("--micro-rows", "--remat layer", "--eval-accuracy or --max-new"),
-    "train_simpo": ("--micro-rows", "--remat layer", "--eval-accuracy or --max-new"),
-    "train_grpo": ("--micro-rows", "--remat layer", "--slots or --max-new"),
-    "eval": ("--slots or --max-new",),
-    "synthesize": ("--slots or --max-new",),
+MEMORY = {
+    "train_sft": dict(micro_rows=2, remat="layer"),
+    "train_simpo": dict(micro_rows=2, remat="layer"),
+    "train_grpo": dict(slots=2, micro_rows=2, remat="layer"),
+    "eval": dict(slots=2),
+    "synthesize": dict(slots=2),
 }
 
 
 @every_script
 def test_out_of_memory(world, tmp_path, monkeypatch, name):
-    """In the update, and while completions are written; each names its own flags."""
-    out, (*update, rollout) = world.half(name, tmp_path), LOWER[name]
+    """The line names flags that the script has, and the run goes on with what it advises."""
+    out, lower = world.half(name, tmp_path), MEMORY[name]
 
     def full(*a, **k):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes\n  a\n  b")
 
-    if update:
-        with monkeypatch.context() as m:
-            m.setattr(MODULE[name], "make_steps", lambda *a: (full, full))
-            world.ends(name, out, "out of memory: lower", *update, "9 bytes")
-    with monkeypatch.context() as m:
-        m.setattr(sampler.Sampler, "decode", full)
-        world.ends(name, out, "out of memory: lower", rollout)
-    world.goes_on(name, out)
+    flags = ["--" + flag.replace("_", "-") for flag in lower]
+    for owner, attribute in ((sampler.Sampler, "decode"), (MODULE[name], "make_steps")):
+        if hasattr(owner, attribute):
+            with monkeypatch.context() as m:
+                m.setattr(owner, attribute, full if owner is sampler.Sampler else
+                          lambda *a: (full, full))
+                line = world.ends(name, out, "out of memory: ", *flags, "9 bytes")
+                assert ("--slots" in line) == ("slots" in lower)
+    world.run(name, out, **lower)
+    assert contents(out).keys() == world.whole(name).keys()
 
 
 def test_out_of_memory_of_a_real_device(world, tmp_path):
@@ -302,7 +304,7 @@ def test_out_of_memory_of_a_real_device(world, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("out of memory: lower --slots or --max-new (RESOURCE_EXHAUSTED"), line
+    assert line.startswith("out of memory: lower --slots (RESOURCE_EXHAUSTED"), line
 
 
 def test_other_errors_of_the_devices_are_not_hidden(world, tmp_path, monkeypatch):
@@ -315,36 +317,22 @@ def test_other_errors_of_the_devices_are_not_hidden(world, tmp_path, monkeypatch
 
 
 class Clock:
-    """Reads what it is told by the number of the reading."""
+    """Jumps a day ahead at the fifth reading."""
 
-    def __init__(self, at):
-        self.at, self.n = at, 0
+    n = 0
 
     def __call__(self):
         self.n += 1
-        return self.at(self.n)
+        return 86400.0 * (self.n > 4)
 
 
 @every_trainer
-def test_clock_set_back(world, tmp_path, monkeypatch, name):
-    """By a day at every third reading: the run loses no step to it."""
-    clock = Clock(lambda n: n - 86400.0 * (n // 3))
-    monkeypatch.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
-    monkeypatch.setattr(runs, "STARTED", 0.0)
-    out = world.half(name, tmp_path)
-    world.run(name, out, time_limit="9h")
-    found, whole = contents(out), world.whole(name)
-    for file in ("metrics.jsonl", "samples.jsonl", "final/adapter_model.safetensors"):
-        assert found[file] == whole[file]
-
-
-@every_trainer
-def test_clock_set_forward(world, tmp_path, monkeypatch, name):
-    """By a day: the limit is over, and the run ends as one whose time is up."""
+def test_clock_jumps_ahead(world, tmp_path, monkeypatch, name):
+    """A machine that was suspended: the limit is over, and the run ends as one whose time is up."""
     out = world.half(name, tmp_path)
     with monkeypatch.context() as m:
-        clock = Clock(lambda n: 86400.0 * (n > 4))
-        m.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
+        m.setattr(runs, "STARTED", 0.0)
+        m.setattr(runs, "Budget", functools.partial(runs.Budget, clock=Clock()))
         world.run(name, out, time_limit="1h")
     steps = [int(p.name[5:]) for p in (out / "checkpoints").iterdir()]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -486,6 +474,18 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         assert runs.verify(tmp_path / "final") is None
     else:
         assert (tmp_path / "pairs.jsonl").exists()
+
+
+def test_a_spent_judge_limit_may_be_raised(world, tmp_path, monkeypatch):
+    """The run stops with a checkpoint, and continues with a higher --judge-limit."""
+    monkeypatch.setattr(judge, "ENOUGH", 4)
+    change = dict(rewards="judge:1", judge_threads=1, log_samples=99)
+    with serving(lambda n, body: {"content": json.dumps({"score": 1 + n % 5})}) as server:
+        change["judge"] = server.url
+        world.ends("train_grpo", tmp_path, "--judge-limit", judge_limit=10, **change)
+        assert [*(tmp_path / "checkpoints").iterdir()]
+        world.run("train_grpo", tmp_path, judge_limit=200, **change)
+    assert runs.verify(tmp_path / "final") is None
 
 
 def test_teacher_down(world, tmp_path, monkeypatch, capsys):
