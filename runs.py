@@ -140,7 +140,7 @@ MEMORY = {  # the flags that lower a script's memory, for those whose config has
     "slots": "lower --slots", "micro_rows": "lower --micro-rows", "remat": "take --remat layer",
     "shard": "take --shard yes", "plan": "see what fits with --plan",
 }
-BROKEN = "Gloo|UNAVAILABLE|DATA_LOSS"  # in XLA's error when a collective loses another process
+BROKEN = "Gloo|UNAVAILABLE"  # in XLA's error when a collective loses another process
 
 
 def one_line(main: Callable) -> Callable:
@@ -183,11 +183,13 @@ def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:
     if threading.current_thread() is not threading.main_thread():  # Python allows no other
         return
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN  # by nohup
-        if number is not None and not ignored:
-            before = signal.signal(number, handler)
-            stack.callback(signal.signal, number, before or signal.SIG_DFL)
+        number = getattr(signal, name, None)
+        if number is None:  # Windows has no SIGHUP
+            continue
+        before = signal.signal(number, handler)
+        stack.callback(signal.signal, number, before or signal.SIG_DFL)
+        if name == "SIGHUP" and before == signal.SIG_IGN:  # nohup
+            signal.signal(number, before)
 
 
 # ---------------------------------------------------------------------------- time budget
