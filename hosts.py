@@ -20,10 +20,10 @@ to them, or leaves out:
 - `everyone` is a collective of the devices, so it waits for the work they were given before it.
   All processes must call it in the same order, from the main thread.
 - Values cross as JSON and arrays as bytes: a tuple arrives as a list, and an object is an error.
-- When a process dies, the others end too. Those in a collective with it say so in one line at once
-  (runs.one_line), then JAX's coordination service aborts them all within HEARTBEAT_S. A process
-  that ends by an error of its own waits LEAVE_S for the others first. JAX's report, which follows
-  the line, is long; the line of the process that failed says why.
+- When a process dies, the others end too: those in a collective with it at once, in one line if
+  the error reaches Python (runs.one_line); all of them, aborted by JAX's coordination service,
+  within HEARTBEAT_S. A process that ends by an error of its own first waits LEAVE_S for the others.
+  JAX's report is long and comes last; the output of the process that failed first says why.
 """
 
 import dataclasses
