@@ -604,7 +604,7 @@ class Run(contextlib.ExitStack):
                 self._open_loggers(names, _plain(dataclasses.asdict(config)))
             _handle_signals(self, self._on_signal)
             if self.writes:
-                self.callback(self.report)  # first of all, however the run ends
+                self.callback(self.report)  # the first thing to happen, however the run ends
         except BaseException:
             self.close()
             raise
@@ -621,10 +621,14 @@ class Run(contextlib.ExitStack):
             (self.folder / "checkpoints").mkdir(exist_ok=True)
 
     def _open_loggers(self, names, config):
+        self.callback(self._close_loggers)
         for name in names:
             if opened := self._tell(name, LOGGERS[name], self.folder, config):
                 self.loggers[name] = opened
-                self.callback(lambda name=name, close=opened[1]: self._tell(name, close))
+
+    def _close_loggers(self):
+        for name, (_, close) in [*self.loggers.items()]:
+            self._tell(name, close)
 
     def _tell(self, name, call, *arguments):
         try:
@@ -647,8 +651,8 @@ class Run(contextlib.ExitStack):
     def progress(self, step: int) -> float:
         """The share of the run done after `step` updates, 1 at the end; call it between two steps.
 
-        All processes get that of the first, by its clock. A signal that any of them got since the
-        last call now sets `stopping` on all.
+        All processes get the share of the first, by its clock. If any of them has got a signal
+        since the last call, this call sets `stopping` on all.
         """
         everyone = hosts.everyone([self.budget.progress(step), self.asked])
         self.budget.p = everyone[0][0]
@@ -656,9 +660,9 @@ class Run(contextlib.ExitStack):
         return self.budget.p
 
     def due(self, every: int, step: int) -> bool:
-        """Whether something happens after this step: every so many, never if 0.
+        """Whether step is a multiple of `every` (0: never), but not the last of --steps.
 
-        Not after the last of --steps, which end() evaluates and saves.
+        end() evaluates and saves the last one.
         """
         last = self.budget.steps is not None and step >= self.budget.steps
         return every > 0 and step % every == 0 and not last

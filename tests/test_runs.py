@@ -814,20 +814,20 @@ def test_lines_now_and_then(tmp_path, capsys):
 
 # ------------------------------------------------------------------ loggers, environment
 
-FAKES = {  # modules as far as they are used; `{}` is what the first call does
+FAKES = {  # modules as far as they are used; `{}` is what every call does
     "wandb": """
         seen = []
         def init(**options): seen.append(options["config"]["lr"])
         def log(metrics, step): {}; seen.append((step, metrics))
-        def finish(): seen.append("closed")
+        def finish(): seen.append("closed"); {}
     """,
     "tensorboard": """
         import sys
         __path__, seen, self = [], [], sys.modules[__name__]
         class Writer:
             def __init__(self, folder): seen.append(1e-4)
-            def add_scalar(self, key, value, step): {}; seen.append((step, {{key: value}}))
-            def close(self): seen.append("closed")
+            def add_scalar(self, key, value, step): {}; seen.append((step, {key: value}))
+            def close(self): seen.append("closed"); {}
         self.Writer = Writer
         sys.modules["tensorboard.summary"] = self
     """,
@@ -840,7 +840,7 @@ def test_a_logger_gets_the_numbers_or_is_off_after_one_line(tmp_path, monkeypatc
                                                             does):
     monkeypatch.setitem(sys.modules, "tensorboard.summary", None)  # so that it is put back
     del sys.modules["tensorboard.summary"]
-    (tmp_path / f"{name}.py").write_text(textwrap.dedent(FAKES[name].format(does)))
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(FAKES[name].replace("{}", does)))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
     with open_run(tmp_path / "x", report_to=name) as run:
@@ -852,6 +852,7 @@ def test_a_logger_gets_the_numbers_or_is_off_after_one_line(tmp_path, monkeypatc
         assert seen == [1e-4, (1, {"loss": 0.5}), (2, {"loss": 0.5}), "closed"]
     else:
         assert said.count(f"{name} is off for the rest of the run") == said.count("quota") == 1
+        assert seen == [1e-4]
     assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 2
 
 
