@@ -426,7 +426,7 @@ def claim(folder: Path, kind: str = "run") -> None:
         raise SystemExit(f"--out {folder} is not empty and holds no {kind} of this repository: "
                          "choose another --out; nothing in it was touched")
     if (holds := code.get("kind", "run")) != kind:
-        raise SystemExit(f"--out {folder} holds a folder of kind {holds!r}, not {kind!r}: choose "
+        raise SystemExit(f"--out {folder} is a folder of kind {holds!r}, not {kind!r}: choose "
                          "another --out; nothing in it was touched")
 
 
