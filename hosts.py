@@ -1,34 +1,36 @@
-"""More than one host: the same script runs once on each, joined by JAX's own distributed runtime.
+"""More than one host: the same command runs once on each, joined by JAX's distributed runtime.
 
-    python train_sft.py --coordinator 10.0.0.1:8476 --n-processes 2 --process-id 0    # on one
+    python train_sft.py --coordinator 10.0.0.1:8476 --n-processes 2 --process-id 0    # on one host
     python train_sft.py --coordinator 10.0.0.1:8476 --n-processes 2 --process-id 1    # on the other
+    srun python train_sft.py --coordinator auto           # under SLURM, GKE, on Cloud TPU slices
 
-Under SLURM, Open MPI, GKE and on Cloud TPU slices the flags are not needed: JAX finds its peers.
+Who holds what, in every script of this repository:
 
-What is whose, everywhere in this repository:
-
-1. Every process holds the same host arrays (batches, samples, advantages: functions of the seed and
-   of what was exchanged) and puts on its own devices only their shards of them.
+1. Every process holds the same host arrays (batches, samples and advantages are functions of the
+   seed and of what was exchanged) and puts only its own shards of them on its devices.
 2. The mesh of an update spans all devices. Rollouts and a judge run on each process's own devices,
-   for its share of the prompts: no collective is in a decode loop, and a group stays together.
-3. Process 0 alone touches the run folder and reads the clock; the others are told.
+   for its share of the prompts, so there is no collective in a decode loop.
+3. Process 0 alone touches the run folder and reads the clock; it tells the others.
 
-What a process says to the others goes through the coordinator (`everyone`), so that no device waits
-for it; megabytes go over the devices' network (`gather`). All processes must call these in the same
-order, from the main thread. When a process dies, JAX ends the others: those in a broken collective
-at once, the rest after HEARTBEAT_S.
+This is a thin layer over `jax.distributed` and `jax.experimental.multihost_utils`. What it leaves
+to them, or leaves out:
+
+- A script looks for other processes only if a flag asks for it; `--coordinator auto` is JAX's own
+  detection.
+- `everyone` is a collective of the devices, so it waits for the work they were given before it.
+  All processes must call it in the same order, from the main thread.
+- Values cross as JSON and arrays as bytes: a tuple arrives as a list, and an object is an error.
+- When a process dies, the others end too: those in a collective with it at once, in one line if
+  the error reaches Python (runs.one_line); all of them, aborted by JAX's coordination service,
+  within HEARTBEAT_S. A process that ends by an error of its own first waits LEAVE_S for the others.
+  JAX's report is long and comes last; the output of the process that failed first says why.
 """
 
-import atexit
-import ctypes
 import dataclasses
 import hashlib
-import os
-import pickle
+import json
 import platform
 import re
-import signal
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -36,150 +38,83 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 FLAGS = ("coordinator", "n_processes", "process_id")  # the fields that may differ between hosts
-HEARTBEAT_S = 20  # a process that was silent for so long is dead to the others
-BROKEN = "Gloo|UNAVAILABLE"  # what JAX's errors say when a connection to another process breaks
-FOREVER_MS = 10**9  # whoever waits for a dead process is ended by HEARTBEAT_S, not by this
+HEARTBEAT_S = 20  # a process that is silent for so long counts as dead
+LEAVE_S = 30  # how long a process that ends waits for the others to end
 
-index, count = 0, 1  # of this process; connect() sets them
-_turn = 0  # of everyone()
+index, count = 0, 1  # of this process; connect() sets both
 
 # ------------------------------------------------------------------------------------- connecting
 
 
 def connect(config) -> None:
-    """Joins the processes that a cluster or the FLAGS of a config describe; before any array.
+    """Join the processes that the FLAGS of a config describe; call it before making any array.
 
-    Neither: nothing happens. Processes of other flags, code or versions than process 0's all end
-    with a line that names the difference.
+    Without a flag the script is a single process. Processes whose flags, code or versions differ
+    from those of process 0 end with one line that names the difference.
     """
     global index, count
-    coordinator, n, i = config.coordinator, config.n_processes, config.process_id
-    asked = [value for value in (coordinator, n, i) if value is not None]
-    good = len(asked) == 3 and re.fullmatch(r".+:\d+", coordinator) and 0 <= i < n
-    if asked and not good:
-        raise ValueError(f"--coordinator {coordinator} --n-processes {n} --process-id {i}: expected"
-                         " all three: host:port, how many, and which of them from 0")
+    given = config.coordinator, config.n_processes, config.process_id
+    if given == (None, None, None) and not jax.distributed.is_initialized():
+        return
     if not jax.distributed.is_initialized():
-        if not asked and not detected():
-            return
-        jax.config.update("jax_enable_preemption_service", False)  # runs.Run has the signals
-        _say_why_at_the_end()
-        try:
-            jax.distributed.initialize(coordinator, n, i, heartbeat_timeout_seconds=HEARTBEAT_S)
-        except RuntimeError as error:
-            line = str(error).splitlines()[0]
-            raise SystemExit(f"the processes did not all meet at {coordinator}: {line}") from error
+        _initialize(*given)
     index, count = jax.process_index(), jax.process_count()
     _check(config)
 
 
-def detected() -> bool:
-    """Whether JAX finds itself in a cluster of several processes, as initialize() would."""
-    from jax._src import clusters
-
-    for env in clusters.ClusterEnv._cluster_types:
-        try:
-            if not env.opt_in_only_method and env.is_env_present():
-                return env.get_process_count() > 1
-        except Exception as error:  # asking may fail in any way where there is none
-            print(f"not a cluster by {env.__name__}: {error!r}", file=sys.stderr)
-    return False
-
-
-def _say_why_at_the_end() -> None:
-    """Makes the last line of a process that loses another one a clear one.
-
-    JAX ends such a process in C++ by abort(), after its own report; a Python handler would never
-    run. A process that ends before the others must not wait for them as JAX would.
-    """
-
-    def lost(*_):
-        line = (f"host {index} of {count}: another host ended or was lost, its own output says why;"
-                " the same command on every host continues from the last checkpoint\n")
-        os.write(2, line.encode())
-        os._exit(1)
-
-    _say_why_at_the_end.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lost)  # kept alive
-    ctypes.CDLL(None).signal(signal.SIGABRT, _say_why_at_the_end.handler)
-
-    def uncaught(kind, error, trace):
-        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(BROKEN, str(error)):
-            lost()
-        sys.__excepthook__(kind, error, trace)
-
-    def leave():
-        try:
-            _client().wait_at_barrier("the end", 5_000)
-        except jax.errors.JaxRuntimeError:  # they go on, without us
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
-
-    sys.excepthook = uncaught
-    atexit.register(leave)
+def _initialize(coordinator: str | None, n: int | None, i: int | None) -> None:
+    auto = (coordinator, n, i) == ("auto", None, None)
+    full = None not in (coordinator, n, i) and re.fullmatch(r".+:\d+", coordinator) and 0 <= i < n
+    if not auto and not full:
+        raise ValueError(f"--coordinator {coordinator} --n-processes {n} --process-id {i}: expected"
+                         " all three (host:port, their number, which of them this is, from 0), or"
+                         " --coordinator auto alone")
+    where = {} if auto else dict(coordinator_address=coordinator, num_processes=n, process_id=i,
+                                 coordinator_bind_address=coordinator)
+    jax.config.update("jax_enable_preemption_service", False)  # runs.Run handles SIGTERM
+    try:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_S,
+                                   shutdown_timeout_seconds=LEAVE_S)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"--coordinator {coordinator}: the processes did not meet: "
+                         f"{str(error).splitlines()[0]}") from error
 
 
 def _check(config) -> None:
-    """Ends all processes unless they have the same flags, code and versions."""
-    mine = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(config).items()
-            if k not in FLAGS}
+    """End all processes unless they have the same flags, code, versions and number of devices."""
+    mine = {f"--{name.replace('_', '-')}": value
+            for name, value in dataclasses.asdict(config).items() if name not in FLAGS}
     mine |= {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
-    device, n = jax.local_devices()[0], jax.local_device_count()
-    mine |= {"Python": platform.python_version(), "the device": f"{n} x {device.device_kind}"}
-    files = [*Path(__file__).resolve().parent.glob("*.py")]
-    if reward_file := getattr(config, "reward_file", None):
-        files.append(Path(reward_file.rpartition(":")[0]))
-    mine |= {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files if f.exists()}
+    mine |= {"Python": platform.python_version(),
+             "the device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"}
+    mine |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+             for file in Path(__file__).resolve().parent.glob("*.py")}
     first, *others = everyone(mine)
     for i, other in enumerate(others, 1):
         for name in sorted({*first, *other}):
-            there, here = (side.get(name, "absent") for side in (first, other))
-            if there != here:
-                raise SystemExit(f"{name} is {there!r} in process 0 but {here!r} in process {i}: "
-                                 "every host needs the same flags, code and versions")
+            a, b = first.get(name, "absent"), other.get(name, "absent")
+            if a != b:
+                raise SystemExit(f"{name} is {a!r} in process 0 but {b!r} in process {i}: every "
+                                 "host needs the same flags, code and versions")
 
 
 # ------------------------------------------------------------------------------------- exchanging
 
 
-def _client():
-    """Of the coordinator; JAX has no public way to it, and Orbax and MaxText go the same one."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
 def everyone(value: Any) -> list:
-    """The (small) value of each process, in their order."""
-    global _turn
+    """The JSON value of each process, in their order, on every process."""
     if count == 1:
         return [value]
-    _turn += 1
-    client = _client()
-    client.key_value_set_bytes(f"turn{_turn}/{index:06}", pickle.dumps(value))
-    client.wait_at_barrier(f"turn{_turn}", FOREVER_MS)
-    values = sorted(client.key_value_dir_get_bytes(f"turn{_turn}"))
-    if _turn > 1:  # whoever is here has read the last turn's
-        client.key_value_delete(f"turn{_turn - 1}/{index:06}")
-    return [pickle.loads(value) for _, value in values]
-
-
-def gather(value: Any) -> list:
-    """everyone() for values of megabytes."""
-    if count == 1:
-        return [value]
-    from jax.experimental import multihost_utils
-
-    blob = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = everyone(len(blob))
-    padded = np.zeros(1 << (max(sizes) - 1).bit_length(), np.uint8)  # few sizes are compiled
-    padded[: len(blob)] = blob
-    rows = multihost_utils.process_allgather(padded)
-    return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+    blob = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(blob)))
+    length = max(1024, 1 << (int(sizes.max()) - 1).bit_length())  # few lengths, few compilations
+    rows = multihost_utils.process_allgather(np.pad(blob, (0, length - len(blob))))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
 
 def share(items: Sequence) -> Sequence:
@@ -188,23 +123,22 @@ def share(items: Sequence) -> Sequence:
 
 
 def join(mine: list) -> list:
-    """The results of all shares, in the order of the items: undoes share()."""
-    parts = gather(mine)
+    """The results of all shares, in the order of the items: the inverse of share()."""
+    parts = everyone(mine)
     return [parts[i % count][i // count] for i in range(sum(map(len, parts)))]
 
 
-def told(tree):
+def broadcast(tree):
     """Process 0's arrays, as numpy, on every process; the others give any of the same shapes."""
-    from jax.experimental import multihost_utils
 
     def one(x):
-        blob = np.zeros(x.size * x.dtype.itemsize, np.uint8)  # bytes: a sum would lose -0.0
+        blob = np.zeros(x.size * x.dtype.itemsize, np.uint8)  # bytes: a float sum would lose -0.0
         if index == 0:
             blob[:] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
         blob = np.asarray(multihost_utils.broadcast_one_to_all(blob))
         return blob.view(x.dtype).reshape(x.shape)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree)  # leaf by leaf: every device holds a copy of the one under way
 
 
 # ---------------------------------------------------------------------------------------- placing
@@ -213,7 +147,7 @@ def told(tree):
 def put(x, sharding: Sharding) -> jax.Array:
     """jax.device_put of what every process holds; each transfers only the shards of its devices.
 
-    (device_put itself would first send a numpy array around to compare it.)
+    (device_put itself would first send a numpy array to all processes to compare it.)
     """
     here = not isinstance(x, jax.Array) or x.is_fully_addressable
     if sharding.is_fully_addressable or not here:
@@ -231,13 +165,16 @@ def own(mesh: Mesh) -> Mesh:
 
 
 def on_own(tree, mesh: Mesh, spec: P):
-    """Arrays as `spec` on a mesh of own devices: views of what is whole, else gathered by all."""
+    """Arrays laid out as `spec` on a mesh of own devices.
+
+    A replicated array is only viewed there; one that is split over processes is gathered first.
+    """
     here = NamedSharding(mesh, spec)
 
     def one(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return jax.device_put(x, here)
-        if not x.is_fully_replicated or spec != P():  # the same on each host
+        if not x.is_fully_replicated or spec != P():  # split as spec, the same on each host
             devices = sorted(x.sharding.mesh.devices.flat, key=lambda d: d.process_index)
             grid = np.array(devices).reshape(count, -1)
             x = jax.device_put(x, NamedSharding(Mesh(grid, ("host", *mesh.axis_names)), spec))
@@ -248,9 +185,11 @@ def on_own(tree, mesh: Mesh, spec: P):
 
 
 def whole(tree):
-    """Arrays that device_get can read: those split over several hosts are gathered, to numpy."""
-    from jax.experimental import multihost_utils
+    """Arrays that device_get can read: those split over processes are gathered, to numpy."""
 
-    split = lambda x: not (x.is_fully_addressable or x.is_fully_replicated)
-    gathered = lambda x: multihost_utils.process_allgather(x, tiled=True) if split(x) else x
-    return jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, tree)
+    def one(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

@@ -173,7 +173,7 @@ class Teacher(judge.Endpoint):
         finally:
             dollars = sum(n * p for n, p in zip(n_tokens, self.price, strict=True)) / 1e6
             line = {"status": status, "tokens": n_tokens, "dollars": dollars}
-            with runs._writing(self.spent), self.lock, self.spent.open("ab", buffering=0) as file:
+            with runs.writing(self.spent), self.lock, self.spent.open("ab", buffering=0) as file:
                 self.dollars += dollars
                 file.write(f"\n{json.dumps(line)}\n".encode())  # apart from what a kill tore
 
@@ -404,7 +404,7 @@ def main(config: Config) -> Path:
     )
     with runs.lock(out):
         if getattr(config, "teacher", None):
-            with runs._writing(out):
+            with runs.writing(out):
                 (out / "teacher").mkdir(parents=True, exist_ok=True)
                 runs.write_json(out / "config.json", dataclasses.asdict(config))
             teacher = Teacher(
@@ -412,7 +412,7 @@ def main(config: Config) -> Path:
                 rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
                 threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
             )
-            with runs._writing(out):  # of a reply that could not be kept; all else is a reject
+            with runs.writing(out):  # of a reply that could not be kept; all else is a reject
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
@@ -420,9 +420,9 @@ def main(config: Config) -> Path:
         make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
         made, rejects = make(problems, rows, tok, config)
         rejects += [{"reason": "bad row", "detail": line} for line in bad]
-        with runs._writing(out):
-            runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
-            runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
+        with runs.writing(out):
+            runs.replace_file(out / f"{name}.jsonl", evaluation.to_lines(made))
+            runs.replace_file(out / "rejects.jsonl", evaluation.to_lines(rejects))
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, contents
+from conftest import KILLER, ROOT, contents
 from test_judge import serving
 
 import data
@@ -85,12 +85,12 @@ class World:
         assert "\n" not in line and all(part in line for part in says), line
         return line
 
-    def whole(self, name: str) -> dict:
-        if name not in self.wholes:
-            out = self.folder / f"whole-{name}"
-            self.run(name, out)
-            self.wholes[name] = contents(out)
-        return self.wholes[name]
+    def whole(self, name: str, **change) -> dict:
+        if (key := f"{name} {change}") not in self.wholes:
+            out = self.folder / f"whole-{len(self.wholes)}"
+            self.run(name, out, **change)
+            self.wholes[key] = contents(out)
+        return self.wholes[key]
 
     def half(self, name: str, out: Path, number=signal.SIGTERM) -> Path:
         """A folder whose run a signal stopped: after two of four steps, or some completions."""
@@ -115,10 +115,10 @@ class World:
             m.setattr(owner, step, one)
             self.ends(name, out, f"stopped by {number.name}", "the same command continues")
 
-    def goes_on(self, name: str, out: Path) -> None:
+    def goes_on(self, name: str, out: Path, **change) -> None:
         """The same command ends as if nothing had been."""
-        self.run(name, out)
-        found, whole = contents(out), self.whole(name)
+        self.run(name, out, **change)
+        found, whole = contents(out), self.whole(name, **change)
         assert found.keys() == whole.keys()
         for file in whole:
             assert found[file] == whole[file], file
@@ -129,8 +129,8 @@ def world(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     for file in small.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    rows = [{"question": f"{i} + 1?", "reasoning": f"{i} and 1.", "answer": str(i + 1)}
-            for i in range(40)]
+    rows = [{"question": f"{i} + 1?", "reasoning": f"{i} and 1.", "answer": str(i + 1),
+             "difficulty": i % 5} for i in range(40)]
     pairs = [{"prompt": r["question"], "chosen": f"It is {r['answer']}.", "rejected": "No idea."}
              for r in rows]
     for name, lines in (("rows", rows), ("pairs", pairs)):
@@ -205,9 +205,9 @@ def refusing(number: int, part: str, after: int = 0):
 
 # -------------------------------------------------------------------------------------- the process
 
-KILLED = """
+TORN = """
 import os, pathlib, runpy, signal, sys
-real, left = pathlib.Path.open, 2
+real, left = pathlib.Path.open, int(sys.argv[1])
 def torn(path, mode="r", *a, **k):
     global left
     file = real(path, mode, *a, **k)
@@ -219,27 +219,45 @@ def torn(path, mode="r", *a, **k):
             os.kill(os.getpid(), signal.SIGKILL)
     return file
 pathlib.Path.open = torn
-sys.argv = sys.argv[1:]
+sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+ONE_DEVICE = "--xla_backend_optimization_level=0"
+KILLS = {  # script, what kills it, when, flags: everything that keeps state is on in one of them
+    "sft": ("train_sft", KILLER, 31, dict(lora_dropout=0.1, eval_accuracy=4)),
+    "sft, all weights": ("train_sft", KILLER, 40, dict(lora_rank=0, adapter=None)),
+    "dpo": ("train_simpo", KILLER, 47, dict(loss="dpo")),
+    "grpo": ("train_grpo", KILLER, 38, dict(is_cap=2.0, resample=1, curriculum="ordered")),
+    "eval": ("eval", TORN, 2, {}),
+    "synthesize": ("synthesize", TORN, 2, {}),
+}
 
 
-@pytest.mark.parametrize("name", ["eval", "synthesize"])  # the trainers' own tests kill them
-def test_kill_9(world, tmp_path, name):
-    """In the middle of a line; the process has one device, and the one that goes on has eight."""
-    command = [sys.executable, "-c", KILLED, str(ROOT / f"{name}.py")]
+@pytest.mark.parametrize("case", KILLS)
+def test_kill_9(world, tmp_path, case):
+    """At a file operation, or in the middle of a line; then the same command continues.
+
+    Who evaluates has one device when it is killed and eight when it continues.
+    """
+    name, killer, at, change = KILLS[case]
+    command = [sys.executable, "-c", killer, str(at), str(ROOT / f"{name}.py")]
     command += ["pairs"] * (name == "synthesize")
-    config = dataclasses.replace(world.configs[name], out=str(tmp_path))
+    config = dataclasses.replace(world.configs[name], out=str(tmp_path), **change)
     unset = type(config)()
     for field in dataclasses.fields(config):
         if (value := getattr(config, field.name)) != getattr(unset, field.name):
             command += ["--" + field.name.replace("_", "-"), str(value)]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    flags = os.environ["XLA_FLAGS"] if name in TRAINERS else ONE_DEVICE
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"XLA_FLAGS": flags})
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert len((tmp_path / "samples.jsonl").read_bytes().splitlines()) > 2
-    world.goes_on(name, tmp_path)
+    if name in TRAINERS:
+        assert runs.verify(tmp_path / "checkpoints/step_1") is None
+        assert not (tmp_path / "final").exists()
+    else:
+        assert len((tmp_path / "samples.jsonl").read_bytes().splitlines()) > 2
+    world.goes_on(name, tmp_path, **change)
 
 
 @every_script
@@ -265,31 +283,33 @@ def test_two_runs_on_one_folder(world, tmp_path, name):
     world.goes_on(name, out)
 
 
-LOWER = {
-    "train_sft": ("--micro-rows", "--remat layer", "--eval-accuracy or --max-new"),
-    "train_simpo": ("--micro-rows", "--remat layer", "--eval-accuracy or --max-new"),
-    "train_grpo": ("--micro-rows", "--remat layer", "--slots or --max-new"),
-    "eval": ("--slots or --max-new",),
-    "synthesize": ("--slots or --max-new",),
+MEMORY = {
+    "train_sft": dict(micro_rows=2, remat="layer", shard="yes"),
+    "train_simpo": dict(micro_rows=2, remat="layer", shard="yes"),
+    "train_grpo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
+    "eval": dict(slots=2),
+    "synthesize": dict(slots=2),
 }
 
 
 @every_script
 def test_out_of_memory(world, tmp_path, monkeypatch, name):
-    """In the update, and while completions are written; each names its own flags."""
-    out, (*update, rollout) = world.half(name, tmp_path), LOWER[name]
+    """The line names flags that the script has, and the run goes on with what it advises."""
+    out, lower = world.half(name, tmp_path), MEMORY[name]
 
     def full(*a, **k):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes\n  a\n  b")
 
-    if update:
-        with monkeypatch.context() as m:
-            m.setattr(MODULE[name], "make_steps", lambda *a: (full, full))
-            world.ends(name, out, "out of memory: lower", *update, "9 bytes")
-    with monkeypatch.context() as m:
-        m.setattr(sampler.Sampler, "decode", full)
-        world.ends(name, out, "out of memory: lower", rollout)
-    world.goes_on(name, out)
+    flags = ["--" + flag.replace("_", "-") for flag in lower]
+    for owner, attribute in ((sampler.Sampler, "decode"), (MODULE[name], "make_steps")):
+        if hasattr(owner, attribute):
+            with monkeypatch.context() as m:
+                m.setattr(owner, attribute, full if owner is sampler.Sampler else
+                          lambda *a: (full, full))
+                line = world.ends(name, out, "out of memory: ", *flags, "9 bytes")
+                assert ("--slots" in line) == ("slots" in lower)
+    world.run(name, out, **lower)
+    assert contents(out).keys() == world.whole(name).keys()
 
 
 def test_out_of_memory_of_a_real_device(world, tmp_path):
@@ -302,7 +322,7 @@ def test_out_of_memory_of_a_real_device(world, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("out of memory: lower --slots or --max-new (RESOURCE_EXHAUSTED"), line
+    assert line.startswith("out of memory: lower --slots (RESOURCE_EXHAUSTED"), line
 
 
 def test_other_errors_of_the_devices_are_not_hidden(world, tmp_path, monkeypatch):
@@ -315,36 +335,22 @@ def test_other_errors_of_the_devices_are_not_hidden(world, tmp_path, monkeypatch
 
 
 class Clock:
-    """Reads what it is told by the number of the reading."""
+    """Jumps a day ahead after the first step and its checkpoint."""
 
-    def __init__(self, at):
-        self.at, self.n = at, 0
+    n = 0
 
     def __call__(self):
         self.n += 1
-        return self.at(self.n)
+        return 86400.0 * (self.n > 3)
 
 
 @every_trainer
-def test_clock_set_back(world, tmp_path, monkeypatch, name):
-    """By a day at every third reading: the run loses no step to it."""
-    clock = Clock(lambda n: n - 86400.0 * (n // 3))
-    monkeypatch.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
-    monkeypatch.setattr(runs, "STARTED", 0.0)
-    out = world.half(name, tmp_path)
-    world.run(name, out, time_limit="9h")
-    found, whole = contents(out), world.whole(name)
-    for file in ("metrics.jsonl", "samples.jsonl", "final/adapter_model.safetensors"):
-        assert found[file] == whole[file]
-
-
-@every_trainer
-def test_clock_set_forward(world, tmp_path, monkeypatch, name):
-    """By a day: the limit is over, and the run ends as one whose time is up."""
+def test_clock_jumps_ahead(world, tmp_path, monkeypatch, name):
+    """A machine that was suspended: the limit is over, and the run ends as one whose time is up."""
     out = world.half(name, tmp_path)
     with monkeypatch.context() as m:
-        clock = Clock(lambda n: 86400.0 * (n > 4))
-        m.setattr(runs, "Budget", functools.partial(runs.Budget, clock=clock))
+        m.setattr(runs, "STARTED", 0.0)
+        m.setattr(runs, "Budget", functools.partial(runs.Budget, clock=Clock()))
         world.run(name, out, time_limit="1h")
     steps = [int(p.name[5:]) for p in (out / "checkpoints").iterdir()]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -486,6 +492,18 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         assert runs.verify(tmp_path / "final") is None
     else:
         assert (tmp_path / "pairs.jsonl").exists()
+
+
+def test_a_spent_judge_limit_may_be_raised(world, tmp_path, monkeypatch):
+    """The run stops with a checkpoint, and continues with a higher --judge-limit."""
+    monkeypatch.setattr(judge, "ENOUGH", 4)
+    change = dict(rewards="judge:1", judge_threads=1, log_samples=99)
+    with serving(lambda n, body: {"content": json.dumps({"score": 1 + n % 5})}) as server:
+        change["judge"] = server.url
+        world.ends("train_grpo", tmp_path, "--judge-limit", judge_limit=10, **change)
+        assert [*(tmp_path / "checkpoints").iterdir()]
+        world.run("train_grpo", tmp_path, judge_limit=200, **change)
+    assert runs.verify(tmp_path / "final") is None
 
 
 def test_teacher_down(world, tmp_path, monkeypatch, capsys):

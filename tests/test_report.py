@@ -1,6 +1,7 @@
 """The report: what it says, what it survives, and how it behaves in a real browser."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -22,7 +23,20 @@ import runs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)
-CONFIG = {"model": "tiny", "data": "problems", "steps": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "tiny"
+    data: str = "problems"
+    steps: int = 4
+    time_limit: str | None = None
+    out: str = ""
+    keep: int = 2
+    report_to: str = ""
+
+
+CONFIG = Config()
 
 
 def sample(text="<reasoning>2 + 2</reasoning>\n<answer>4</answer>", **more):
@@ -34,7 +48,8 @@ def sample(text="<reasoning>2 + 2</reasoning>\n<answer>4</answer>", **more):
 
 def write(folder, rates=((0, 20, 100), (4, 60, 100)), samples=None, steps=4, config=CONFIG):
     """A run folder as the scripts write it: `rates` are (step, right, of)."""
-    with runs.Run(folder, config, budget=runs.Budget(steps=steps), every_s=1e9) as run:
+    config = dataclasses.replace(config, out=str(folder), steps=steps)
+    with runs.Run(config, every_s=1e9) as run:
         run.restore({})
         evaluations = {step: (c, n) for step, c, n in rates}
         for step in range(steps + 1):
@@ -246,7 +261,7 @@ def test_a_failing_report_stops_nothing(tmp_path, monkeypatch, capsys):
 def test_it_is_written_now_and_then_in_one_percent_of_the_time(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(report, "main", lambda config: (written.append(1), time.sleep(0.05)))
-    with runs.Run(tmp_path / "x", CONFIG) as run:
+    with runs.Run(dataclasses.replace(CONFIG, out=str(tmp_path / "x"))) as run:
         run.restore({})
         run.log(1, {"loss": 1.0})
         run.save(1, {}, {})
@@ -260,7 +275,8 @@ def test_it_is_written_now_and_then_in_one_percent_of_the_time(tmp_path, monkeyp
 
 @pytest.mark.parametrize("fault", ["SIGTERM", "exception"])
 def test_a_run_that_ends_early_leaves_one(tmp_path, fault):
-    with pytest.raises((SystemExit, RuntimeError)), runs.Run(tmp_path / "x", CONFIG) as run:
+    config = dataclasses.replace(CONFIG, out=str(tmp_path / "x"))
+    with pytest.raises((SystemExit, RuntimeError)), runs.Run(config) as run:
         run.restore({})
         run.log(1, {"reward": 0.25})
         if fault == "exception":
@@ -480,7 +496,7 @@ def test_hostile_completions_are_text(browser, tmp_path):
     rows = [sample(text, prompt=text, gold=text, stop=text or "stop", errors={"e": text[:99]})
             for text in HOSTILE]
     rows[0]["rewards"] = {"</script><b>": 1.0}
-    config = CONFIG | {"model": "</title></script><script>document.title = 'taken'</script>\ud800"}
+    config = Config(model="</title></script><script>document.title = 'taken'</script>\ud800")
     folder = write(tmp_path / "<b>&x", samples={1: rows}, steps=1, config=config)
     browser.open(folder / "report.html")
     browser.press("ArrowLeft", shift=True)
