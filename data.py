@@ -54,9 +54,10 @@ CHAT_TEMPLATE = r"""
 {%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
 {%- endif -%}
-{{- 'START' + role + '\n' + (system if loop.first else '') + (m.content | trim) + 'END' + '\n' -}}
+{{- 'START' + role + '\n' + (system if loop.first else '') -}}
+{{- (m.content | trim) + 'END\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'START' + 'model\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- 'STARTmodel\n' -}}{%- endif -%}
 """.replace("START", START).replace("END", END)
 NO_SYSTEM = r"""
 {%- if messages[0].role == 'system' -%}
@@ -229,7 +230,7 @@ SYSTEM = (
 CHATS = ("messages", "conversations", "prompt", "question", "instruction")  # the first one counts
 COMPLETIONS = ("completion", "output", "response")
 ANSWERS = ("answer", "answerKey", "answer_idx")
-READ = {  # the columns that data, a reward or a judge reads
+KNOWN = {  # the columns that data, a reward or a judge reads
     *CHATS, *COMPLETIONS, *ANSWERS, "input", "context", "system", "system_prompt", "reasoning",
     "choices", "options", "chosen", "rejected", "rubrics", "rubric", "reference",
     "reference_answer", "task_type", "domain", "difficulty", "kind", "script", "id",
@@ -308,14 +309,15 @@ def _chat(row: dict, choices: tuple[str, ...]) -> list[dict]:
         lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         chat = "\n".join([f"{chat.strip()}\n\n{more}".strip(), *lines])
     chat = _turns(chat, "user", key)
-    if context := _column(row, "context"):
-        first = next((turn for turn in chat if turn["role"] == "user"), {"content": ""})
-        first["content"] = f"{context.strip()}\n\n{first['content']}"
     own = chat.pop(0)["content"] if chat[0]["role"] == "system" else ""
-    system = _column(row, "system") or _column(row, "system_prompt")
-    if own and system and own != system:
+    if not chat:
+        raise ValueError(f"expected a user turn under {key!r}, found none")
+    if context := _column(row, "context"):
+        chat[0]["content"] = f"{context.strip()}\n\n{chat[0]['content']}"
+    system = _column(row, "system") or _column(row, "system_prompt") or own
+    if own not in ("", system):
         raise ValueError("found a system column, and another system text in the messages")
-    return [{"role": "system", "content": own or system}] * bool(own or system) + chat
+    return [{"role": "system", "content": system}, *chat] if system else chat
 
 
 def _turns(value, role: str, key: str) -> list[dict]:
@@ -355,15 +357,16 @@ def _column(row: dict, key: str) -> str:
 def _choices(row: dict) -> tuple[list[str], tuple[str, ...]]:
     """(labels, texts) of a row's choices: (["A", "B"], ("Rome", "Oslo"))."""
     key = next((key for key in ("choices", "options") if row.get(key)), None)
-    labels, texts = LETTERS, row.get(key, [])
-    if isinstance(texts, dict):
-        labels = texts.get("label", [k for k, v in texts.items() if v is not None])
-        texts = texts.get("text", [v for v in texts.values() if v is not None])
-    if not isinstance(texts, list) or len(texts) > len(LETTERS):
+    labels, texts = [*LETTERS], row.get(key, [])
+    if isinstance(texts, dict) and "text" in texts:
+        labels, texts = texts.get("label", labels), texts["text"]
+    elif isinstance(texts, dict):
+        texts = {label: text for label, text in texts.items() if text is not None}
+        labels, texts = [*texts], [*texts.values()]
+    if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) > len(LETTERS):
         raise ValueError(f"expected a list of at most {len(LETTERS)} choices under {key!r}, "
-                         f"found {texts!r:.60}")
-    labels = [str(label) for label, _ in zip(labels, texts, strict=False)]
-    return labels, tuple(_scalar(text, key) for text in texts)
+                         f"found {row[key]!r:.60}")
+    return list(map(str, labels[: len(texts)])), tuple(_scalar(text, key) for text in texts)
 
 
 def _scalar(value, key: str) -> str:
@@ -506,7 +509,6 @@ def _conversation(row: dict, system: str) -> list[dict]:
 
 BUILT_IN = ("problems", "solutions", "gsm8k")
 TABLES = {".csv": "read_csv", ".parquet": "read_parquet"}  # what pandas reads them with
-BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, which some editors put first, or white space
 
 
 def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | ValueError]]:
@@ -526,8 +528,10 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
             yield f"{source} row {i}", row | steps
         return
     path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
-    array = path.suffix == ".json" and path.read_bytes()[:9].lstrip(BLANK).startswith(b"[")
-    for where, row in _read_table(path) if array or path.suffix in TABLES else _read_jsonl(path):
+    is_table = path.suffix in TABLES
+    if path.suffix == ".json":  # an array, or JSON lines all the same
+        is_table = path.read_text("utf-8-sig", errors="replace").lstrip().startswith("[")
+    for where, row in _read_table(path) if is_table else _read_jsonl(path):
         if not isinstance(row, dict | ValueError):
             row = ValueError(f"expected a JSON object, found {type(row).__name__}")
         yield f"{path}:{where}", row
@@ -554,7 +558,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
     with path.open("rb") as f:
         for n, line in enumerate(f, 1):
             try:
-                text = line.decode("utf-8-sig")  # without a byte order mark
+                text = line.decode("utf-8-sig")  # which drops a byte order mark
                 if text.strip():
                     yield n, json.loads(text)
             except (ValueError, RecursionError) as e:  # of JSON, UTF-8; of brackets in brackets
@@ -595,13 +599,12 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
                     raise ValueError(f"{fault} (--skip-bad-rows leaves such rows out)") from None
                 faults.append(fault)
                 longest = max(longest, getattr(e, "n_tokens", 0))
-        first = f"; first: {faults[0]}" if faults else ""
+        note = f", {len(faults):,} bad rows left out; first: {faults[0]}" if faults else ""
+        note += f"; the longest has {longest:,} tokens" if longest else ""
         if not items:
-            raise ValueError(f"{flag} {one}: no usable row{first}")
-        left_out = f", {len(faults)} bad rows left out" * bool(faults) + first
-        runs.say(f"data: {len(items):,} {what} of {one}{left_out}"
-                 + f"; the longest has {longest} tokens" * bool(longest))
-        unread = [column for column in columns if column not in READ]
+            raise ValueError(f"{flag} {one}: no usable row{note}")
+        runs.say(f"data: {len(items):,} {what} of {one}{note}")
+        unread = [column for column in columns if column not in KNOWN]
         if unread and one.partition(":")[0] not in BUILT_IN:
             runs.say(f"data: {one}: columns nothing reads: {', '.join(unread)} "
                      "(but a --reward-file may)")

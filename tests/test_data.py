@@ -145,6 +145,7 @@ BAD_ROWS = [
     ({"prompt": "Q", "completion": {"text": "c"}}, "under 'completion'"),
     ({"prompt": "Q", "completion": "c", "system": 4}, "text under 'system', found 4"),
     ({"question": "Q", "answer": "a", "context": {"a": "b"}}, "text under 'context'"),
+    ({"messages": [TURN("system", "")], "answer": "A"}, "expected a user turn under 'messages'"),
     ({"messages": [TURN("assistant", "A")]}, "expected a user turn with a text before"),
     ({"messages": [TURN("user", "Q"), TURN("assistant", None)]}, "turn 1: expected text as"),
     ({"messages": [TURN("user", "Q"), TURN("tool", "A")]}, "turn 1: expected system, user"),
@@ -190,7 +191,7 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from(sorted(data.READ)), VALUES, max_size=5))
+@given(st.dictionaries(st.sampled_from(sorted(data.KNOWN)), VALUES, max_size=5))
 def test_any_row_is_read_or_a_bad_row(row):
     for read in (data.read_example, data.read_pair):
         try:
@@ -277,7 +278,7 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
                     "the longest has 5 tokens"]
     assert data.load(str(file), read, rows=1, skip_bad_rows=True)[0] == [["a"]]
     file.write_text('{"prompt": "12345"}')
-    with pytest.raises(ValueError, match=f"--eval-data {file}: no usable row; first: .*:1: 5 tok"):
+    with pytest.raises(ValueError, match="no usable row, 1 bad rows .*:1: 5 tokens, more"):
         data.load(str(file), read, skip_bad_rows=True, flag="--eval-data")
     with pytest.raises(ValueError, match="--data ' ,': names no source"):
         data.load(" ,", read)
