@@ -224,9 +224,10 @@ def find_file(source: str, flag: str = "--data") -> Path:
     """A file by its path, or by its name (or the end of its path) among Kaggle's inputs."""
     if (path := Path(source)).is_file():
         return path
-    if found := find_input(source, flag):
+    if (found := find_input(source, flag)) and found.is_file():
         return found
-    raise ValueError(f"{flag} {source}: no such file; expected problems, gsm8k or a JSONL file")
+    raise ValueError(f"{flag} {source}: no such file; expected problems, solutions, gsm8k, or a "
+                     "file of rows (JSON lines, a JSON array, CSV, Parquet)")
 
 
 def find_gsm8k(split: str) -> Path:
@@ -247,7 +248,7 @@ def find_gsm8k(split: str) -> Path:
     except OSError as e:
         searched = ", ".join(map(str, [*folders, cache]))
         raise ValueError(f"--data gsm8k: no {name} in {searched}, nor in a folder $GSM8K, and "
-                         f"{url} cannot be had ({e})") from None
+                         f"{url} cannot be downloaded ({e})") from None
     if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
     cache.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,18 @@
-"""The built-in word problems: school arithmetic with its working shown, nothing to fetch.
+"""The built-in word problems: school arithmetic with its working shown; nothing is downloaded.
 
     problems.word_problem("train", 17)   # {"question", "reasoning", "answer", "solution", ...}
 
-A problem is a start, some events and a question from one of the stories below. Each sentence brings
-its line of working, where `[x + n]` is an equation over the running total x:
+A problem takes a start, some events and a question from one of the stories below. Each sentence has
+a line of working, in which `[x + n]` is an equation over the running total x:
 
     Mia has 12 cards. She buys 7 more. Tom gives her 3 more. How many cards does she have?
     She has 12 + 7 = 19 cards. She has 19 + 3 = 22 cards.                          answer 22
 
 1. "solution" has every step. "reasoning", which SFT learns from, states only the last result in
-   every other row: people write such traces, and GRPO can then discover that the steps pay.
-2. The words are few enough for a vocabulary of 512 pieces, numbers stay between 2 and 108, and the
-   number of equations, 1 to 5, is the difficulty.
-3. The equations alone decide the split: no chain of arithmetic of a test problem occurs in a
+   half of the problems: people write such traces, and GRPO can then discover that steps pay off.
+2. The words are few enough for a vocabulary of 512 pieces, and numbers stay between 2 and 108. The
+   difficulty is the number of equations, 1 to 5.
+3. The equations alone decide the split: the chain of equations of a test problem never occurs in a
    training problem, whatever the story around it.
 """
 
@@ -21,16 +21,17 @@ import operator
 import random
 import re
 
-DIRECT = 0.5  # share of the problems whose trace says the last result and no steps
+DIRECT = 0.5  # share of the problems whose trace states the last result without the steps
 LARGEST = 108  # 12 * 9, where the multiplication table ends
 DIFFICULTIES, SHARES = (1, 2, 3, 4, 5), (15, 30, 30, 17, 8)  # in percent
 BOYS, GIRLS = ("Tom", "Ben", "Sam", "Max", "Leo"), ("Mia", "Ana", "Amy", "Eva", "Zoe")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
-# What a number's letter stands for, given the running total x; no choice: the sentence doesn't fit.
+# The values a letter may take, given the running total x. If there are none, the sentence does not
+# fit here and the plot is drawn again.
 NUMBERS = {
-    "a": lambda x: range(3, 41),  # how many at first
-    "b": lambda x: range(30, 100),  # how many at first, in stories that mostly take away
+    "a": lambda x: range(3, 41),  # the first total
+    "b": lambda x: range(30, 100),  # the first total of stories that mostly take away
     "n": lambda x: range(2, 21),  # more
     "s": lambda x: range(2, min(21, x - 1)),  # fewer; at least two stay, so every plural is right
     "k": lambda x: range(2, 10),  # k times m
@@ -40,9 +41,9 @@ NUMBERS = {
     "t": lambda x: range(x + 2, min(x + 30, LARGEST)),  # a goal above x
 }
 
-# A story's nouns, then its sentences, each with its working: x is the total before the sentence, y
-# the latest result. The first noun, Tom (the hero), Mia (a friend), he and him stand for whatever
-# is drawn; Ana and Ben for the latest and the next person of a row of people.
+# Each story: its nouns, then its sentences with their working, in which x is the total before the
+# sentence and y the latest result. The first noun, Tom (the hero), Mia (a friend), he and him are
+# replaced by what is drawn. Ana and Ben are replaced by the current and the next person of a chain.
 STORIES = """
 cards pens books balls shells
 start Tom has {a} cards.
@@ -132,7 +133,7 @@ def word_problem(split: str, index: int) -> dict:
         raise ValueError(f'word problems have the splits "train" and "test", not {split!r}')
     rng = random.Random(f"{split} {index}")
     difficulty = rng.choices(DIFFICULTIES, SHARES)[0]
-    while True:  # drawn again until the numbers work out and the equations are this split's
+    while True:  # until the numbers work out and the equations belong to this split
         nouns, plot = _plot(rng, difficulty)
         lines = _count(rng, plot)
         if lines and split_of(" ".join(working for _, working in lines)) == split:
@@ -152,7 +153,7 @@ def word_problem(split: str, index: int) -> dict:
 
 
 def split_of(solution: str) -> str:
-    """One chain of equations in four is for testing, and the chain alone decides which."""
+    """A quarter of all chains of equations is for testing; a hash of the chain decides which."""
     chain = ", ".join(re.findall(r"\d+ [-+*/] \d+", solution))
     return "test" if hashlib.sha256(chain.encode()).digest()[0] < 64 else "train"
 
@@ -163,7 +164,7 @@ def _plot(rng: random.Random, difficulty: int) -> tuple[list, list]:
         nouns, sentences = rng.choice(_STORIES)
         start, ask = rng.choice(sentences["start"]), rng.choice(sentences["ask"])
         plot, room = [start], difficulty - (start[1] + ask[1]).count("[")
-        for event in rng.sample(sentences["event"], len(sentences["event"])):  # none happens twice
+        for event in rng.sample(sentences["event"], len(sentences["event"])):  # each at most once
             if event[1].count("[") <= room:
                 plot.append(event)
                 room -= event[1].count("[")
@@ -185,10 +186,10 @@ _STORIES = [_parse(story) for story in STORIES.strip().split("\n\n")]
 
 
 def _count(rng: random.Random, plot: list) -> list | None:
-    """The plot with its numbers drawn and its equations solved; None where they don't work out."""
+    """The plot with its numbers drawn and its equations solved; None if they do not work out."""
     lines, total = [], 0
     for sentence, working in plot:
-        numbers = {"x": total, "y": total, "2": 2}  # y: the latest number, so also a start's {a}
+        numbers = {"x": total, "y": total, "2": 2}  # y: the latest number drawn or computed
         for letter in re.findall(r"{(\w)}", sentence):
             if not (choices := NUMBERS[letter](total)):
                 return None
@@ -206,8 +207,8 @@ def _count(rng: random.Random, plot: list) -> list | None:
 
 
 def _name(rng: random.Random, nouns: list, lines: list) -> list:
-    """The lines with people and things drawn for the ones that stand in the table."""
-    # A friend of the other sex, so that "he" and "she" can only be one of the two.
+    """The lines with people and things drawn in place of those in STORIES."""
+    # The friend is of the other sex, so that "he" and "she" each name one person.
     heroes, friends, he, him, his = rng.choice(
         [(BOYS, GIRLS, "he", "him", "his"), (GIRLS, BOYS, "she", "her", "her")]
     )
@@ -218,7 +219,7 @@ def _name(rng: random.Random, nouns: list, lines: list) -> list:
     for line in lines:
         words["Ben"] = people[-1]
         named.append([re.sub(r"\w+", lambda word: words.get(word[0], word[0]), t) for t in line])
-        if "Ben" in line[0]:  # the next person is now the latest
+        if "Ben" in line[0]:  # the next person becomes the current one
             words["Ana"] = people.pop()
     return named
 

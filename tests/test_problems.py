@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from data import format_completion, gsm8k_row
+from data import format_completion
 from problems import DIRECT, LARGEST, split_of, word_problem
 
 N = 20_000
@@ -107,38 +107,3 @@ def test_difficulty_and_length(problems):
     assert max(map(answers.count, set(answers))) < 0.05 * N  # no answer is a good guess
     words = {word for p in rows for word in re.findall("[A-Za-z]+", p["question"] + p["solution"])}
     assert len(words) < 150
-
-
-def test_completion():
-    completion = format_completion("1 + 2 = 3.", "3")
-    assert completion == "<reasoning>1 + 2 = 3.</reasoning>\n<answer>3</answer>"
-
-
-def test_gsm8k_row():
-    answer = "48/2 = <<48/2=24>>24 clips.\n24*50=<<24*50=1200>>1200\n#### 1,200"
-    assert gsm8k_row({"question": "How many?\n", "answer": answer}) == {
-        "question": "How many?",
-        "reasoning": "48/2 = 24 clips.\n24*50=1200",
-        "answer": "1200",
-    }
-    assert gsm8k_row({"question": "q", "answer": "below zero\n#### -5 "})["answer"] == "-5"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {},
-        {"question": "q"},
-        {"question": "", "answer": "a #### 1"},
-        {"question": "q", "answer": 7},
-        {"question": "q", "answer": "24"},
-        {"question": "q", "answer": "a #### "},
-        {"question": "q", "answer": "a #### 1 #### 2"},
-        {"question": "q", "answer": "a #### two"},
-        {"question": "q", "answer": "#### 1"},
-    ],
-)
-def test_gsm8k_row_malformed(row):
-    with pytest.raises(ValueError, match="GSM8K") as error:
-        gsm8k_row(row)
-    assert "\n" not in str(error.value)

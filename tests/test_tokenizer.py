@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from make_tokenizer import TAGS, special_pieces, train_tokenizer
 
-from data import END, START, Tokenizer, fold_system
+from data import END, START, Tokenizer, with_system
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("gemma2", "gemma3")
@@ -171,20 +171,20 @@ def test_render_by_hand(ours):
         "<start_of_turn>model\n"
     )
     assert ours["gemma3"].render(messages) == expected
-    assert ours["gemma2"].render(fold_system(messages)) == expected
+    assert ours["gemma2"].render(with_system(messages)) == expected
     assert ours["gemma3"].render(messages[:3]) == expected.split("<start_of_turn>user\nSure")[0]
 
 
-def test_fold_system(ours):
+def test_with_system(ours):
     messages = [system("Be brief."), user(" Hi "), assistant("Ho"), user("Hm")]
-    before = json.dumps(messages)
-    assert ours["gemma3"].chat(fold_system(messages)) == ours["gemma3"].chat(messages)
+    before, tok = json.dumps(messages), ours["gemma3"]
+    assert tok.chat(with_system(messages, "Another.")) == tok.chat(messages)
+    assert with_system(messages[1:], "Be brief.") == with_system(messages)
     assert json.dumps(messages) == before
-    assert fold_system(messages[1:]) == messages[1:]
-    with pytest.raises(ValueError, match="followed by a user message"):
-        fold_system(messages[:1])
-    with pytest.raises(ValueError, match="expected text as content, found list"):
-        fold_system([system("Be brief."), user([{"type": "text", "text": "Hi"}])])
+    assert with_system(messages[1:]) == messages[1:]
+    for chat in (messages[:1], messages[2:]):
+        with pytest.raises(ValueError, match="followed by a user message"):
+            with_system(chat, "Be brief.")
 
 
 @pytest.mark.parametrize("messages", BAD_TURNS + UNKNOWN_ROLE)
@@ -194,7 +194,7 @@ def test_roles_must_alternate(ours, messages):
 
 
 def test_conversations_that_are_none(ours):
-    with pytest.raises(ValueError, match="Gemma 2 has no system role.*fold_system"):
+    with pytest.raises(ValueError, match="Gemma 2 has no system role.*with_system"):
         ours["gemma2"].chat(WITH_SYSTEM[0])
     for messages in ([], [system("alone")]):
         with pytest.raises(ValueError, match="found no turn"):
