@@ -16,8 +16,9 @@ markers:
 import math
 from collections import Counter
 
-from answers import correct, words
 from recipe_text import between, off
+
+from answers import correct, words
 from rewards import Reward, told
 
 SCAFFOLD = 0.5  # share of the run in which `markers` pays; IDEA-E's own schedule is not known

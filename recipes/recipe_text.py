@@ -1,4 +1,4 @@
-"""How several recipes read a completion: text between both of its tags, and how far a number is off."""
+"""How recipes read completions: text between both of its tags, and how far a number is off."""
 
 import math
 

@@ -10,8 +10,9 @@ format as 0.9 of 5.4 and only a right answer paid:
     --rewards format:0.9,answer:4.5
 """
 
-from answers import TAG, numbers, parse, same_quantity
 from recipe_text import between, off
+
+from answers import TAG, numbers, parse, same_quantity
 from rewards import Reward
 
 
