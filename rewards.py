@@ -279,8 +279,9 @@ def prepare(mix: Mix, traces: Iterable[str], reward_file: str | None = None,
             judge: Mapping[str, Reward] | None = None) -> dict[str, Reward]:
     """The functions of a mix; a file's fit() is called here, on the reference traces."""
     functions = REWARDS | dict(judge or {})
-    for path in [preset_file(mix.preset)] * bool(mix.preset) + [reward_file] * bool(reward_file):
-        file = read_file(str(path))
+    chosen = [str(preset_file(mix.preset))] if mix.preset else []
+    for path in [*chosen, reward_file] if reward_file else chosen:
+        file = read_file(path)
         functions |= file.rewards
         if file.fit and not file.rewards.keys().isdisjoint(mix.weights):
             file.fit(list(traces))

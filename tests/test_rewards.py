@@ -1,11 +1,15 @@
 """rewards.py: the built-in rewards, files of rewards, and sums that miss nothing in silence."""
 
+import functools
 import math
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -38,12 +42,14 @@ COMPLETIONS = [  # (completion, format, answer), where 42 is right
     *((tagged(text), 1, 1) for text in [
         "42", "42.", "42.0", "+42", "$42", "42€", "42%", "42 apples", "4.2e1", "4.2E+1", "0.42e2",
         "420e-1", "84/2", "84 / 2", "41 2/2", "\\frac{84}{2}", "٤٢", "４２", "四: 42", "**42**",
-        "\\boxed{42}", "x = 42", "The answer is 42", "41 or rather 42", "\n42\n", "42km", "\\$42",
-        "6 * 7 = 42", "Answer: 42.\nI am sure!", "0.042 thousand", "4.2 × 10^1", "4.2 x 10¹"]),
+        "\\boxed{42}", "x = 42", "The answer is 42", "\n42\n", "42km", "\\$42",
+        "6 * 7 = 42", "forty-two",
+        "Answer: 42.\nI am sure!", "0.042 thousand", "4.2 × 10^1", "4.2 x 10¹"]),
     *((tagged(text), 1, 0) for text in [
         "1,042", "-42", "−42", "-$42", "42.001", "4", "2", "½", "42½", "0", "nan", "inf", "-inf",
-        "NaN", "1e999", "1/0", "42/0", "9" * 10_000, "42" + "0" * 10_000, "42" * 200, "forty-two",
-        "四十二", "сорок два", "...", "?", "42^2", "2^42", "42 or 43", "4 2", "\ud800", "\x00"]),
+        "NaN", "1e999", "1/0", "42/0", "9" * 10_000, "42" + "0" * 10_000, "42" * 200,
+        "四十二", "сорок два", "...", "?", "42^2", "2^42", "42 or 43",
+        "41 or rather 42", "4 2", "\ud800", "\x00"]),
     (f"{R}I see{R_}{A}42", 0, 1),  # unclosed
     (f"{R}I see{A}42{A_}", 0, 1),
     (f"{R}I see{R_}42{A_}", 0, 1),  # missing
@@ -58,7 +64,7 @@ COMPLETIONS = [  # (completion, format, answer), where 42 is right
     (tagged("41") + tagged("42"), 0, 1), (tagged("42") + tagged("41"), 0, 0),
     (tagged("42") + A * 1000, 0, 1), (A * 1000 + "42", 0, 1),
     (tagged("42") + "!", 0, 1), ("So: " + tagged("42"), 0, 1),
-    (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 1),
+    (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 0),
     (tagged("42", ""), 0, 1), (tagged(""), 0, 0), (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0),
     ("", 0, 0), (" \n", 0, 0), ("\x00", 0, 0), ("nan", 0, 0), ("<", 0, 0), (A_, 0, 0),
 ]
@@ -96,11 +102,8 @@ def test_tags_are_graded_one_by_one():
         there = [tag for i, tag in enumerate(rewards.TAGS) if n >> i & 1]
         text = " x ".join(there)
         assert part("tags", text) == pytest.approx((2 * len(there) - 4) / 4)
-        shares = dict(zip(rewards.TAGS, (0.3, 0.3, 0.2, 0.2), strict=True))
-        assert part("tags_pinocchio", text) == pytest.approx(sum(shares[tag] for tag in there))
     assert part("tags", tagged("42") + A) == 0.5  # twice is not once
     assert part("tags", tagged("42").upper()) == -1
-    assert 5 * part("tags_pinocchio", tagged("42")) == 5
 
 
 def test_overlong_is_the_published_table():
@@ -145,27 +148,28 @@ def test_reasoning_is_there_and_more_than_the_answer():
 # ---------------------------------------------------------------------------------- mixes and sums
 
 
-def test_read_mix():
-    assert read_mix("format:1,answer:3,tfidf:2.25").weights == {
-        "format": 1, "answer": 3, "tfidf": 2.25}
+def test_read_mix(tmp_path):
+    assert read_mix("format:1,answer:3").weights == {"format": 1, "answer": 3}
     assert read_mix(" format , overlong : -1e-1 ").weights == {"format": 1, "overlong": -0.1}
-    assert read_mix("tunix") == rewards.PRESETS["tunix"]
+    tunix = read_mix("tunix")
+    assert tunix.preset == "tunix" and tunix.weights["answer_tunix"] == 1
     assert read_mix("grar,judge:2,repetition") == Mix(
-        {"format": 0.2, "answer": 0.2, "judge": 2, "repetition": 1}, 0, 1
+        {"format": 0.2, "answer": 0.2, "judge": 2, "repetition": 1}, 0, 1, "grar"
     )
-    assert read_mix("format:0.5", "my.py:mine").weights == {"mine": 1, "format": 0.5}
-    assert (
-        read_mix("mine:2", "a/my.py:mine") == read_mix("mine:2", "my.py:mine") == Mix({"mine": 2})
-    )
-    assert read_mix("", "my.py:mine").weights == {"mine": 1}
-    assert rewards.PRESETS["tunix"].weights["format"] == 3  # none of this changed a preset
+    (tmp_path / "my.py").write_text("def mine(completion, row): return 1\n")
+    mine = f"{tmp_path}/my.py:mine"
+    assert read_mix("format:0.5", mine).weights == {"mine": 1, "format": 0.5}
+    assert read_mix("mine:2", mine) == Mix({"mine": 2})
+    assert read_mix("", mine).weights == {"mine": 1}
+    assert read_mix("tunix,mine:0", mine).weights == tunix.weights | {"mine": 0}
+    assert read_mix("tunix") == tunix  # none of this changed a preset
 
 
 @pytest.mark.parametrize(
     "text, reason",
     [
         ("", "empty"), (" ", "empty"), (",", "expected one of"), ("format,", "expected one of"),
-        ("formt:1", "'formt:1'.*tunix.*format.*tfidf.*judge"), ("format:1,format:2", "already"),
+        ("formt:1", "'formt:1'.*tunix.*format.*judge"), ("format:1,format:2", "already"),
         ("format:", "number"), ("format:x", "'format:x'.*number"), ("format:nan", "number"),
         ("answer:inf", "number"), ("format:1:2", "number"), ("tunix,tunix", "preset"),
         ("format,tunix", "preset"), ("tunix:2", "preset"), ("mine", "expected one of"),
@@ -177,13 +181,8 @@ def test_a_mix_that_cannot_be_read_says_so_in_a_line(text, reason):
 
 
 def test_prepare_gives_what_the_mix_names():
-    functions = prepare(read_mix("tunix,contrast:0"), iter(TRACES))
-    assert list(functions) == ["format", "tags", "answer_tunix", "first_number", "contrast"]
-    unread = prepare(read_mix("tunix"), (1 / 0 for _ in "x"))  # not fitted where not asked for
-    assert list(unread) == list(rewards.PRESETS["tunix"].weights)
-    for traces in ([], ["", "the of"]):
-        with pytest.raises(ValueError, match="--rewards tfidf: .*reasoning"):
-            prepare(read_mix("ideae"), traces)
+    unread = prepare(read_mix("tunix,length:0"), (1 / 0 for _ in "x"))  # nothing to fit
+    assert list(unread) == ["format", "tags", "answer_tunix", "first_number", "length"]
     for preset, name in {"grar": "judge", "pinocchio": "judge_correctness"}.items():
         with pytest.raises(ValueError, match=f"--rewards {name}: needs --judge"):
             prepare(read_mix(preset), [])
@@ -197,7 +196,7 @@ GOLD = {"answer": "42", "reasoning": "apples and pears", "progress": 0.1}
 
 
 def test_what_does_not_apply_is_no_part():
-    both = "format:1,answer:1,tfidf:1"
+    both = "format:1,answer:1"
     for nothing in ({}, {"answer": None}, {"answer": " "}, {"answer": [], "reasoning": ""}):
         assert scored(both, tagged("42"), nothing) == (1, {"format": 1}, {})
     assert scored(both, tagged("0"), {"answer": 0}).parts == {"format": 1, "answer": 1}
@@ -250,7 +249,7 @@ def test_an_exception_is_a_short_line_with_the_sample():
         score(Mix({"a": 1}), {"a": Reward(stopped)}, "", {})
 
 
-def test_a_reward_file(tmp_path):
+def test_one_function_of_a_file(tmp_path):
     file = tmp_path / "my.py"
     file.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -265,21 +264,96 @@ def test_a_reward_file(tmp_path):
     assert (total, parts["broken"]) == (None, None) and "ZeroDivisionError" in errors["broken"]
 
 
+SEVERAL = """
+from helper_of_my_rewards import LIMIT
+from rewards import Reward
+
+seen = set()
+
+def fit(traces):
+    seen.update(traces)
+
+REWARDS = {
+    "brief": lambda completion, row: len(completion) <= LIMIT,
+    "cited": Reward(lambda completion, row: row["source"] in completion, needs="source"),
+    "known": lambda completion, row: completion in seen,
+}
+WEIGHTS = {"brief": 0.5, "cited": 2, "format": 1}
+RANGE = (-1, 2)
+"""
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A file of three rewards, which imports the module beside it."""
+    (tmp_path / "helper_of_my_rewards.py").write_text("LIMIT = 9\n")
+    (tmp_path / "my.py").write_text(SEVERAL)
+    return tmp_path / "my.py"
+
+
+def test_several_rewards_of_a_file(several):
+    own = str(several)
+    assert read_mix("", own) == Mix({"brief": 0.5, "cited": 2, "format": 1}, -1, 2)
+    assert read_mix("brief:3,known", own).weights == {
+        "brief": 3, "cited": 2, "format": 1, "known": 1}
+    assert scored("", "short", reward_file=own) == (0.5, {"brief": 1, "format": 0}, {})
+    assert scored("", "see me", {"source": "me"}, reward_file=own).total == 2  # clipped
+    assert scored("known:1", "abc", {}, ["abc"], reward_file=own).parts["known"] == 1  # fitted
+    assert scored("answer:1", "see 42", {"answer": "42", "source": "see"},
+                  reward_file=f"{own}:cited").total == 2
+    assert read_mix("tunix", own).weights["cited"] == 2
+    several.write_text("REWARDS = {'other': lambda completion, row: 1}\n")
+    os.utime(several, ns=(1, 1))
+    assert read_mix("", own) == Mix({"other": 1})  # a file that changed is read again
+
+
+def test_the_files_that_a_mix_needs(several):
+    helper = several.with_name("helper_of_my_rewards.py")
+    assert rewards.files("format:1") == rewards.files(None) == []
+    assert rewards.files("", f"{several}:cited") == rewards.files("", str(several)) == [
+        several, helper]
+    names = [path.name for path in rewards.files("ideae,tfidf:0", str(several))]
+    assert names == ["ideae.py", "my.py", "recipe_text.py", helper.name]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_presets_are_found_where_a_notebook_writes_them(tmp_path, flat):
+    """The files of a recipe in recipes/, or all of them beside rewards.py; by another process."""
+    names = ["rewards.py", "answers.py", *(f"recipes/{n}" for n in ("tunix.py", "recipe_text.py"))]
+    (tmp_path / "recipes").mkdir()
+    for name in names:
+        place = tmp_path / (name.removeprefix("recipes/") if flat else name)
+        place.write_text((ROOT / name).read_text())
+    code = f"""import rewards
+mix = rewards.read_mix("tunix")
+print(rewards.score(mix, rewards.prepare(mix, []), {tagged("4")!r}, {{"answer": 4}}).total)"""
+    run = functools.partial(subprocess.run, [sys.executable, "-c", code], cwd=tmp_path, text=True,
+                            capture_output=True)
+    done = run()
+    assert done.stdout == "9.5\n", done.stderr
+    (tmp_path / ("tunix.py" if flat else "recipes/tunix.py")).unlink()
+    assert "ValueError: --rewards tunix: no file" in run().stderr
+
+
 @pytest.mark.parametrize(
     "where, reason",
     [("none.py:score", "no file .*none.py"), ("my.py:none", "no function none"),
      ("my.py:number", "no function number"), ("bad.py:score", "SyntaxError"),
-     ("my.py", "expected my.py:score"), ("my.py:", "expected"), ("my.txt:score", "expected"),
-     ("my.py:a b", "expected"), (":score", "expected"), ("my.py:format", "rename"),
-     ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh")],
+     ("my.py", "no REWARDS.*expected my.py:score"), ("my.py:", "expected"), ("", "expected"),
+     ("my.txt:score", "expected"), ("my.py:a b", "expected"), (":score", "expected"),
+     ("my.py:format", "rename"), ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh"),
+     ("clash.py", "rename answer"), ("weights.py", "WEIGHTS names other"), ("none.py", "no file")],
 )
 def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.py").write_text("number = 3\ndef score(completion, row): return 1\n")
+    (tmp_path / "my.py").write_text(
+        "number = 3\ndef score(completion, row): return 1\nformat = tunix = score\n")
     (tmp_path / "bad.py").write_text("def score(\n")
     (tmp_path / "raises.py").write_text("raise RuntimeError('oh')\n")
+    (tmp_path / "clash.py").write_text("REWARDS = {'answer': len}\n")
+    (tmp_path / "weights.py").write_text("REWARDS = {'a': len}\nWEIGHTS = {'a': 1, 'other': 2}\n")
     with pytest.raises(ValueError, match=f"^--reward-file .*{reason}"):
-        prepare(read_mix("format:1", where), [], where)
+        rewards.read_file(where)
 
 
 # --------------------------------------------------------------------------------------- terminal
@@ -299,52 +373,27 @@ def test_colour_shows_the_parts_and_nothing_drives_the_terminal():
 
 # ----------------------------------------------------------------------------------- hostile text
 
-HARD = st.text(
-    st.one_of(
-        st.sampled_from(list("0123456789.,-−$/^e%()[]{}<>:;\n \\½⅓²⁸٤４ABanswer")), st.characters()
-    ),
-    max_size=80,
-)
+HARD = st.text(st.one_of(st.sampled_from(list("0123456789.,-−$/^%()<>:; \n\\½²٤ABanswer")),
+                         st.characters()), max_size=80)
 COMPLETION = st.lists(st.one_of(HARD, st.sampled_from(rewards.TAGS)), max_size=8).map("".join)
-
-
-@settings(max_examples=300, deadline=None)
-@given(COMPLETION, HARD, st.sampled_from(rewards.KINDS))
-@example("<answer>" + "9" * 10_000, "9" * 10_000, "number")
-@example("\ud800<answer>\ud800", "\ud800", "auto")
-@example("nan", "nan", "number")
-def test_any_text_gets_an_answer_of_the_right_type(completion, gold, kind):
-    reasoning, answer, strict = parse(completion)
-    assert isinstance(strict, bool) and not (strict and not (reasoning and answer))
-    assert answer is None or answer.strip() == answer != ""
-    value = number(completion)
-    assert value is None or math.isfinite(value)
-    first = correct(answer, gold, kind)
-    assert first is correct(answer, gold, kind) and isinstance(first, bool)
-    assert correct("", gold, kind) is correct(None, gold, kind) is False
-    for k in rewards.KINDS[1:]:
-        said = vote(answer, k)
-        assert said is None or isinstance(said, str) and said
-
-
-EVERY = read_mix(",".join([*rewards.REWARDS, *rewards.FITTED]))
-FUNCTIONS = prepare(EVERY, TRACES)
+EVERY = read_mix(",".join(rewards.REWARDS))
+FUNCTIONS = prepare(EVERY, [])
 FIELDS = {"max_new": 100, "overlong_buffer": 20, "progress": 0.1, "stop": "stop"}
+KINDS = [kind for kind in rewards.KINDS if kind not in ("auto", "math")]  # no second process
 
 
 @settings(max_examples=300, deadline=None)
-@given(COMPLETION, HARD, HARD, st.sampled_from(rewards.KINDS), st.integers(0, 200))
-@example("<answer>" + "9" * 10_000, "9" * 10_000, "9", "number", 0)
-@example(f"{R}a{R_}{A}1e300{A_}", "1e-300", "", "number", 1)
-@example(f"{R}a{R_}{A}\ud800{A_}", "\ud800", "\ud800", "auto", 1)
-def test_every_reward_of_any_text_is_a_finite_number(completion, gold, trace, kind, n):
-    row = FIELDS | {"answer": gold, "reasoning": trace, "kind": kind, "n_tokens": n}
+@given(COMPLETION, HARD, st.sampled_from(KINDS), st.integers(0, 200))
+@example("<answer>" + "9" * 10_000, "9" * 10_000, "number", 0)
+@example(f"{R}a{R_}{A}1e300{A_}", "1e-300", "number", 1)
+@example(f"{R}a{R_}{A}\ud800{A_}", "\ud800", "text", 1)
+def test_every_reward_of_any_text_is_a_finite_number(completion, gold, kind, n):
+    row = FIELDS | {"answer": gold, "kind": kind, "n_tokens": n}
     total, parts, errors = score(EVERY, FUNCTIONS, completion, row)
     assert errors == {} and math.isfinite(total)
     assert ("answer" in parts) == bool(gold.strip())
-    low = {"tags": -1, "answer_tunix": -1, "overlong": -1, "length": -1, "repetition": -1}
-    high = {"answer_tunix": 3, "answer_ideae": 4, "markers": 5, "overlong": 0, "length": 0,
-            "repetition": 0}
+    low = {"tags": -1, "overlong": -1, "length": -1, "repetition": -1}
+    high = {"overlong": 0, "length": 0, "repetition": 0}
     for name, value in parts.items():
         assert type(value) is float and low.get(name, 0) <= value <= high.get(name, 1)
     assert score(EVERY, FUNCTIONS, completion, row) == (total, parts, errors)
@@ -353,25 +402,7 @@ def test_every_reward_of_any_text_is_a_finite_number(completion, gold, trace, ki
     )
 
 
-@settings(max_examples=200, deadline=None)
-@given(HARD)
-def test_an_answer_is_right_when_it_is_the_gold_itself(text):
-    assert correct(text, text) == bool(text.strip()) or not rewards._same(text)
-
-
-@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "${}", "{}.", "{} pies"]))
-def test_whole_numbers_survive_their_spellings(n, spelling):
-    assert number(spelling.format(n)) == n
-    assert correct(spelling.format(n), str(n)) and not correct(spelling.format(n), str(n + 1))
-
-
-HOSTILE = ["9", ",000", "1,", "1 ", "1/", "1e", "1.", "-", "$", "1^", "3 x 10^", " ", "\n", "a",
-           "<answer>", "<reasoning>", "answer is ", "answer", "####", "½", "²", "٤", "A) ", "(",
-           "B,", "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{", "word ", "哈",
-           "<", "</answer>", "<reasoning></answer>", GOOD, "[E]", "\x1b[", "İ", "_"]
-
-
-@pytest.mark.parametrize("piece", HOSTILE)
+@pytest.mark.parametrize("piece", [*"9a-哈<İ", "word ", "\x1b[", *rewards.TAGS, GOOD])
 def test_time_grows_with_the_text_and_no_faster(piece):
     """Eight times the text in less than 24 times the CPU time; what is quadratic takes 64."""
 
@@ -381,13 +412,9 @@ def test_time_grows_with_the_text_and_no_faster(piece):
         for _ in range(3):
             began = time.process_time()
             for completion in (text, f"{R}{text}{R_}{A}{text}{A_}"):
-                row = FIELDS | {"answer": text[:n], "reasoning": text, "n_tokens": 9}
+                row = FIELDS | {"answer": "1 apple", "n_tokens": 9}
                 assert not score(EVERY, FUNCTIONS, completion, row).errors
                 rewards.colour(completion)
-            _, answer, _ = parse(text)
-            for kind in rewards.KINDS:
-                correct(answer or text, "1 apple", kind)
-                correct("1", text, kind)
             best = min(best, time.process_time() - began)
         return best
 
