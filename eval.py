@@ -103,7 +103,7 @@ class Sampling(judge.Config):
     seed: int = 0
     """Of the random completions."""
     reward_file: str | None = None
-    """A reward of your own: my.py:score, a function of (completion, row)."""
+    """Rewards of your own: my.py (README) or my.py:score, one function of (completion, row)."""
 
 
 @dataclasses.dataclass(frozen=True)
