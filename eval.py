@@ -101,7 +101,7 @@ class Sampling:
     seed: int = 0
     """Of the random completions."""
     reward_file: str | None = None
-    """A reward of your own: my.py:score, a function of (completion, row)."""
+    """Rewards of your own: my.py (README) or my.py:score, one function of (completion, row)."""
     reward_threads: int = 16
     """Completions scored at a time."""
     reward_timeout: float = 60.0

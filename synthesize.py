@@ -249,7 +249,7 @@ def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None
         return "format", "expected <reasoning>...</reasoning> <answer>...</answer> and no more"
     if right is False:
         return "wrong", f"said {answer[:80]!r}, the answer is {problem.gold[:80]!r}"
-    n = len(rewards._PIECE.findall(reasoning))
+    n = len(rewards.WORDS.findall(reasoning))
     if not config.min_length <= n <= config.max_length:
         return "length", f"{n} words and signs, not {config.min_length} to {config.max_length}"
     if (share := -rewards.repetition(reasoning, {})) > config.max_repetition:
@@ -261,7 +261,7 @@ def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None
 
 def triples(text: str) -> set[tuple[str, ...]]:
     """Its words three in a row: "a b c d" -> {(a, b, c), (b, c, d)}."""
-    pieces = rewards._PIECE.findall(text.casefold())
+    pieces = rewards.WORDS.findall(text.casefold())
     return {*zip(pieces, pieces[1:], pieces[2:], strict=False)} or {tuple(pieces)}
 
 

@@ -94,7 +94,7 @@ class Config:
     rewards: str | None = None
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
     reward_file: str | None = None
-    """A reward of your own: my.py:score, a function of (completion, row)."""
+    """Rewards of your own: my.py (README) or my.py:score, one function of (completion, row)."""
     overlong_buffer: float = 0.2
     """Share of --max-new over which the reward "overlong" falls from 0 to -1 (DAPO)."""
     reward_threads: int = 16

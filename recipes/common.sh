@@ -1,15 +1,15 @@
-# What the recipes have in common; each of them sources this file.
+# What the recipe scripts share; each of them sources this file.
 #
-#   bash recipes/NAME.sh                      the real run: a v5e-8, nine hours
-#   bash recipes/NAME.sh --model tiny         the same stages and flags, with the last column of the
-#                                             table at its top: two CPU cores, minutes
-#   sft_time=1h bash recipes/NAME.sh          another value for a name of that table
-#   ACTS="start grpo" bash recipes/NAME.sh    some of the stages only, on what there is of others
+#   bash recipes/NAME.sh                      the real run: nine hours of a v5e-8
+#   bash recipes/NAME.sh --model tiny         the same stages with the last column of the script's
+#                                             table: minutes on two CPU cores
+#   sft_time=1h bash recipes/NAME.sh          another value for a name in that table
+#   ACTS="start grpo" bash recipes/NAME.sh    only these stages, from what earlier ones left
 #
-# The same command again continues what is there. All of it goes to $OUT, by default runs/NAME or
-# runs/NAME-tiny; `python recipes/table.py FOLDER ...` prints the tables of several runs as one.
-# Time limits add up to eight hours at most: the ninth is for pairs and evaluations, by plan and
-# not by measurement.
+# The same command again continues a run. Everything is written to $OUT, by default runs/NAME or
+# runs/NAME-tiny; `python recipes/table.py FOLDER ...` prints several runs as one table. The time
+# limits of a recipe add up to eight hours at most. The ninth hour is meant for pairs and
+# evaluations; nobody has measured that it is enough.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

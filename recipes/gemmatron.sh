@@ -4,13 +4,13 @@
 #   teacher=https://host/v1 teacher_model=NAME bash recipes/gemmatron.sh
 #
 # Theirs: synthetic traces of Gemini 2.5 Pro and Flash, SFT, GRPO. Everything else is unknown, so
-# the numbers are ours: the scripts' defaults, but for one adapter of rank 64 through both stages.
+# the numbers are the scripts' defaults, except for one adapter of rank 64 through both stages.
 #
-# Traces that are cut, not in the format, wrong, repetitive or told before are left out. They need
-# no accelerator: ACTS=traces makes them beforehand, and then the whole session is left to train in.
-# The teacher's key is in TEACHER_API_KEY; `requests` is the most that are ever sent.
+# Traces that are cut, wrong, repetitive, near-duplicates or not in the format are left out. Making
+# traces needs no accelerator: run ACTS=traces before the session, and train for all of it. The
+# teacher's key is in TEACHER_API_KEY; at most `requests` requests are sent.
 #
-# Tiny: the teacher is the tiny model itself, four tries a problem; those that are right stay.
+# With the tiny model, the model itself is the teacher: four tries a problem, right ones are kept.
 
 source "$(dirname "$0")/common.sh"
 

@@ -9,16 +9,17 @@
 #   GRPO    G 2, beta 0.08, eps 0.1, 4 prompts a step, 1000 steps, lr 1e-5, T 0.9, 1024 + 1024
 #           tokens; the policy on half of the chips, the judge on the other half
 #   reward  clip(0.2 format + 0.2 numeric_exact + 0.6 grar, 0, 1), grar the mean of the digits 1-5
-#           under the judge's softmax, scaled to 0-1: --rewards grar --judge-style grar
+#           under the judge's softmax, scaled to 0-1: --rewards grar --judge-style grar,
+#           recipes/grar.py
 #
 # Ours departs:
-# 1. Their G 2 with division by the std makes every advantage +-0.707 whatever the scores: G is 8.
-# 2. Their reference was the policy itself, so KL was always 0; here it is the model after SFT.
-# 3. Policy and judge share all the chips: the judge's weights are split over them.
-# 4. Rows are packed: 4,125 updates (33k / 8) of 8 rows see each example more than once.
-# 5. Not known of theirs: the adapter of GRPO. Here it is the one of SFT, which goes on.
+# 1. G is 8. With G 2 and division by the std every advantage is +-0.707, whatever the scores.
+# 2. The KL reference is the model after SFT. Theirs was the policy itself, so its KL was always 0.
+# 3. Policy and judge share all chips, and the judge's weights are sharded over them.
+# 4. Rows are packed, so 4,125 updates (33k / 8) of 8 rows see each example more than once.
+# 5. Unknown: the adapter of their GRPO. Here GRPO continues the adapter of SFT.
 #
-# Tiny: the judge is the tiny model, which knows nothing; that the stages run is all it shows.
+# With the tiny model as judge the scores mean nothing; the run shows only that the stages work.
 
 source "$(dirname "$0")/common.sh"
 

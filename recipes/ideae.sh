@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# IDEA-E distillation: SFT on a teacher's traces, then GRPO towards those traces by TF-IDF.
+# IDEA-E distillation: SFT on a teacher's traces, then GRPO that rewards similarity to them.
 #
 #   data=traces.jsonl bash recipes/ideae.sh    # rows with "question", "reasoning" and "answer"
 #
@@ -9,18 +9,20 @@
 #   GRPO      LoRA r64 alpha 64, G 2, beta 0.08, eps 0.2, lr 1e-6, T 0.9, 768 + 512 tokens, 10k +
 #             10k steps
 #   reward    0.75 exact format + four tags +-0.0625 + 0.10 x five markers (scaffold phases only) +
-#             2.25 cos(tfidf(teacher trace), tfidf(model trace)) + answer 0-4: --rewards ideae
+#             2.25 cos(tfidf(teacher trace), tfidf(model trace)) + answer 0-4: --rewards ideae,
+#             recipes/ideae.py, which needs scikit-learn
 #
 # Ours departs:
-# 1. Their G 2 with division by the std makes every advantage +-0.707 whatever the scores: G is 8,
-#    and 8 prompts a step keep eight cores busy.
-# 2. A step then has 64 completions, not 2, and there is no time for 20,000 of them: the clock
-#    decides, and the learning rate is theirs times about sqrt(64 / 2), 5e-6.
-# 3. Their 10k + 10k steps are two halves: the markers pay in the first (SCAFFOLD of rewards.py).
-# 4. Not known of theirs: everything of SFT (here the defaults, but for an adapter that GRPO goes on
-#    with), and the schedule of the scaffold within a phase.
-# Their published summary has it that the trace should differ from the answer, not leak it: that
-# reading is rewards=ideae,tfidf:0,contrast:2.25.
+# 1. G is 8. With G 2 and division by the std every advantage is +-0.707, whatever the scores. 8
+#    prompts a step keep eight cores busy.
+# 2. A step then has 64 completions instead of 2, and eight hours are too short for 20,000 steps. So
+#    the clock ends the run, and the learning rate is theirs times about sqrt(64 / 2), 5e-6.
+# 3. Their 10k + 10k steps are two halves: markers pay in the first half (SCAFFOLD in ideae.py).
+# 4. Unknown: everything about their SFT (here the defaults, with the adapter that GRPO continues),
+#    and the schedule of the markers within a phase.
+# Their published summary reads differently: the trace must differ from the answer, so that it does
+# not leak it. For that reading set rewards=ideae,tfidf:0,contrast:2.25. What one line of junk is
+# paid, and the repaired weights, are in recipes/ideae.py.
 
 source "$(dirname "$0")/common.sh"
 

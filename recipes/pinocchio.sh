@@ -12,21 +12,22 @@
 #   act 3   GRPO, 4 h at most: LoRA r64 alpha 64, G 8, mu 2, beta 0.07, eps 0.25, T 1, top-k 200,
 #           256 + 768 tokens, 800 optimiser steps, lr 5e-6, ~2k prompts; the reference is the model
 #           after act 2
-#   reward  5 x correctness (0-1) + reasoning (0-5) - fatal flags, by a judge behind 16 threads, one
-#           call a group, + 5 for the strict format, else 0.3, 0.3, 0.2, 0.2 of it for each tag there
-#           once; >= -10
+#   reward  5 x correctness (0-1) + reasoning (0-5) - fatal flags, by a hosted judge (16 threads,
+#           one call a group) + 5 for the strict format, or 0.3, 0.3, 0.2, 0.2 of the 5 for each tag
+#           that is there once; at least -10: --rewards pinocchio, recipes/pinocchio.py
 #
 # Ours departs:
-# 1. Rows are packed: 9,000 updates of 16 rows see each trace more often than three epochs do.
-# 2. Half of the 5 is for the strict format alone: theirs did not ask for the order of the tags.
-# 3. A judgement that failed leaves its group; theirs scored 0 and kept the points for the format.
-# 4. 800 optimiser steps with mu 2 are 400 batches, so ~2k prompts are 5 in each. Act 3 may take
-#    5 h: beside act 2's sampling and the evaluations, nine hours allow it.
-# 5. Not known of theirs: how many pairs and steps act 2 had (500 prompts by 8 samples, 200 updates
-#    of 16 rows at most) and its alpha (act 3's 64, as act 3 goes on training the same adapter).
+# 1. Rows are packed, so 9,000 updates of 16 rows see each trace more often than three epochs do.
+# 2. Half of the 5 is for the strict format alone, because theirs ignored the order of the tags.
+# 3. A completion whose judge call failed leaves its group. Theirs scored the content 0 and still
+#    paid the format.
+# 4. 800 optimiser steps with mu 2 are 400 batches, so ~2k prompts make 5 a batch. Act 3 may take
+#    5 h, which nine hours leave beside act 2's sampling and the evaluations.
+# 5. Unknown: the pairs and steps of act 2 (here 500 prompts with 8 samples each, and at most 200
+#    updates of 16 rows) and its alpha (here act 3's 64, because act 3 trains the same adapter).
 #
-# Tiny: nobody judges. A right answer stands for correctness, a trace that says more than the answer
-# for its grade, and there are no flags.
+# The tiny model has no judge: a right answer replaces correctness, a trace that says more than the
+# answer replaces its grade, and there are no flags.
 
 source "$(dirname "$0")/common.sh"
 
@@ -57,7 +58,9 @@ pick test         gsm8k:test  problems:test
 pick test_rows    300         200
 
 scored=(--rewards "$content,format:2.5,tags_pinocchio:2.5")
-if [ -z "$tiny" ]; then
+if [ -n "$tiny" ]; then
+  scored+=(--reward-file recipes/pinocchio.py:tags_pinocchio)
+else
   need judge "an OpenAI-compatible endpoint, http(s)://host/v1; its key in JUDGE_API_KEY"
   scored+=(--judge "$judge" --judge-model "$judge_model" --judge-style pinocchio --judge-calls group
     --judge-threads 16)

@@ -1,9 +1,9 @@
 """Prints the stages of recipe runs as one table: python recipes/table.py runs/NAME ...
 
-Accuracy, format and length are eval.py's, of the greedy answers; maj@8 is of eight samples. Minutes
-are the wall-clock of the stage's commands, with loading and compiling, all starts of them but one
-that was killed together with the script. What is made for the next stage (traces, pairs) counts as
-that one's; eval.py's own minutes count nowhere.
+Accuracy, format and length are those of eval.py's greedy answers, maj@8 is of eight samples.
+Minutes are the wall-clock time of a stage's commands over all starts, with loading and compiling; a
+start that was killed together with the script is not counted. Traces and pairs count to the stage
+that learns from them. The minutes of eval.py count to no stage.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def rows(folder: Path) -> list[tuple[str, float, dict]]:
-    """(stage, minutes, results) of each stage that was evaluated, in the order they ran."""
+    """(stage, minutes, results) of each evaluated stage, in the order they ran."""
     seconds, noted = {}, folder / "seconds"
     for line in noted.read_text().splitlines() if noted.exists() else []:
         name, s = line.split()

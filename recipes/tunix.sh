@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Tunix's own GRPO of GSM8K, the baseline that everybody began with.
+# Tunix's own GRPO on GSM8K, the baseline that everybody started from.
 #
 #   bash recipes/tunix.sh
 #
 # Theirs, Gemma-2-2B-it: prompt up to 256, completion up to 768, T 0.9, top-k 50, beta 0.08, eps
 # 0.2, mu 1, LoRA r64 alpha 64 on q,k,v,o,gate,up,down, AdamW(0.9, 0.99), weight decay 0.1, clip
 # 0.1, lr 0 -> 3e-6 -> 0 (10 % warm-up, cosine), 1 prompt x G 2 a step, 3,738 steps; format 3, four
-# tags +-0.5, the answer -1 to 3, its first number 1.5: --rewards tunix
+# tags +-0.5, the answer -1 to 3, its first number 1.5: --rewards tunix, recipes/tunix.py
 #
 # Ours departs:
-# 1. Their G 2 with division by the std makes every advantage +-0.707 whatever the scores: G is 8.
-# 2. One prompt a step would leave cores idle: 8 prompts. As many steps as theirs then see GSM8K
-#    four times, if eight hours are enough for them; else the clock ends the schedule.
-# 3. One mesh axis over all devices, not (fsdp 2, tp 4): the base fits each of them.
+# 1. G is 8. With G 2 and division by the std every advantage is +-0.707, whatever the scores.
+# 2. 8 prompts a step, because one would leave cores idle. 3,738 steps then see GSM8K four times;
+#    if eight hours are too short for them, the clock ends the schedule.
+# 3. One mesh axis over all devices, not (fsdp 2, tp 4), because the base fits on each device.
 
 source "$(dirname "$0")/common.sh"
 

@@ -1,184 +1,22 @@
-"""rewards.py: what a person would say of an answer, for kind and for hostile text."""
+"""rewards.py: the built-in rewards, files of rewards, and sums that miss nothing in silence."""
 
+import functools
 import math
-import random
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import (
-    Mix,
-    Reward,
-    TfIdf,
-    correct,
-    kind_of,
-    number,
-    parse,
-    prepare,
-    read_mix,
-    score,
-    vote,
-)
+from rewards import Mix, Reward, prepare, read_mix, score
 
 GOOD = "<reasoning>12 + 7 = 19</reasoning>\n<answer>19</answer>"
-
-
-# ------------------------------------------------------------------------------------------ parse
-
-
-@pytest.mark.parametrize(
-    "completion, strict, answer",
-    [
-        (GOOD, True, "19"),
-        (f"\n {GOOD} \n", True, "19"),
-        ("<reasoning>a\nb</reasoning><answer>\nParis\n</answer>", True, "Paris"),
-        (f"Sure! {GOOD}", False, "19"),
-        (f"{GOOD} Bye!", False, "19"),
-        (f"{GOOD}{GOOD}", False, "19"),
-        ("<reasoning>a</reasoning> so <answer>19</answer>", False, "19"),
-        ("<answer>19</answer>\n<reasoning>a</reasoning>", False, "19"),
-        ("<reasoning>a<answer>19</answer></reasoning>", False, "19"),
-        ("<reasoning></reasoning><answer>19</answer>", False, "19"),
-        ("<reasoning>a</reasoning><answer> </answer>", False, None),
-        ("<reasoning>a</reasoning><answer>19", False, "19"),
-        ("<reasoning>a</reasoning><answer>", False, None),
-        ("<reasoning>a</reasoning><answer>1</answer><answer>19</answer>", False, "19"),
-        ("<reasoning>a</reasoning><answer>19</answer><answer>", False, "19"),
-        ("<Reasoning>a</Reasoning><Answer>19</Answer>", False, "19"),
-        ("<reasoning>a</reasoning>\n19", False, "19"),
-        ("<reasoning>it is 19</reasoning>", False, "it is 19"),
-        ("<reasoning>it is 19", False, "it is 19"),
-        ("19</answer>", False, "19"),
-        ("It is 19.", False, "It is 19."),
-        ("", False, None),
-        (" \n", False, None),
-    ],
-)
-def test_strict_is_the_format_alone_and_the_answer_needs_none(completion, strict, answer):
-    _, found, was_strict = parse(completion)
-    assert (found, was_strict) == (answer, strict)
-
-
-def test_reasoning_is_returned_without_its_tags():
-    assert parse(GOOD)[0] == "12 + 7 = 19"
-    assert parse("<reasoning>cut off")[0] == "cut off"
-    assert parse("<answer>19</answer>")[0] is None
-
-
-# ----------------------------------------------------------------------------------------- number
-
-
-NUMBERS = [
-    ("42", 42), ("42.", 42), ("42.0", 42), ("1,042", 1042), ("1,234,567.5", 1234567.5),
-    ("1\u202f042", 1042), ("-42", -42), ("−42", -42), ("–42", -42), ("+42", 42), ("- 42", 42),
-    ("$42", 42), ("-$42", -42), ("$-42", -42), ("$ 1,042.50", 1042.5), ("\\$42", 42), ("42€", 42),
-    ("42%", 42), ("42 apples", 42), ("42km", 42), ("**42**", 42), ("(42)", 42), ("x=42", 42),
-    ("4.2e1", 42), ("4.2E+1", 42), ("420e-1", 42), ("3 × 10^8", 3e8), ("3 x 10⁸ m/s", 3e8),
-    ("3 \\times 10^{-2}", 0.03), ("4.2 million", 4200000), ("½", 0.5), ("-½", -0.5), ("3½", 3.5),
-    ("⅓", 1 / 3), ("1/2", 0.5), ("1⁄2", 0.5), ("3 1/2", 3.5), ("-3 1/2", -3.5), ("10 / 4", 2.5),
-    ("\\frac{1}{2}", 0.5), (".5", 0.5), ("The answer is 42", 42), ("12 + 7 = 19", 19),
-    ("10-15", 15), ("10 m²", 10), ("٤٢", 42), ("４２", 42), ("答案是42", 42), ("4\n2", 2),
-    ("", None), ("none", None), ("nan", None), ("inf", None), ("-Infinity", None), ("H2O", None),
-    ("²", None), ("2^10", None), ("1/0", None), ("1e999", None), ("1e-99999", None),
-    ("9" * 10_000, None), ("1" + ",000" * 9_999, None), ("-", None), ("$", None), ("1e", 1),
-]
-
-
-@pytest.mark.parametrize("text, expected", NUMBERS)
-def test_numbers_are_what_a_person_reads(text, expected):
-    assert number(text) == expected
-
-
-# ---------------------------------------------------------------------------------------- correct
-
-RIGHT = [
-    ("42", "42"), ("42.0", "42"), ("1,042", "1042"), ("$1,042.00", "1042"), ("42%", "42"),
-    ("42 apples", "42"), ("42", "42 apples"), ("42 red apples", "42 apples"), ("42 km.", "42 km"),
-    ("0.333333333", "1/3"), ("½", "0.5"), ("−7", "-7"), ("The answer is 42.", "42"),
-    ("The answer is 42. Check: 84 / 2", "42"), ("It makes 42.\nI hope this helps!", "42"),
-    ("so 6 * 7 = 42", "42"), ("#### 42", "42"), ("\\boxed{42}", "42"), ("42", 42), ("2.5", 2.5),
-    ("12:30", "12:30"), ("42 percent", "42%"), ("9" * 400, "9" * 400),
-    ("Paris", "paris"), ("  PARIS. ", "Paris"), ("The answer is Paris.", "Paris"),
-    ("Well.\nAnswer: **New   York**", "New York"), ("well-known", "well known"),
-    ("don't", "dont"), ("C++", "c++"), ("(3, 4)", "(3,4)"), ("+", "+"),
-    ("yes", "Yes"), ("Yes, it can.", "yes"), ("true", "yes"), ("No.", "false"), ("no", False),
-    ("It is true.", "True"), ("No, it is true that it rains", "no"),
-    ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B) Oslo", "B"), ("**B**", "B"),
-    ("Option B", "B"), ("The correct answer is (B).", "B"), ("B: because it is cold", "B"),
-    ("a, b", "b, a"), ("b and a", "a, b"), ("2.0; 1", "1, 2"), ("1, 2, and 3", "3, 2, 1"),
-    ("red, green", ["green", "red"]), ("1,042, 7", "7, 1042"),
-]
-
-WRONG = [
-    ("", "42"), (" ", "42"), (".", "42"), ("", ""), ("...", "..!"), ("x", ""), (None, "42"),
-    ("4", "42"), ("142", "42"), ("42 or 43", "42"), ("42.001", "42"), ("1234567", "1234568"),
-    ("-42", "42"), (".5", "5"), ("1, -2", "1, 2"), ("(-3, 4)", "(3, 4)"),
-    ("42 m", "42 km"), ("0.33", "1/3"), ("nan", "nan or inf"), ("forty", "42"),
-    ("9" * 400, "9" * 399 + "8"), ("1e999", "42"), ("2^10", "10"),
-    ("Par", "Paris"), ("Paris, France", "Paris"), ("not Paris", "Paris"), ("C", "C++"),
-    ("(4, 3)", "(3, 4)"), ("It is Paris or Rome", "Paris"),
-    ("no", "yes"), ("yes and no", "yes"), ("yes/no", "no"), ("It is not true", "true"),
-    ("It isn't true", "true"), ("maybe", "yes"), ("yesterday", "yes"),
-    ("A", "B"), ("A or B", "B"), ("A) B) C)", "A"), ("A, B", "A"), ("B) or C", "B"),
-    ("a dog", "A"), ("Boat", "B"), ("I think so", "B"),
-    ("a", "a, b"), ("a, b, c", "a, b"), ("a, b, b", "a, b"), ("ab", "a, b"),
-]
-
-
-@pytest.mark.parametrize("guess, gold", RIGHT)
-def test_right_answers(guess, gold):
-    assert correct(guess, gold)
-
-
-@pytest.mark.parametrize("guess, gold", WRONG)
-def test_wrong_answers(guess, gold):
-    assert not correct(guess, gold)
-
-
-@pytest.mark.parametrize(
-    "guess, right",
-    [("B", True), ("b)", True), ("Oslo", True), ("oslo.", True), ("B) Oslo", True),
-     ("(B) Vitamin C", True), ("The answer is Oslo", True), ("A", False), ("Rome", False),
-     ("B) Rome", False), ("Osl", False), ("Z", False), ("", False), ("C. Oslo", False),
-     ("Rome, Oslo", False)],
-)
-def test_choices_are_named_by_letter_or_text(guess, right):
-    choices = ("Rome", "Oslo", "A. thaliana")
-    assert correct(guess, "B", "auto", choices) == right
-    assert correct(guess, "Oslo", "choice", choices) == right
-    assert correct("A. thaliana", "C", "choice", choices)
-
-
-def test_kinds():
-    golds = {"42": "number", "$1,042": "number", "5 km": "number", "-3/4": "number", "B": "choice",
-             "(C)": "choice", "True": "boolean", "no": "boolean", "a, b": "list",
-             "salt and pepper": "list", "(3, 4)": "text", "Paris": "text", "12:30": "text",
-             "room 42": "text", "": "text"}
-    assert {gold: kind_of(gold) for gold in golds} == golds
-    assert kind_of("Oslo", ("Rome", "Oslo")) == "choice"
-    assert correct("42 m", "room 42", "number") and not correct("42 m", "room 42")
-    with pytest.raises(ValueError, match="maths.*auto, number"):
-        correct("1", "1", "maths")
-
-
-def test_equal_votes_are_equal_answers():
-    same = [
-        ("number", "42", "It is 42.0"),
-        ("number", "½", "1/2"),
-        ("choice", "(B)", "B. Oslo"),
-        ("boolean", "Yes.", "true"),
-        ("list", "a, b", "b and a"),
-        ("text", "Oslo!", "oslo"),
-    ]
-    for kind, a, b in same:
-        assert vote(a, kind) == vote(b, kind) is not None
-    for kind in rewards.KINDS[1:]:
-        assert vote(None, kind) is vote("", kind) is vote(" \n", kind) is None
-    assert vote("no number", "number") is None
 
 
 # ---------------------------------------------------------------------------------------- rewards
@@ -204,12 +42,14 @@ COMPLETIONS = [  # (completion, format, answer), where 42 is right
     *((tagged(text), 1, 1) for text in [
         "42", "42.", "42.0", "+42", "$42", "42€", "42%", "42 apples", "4.2e1", "4.2E+1", "0.42e2",
         "420e-1", "84/2", "84 / 2", "41 2/2", "\\frac{84}{2}", "٤٢", "４２", "四: 42", "**42**",
-        "\\boxed{42}", "x = 42", "The answer is 42", "41 or rather 42", "\n42\n", "42km", "\\$42",
-        "6 * 7 = 42", "Answer: 42.\nI am sure!", "0.042 thousand", "4.2 × 10^1", "4.2 x 10¹"]),
+        "\\boxed{42}", "x = 42", "The answer is 42", "\n42\n", "42km", "\\$42",
+        "6 * 7 = 42", "forty-two",
+        "Answer: 42.\nI am sure!", "0.042 thousand", "4.2 × 10^1", "4.2 x 10¹"]),
     *((tagged(text), 1, 0) for text in [
         "1,042", "-42", "−42", "-$42", "42.001", "4", "2", "½", "42½", "0", "nan", "inf", "-inf",
-        "NaN", "1e999", "1/0", "42/0", "9" * 10_000, "42" + "0" * 10_000, "42" * 200, "forty-two",
-        "四十二", "сорок два", "...", "?", "42^2", "2^42", "42 or 43", "4 2", "\ud800", "\x00"]),
+        "NaN", "1e999", "1/0", "42/0", "9" * 10_000, "42" + "0" * 10_000, "42" * 200,
+        "四十二", "сорок два", "...", "?", "42^2", "2^42", "42 or 43",
+        "41 or rather 42", "4 2", "\ud800", "\x00"]),
     (f"{R}I see{R_}{A}42", 0, 1),  # unclosed
     (f"{R}I see{A}42{A_}", 0, 1),
     (f"{R}I see{R_}42{A_}", 0, 1),  # missing
@@ -224,7 +64,7 @@ COMPLETIONS = [  # (completion, format, answer), where 42 is right
     (tagged("41") + tagged("42"), 0, 1), (tagged("42") + tagged("41"), 0, 0),
     (tagged("42") + A * 1000, 0, 1), (A * 1000 + "42", 0, 1),
     (tagged("42") + "!", 0, 1), ("So: " + tagged("42"), 0, 1),
-    (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 1),
+    (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 0),
     (tagged("42", ""), 0, 1), (tagged(""), 0, 0), (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0),
     ("", 0, 0), (" \n", 0, 0), ("\x00", 0, 0), ("nan", 0, 0), ("<", 0, 0), (A_, 0, 0),
 ]
@@ -262,68 +102,8 @@ def test_tags_are_graded_one_by_one():
         there = [tag for i, tag in enumerate(rewards.TAGS) if n >> i & 1]
         text = " x ".join(there)
         assert part("tags", text) == pytest.approx((2 * len(there) - 4) / 4)
-        shares = dict(zip(rewards.TAGS, (0.3, 0.3, 0.2, 0.2), strict=True))
-        assert part("tags_pinocchio", text) == pytest.approx(sum(shares[tag] for tag in there))
     assert part("tags", tagged("42") + A) == 0.5  # twice is not once
     assert part("tags", tagged("42").upper()) == -1
-    assert 5 * part("tags_pinocchio", tagged("42")) == 5
-
-
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
-        (tagged("100"), 3), (tagged("\n100 "), 1.5), (tagged("100.0"), 0.5), (tagged("110"), 0.5),
-        (tagged("90"), 0.5), (tagged("111"), 0.25), (tagged("120"), 0.25), (tagged("80"), 0.25),
-        (tagged("121"), -1), (tagged("-100"), -1), (tagged("1"), -1), (tagged("1e999"), -0.5),
-        (tagged("many"), -0.5), (tagged("nan"), -0.5), ("100", 0), (f"{A}100{A_}", 0), ("", 0),
-        (tagged("100") + "!", 0),
-    ],
-)
-def test_tunix_answers(completion, expected):
-    assert part("answer_tunix", completion, {"answer": "100"}) == expected
-
-
-def test_tunix_answers_without_a_number_to_divide_by():
-    assert part("answer_tunix", tagged("-9"), {"answer": "-10"}) == 0.5
-    assert part("answer_tunix", tagged("0.0"), {"answer": "0"}) == 0.5
-    assert part("answer_tunix", tagged("1"), {"answer": "0"}) == -1
-    assert part("answer_tunix", tagged("1"), {"answer": "Oslo"}) == -0.5
-
-
-@pytest.mark.parametrize(
-    "completion, right",
-    [
-        (tagged("42"), 1), (tagged("It is 42, not 43"), 1), (tagged("$42.00"), 1),
-        (tagged("84/2"), 1), (tagged("43, not 42"), 0), (tagged("Oslo"), 0), (tagged(""), 0),
-        ("42", 0), (f"{R}42{R_}", 0), (f"{A}42{A_}", 1), (tagged("1" * 10_000), 0),
-    ],
-)
-def test_first_number(completion, right):
-    assert part("first_number", completion, {"answer": "42"}) == right
-    assert part("first_number", tagged("10000000000001"), {"answer": "10000000000000"}) == 0
-
-
-@pytest.mark.parametrize(
-    "said, gold, expected",
-    [
-        ("100", "100", 4), ("100.0", "100", 3.5), ("$100", "100", 3.5), ("105", "100", 2.5),
-        ("95", "100", 2.5), ("106", "100", 1.25), ("110", "100", 1.25), ("111", "100", 0),
-        ("100 or 200", "100", 2.5), ("many", "100", 0), ("", "100", 0), ("1000", "100", 0),
-        ("(b)", "B", 3.5), ("A", "B", 0), ("True", "yes", 3.5), ("no", "yes", 0),
-        ("Oslo", "Oslo", 4), ("It is Oslo.", "Oslo", 2.5), ("oslo", "Oslo", 2.5), ("Os", "Oslo", 0),
-        ("Oslomet", "Oslo", 0),
-    ],
-)
-def test_ideae_answers(said, gold, expected):
-    assert part("answer_ideae", tagged(said), {"answer": gold}) == expected
-    assert part("answer_ideae", said, {"answer": gold}) == 0  # a recipe reads its own tags
-
-
-def test_markers_are_paid_in_the_scaffold_phase():
-    full = tagged("42", "[I] a [D] b [E] c [A] d [E] e [E]")
-    count = lambda completion, p=0.0: part("markers", completion, {"progress": p})
-    assert count(full) == 5 and count(full, 0.49) == 5 and count(full, 0.5) == count(full, 1) == 0
-    assert count(tagged("42", "[E] [A] [A]")) == 2 and count(tagged("[I]")) == count("[I]") == 0
 
 
 def test_overlong_is_the_published_table():
@@ -365,101 +145,31 @@ def test_reasoning_is_there_and_more_than_the_answer():
     assert part("reasoning", "first we add them up") == part("reasoning", "") == 0
 
 
-# ----------------------------------------------------------------------------------------- TF-IDF
-
-TRACES = [
-    "First we add 12 and 7, which makes 19 apples.",
-    "The train covers 120 km in 2 hours, so its speed is 60 km per hour.",
-    "Straße, straße, ÉTÉ été: naïve İstanbul, it's x_1 and x_1 don't",
-    "We divide the apples among the children; the the the of apples.",
-]
-
-
-def check_tfidf(texts, others, max_features):
-    text = pytest.importorskip("sklearn.feature_extraction.text")
-    theirs = text.TfidfVectorizer(stop_words="english", max_features=max_features)
-    try:
-        theirs.fit(texts)
-    except ValueError:  # it refuses texts without words; ours then has no features
-        assert not TfIdf(texts, max_features).idf
-        return
-    ours = TfIdf(texts, max_features)
-    assert sorted(ours.idf) == list(theirs.get_feature_names_out())
-    pairs = [(a, b) for a in [*texts, *others] for b in [*texts, *others]]
-    a, b = (theirs.transform(column) for column in zip(*pairs, strict=True))
-    expected = np.asarray(a.multiply(b).sum(axis=1)).ravel()
-    np.testing.assert_allclose([ours.cosine(*pair) for pair in pairs], expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("max_features", [1, 5, 500])
-def test_tfidf_is_scikit_learns(max_features):
-    check_tfidf(TRACES, ["", "zebra", "the of and", "apples " * 50, "SPEED km hours"], max_features)
-
-
-def test_tfidf_is_scikit_learns_where_most_words_are_equally_frequent():
-    rng = random.Random(0)
-    texts = [" ".join(f"w{rng.randrange(1500)}" for _ in range(60)) for _ in range(60)]
-    check_tfidf(texts, ["w1 w2 w3", ""], 500)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.text("aàbBéſİ_1² \n.-哈", max_size=30), min_size=1, max_size=5),
-       st.text(max_size=20), st.integers(1, 4))
-def test_tfidf_is_scikit_learns_on_any_text(texts, other, max_features):
-    check_tfidf(texts, [other], max_features)
-
-
-def test_the_stop_words_are_scikit_learns():
-    text = pytest.importorskip("sklearn.feature_extraction.text")
-    assert rewards._STOP_WORDS == text.ENGLISH_STOP_WORDS
-
-
-def test_both_readings_of_tfidf():
-    row = {"reasoning": TRACES[0]}
-    get = lambda name, completion: part(name, completion, row, traces=TRACES)
-    same, other = tagged("19", TRACES[0]), tagged("19", "we divide the apples")
-    assert get("tfidf", same) == pytest.approx(1) and 0 < get("tfidf", other) < 0.5
-    for text in (
-        TRACES[0],
-        R + TRACES[0],
-        TRACES[0] + R_,
-        tagged(TRACES[0]),
-        tagged("19", "zebra"),
-    ):
-        assert get("tfidf", text) == 0
-    assert "tfidf" not in scored("tfidf", same, {"reasoning": None}, TRACES).parts  # no such thing
-    # the other reading: a trace that is not the answer said early
-    assert get("contrast", tagged("Paris", TRACES[0])) == 1
-    assert get("contrast", tagged(TRACES[0], TRACES[0])) == pytest.approx(0)
-    assert 0.4 < get("contrast", tagged("19 apples", TRACES[0])) < 0.6
-    for text in (TRACES[0], tagged("", TRACES[0]), tagged("19", "zebra"), f"{R}apples{R_}{A}19"):
-        assert get("contrast", text) == 0
-
-
 # ---------------------------------------------------------------------------------- mixes and sums
 
 
-def test_read_mix():
-    assert read_mix("format:1,answer:3,tfidf:2.25").weights == {
-        "format": 1, "answer": 3, "tfidf": 2.25}
+def test_read_mix(tmp_path):
+    assert read_mix("format:1,answer:3").weights == {"format": 1, "answer": 3}
     assert read_mix(" format , overlong : -1e-1 ").weights == {"format": 1, "overlong": -0.1}
-    assert read_mix("tunix") == rewards.PRESETS["tunix"]
+    tunix = read_mix("tunix")
+    assert tunix.preset == "tunix" and tunix.weights["answer_tunix"] == 1
     assert read_mix("grar,judge:2,repetition") == Mix(
-        {"format": 0.2, "answer": 0.2, "judge": 2, "repetition": 1}, 0, 1
+        {"format": 0.2, "answer": 0.2, "judge": 2, "repetition": 1}, 0, 1, "grar"
     )
-    assert read_mix("format:0.5", "my.py:mine").weights == {"mine": 1, "format": 0.5}
-    assert (
-        read_mix("mine:2", "a/my.py:mine") == read_mix("mine:2", "my.py:mine") == Mix({"mine": 2})
-    )
-    assert read_mix("", "my.py:mine").weights == {"mine": 1}
-    assert rewards.PRESETS["tunix"].weights["format"] == 3  # none of this changed a preset
+    (tmp_path / "my.py").write_text("def mine(completion, row): return 1\n")
+    mine = f"{tmp_path}/my.py:mine"
+    assert read_mix("format:0.5", mine).weights == {"mine": 1, "format": 0.5}
+    assert read_mix("mine:2", mine) == Mix({"mine": 2})
+    assert read_mix("", mine).weights == {"mine": 1}
+    assert read_mix("tunix,mine:0", mine).weights == tunix.weights | {"mine": 0}
+    assert read_mix("tunix") == tunix  # none of this changed a preset
 
 
 @pytest.mark.parametrize(
     "text, reason",
     [
         ("", "empty"), (" ", "empty"), (",", "expected one of"), ("format,", "expected one of"),
-        ("formt:1", "'formt:1'.*tunix.*format.*tfidf.*judge"), ("format:1,format:2", "already"),
+        ("formt:1", "'formt:1'.*tunix.*format.*judge"), ("format:1,format:2", "already"),
         ("format:", "number"), ("format:x", "'format:x'.*number"), ("format:nan", "number"),
         ("answer:inf", "number"), ("format:1:2", "number"), ("tunix,tunix", "preset"),
         ("format,tunix", "preset"), ("tunix:2", "preset"), ("mine", "expected one of"),
@@ -471,13 +181,8 @@ def test_a_mix_that_cannot_be_read_says_so_in_a_line(text, reason):
 
 
 def test_prepare_gives_what_the_mix_names():
-    functions = prepare(read_mix("tunix,contrast:0"), iter(TRACES))
-    assert list(functions) == ["format", "tags", "answer_tunix", "first_number", "contrast"]
-    unread = prepare(read_mix("tunix"), (1 / 0 for _ in "x"))  # not fitted where not asked for
-    assert list(unread) == list(rewards.PRESETS["tunix"].weights)
-    for traces in ([], ["", "the of"]):
-        with pytest.raises(ValueError, match="--rewards tfidf: .*reasoning"):
-            prepare(read_mix("ideae"), traces)
+    unread = prepare(read_mix("tunix,length:0"), (1 / 0 for _ in "x"))  # nothing to fit
+    assert list(unread) == ["format", "tags", "answer_tunix", "first_number", "length"]
     for preset, name in {"grar": "judge", "pinocchio": "judge_correctness"}.items():
         with pytest.raises(ValueError, match=f"--rewards {name}: needs --judge"):
             prepare(read_mix(preset), [])
@@ -490,62 +195,8 @@ def judged(**values):
 GOLD = {"answer": "42", "reasoning": "apples and pears", "progress": 0.1}
 
 
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
-        (tagged("42"), 3 + 2 + 3 + 1.5), (tagged(" 42 "), 3 + 2 + 1.5 + 1.5),
-        (tagged("42 or 45"), 3 + 2 + 0.5 + 1.5), (tagged("45"), 3 + 2 + 0.5),
-        (tagged("50"), 3 + 2 + 0.25), (tagged("99"), 3 + 2 - 1), (tagged("many"), 3 + 2 - 0.5),
-        (tagged("42") + "!", 2 + 1.5), ("42", -2), ("", -2), (f"{A}42{A_}", 2 - 2 * 1 + 1.5),
-        (f"{R}I see{R_}{A}42", 1.5 - 0.5), ((R + R_ + A + A_) * 2, -2),
-    ],
-)
-def test_the_sum_of_tunix(completion, expected):
-    """Its range is -2 (no tag once) to 9.5: what has no format has no answer that could cost -1."""
-    assert scored("tunix", completion, GOLD).total == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
-        (tagged("42", "apples pears [I] [D] [E] [A] [E]"), 0.75 + 0.25 + 0.5 + 2.25 + 4),
-        (tagged("42", "apples pears [I]"), 0.75 + 0.25 + 0.1 + 2.25 + 4),
-        (tagged("$42", "apples"), 0.75 + 0.25 + 2.25 / math.sqrt(2) + 3.5),
-        (tagged("43", "zebra"), 0.75 + 0.25 + 2.5), (tagged("46", "zebra"), 0.75 + 0.25 + 1.25),
-        (f"{A}42{A_}", 4), ("42", -0.25),
-    ],
-)
-def test_the_sum_of_ideae(completion, expected):
-    assert scored("ideae", completion, GOLD, ["apples pears"]).total == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "completion, correctness, quality, penalty, expected",
-    [
-        (tagged("42"), 1, 5, 0, 5 + 5 + 5), (tagged("42"), 0.5, 3, 2, 2.5 + 3 + 5 - 2),
-        (f"{R}a{R_}{A}42", 1, 4, 3, 5 + 4 + 5 * 0.8 - 3), (R_ + R, 0, 0, 5, 5 * 0.6 - 5),
-        ("", 0, 0, 6, -6), ("", 0, 0, 17, -10),
-    ],
-)
-def test_the_sum_of_pinocchio(completion, correctness, quality, penalty, expected):
-    judge = judged(judge_correctness=correctness, judge_reasoning=quality, judge_penalty=penalty)
-    assert scored("pinocchio", completion, {}, judge=judge).total == pytest.approx(expected)
-
-
-def test_the_sum_of_grar():
-    total = lambda completion, judge: (
-        scored("grar", completion, GOLD, judge=judged(judge=judge)).total
-    )
-    assert total(tagged("42"), 1) == 1 and total("", 0) == 0
-    assert total(tagged("42"), 0.25) == pytest.approx(0.2 + 0.2 + 0.6 * 0.25)
-    assert total(tagged("41"), 0.25) == pytest.approx(0.2 + 0.6 * 0.25)
-    assert total("42", 0.25) == pytest.approx(0.2 + 0.6 * 0.25)
-    assert total(tagged("42"), 3) == 1 and total("", -1) == 0
-    assert total(tagged("42"), None) is None  # a lost judgement is no bad one
-
-
 def test_what_does_not_apply_is_no_part():
-    both = "format:1,answer:1,tfidf:1"
+    both = "format:1,answer:1"
     for nothing in ({}, {"answer": None}, {"answer": " "}, {"answer": [], "reasoning": ""}):
         assert scored(both, tagged("42"), nothing) == (1, {"format": 1}, {})
     assert scored(both, tagged("0"), {"answer": 0}).parts == {"format": 1, "answer": 1}
@@ -598,7 +249,7 @@ def test_an_exception_is_a_short_line_with_the_sample():
         score(Mix({"a": 1}), {"a": Reward(stopped)}, "", {})
 
 
-def test_a_reward_file(tmp_path):
+def test_one_function_of_a_file(tmp_path):
     file = tmp_path / "my.py"
     file.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -613,21 +264,96 @@ def test_a_reward_file(tmp_path):
     assert (total, parts["broken"]) == (None, None) and "ZeroDivisionError" in errors["broken"]
 
 
+SEVERAL = """
+from helper_of_my_rewards import LIMIT
+from rewards import Reward
+
+seen = set()
+
+def fit(traces):
+    seen.update(traces)
+
+REWARDS = {
+    "brief": lambda completion, row: len(completion) <= LIMIT,
+    "cited": Reward(lambda completion, row: row["source"] in completion, needs="source"),
+    "known": lambda completion, row: completion in seen,
+}
+WEIGHTS = {"brief": 0.5, "cited": 2, "format": 1}
+RANGE = (-1, 2)
+"""
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A file of three rewards, which imports the module beside it."""
+    (tmp_path / "helper_of_my_rewards.py").write_text("LIMIT = 9\n")
+    (tmp_path / "my.py").write_text(SEVERAL)
+    return tmp_path / "my.py"
+
+
+def test_several_rewards_of_a_file(several):
+    own = str(several)
+    assert read_mix("", own) == Mix({"brief": 0.5, "cited": 2, "format": 1}, -1, 2)
+    assert read_mix("brief:3,known", own).weights == {
+        "brief": 3, "cited": 2, "format": 1, "known": 1}
+    assert scored("", "short", reward_file=own) == (0.5, {"brief": 1, "format": 0}, {})
+    assert scored("", "see me", {"source": "me"}, reward_file=own).total == 2  # clipped
+    assert scored("known:1", "abc", {}, ["abc"], reward_file=own).parts["known"] == 1  # fitted
+    assert scored("answer:1", "see 42", {"answer": "42", "source": "see"},
+                  reward_file=f"{own}:cited").total == 2
+    assert read_mix("tunix", own).weights["cited"] == 2
+    several.write_text("REWARDS = {'other': lambda completion, row: 1}\n")
+    os.utime(several, ns=(1, 1))
+    assert read_mix("", own) == Mix({"other": 1})  # a file that changed is read again
+
+
+def test_the_files_that_a_mix_needs(several):
+    helper = several.with_name("helper_of_my_rewards.py")
+    assert rewards.files("format:1") == rewards.files(None) == []
+    assert rewards.files("", f"{several}:cited") == rewards.files("", str(several)) == [
+        several, helper]
+    names = [path.name for path in rewards.files("ideae,tfidf:0", str(several))]
+    assert names == ["ideae.py", "my.py", "recipe_text.py", helper.name]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_presets_are_found_where_a_notebook_writes_them(tmp_path, flat):
+    """The files of a recipe in recipes/, or all of them beside rewards.py; by another process."""
+    names = ["rewards.py", "answers.py", *(f"recipes/{n}" for n in ("tunix.py", "recipe_text.py"))]
+    (tmp_path / "recipes").mkdir()
+    for name in names:
+        place = tmp_path / (name.removeprefix("recipes/") if flat else name)
+        place.write_text((ROOT / name).read_text())
+    code = f"""import rewards
+mix = rewards.read_mix("tunix")
+print(rewards.score(mix, rewards.prepare(mix, []), {tagged("4")!r}, {{"answer": 4}}).total)"""
+    run = functools.partial(subprocess.run, [sys.executable, "-c", code], cwd=tmp_path, text=True,
+                            capture_output=True)
+    done = run()
+    assert done.stdout == "9.5\n", done.stderr
+    (tmp_path / ("tunix.py" if flat else "recipes/tunix.py")).unlink()
+    assert "ValueError: --rewards tunix: no file" in run().stderr
+
+
 @pytest.mark.parametrize(
     "where, reason",
     [("none.py:score", "no file .*none.py"), ("my.py:none", "no function none"),
      ("my.py:number", "no function number"), ("bad.py:score", "SyntaxError"),
-     ("my.py", "expected my.py:score"), ("my.py:", "expected"), ("my.txt:score", "expected"),
-     ("my.py:a b", "expected"), (":score", "expected"), ("my.py:format", "rename"),
-     ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh")],
+     ("my.py", "no REWARDS.*expected my.py:score"), ("my.py:", "expected"), ("", "expected"),
+     ("my.txt:score", "expected"), ("my.py:a b", "expected"), (":score", "expected"),
+     ("my.py:format", "rename"), ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh"),
+     ("clash.py", "rename answer"), ("weights.py", "WEIGHTS names other"), ("none.py", "no file")],
 )
 def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.py").write_text("number = 3\ndef score(completion, row): return 1\n")
+    (tmp_path / "my.py").write_text(
+        "number = 3\ndef score(completion, row): return 1\nformat = tunix = score\n")
     (tmp_path / "bad.py").write_text("def score(\n")
     (tmp_path / "raises.py").write_text("raise RuntimeError('oh')\n")
+    (tmp_path / "clash.py").write_text("REWARDS = {'answer': len}\n")
+    (tmp_path / "weights.py").write_text("REWARDS = {'a': len}\nWEIGHTS = {'a': 1, 'other': 2}\n")
     with pytest.raises(ValueError, match=f"^--reward-file .*{reason}"):
-        prepare(read_mix("format:1", where), [], where)
+        rewards.read_file(where)
 
 
 # --------------------------------------------------------------------------------------- terminal
@@ -647,52 +373,27 @@ def test_colour_shows_the_parts_and_nothing_drives_the_terminal():
 
 # ----------------------------------------------------------------------------------- hostile text
 
-HARD = st.text(
-    st.one_of(
-        st.sampled_from(list("0123456789.,-−$/^e%()[]{}<>:;\n \\½⅓²⁸٤４ABanswer")), st.characters()
-    ),
-    max_size=80,
-)
+HARD = st.text(st.one_of(st.sampled_from(list("0123456789.,-−$/^%()<>:; \n\\½²٤ABanswer")),
+                         st.characters()), max_size=80)
 COMPLETION = st.lists(st.one_of(HARD, st.sampled_from(rewards.TAGS)), max_size=8).map("".join)
-
-
-@settings(max_examples=300, deadline=None)
-@given(COMPLETION, HARD, st.sampled_from(rewards.KINDS))
-@example("<answer>" + "9" * 10_000, "9" * 10_000, "number")
-@example("\ud800<answer>\ud800", "\ud800", "auto")
-@example("nan", "nan", "number")
-def test_any_text_gets_an_answer_of_the_right_type(completion, gold, kind):
-    reasoning, answer, strict = parse(completion)
-    assert isinstance(strict, bool) and not (strict and not (reasoning and answer))
-    assert answer is None or answer.strip() == answer != ""
-    value = number(completion)
-    assert value is None or math.isfinite(value)
-    first = correct(answer, gold, kind)
-    assert first is correct(answer, gold, kind) and isinstance(first, bool)
-    assert correct("", gold, kind) is correct(None, gold, kind) is False
-    for k in rewards.KINDS[1:]:
-        said = vote(answer, k)
-        assert said is None or isinstance(said, str) and said
-
-
-EVERY = read_mix(",".join([*rewards.REWARDS, *rewards.FITTED]))
-FUNCTIONS = prepare(EVERY, TRACES)
+EVERY = read_mix(",".join(rewards.REWARDS))
+FUNCTIONS = prepare(EVERY, [])
 FIELDS = {"max_new": 100, "overlong_buffer": 20, "progress": 0.1, "stop": "stop"}
+KINDS = [kind for kind in rewards.KINDS if kind not in ("auto", "math")]  # no second process
 
 
 @settings(max_examples=300, deadline=None)
-@given(COMPLETION, HARD, HARD, st.sampled_from(rewards.KINDS), st.integers(0, 200))
-@example("<answer>" + "9" * 10_000, "9" * 10_000, "9", "number", 0)
-@example(f"{R}a{R_}{A}1e300{A_}", "1e-300", "", "number", 1)
-@example(f"{R}a{R_}{A}\ud800{A_}", "\ud800", "\ud800", "auto", 1)
-def test_every_reward_of_any_text_is_a_finite_number(completion, gold, trace, kind, n):
-    row = FIELDS | {"answer": gold, "reasoning": trace, "kind": kind, "n_tokens": n}
+@given(COMPLETION, HARD, st.sampled_from(KINDS), st.integers(0, 200))
+@example("<answer>" + "9" * 10_000, "9" * 10_000, "number", 0)
+@example(f"{R}a{R_}{A}1e300{A_}", "1e-300", "number", 1)
+@example(f"{R}a{R_}{A}\ud800{A_}", "\ud800", "text", 1)
+def test_every_reward_of_any_text_is_a_finite_number(completion, gold, kind, n):
+    row = FIELDS | {"answer": gold, "kind": kind, "n_tokens": n}
     total, parts, errors = score(EVERY, FUNCTIONS, completion, row)
     assert errors == {} and math.isfinite(total)
     assert ("answer" in parts) == bool(gold.strip())
-    low = {"tags": -1, "answer_tunix": -1, "overlong": -1, "length": -1, "repetition": -1}
-    high = {"answer_tunix": 3, "answer_ideae": 4, "markers": 5, "overlong": 0, "length": 0,
-            "repetition": 0}
+    low = {"tags": -1, "overlong": -1, "length": -1, "repetition": -1}
+    high = {"overlong": 0, "length": 0, "repetition": 0}
     for name, value in parts.items():
         assert type(value) is float and low.get(name, 0) <= value <= high.get(name, 1)
     assert score(EVERY, FUNCTIONS, completion, row) == (total, parts, errors)
@@ -701,25 +402,7 @@ def test_every_reward_of_any_text_is_a_finite_number(completion, gold, trace, ki
     )
 
 
-@settings(max_examples=200, deadline=None)
-@given(HARD)
-def test_an_answer_is_right_when_it_is_the_gold_itself(text):
-    assert correct(text, text) == bool(text.strip()) or not rewards._same(text)
-
-
-@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "${}", "{}.", "{} pies"]))
-def test_whole_numbers_survive_their_spellings(n, spelling):
-    assert number(spelling.format(n)) == n
-    assert correct(spelling.format(n), str(n)) and not correct(spelling.format(n), str(n + 1))
-
-
-HOSTILE = ["9", ",000", "1,", "1 ", "1/", "1e", "1.", "-", "$", "1^", "3 x 10^", " ", "\n", "a",
-           "<answer>", "<reasoning>", "answer is ", "answer", "####", "½", "²", "٤", "A) ", "(",
-           "B,", "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{", "word ", "哈",
-           "<", "</answer>", "<reasoning></answer>", GOOD, "[E]", "\x1b[", "İ", "_"]
-
-
-@pytest.mark.parametrize("piece", HOSTILE)
+@pytest.mark.parametrize("piece", [*"9a-哈<İ", "word ", "\x1b[", *rewards.TAGS, GOOD])
 def test_time_grows_with_the_text_and_no_faster(piece):
     """Eight times the text in less than 24 times the CPU time; what is quadratic takes 64."""
 
@@ -729,13 +412,9 @@ def test_time_grows_with_the_text_and_no_faster(piece):
         for _ in range(3):
             began = time.process_time()
             for completion in (text, f"{R}{text}{R_}{A}{text}{A_}"):
-                row = FIELDS | {"answer": text[:n], "reasoning": text, "n_tokens": 9}
+                row = FIELDS | {"answer": "1 apple", "n_tokens": 9}
                 assert not score(EVERY, FUNCTIONS, completion, row).errors
                 rewards.colour(completion)
-            _, answer, _ = parse(text)
-            for kind in rewards.KINDS:
-                correct(answer or text, "1 apple", kind)
-                correct("1", text, kind)
             best = min(best, time.process_time() - began)
         return best
 
