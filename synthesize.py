@@ -29,11 +29,10 @@ Data is what eval.py reads; the README has a row for each of some domains.
 
 import dataclasses
 import json
+import math
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -125,6 +124,8 @@ OVERLAP = 0.8  # of the word triples of two traces, above which they are near-du
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
     teacher = getattr(config, "teacher", None)
+    if teacher:
+        judge.read_address(teacher, "--teacher", Teacher.key_variable)
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
@@ -134,6 +135,13 @@ def resolve(config: Config) -> Config:
         raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
     if config.samples < (least := 1 if isinstance(config, Traces) else 2):
         raise ValueError(f"--samples {config.samples}: expected {least} or more")
+    if teacher and config.teacher_threads < 1:
+        raise ValueError(f"--teacher-threads {config.teacher_threads}: expected 1 or more")
+    for name in ("rate", "limit", "price", "budget") if teacher else ():
+        values = getattr(config, name)
+        values = values if isinstance(values, tuple) else (values,)
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"--{name} {' '.join(f'{v:g}' for v in values)}: expected 0 or more")
     if teacher and config.budget and not any(config.price):
         raise ValueError(f"--budget {config.budget:g} needs --price, as in --price 0.30 2.50")
     return config
@@ -143,84 +151,65 @@ def resolve(config: Config) -> Config:
 
 
 class Teacher(judge.Endpoint):
-    """An endpoint with a rate and a budget; every request leaves a line in the file `spent`."""
+    """An endpoint that costs money: what every reply costs is in the cache, too."""
 
-    def __init__(self, url: str, model: str | None = None, *, spent: Path, rate: float = 0.0,
-                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0,
-                 clock: Callable[[], float] = time.monotonic, **more):
-        super().__init__(url, model, key_variable="TEACHER_API_KEY", **more)
-        self.spent, self.price, self.budget, self.clock = spent, price, budget, clock
-        self.pause_s, self.next_s = 60 / rate if rate else 0.0, 0.0
-        before = evaluation.read_lines(spent) if spent.exists() else []
-        self.n_sent, self.dollars = len(before), sum(line["dollars"] for line in before)
+    flag, limit_flag, key_variable = "--teacher", "--limit", "TEACHER_API_KEY"
 
-    def _post(self, body: bytes):
-        with self.lock:
-            now = self.clock()  # that of the wall may be set back, by hours
-            wait_s = max(0.0, self.next_s - now)
-            self.next_s = now + wait_s + self.pause_s
-        if wait_s:
-            self.sleep(wait_s)
-        if self.closed.is_set():
-            raise judge.Unavailable("closed")
+    def __init__(self, url: str, model: str | None = None, *,
+                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):
+        self.price, self.budget, self.dollars = price, budget, 0.0
+        super().__init__(url, model, **more)
+
+    def load(self, entry) -> None:
+        super().load(entry)
+        dollars = entry.get("dollars") if isinstance(entry, dict) else None
+        if type(dollars) in (int, float) and 0 < dollars < math.inf:  # it only ever grows
+            self.dollars += dollars
+
+    def admit(self) -> None:
         if self.budget and self.dollars >= self.budget:
             raise judge.Unavailable(f"all {self.budget:g} dollars of --budget are spent")
-        status, n_tokens = 0, (0, 0)
-        try:
-            status, headers, text = super()._post(body)
-            n_tokens = tokens_of(text, body) if status == 200 else n_tokens
-            return status, headers, text
-        finally:
-            dollars = sum(n * p for n, p in zip(n_tokens, self.price, strict=True)) / 1e6
-            line = {"status": status, "tokens": n_tokens, "dollars": dollars}
-            with runs._writing(self.spent), self.lock, self.spent.open("ab", buffering=0) as file:
-                self.dollars += dollars
-                file.write(f"\n{json.dumps(line)}\n".encode())  # apart from what a kill tore
+        super().admit()
 
-
-def tokens_of(reply: str, body: bytes) -> tuple[int, int]:
-    """(prompt, completion) tokens by the reply; 4 bytes each where it does not say.
-
-    Hidden reasoning is paid for too, and with some servers is in the total only.
-    """
-    try:
-        usage = json.loads(reply)["usage"]
-        n = int(usage["prompt_tokens"])
-        return n, max(int(usage["completion_tokens"]), int(usage.get("total_tokens") or 0) - n)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return len(body) // 4, len(reply) // 4
+    def paid(self, n_prompt: int, n_completion: int) -> None:
+        super().paid(n_prompt, n_completion)
+        dollars = (n_prompt * self.price[0] + n_completion * self.price[1]) / 1e6
+        self.dollars += dollars
+        self.append({"tokens": [n_prompt, n_completion], "dollars": dollars})
 
 
 def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]:
     """One row a completion, in order: {"problem", "sample", "completion", "stop"} or an "error"."""
-    gone, rows, failed = "", {}, 0
-
-    def one(problem: Problem, sample: int) -> dict:
-        row = {"prompt": prompt_of(problem), "completion": "-"}
-        chat = data.messages(row, config.system)[:-1]  # as a trainer makes it of the question
-        try:
-            reply = teacher.ask(chat, max_tokens=config.max_new, temperature=config.temperature,
-                                key=f"{config.seed} {sample}")
-        except judge.Unavailable as e:
-            return {"error": (gone or str(e)).replace("--judge-limit", "--limit")}
-        text = reply.text.rpartition("</think>")[2].strip()  # some servers leave it in
-        # Half a surrogate pair cannot be trained on.
-        return {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
-
+    futures, rows, failed = {}, {}, 0
     try:
-        futures = {teacher.pool.submit(one, problem, sample): (i, sample)
-                   for i, problem in enumerate(problems)
-                   for sample in range(config.samples)}
+        for i, problem in enumerate(problems):
+            row = {"prompt": prompt_of(problem), "completion": "-"}
+            chat = data.messages(row, config.system)[:-1]  # the prompt as a trainer builds it
+            for sample in range(config.samples):
+                future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
+                                     temperature=config.temperature)
+                futures[future] = i, sample
         every_s = evaluation.EVERY_S
         for future in tqdm(as_completed(futures), "replies", len(futures), mininterval=every_s):
-            row = rows[futures[future]] = future.result()
+            row = rows[futures[future]] = completion_of(future)
             failed = failed + 1 if "error" in row else 0
-            if failed == GIVE_UP:  # what is in the cache still comes
-                gone = f"not asked for, as {failed} others had no reply: {row['error']}"
-                teacher.closed.set()
+            if failed == GIVE_UP:  # no more requests; replies in the cache still come
+                teacher.stopped = f"not asked for, as {failed} others had no reply: {row['error']}"
     finally:
         teacher.close()
     return [{"problem": i, "sample": sample} | row for (i, sample), row in sorted(rows.items())]
+
+
+def completion_of(reply: Future) -> dict:
+    """What one reply of the teacher adds to its row."""
+    try:
+        text = reply.result().rpartition("</think>")[2].strip()  # some servers leave it in
+    except OSError:  # the reply cannot be kept
+        raise
+    except Exception as e:
+        return {"error": judge.reason(e)}
+    # The halves of a surrogate pair cannot be trained on.
+    return {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
 
 
 # -------------------------------------------------------------------------------------- problems
@@ -408,11 +397,11 @@ def main(config: Config) -> Path:
                 (out / "teacher").mkdir(parents=True, exist_ok=True)
                 runs.write_json(out / "config.json", dataclasses.asdict(config))
             teacher = Teacher(
-                config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
-                rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
-                threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
+                config.teacher, config.teacher_model, threads=config.teacher_threads,
+                limit=config.limit, rate=config.rate, price=config.price, budget=config.budget,
+                cache=out / "teacher" / "replies.jsonl",
             )
-            with runs._writing(out):  # of a reply that could not be kept; all else is a reject
+            with runs._writing(out):
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
