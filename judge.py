@@ -948,7 +948,7 @@ def last_json(text: str, start: str) -> Any:
     one is taken. Words and fences around it do not matter.
     """
     found, end = None, 0
-    for match in re.finditer(start, text):
+    for match in [*re.finditer(start, text)][-100:]:  # no server makes us read for ever
         if match.start() >= end:  # not inside the value before
             found = None
             with suppress(ValueError, RecursionError):
