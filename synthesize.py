@@ -117,6 +117,7 @@ DEFAULTS = {
 TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
 MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "min_p", "repetition", "slots")
 HTTP_ONLY = ("teacher_model", "rate", "limit", "budget")
+KEY_VARIABLE = "TEACHER_API_KEY"
 GIVE_UP = 32  # completions without a reply, one after the other: the server is gone
 OVERLAP = 0.8  # of the word triples of two traces, above which they are near-duplicates
 
@@ -125,7 +126,7 @@ def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
     teacher = getattr(config, "teacher", None)
     if teacher:
-        judge.read_address(teacher, "--teacher", Teacher.key_variable)
+        judge.read_address(teacher, "--teacher", KEY_VARIABLE)
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
@@ -153,7 +154,7 @@ def resolve(config: Config) -> Config:
 class Teacher(judge.Endpoint):
     """An endpoint that costs money: what every reply costs is in the cache, too."""
 
-    flag, limit_flag, key_variable = "--teacher", "--limit", "TEACHER_API_KEY"
+    flag, limit_flag, key_variable = "--teacher", "--limit", KEY_VARIABLE
 
     def __init__(self, url: str, model: str | None = None, *,
                  price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):
