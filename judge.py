@@ -917,9 +917,9 @@ class Endpoint:
         self.loop.stop()
 
 
-def bounded(value: Any, most: int = 10**9) -> int | None:
-    """A count that somebody else reports; None unless it is a whole number from 0 to `most`."""
-    return value if type(value) is int and 0 <= value <= most else None
+def bounded(value: Any) -> int | None:
+    """A count that somebody else reports; None unless it is a whole number from 0 to 10**9."""
+    return value if type(value) is int and 0 <= value <= 10**9 else None
 
 
 def tokens_of(reply: str, asked: dict) -> tuple[int, int]:
