@@ -38,6 +38,7 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -94,7 +95,7 @@ class Config:
     """Share of missing judgements, of the latest 200, above which the run stops."""
 
     def __post_init__(self):
-        if self.judge and is_address(self.judge):  # before anything prints the flags
+        if self.judge and is_address(self.judge):  # before the flags are printed or models sample
             read_address(self.judge, "--judge", KEY_VARIABLE)
 
 
@@ -260,8 +261,9 @@ def weighted(values: list[float], items: list[tuple[str, float]]) -> float:
     """
     if len(values) == 1:
         return values[0]
-    met = sum(w * c for (_, w), c in zip(items, values, strict=True))
-    return max(0.0, met / sum(w for _, w in items if w > 0))
+    score = sum(w * c for (_, w), c in zip(items, values, strict=True))
+    score /= sum(w for _, w in items if w > 0)
+    return 0.0 if score < 0 else score  # max(0.0, nan) would be 0
 
 
 # --------------------------------------------------------------------------------------- prompts
@@ -690,6 +692,8 @@ def is_address(judge: str) -> bool:
 
 def read_address(address: str, flag: str, key_variable: str) -> urllib.parse.SplitResult:
     """The parts of an endpoint's address. The error does not repeat it, as it may hold a key."""
+    if importlib.util.find_spec("openai") is None:
+        raise ValueError(f"{flag}: an address needs one more package: pip install openai")
     with suppress(ValueError):  # a port that is no number
         parts = urllib.parse.urlsplit(address)
         extra = "@" in parts.netloc or parts.query or parts.fragment
@@ -721,12 +725,10 @@ class Endpoint:
                  request_s: float = REQUEST_S, total_s: float = REPLY_S):
         address = read_address(url, self.flag, self.key_variable)
         self.key()  # an unusable key is an error now, not at the first request
-        try:
-            import openai
-        except ImportError:
-            raise ValueError(f"{self.flag} {url}: needs a package: pip install openai") from None
         if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
             runs.say(f"{self.flag} {url}: plain http sends prompts and the key unencrypted")
+        import openai
+
         self.openai, self.client = openai, openai.AsyncOpenAI(
             api_key="EMPTY",  # each request gets the real one when it is sent
             base_url=url, max_retries=retries, timeout=request_s,
@@ -748,14 +750,15 @@ class Endpoint:
         if self.cache is not None and self.cache.exists():
             for line in self.cache.read_bytes().split(b"\n"):
                 with suppress(ValueError, RecursionError):
-                    self.load(json.loads(line))
+                    entry = json.loads(line)
+                    if isinstance(entry, dict):
+                        self.load(entry)
         self.loop, self.slots = asyncio.new_event_loop(), asyncio.Semaphore(threads)
         self.thread = threading.Thread(target=self._run, name="endpoint", daemon=True)
         self.thread.start()
 
-    def load(self, entry: Any) -> None:
+    def load(self, entry: dict) -> None:
         """Takes over what is usable of one line of the cache."""
-        entry = entry if isinstance(entry, dict) else {}
         self.n_sent += bounded(entry.get("requests")) or 0
         if isinstance(entry.get("key"), str) and isinstance(entry.get("text"), str):
             self.replies[entry["key"]] = entry["text"]

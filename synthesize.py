@@ -165,10 +165,10 @@ class Teacher(judge.Endpoint):
         self.price, self.budget, self.dollars = price, budget, 0.0
         super().__init__(url, model, **more)
 
-    def load(self, entry) -> None:
+    def load(self, entry: dict) -> None:
         super().load(entry)
-        dollars = entry.get("dollars") if isinstance(entry, dict) else None
-        if type(dollars) in (int, float) and 0 < dollars < math.inf:  # the sum never shrinks
+        dollars = entry.get("dollars")
+        if type(dollars) in (int, float) and 0 < dollars < 1e12:  # the sum never shrinks
             self.dollars += dollars
 
     def admit(self) -> None:

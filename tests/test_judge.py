@@ -231,9 +231,11 @@ def test_too_long_not_finite_and_closed_are_missing():
     assert 0 <= short["judge"] <= 1 and "judge_error" not in short
     assert ours.stats() == {"judge_n": 2, "judge_missing": 0.5}
     assert ours.stats()["judge_n"] == 0
-    ours.params = ours.params | {"norm": ours.params["norm"] * jnp.nan}
-    (nan,) = parts_of(ours, [("x", ROW)])
-    assert nan["judge"] is None and "not finite" in nan["judge_error"]
+    for style in judge.DIGITS:
+        broken = on_mesh(style)
+        broken.params = broken.params | {"norm": broken.params["norm"] * jnp.nan}
+        (nan,) = parts_of(broken, [("x", ROW)])
+        assert nan["judge"] is None and "not finite" in nan["judge_error"]
     left = [ours.submit("x", ROW), ours.submit("y", {"no": "question"})]
     assert "found keys ['no']" in left[1].result(0)["judge_error"] and not left[0].cancel()
     ours.close()
@@ -681,7 +683,7 @@ def completion(content, usage=None):
     ("hang up", "Connection error.*Disconnected|Reset|disconnected"),
     ({"status": 500, "text": f"your key {SECRET}"}, r"HTTP 500 your key \*\*\*"),
     ({"status": 429, "headers": [("Retry-After", "86400")], "text": "tomorrow"}, "429 tomorrow"),
-    ({"status": 429, "headers": [("Retry-After", "90")]}, r"no reply within 2 s"),
+    ({"status": 429, "headers": [("Retry-After", "50")]}, r"no reply within 2 s"),
     ({"status": 401, "text": "no such key"}, "HTTP 401 no such key"),
     ({"status": 307, "headers": [("Location", "http://127.0.0.1:1/v1")]}, "HTTP 307"),
     ({"content": "I refuse"}, "unusable replies.*expected JSON with score"),
@@ -918,9 +920,11 @@ def test_plain_http_to_another_host_says_one_line(capsys):
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
+    """And comes before anything is loaded or sampled."""
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match="--judge http://localhost/v1.*pip install openai"):
-        judge.open(judge.Config(judge="http://localhost/v1"))
+    with pytest.raises(ValueError, match="--judge: .*pip install openai"):
+        judge.Config(judge="http://localhost/v1")
+    assert judge.Config(judge="tiny").judge == "tiny"
 
 
 def test_a_redirect_does_not_carry_the_key_away():

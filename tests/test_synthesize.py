@@ -412,7 +412,8 @@ def test_limits_hold_over_sessions(tmp_path):
             assert len(rows) == len(server.bodies) - before == n_rows
             assert f"all {budget} dollars of --budget are spent" in rejects[-1]["detail"]
             with (tmp_path / "budget" / "replies").open("ab") as file:  # costs nothing but itself
-                file.write(b'{"dollars": -5}\n{"dollars": NaN}\n{"dollars": "1"}\n7\n{"doll')
+                file.write(b'{"dollars": -5}\n{"dollars": NaN}\n{"dollars": "1"}\n7\n')
+                file.write(b'{"dollars": 1' + b"0" * 400 + b'}\n{"doll')
         rows, _ = run("rate", rate=1200)
         pauses = [b - a for a, b in itertools.pairwise(server.times[-N:])]
         assert len(rows) == N and sum(pauses) > 0.95 * (N - 1) * 0.05
