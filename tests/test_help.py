@@ -13,8 +13,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
-           ("eval", "Config"), ("synthesize", "Traces"), ("synthesize", "Pairs"),
-           ("judge", "Config")]
+           ("eval", "Config"), ("synthesize", "Traces"), ("synthesize", "Pairs")]
 
 
 def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
