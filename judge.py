@@ -94,9 +94,26 @@ class Config:
     judge_missing: float = 0.2
     """Share of missing judgements, of the latest 200, above which the run stops."""
 
-    def __post_init__(self):
-        if self.judge and is_address(self.judge):  # before the flags are printed or models sample
-            read_address(self.judge, "--judge", KEY_VARIABLE)
+
+def check(config: Config) -> None:
+    """Raises ValueError for a judge that `open` could not open, as far as the flags tell.
+
+    Scripts call it before they print the flags, as an address may hold a key, and before they
+    sample what is then not judged.
+    """
+    name, style = config.judge, config.judge_style
+    if name is None:
+        raise ValueError("--judge: expected a Gemma's name, a folder or http(s)://host/v1")
+    if is_address(name):
+        read_address(name, "--judge", KEY_VARIABLE)
+        if config.judge_threads < 1 or config.judge_limit < 0:
+            raise ValueError(f"--judge-threads {config.judge_threads}, --judge-limit "
+                             f"{config.judge_limit}: expected 1 or more, and 0 or more")
+    elif config.judge_calls != "completion":
+        raise ValueError(f"--judge-calls {config.judge_calls}: needs --judge http(s)://host/v1; "
+                         f"{name} on the mesh reads completions one by one")
+    elif style not in DIGITS:
+        raise ValueError(f"--judge-style {style}: on the mesh expected one of {', '.join(DIGITS)}")
 
 
 def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None, rows: int = 4):
@@ -105,24 +122,15 @@ def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None,
     cache: file for the replies of an endpoint. Not a *.jsonl in the run folder itself, because
     resuming cuts those. rows: prompts per device and batch of a judge on the mesh.
     """
+    check(config)
     name, style, missing = config.judge, config.judge_style, config.judge_missing
-    if name is None:
-        raise ValueError("--judge: expected a Gemma's name, a folder or http(s)://host/v1")
     if is_address(name):
-        if config.judge_threads < 1 or config.judge_limit < 0:
-            raise ValueError(f"--judge-threads {config.judge_threads}, --judge-limit "
-                             f"{config.judge_limit}: expected 1 or more, and 0 or more")
         if hosts.index and cache is not None:  # each host has a file of its own
             cache = cache.with_stem(f"{cache.stem}-{hosts.index}")
         limit = -(-config.judge_limit // hosts.count)
         endpoint = Endpoint(name, config.judge_model, threads=config.judge_threads, limit=limit,
                             cache=cache)
         return OverHTTP(endpoint, style, missing, config.judge_calls)
-    if config.judge_calls != "completion":
-        raise ValueError(f"--judge-calls {config.judge_calls}: needs --judge http(s)://host/v1; "
-                         f"{name} on the mesh reads completions one by one")
-    if style not in DIGITS:
-        raise ValueError(f"--judge-style {style}: on the mesh expected one of {', '.join(DIGITS)}")
     folder = name
     if config.judge_weights is not None or not Path(name).is_dir():
         folder = hub.find_model(name, config.judge_weights, ("--judge", "--judge-weights"))

@@ -131,6 +131,8 @@ def resolve(config: Config) -> Config:
     teacher = getattr(config, "teacher", None)
     if teacher:
         judge.read_address(teacher, "--teacher", KEY_VARIABLE)
+    if config.judge is not None:
+        judge.check(config)
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"

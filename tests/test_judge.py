@@ -908,7 +908,7 @@ def test_the_key_is_in_no_file_text_or_object(tmp_path, monkeypatch, capfd):
 ])
 def test_addresses_that_may_hold_a_key_are_refused_and_not_repeated(address):
     with pytest.raises(ValueError, match="--judge: expected http.*JUDGE_API_KEY") as error:
-        judge.Config(judge=address.format(SECRET))
+        judge.check(judge.Config(judge=address.format(SECRET)))
     assert SECRET not in str(error.value)
 
 
@@ -923,8 +923,8 @@ def test_a_missing_package_is_one_line(monkeypatch):
     """And comes before anything is loaded or sampled."""
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match="--judge: .*pip install openai"):
-        judge.Config(judge="http://localhost/v1")
-    assert judge.Config(judge="tiny").judge == "tiny"
+        judge.check(judge.Config(judge="http://localhost/v1"))
+    judge.check(judge.Config(judge="tiny"))
 
 
 def test_a_redirect_does_not_carry_the_key_away():

@@ -532,6 +532,7 @@ def test_flags():
         (Traces(teacher="http://h/v1", data="x", limit=-1), "--limit -1: expected 0"),
         (Traces(teacher="http://h/v1", data="x", teacher_threads=0), "--teacher-threads 0: exp"),
         (Traces(teacher="http://me:sk@h/v1", data="x"), "--teacher: expected http.*TEACHER_API"),
+        (Pairs(judge="https://me:sk@h/v1", rewards="judge"), "--judge: expected http.*JUDGE_API"),
         (Pairs(samples=1), "--samples 1: expected 2"),
         (Pairs(model="gemma9"), "--model gemma9: expected one of gemma2"),
         (Pairs(model="tinyx"), "--model tinyx: expected one of gemma2"),
