@@ -7,33 +7,36 @@
     python train_sft.py --data runs/traces/rows.jsonl
     python train_simpo.py --data runs/pairs/pairs.jsonl --adapter runs/sft
 
-Data is what eval.py reads; the README has a row for each of some domains.
+It reads the data that eval.py reads; the README shows rows of several domains.
 
-1. Completions are what costs. Each is on disk as soon as it is there (teacher/replies.jsonl, or
-   samples.jsonl of the mesh) and never asked for again, kill or not. All else is derived from them,
-   in the order of the data, once they are there: another --margin or --max-length costs nothing.
-   What had no reply is a reject, and asked for again by the next run.
-2. traces: a completion is a row unless it has no reply, is cut, is not in the format, is wrong
-   (where there is a right answer), is too short, long or repetitive, says no more than its answer,
-   is a near-duplicate, or scores below --min-reward; rejects.jsonl has it with the first of these.
-3. A near-duplicate has more than OVERLAP of its word triples in common (Jaccard) with a kept trace
-   of the same question, case and white space aside: exact, and linear in the number of questions.
-   Equal words around other numbers, as templates have them, are another question's.
-4. pairs: best is the highest score of the completions that ended by themselves, worst the lowest of
-   all; of equal ones the first. They are a pair if they differ, and by --margin. A missing score
-   is neither. --reference adds a pair of the row's own trace and the worst completion not right.
-5. "question" and "prompt" are without the system text: the trainer puts --system before them again.
-6. --limit and --budget count every request ever sent for the folder, failed ones too. What is under
-   way when one is reached, up to --teacher-threads, is still paid for. $TEACHER_API_KEY is the key.
+1. Completions are what costs. Each is written to disk as soon as it arrives (teacher/replies.jsonl,
+   or samples.jsonl for the mesh) and never asked for again, even after a kill. Everything else is
+   derived from them in the order of the data, so another --margin or --max-length costs nothing. A
+   completion that got no reply is a reject, and the next run asks for it again.
+2. traces: a completion becomes a row unless it got no reply, is cut, is not in the format, is wrong
+   (where the row has a right answer), is too short, long or repetitive, says no more than its
+   answer, is a near-duplicate, or scores below --min-reward. rejects.jsonl has the first of these
+   reasons.
+3. A near-duplicate shares more than OVERLAP of its word triples (Jaccard) with a kept trace of the
+   same question, ignoring case and white space. The comparison is exact, and linear in the number
+   of questions. Traces of two questions are never compared: a template's traces differ in their
+   numbers alone.
+4. pairs: chosen is the completion with the highest score among those that ended by themselves,
+   rejected the one with the lowest score of all; the first one wins a tie. They become a pair if
+   their scores differ, by at least --margin. A completion without a score is neither. --reference
+   adds a pair of the row's own trace and the worst completion that is not right.
+5. "question" and "prompt" hold no system text, because the trainer adds --system again.
+6. --limit and --budget count every request that was ever sent for the folder, failed ones included.
+   Up to --teacher-threads requests that are under way when a limit is reached are still paid for.
+   The key is in $TEACHER_API_KEY.
 """
 
 import dataclasses
 import json
+import math
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -76,15 +79,15 @@ class Traces(Sampling):
 
     # filters
     min_length: int = 5
-    """Words and signs of the shortest trace that is kept."""
+    """Words and punctuation marks of the shortest trace that is kept."""
     max_length: int = 2000
-    """Words and signs of the longest trace that is kept."""
+    """Words and punctuation marks of the longest trace that is kept."""
     max_repetition: float = 0.3
-    """Share of four words in a row that may have been there before."""
+    """Largest share of a trace's word 4-grams that may repeat earlier ones."""
     rewards: str = ""
-    """Scores to keep by, as in judge:1, or a preset: tunix, ideae, pinocchio, grar; default: no."""
+    """Scores to filter by, as in judge:1, or a preset: tunix, ideae, pinocchio, grar."""
     min_reward: float = 0.5
-    """Least score of --rewards that is kept."""
+    """Lowest score of --rewards that is kept."""
     out: str = "runs/traces"
     """Folder of rows.jsonl and rejects.jsonl; the same command continues what is there."""
 
@@ -99,7 +102,7 @@ class Pairs(Sampling):
     rewards: str = "format:0.5,answer:1"
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
     margin: float = 0.5
-    """Least difference of the two scores; equal ones are never a pair."""
+    """Smallest difference between the two scores; equal scores never make a pair."""
     reference: bool = False
     """Add a pair of the row's own trace, scored too, and the worst completion that is not right."""
     out: str = "runs/pairs"
@@ -118,13 +121,18 @@ DEFAULTS = {
 TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
 MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "min_p", "repetition", "slots")
 HTTP_ONLY = ("teacher_model", "rate", "limit", "budget")
-GIVE_UP = 32  # completions without a reply, one after the other: the server is gone
-OVERLAP = 0.8  # of the word triples of two traces, above which they are near-duplicates
+KEY_VARIABLE = "TEACHER_API_KEY"
+GIVE_UP = 32  # so many completions in a row without a reply mean that the server is gone
+OVERLAP = 0.8  # share of common word triples above which two traces are near-duplicates
 
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
     teacher = getattr(config, "teacher", None)
+    if teacher:
+        judge.read_address(teacher, "--teacher", KEY_VARIABLE)
+    if config.judge is not None:
+        judge.check(config)
     for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
@@ -134,6 +142,13 @@ def resolve(config: Config) -> Config:
         raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
     if config.samples < (least := 1 if isinstance(config, Traces) else 2):
         raise ValueError(f"--samples {config.samples}: expected {least} or more")
+    if teacher and config.teacher_threads < 1:
+        raise ValueError(f"--teacher-threads {config.teacher_threads}: expected 1 or more")
+    for name in ("rate", "limit", "price", "budget") if teacher else ():
+        values = getattr(config, name)
+        values = values if isinstance(values, tuple) else (values,)
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"--{name} {' '.join(f'{v:g}' for v in values)}: expected 0 or more")
     if teacher and config.budget and not any(config.price):
         raise ValueError(f"--budget {config.budget:g} needs --price, as in --price 0.30 2.50")
     return config
@@ -143,91 +158,72 @@ def resolve(config: Config) -> Config:
 
 
 class Teacher(judge.Endpoint):
-    """An endpoint with a rate and a budget; every request leaves a line in the file `spent`."""
+    """An endpoint that costs money. Its cache also has a line with the cost of every reply."""
 
-    def __init__(self, url: str, model: str | None = None, *, spent: Path, rate: float = 0.0,
-                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0,
-                 clock: Callable[[], float] = time.monotonic, **more):
-        super().__init__(url, model, key_variable="TEACHER_API_KEY", **more)
-        self.spent, self.price, self.budget, self.clock = spent, price, budget, clock
-        self.pause_s, self.next_s = 60 / rate if rate else 0.0, 0.0
-        before = evaluation.read_lines(spent) if spent.exists() else []
-        self.n_sent, self.dollars = len(before), sum(line["dollars"] for line in before)
+    flag, limit_flag, key_variable = "--teacher", "--limit", KEY_VARIABLE
 
-    def _post(self, body: bytes):
-        with self.lock:
-            now = self.clock()  # that of the wall may be set back, by hours
-            wait_s = max(0.0, self.next_s - now)
-            self.next_s = now + wait_s + self.pause_s
-        if wait_s:
-            self.sleep(wait_s)
-        if self.closed.is_set():
-            raise judge.Unavailable("closed")
+    def __init__(self, url: str, model: str | None = None, *,
+                 price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):
+        self.price, self.budget, self.dollars = price, budget, 0.0
+        super().__init__(url, model, **more)
+
+    def load(self, entry: dict) -> None:
+        super().load(entry)
+        dollars = entry.get("dollars")
+        if type(dollars) in (int, float) and 0 < dollars < 1e12:  # the sum never shrinks
+            self.dollars += dollars
+
+    def admit(self) -> None:
         if self.budget and self.dollars >= self.budget:
             raise judge.Unavailable(f"all {self.budget:g} dollars of --budget are spent")
-        status, n_tokens = 0, (0, 0)
-        try:
-            status, headers, text = super()._post(body)
-            n_tokens = tokens_of(text, body) if status == 200 else n_tokens
-            return status, headers, text
-        finally:
-            dollars = sum(n * p for n, p in zip(n_tokens, self.price, strict=True)) / 1e6
-            line = {"status": status, "tokens": n_tokens, "dollars": dollars}
-            with runs.writing(self.spent), self.lock, self.spent.open("ab", buffering=0) as file:
-                self.dollars += dollars
-                file.write(f"\n{json.dumps(line)}\n".encode())  # apart from what a kill tore
+        super().admit()
 
-
-def tokens_of(reply: str, body: bytes) -> tuple[int, int]:
-    """(prompt, completion) tokens by the reply; 4 bytes each where it does not say.
-
-    Hidden reasoning is paid for too, and with some servers is in the total only.
-    """
-    try:
-        usage = json.loads(reply)["usage"]
-        n = int(usage["prompt_tokens"])
-        return n, max(int(usage["completion_tokens"]), int(usage.get("total_tokens") or 0) - n)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return len(body) // 4, len(reply) // 4
+    def paid(self, n_prompt: int, n_completion: int) -> None:
+        super().paid(n_prompt, n_completion)
+        dollars = (n_prompt * self.price[0] + n_completion * self.price[1]) / 1e6
+        self.dollars += dollars
+        self.append({"tokens": [n_prompt, n_completion], "dollars": dollars})
 
 
 def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]:
-    """One row a completion, in order: {"problem", "sample", "completion", "stop"} or an "error"."""
-    gone, rows, failed = "", {}, 0
-
-    def one(problem: Problem, sample: int) -> dict:
-        row = {"prompt": prompt_of(problem), "completion": "-"}
-        chat = data.messages(row, config.system)[:-1]  # as a trainer makes it of the question
-        try:
-            reply = teacher.ask(chat, max_tokens=config.max_new, temperature=config.temperature,
-                                key=f"{config.seed} {sample}")
-        except judge.Unavailable as e:
-            return {"error": (gone or str(e)).replace("--judge-limit", "--limit")}
-        text = reply.text.rpartition("</think>")[2].strip()  # some servers leave it in
-        # Half a surrogate pair cannot be trained on.
-        return {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
-
+    """A row for each completion: {"problem", "sample"} and {"completion", "stop"} or {"error"}."""
+    futures, rows, failed = {}, {}, 0
     try:
-        futures = {teacher.pool.submit(one, problem, sample): (i, sample)
-                   for i, problem in enumerate(problems)
-                   for sample in range(config.samples)}
+        for i, problem in enumerate(problems):
+            row = {"prompt": prompt_of(problem), "completion": "-"}
+            chat = data.messages(row, config.system)[:-1]  # the prompt as a trainer builds it
+            for sample in range(config.samples):
+                future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
+                                     temperature=config.temperature)
+                futures[future] = i, sample
         every_s = evaluation.EVERY_S
         for future in tqdm(as_completed(futures), "replies", len(futures), mininterval=every_s):
-            row = rows[futures[future]] = future.result()
+            row = rows[futures[future]] = completion_of(future)
             failed = failed + 1 if "error" in row else 0
-            if failed == GIVE_UP:  # what is in the cache still comes
-                gone = f"not asked for, as {failed} others had no reply: {row['error']}"
-                teacher.closed.set()
+            if failed == GIVE_UP:  # no more requests; replies in the cache still come
+                teacher.stopped = f"not asked for, as {failed} others had no reply: {row['error']}"
     finally:
         teacher.close()
     return [{"problem": i, "sample": sample} | row for (i, sample), row in sorted(rows.items())]
+
+
+def completion_of(reply: Future) -> dict:
+    """What one reply of the teacher adds to its row."""
+    try:
+        text = reply.result().rpartition("</think>")[2].strip()  # some servers leave it in
+    except OSError:  # the reply cannot be kept
+        raise
+    except Exception as e:
+        return {"error": judge.reason(e)}
+    # The halves of a surrogate pair cannot be trained on.
+    return {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
 
 
 # -------------------------------------------------------------------------------------- problems
 
 
 def prompt_of(problem: Problem) -> str | list[dict]:
-    """The question without the system text; messages where the row has such."""
+    """The question without the system text, as messages where the row has messages."""
     chat = problem.row.get("messages", problem.row.get("prompt"))
     if not isinstance(chat, list):
         return problem.question
@@ -238,7 +234,7 @@ def prompt_of(problem: Problem) -> str | list[dict]:
 
 
 def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None:
-    """What is wrong with a completion by itself, as (reason, detail); None: nothing."""
+    """(reason, detail) of what is wrong with a completion by itself, or None."""
     if "error" in row:
         return "no reply", row["error"]
     if row["stop"] != "stop":
@@ -246,28 +242,29 @@ def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None
     reasoning = rewards.parse(text := row["completion"])[0]
     answer, right, strict = evaluation.check(problem, text)
     if not strict:
-        return "format", "expected <reasoning>...</reasoning> <answer>...</answer> and no more"
+        return "format", "expected <reasoning>...</reasoning> <answer>...</answer> and nothing else"
     if right is False:
         return "wrong", f"said {answer[:80]!r}, the answer is {problem.gold[:80]!r}"
-    n = len(rewards.WORDS.findall(reasoning))
+    n = len(rewards._PIECE.findall(reasoning))
     if not config.min_length <= n <= config.max_length:
-        return "length", f"{n} words and signs, not {config.min_length} to {config.max_length}"
+        return "length", (f"{n} words and punctuation marks, not {config.min_length} to "
+                          f"{config.max_length}")
     if (share := -rewards.repetition(reasoning, {})) > config.max_repetition:
-        return "repetition", f"{share:.2f} of its four words in a row were there before"
+        return "repetition", f"{share:.2f} of its word 4-grams repeat earlier ones"
     if not rewards.reasoning(text, {}):
         return "no reasoning", "the trace says no more than the answer"
     return None
 
 
 def triples(text: str) -> set[tuple[str, ...]]:
-    """Its words three in a row: "a b c d" -> {(a, b, c), (b, c, d)}."""
-    pieces = rewards.WORDS.findall(text.casefold())
+    """A text's word triples: "a b c d" -> {(a, b, c), (b, c, d)}."""
+    pieces = rewards._PIECE.findall(text.casefold())
     return {*zip(pieces, pieces[1:], pieces[2:], strict=False)} or {tuple(pieces)}
 
 
 def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
            config: Traces) -> tuple[list[dict], list[dict]]:
-    """(rows for SFT, rejects): every completion is in one of them, in order."""
+    """(rows for SFT, rejects), in order; every completion is in one of the two."""
     kept, rejects, seen = [], [], {}  # seen: question -> (triples, name) of each of its traces
 
     def reject(row, reason, detail):
@@ -304,24 +301,25 @@ def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 
 
 def training_row(problem: Problem, completion: str) -> dict:
-    """A completion as train_sft.py reads it, with the fields of the row that it answers.
+    """A completion as train_sft.py reads it, with the other fields of the row that it answers.
 
-    The answer is the right one in its own words, where there is one. Choices are in the question.
+    Where the row has a right answer, it replaces the completion's. The question text holds the
+    choices already.
     """
     reasoning, answer, _ = rewards.parse(completion)
     answer, prompt = problem.gold or answer, prompt_of(problem)
     out = {"question": problem.question, "reasoning": reasoning, "answer": answer}
-    if isinstance(prompt, list):  # more than a question: train_sft.py reads the messages
+    if isinstance(prompt, list):  # train_sft.py must read the messages, not the question alone
         out |= {"prompt": prompt, "completion": data.format_completion(reasoning, answer)}
-    read = ("prompt", "messages", "completion", "choices", *out)
-    return out | {k: v for k, v in problem.row.items() if k not in read}
+    used = ("prompt", "messages", "completion", "choices", *out)
+    return out | {k: v for k, v in problem.row.items() if k not in used}
 
 
 # ----------------------------------------------------------------------------------------- pairs
 
 
 def reference_of(problem: Problem) -> str:
-    """The row's own trace as a completion; "" where it has none."""
+    """The row's own trace as a completion, or "" where it has none."""
     row = problem.row
     if problem.gold and str(row.get("reasoning") or "").strip():
         return data.format_completion(row["reasoning"].strip(), problem.gold)
@@ -343,10 +341,10 @@ def choose(group: list[dict], margin: float) -> list[tuple[dict, dict]]:
     ended = [row for row in drawn if row["stop"] == "stop"]
     own = [row for row in group if row["sample"] < 0]
     wrong = [row for row in drawn if not row["right"]]
-    reward, pairs = lambda row: row["reward"], {}  # by their texts: one alike is no second pair
+    reward, pairs = lambda row: row["reward"], {}  # by the texts, so that no pair comes twice
     for good, bad in ((ended, drawn), (own, wrong)):
         if good and bad:
-            best, worst = max(good, key=reward), min(bad, key=reward)  # the first of equal ones
+            best, worst = max(good, key=reward), min(bad, key=reward)  # the first wins a tie
             apart = best["reward"] - worst["reward"]
             texts = best["completion"].strip(), worst["completion"].strip()
             if texts[0] != texts[1] and apart > 0 and apart >= margin - 1e-9:
@@ -356,7 +354,7 @@ def choose(group: list[dict], margin: float) -> list[tuple[dict, dict]]:
 
 def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
           config: Pairs) -> tuple[list[dict], list[dict]]:
-    """(pairs for train_simpo.py, rejects): every prompt is in one of them, in order."""
+    """(pairs for train_simpo.py, rejects), in order; every prompt is in one of the two."""
     texts = [reference_of(problem) for problem in problems] if config.reference else []
     rows = rows + [{"problem": i, "sample": -1, "completion": text, "stop": "stop"}
                    for i, text in enumerate(texts) if text]
@@ -391,7 +389,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 
 @runs.one_line
 def main(config: Config) -> Path:
-    """Makes the rows or pairs and returns the file of them."""
+    """Writes the rows or the pairs and returns their file."""
     runs.check_jax()
     runs.compilation_cache()
     config = resolve(config)
@@ -404,15 +402,15 @@ def main(config: Config) -> Path:
     )
     with runs.lock(out):
         if getattr(config, "teacher", None):
-            with runs.writing(out):
+            with runs._writing(out):
                 (out / "teacher").mkdir(parents=True, exist_ok=True)
                 runs.write_json(out / "config.json", dataclasses.asdict(config))
             teacher = Teacher(
-                config.teacher, config.teacher_model, spent=out / "teacher" / "spent.jsonl",
-                rate=config.rate, price=config.price, budget=config.budget, limit=config.limit,
-                threads=config.teacher_threads, cache=out / "teacher" / "replies.jsonl",
+                config.teacher, config.teacher_model, threads=config.teacher_threads,
+                limit=config.limit, rate=config.rate, price=config.price, budget=config.budget,
+                cache=out / "teacher" / "replies.jsonl",
             )
-            with runs.writing(out):  # of a reply that could not be kept; all else is a reject
+            with runs._writing(out):
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
@@ -420,9 +418,9 @@ def main(config: Config) -> Path:
         make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
         made, rejects = make(problems, rows, tok, config)
         rejects += [{"reason": "bad row", "detail": line} for line in bad]
-        with runs.writing(out):
-            runs.replace_file(out / f"{name}.jsonl", evaluation.to_lines(made))
-            runs.replace_file(out / "rejects.jsonl", evaluation.to_lines(rejects))
+        with runs._writing(out):
+            runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
+            runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")

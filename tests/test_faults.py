@@ -454,7 +454,7 @@ def test_nan_in_the_weights(world, tmp_path, name):
 
 
 def test_judge_down_from_the_start(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, tries=1))
+    monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, retries=0))
     with serving(None) as server:
         change, port = dict(judge=server.url, rewards="judge:1"), server.http.server_port
     world.ends("train_grpo", tmp_path, "no completion of the first step could be scored",
@@ -478,8 +478,7 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         return {"content": json.dumps({"score": 1 + len(text) % 5})}
 
     monkeypatch.setattr(judge, "ENOUGH", 4)
-    monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, tries=2,
-                                                             sleep=lambda s: None))
+    monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, retries=0))
     with serving(answer) as server:
         change = dict(judge=server.url, rewards="judge:1", judge_threads=1)
         line = world.ends(name, tmp_path, "judgements could not be had", "--judge-missing",
@@ -518,9 +517,7 @@ def test_teacher_down(world, tmp_path, monkeypatch, capsys):
         return {"content": data.format_completion(trace, str(len(body["messages"][0]["content"])))}
 
     real = synthesize.Teacher
-    monkeypatch.setattr(
-        synthesize, "Teacher", lambda *a, **k: real(*a, **k, tries=2, sleep=lambda s: None)
-    )
+    monkeypatch.setattr(synthesize, "Teacher", functools.partial(real, retries=0))
     with serving(answer) as server:
         rows = world.folder / "rows.jsonl"
         config = synthesize.Traces(teacher=server.url, data=str(rows), out=str(tmp_path), rows=12,

@@ -1,9 +1,10 @@
 """synthesize.py: pairs by rule, rows through every fault of a server, nothing paid for twice."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import time
 import pytest
 import tyro
 from conftest import ROOT
-from test_judge import serving
+from test_judge import scores, serving
 
 import data
 import eval as evaluation
@@ -243,7 +244,7 @@ def test_a_judge_on_the_mesh_picks_the_pairs(tmp_path):
     made, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
     judge = synthesize.judge.open(config)
     for pair, problem in zip(made, problems, strict=True):
-        alone = [synthesize.judge.scores(judge, [(text, problem.row)])[0] for text in said]
+        alone = [scores(judge, [(text, problem.row)])[0] for text in said]
         best = max(range(4), key=lambda j: alone[j])  # nothing to train on in the empty one
         worst = min(range(4), key=lambda j: alone[j])
         assert (pair["chosen_sample"], pair["rejected_sample"]) == (best, worst)
@@ -299,13 +300,8 @@ CARDS = [{"question": f"What is the value of card {i}?", "answer": str(2 * i), "
 
 
 def teacher_of(server, folder, **more):
-    folder.mkdir(exist_ok=True)
-    pauses = []
-    made = Teacher(server.url, "m", spent=folder / "spent", cache=folder / "replies",
-                   **{"sleep": pauses.append, "rng": random.Random(0), "timeout_s": 0.5,
-                      "threads": 8} | more)
-    made.pauses = pauses
-    return made
+    fast = {"threads": 8, "retries": 2, "request_s": 1.5}
+    return Teacher(server.url, "m", cache=folder / "replies", **fast | more)
 
 
 def traces_of(teacher, config=None, rows=CARDS):
@@ -317,7 +313,7 @@ def traces_of(teacher, config=None, rows=CARDS):
 
 def test_every_fault_of_a_server_and_every_row_once(tmp_path):
     """Each question's first request meets a fault, one in eight its every request."""
-    once = [None, {"status": 429, "headers": [("Retry-After", "7")]}, {"status": 500},
+    once = [None, {"status": 429, "headers": [("Retry-After", "0.1")]}, {"status": 500},
             {"text": '{"choices": [{"message": {"cont'}, {"text": ""}, "hang up", "never",
             {"status": 400, "text": "I will not"}]
     always = {3: {"status": 500}, 4: {"text": ""}, 13: "never", 21: {"text": '{"choices": ['}}
@@ -330,22 +326,22 @@ def test_every_fault_of_a_server_and_every_row_once(tmp_path):
         return fault or reply(i) | {"slow": 0.02 * (i % 5)}  # out of order, and slowly
 
     with serving(answer) as server:
-        teacher = teacher_of(server, tmp_path, tries=3)
-        rows, rejects = traces_of(teacher)
+        rows, rejects = traces_of(teacher_of(server, tmp_path))
         lost = [3, 4, 7, 13, 15, 21, 23]
         assert [row["source"] for row in rows] == [i for i in range(N) if i not in lost]
         assert [row["problem"] for row in rejects] == lost
-        assert {row["reason"] for row in rejects} == {"no reply"} and 7.0 in teacher.pauses
+        assert {row["reason"] for row in rejects} == {"no reply"}
         details = {row["problem"]: row["detail"] for row in rejects}
         assert "HTTP 500" in details[3] and "JSONDecodeError" in details[4] + details[21]
-        assert "nothing complete in 0.5 s" in details[13] and "I will not" in details[7]
+        assert "timed out" in details[13] and "I will not" in details[7]
         expected = {i: 3 if i in always else 1 if i % 8 in (0, 7) else 2 for i in range(N)}
         assert asked == expected
-        assert len(evaluation.read_lines(tmp_path / "spent")) == sum(asked.values())
+        sent = [row for row in evaluation.read_lines(tmp_path / "replies") if "requests" in row]
+        assert len(sent) == sum(asked.values())
         # again: the same rows, and requests for what had no reply alone
         before = dict(asked)
         always.clear()
-        again, rejects = traces_of(teacher_of(server, tmp_path, tries=3))
+        again, rejects = traces_of(teacher_of(server, tmp_path))
         assert [row["problem"] for row in rejects] == [7, 15, 23]
         assert [row for row in again if row["source"] not in lost] == rows
         assert {i for i in asked if asked[i] > before[i]} == {*lost}
@@ -357,7 +353,7 @@ def test_every_fault_of_a_server_and_every_row_once(tmp_path):
     assert again[1] == {
         "question": "What is the value of card 1?", "answer": "2", "task_type": "math",
         "reasoning": "By the first way the value of card 1 is 1 + 1 = 2 dollars in all.",
-        "source": 1, "teacher": teacher.url,
+        "source": 1, "teacher": server.url,
     }
 
 
@@ -403,32 +399,56 @@ def test_limits_hold_over_sessions(tmp_path):
         message = {"content": reply(question(body))["content"]}
         return {"text": json.dumps({"choices": [{"message": message}], "usage": tokens})}
 
-    run = lambda name, **more: traces_of(teacher_of(server, tmp_path / name, threads=1, **more))
+    run = lambda name, **more: traces_of(teacher_of(server, tmp_path / name, **more))
     with serving(answer) as server:
         for limit, n_rows in ((5, 5), (8, 8)):
-            rows, rejects = run("limit", limit=limit)
+            rows, rejects = run("limit", limit=limit, threads=1)
             assert len(rows) == len(server.bodies) == n_rows and len(rejects) == N - n_rows
             assert f"all {limit} requests of --limit are spent" in rejects[-1]["detail"]
         before = len(server.bodies)
         # 1,000 tokens at 1 dollar, 2,000 with the hidden ones at 2 dollars a million
         for budget, n_rows in ((0.015, 3), (0.021, 5)):
-            rows, rejects = run("budget", budget=budget, price=(1.0, 2.0))
+            rows, rejects = run("budget", budget=budget, price=(1.0, 2.0), threads=1)
             assert len(rows) == len(server.bodies) - before == n_rows
             assert f"all {budget} dollars of --budget are spent" in rejects[-1]["detail"]
-        clock, pauses = [0.0], []
+            with (tmp_path / "budget" / "replies").open("ab") as file:  # costs nothing but itself
+                file.write(b'{"dollars": -5}\n{"dollars": NaN}\n{"dollars": "1"}\n7\n')
+                file.write(b'{"dollars": 1' + b"0" * 400 + b'}\n{"doll')
+        rows, _ = run("rate", rate=1200)
+        pauses = [b - a for a, b in itertools.pairwise(server.times[-N:])]
+        assert len(rows) == N and sum(pauses) > 0.95 * (N - 1) * 0.05
 
-        def sleep(s):
-            pauses.append(s)
-            clock[0] += s
 
-        rows, _ = run("rate", rate=120, sleep=sleep, clock=lambda: clock[0])
-        assert len(rows) == N and pauses == [0.5] * (N - 1)
+@pytest.mark.parametrize("usage", ['{"total_tokens": 1e999}', '{"prompt_tokens": -1000000000, '
+                                   '"completion_tokens": -1}', '{"total_tokens": "9"}', "7"])
+def test_a_budget_never_grows_back(tmp_path, usage):
+    """A count that is none is estimated: 4 characters a token."""
+
+    def answer(n, body):
+        message = json.dumps({"message": {"content": reply(question(body))["content"]}})
+        return {"text": f'{{"choices": [{message}], "usage": {usage}}}'}
+
+    with serving(answer) as server:
+        teacher = teacher_of(server, tmp_path, price=(1e6, 1e6), budget=50.0, threads=1)
+        rows, rejects = traces_of(teacher)
+        assert len(rows) == len(server.bodies) == 1 and 50 < teacher.dollars < 1000
+        again = teacher_of(server, tmp_path, price=(1e6, 1e6), budget=50.0)
+        assert again.dollars == teacher.dollars and again.n_sent == 1
+        again.close()
+
+
+@pytest.mark.parametrize("content", [None, 7, [{"type": "text", "text": "15"}], {"text": "15"}])
+def test_a_reply_that_is_no_text_is_a_reject(tmp_path, content):
+    text = json.dumps({"choices": [{"message": {"content": content}}]})
+    with serving(lambda n, body: {"text": text}) as server:
+        rows, (reject,) = traces_of(teacher_of(server, tmp_path), rows=CARDS[:1])
+    assert not rows and reject["reason"] == "no reply" and "expected a text" in reject["detail"]
 
 
 def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(synthesize, "GIVE_UP", 4)
     with serving(lambda n, body: {"status": 500} if n >= 6 else reply(question(body))) as server:
-        rows, rejects = traces_of(teacher_of(server, tmp_path, threads=2, tries=2))
+        rows, rejects = traces_of(teacher_of(server, tmp_path, threads=2, retries=1))
         assert len(rows) == 6 and len(rejects) == N - 6
         assert len(server.bodies) <= 6 + 2 * 6  # four, and what was under way then
         assert "not asked for, as 4 others had no reply" in rejects[-1]["detail"]
@@ -437,11 +457,11 @@ def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
 def test_where_nobody_listens_every_row_is_a_reject(tmp_path):
     with serving(lambda n, body: reply(question(body))) as server:
         pass  # its port is closed from here on
-    rows, rejects = traces_of(teacher_of(server, tmp_path, tries=2))
+    rows, rejects = traces_of(teacher_of(server, tmp_path, retries=1))
     assert not rows and [row["problem"] for row in rejects] == [*range(N)]
     assert {row["reason"] for row in rejects} == {"no reply"}
     assert "ConnectionRefusedError" in rejects[0]["detail"]
-    assert len(evaluation.read_lines(tmp_path / "spent")) == 2 * N
+    assert evaluation.read_lines(tmp_path / "replies") == [{"requests": 1}] * 2 * N
 
 
 def test_every_reason_to_leave_a_trace_out(tmp_path):
@@ -506,6 +526,13 @@ def test_flags():
         (Traces(teacher="http://h/v1", data="x", top_k=5), "--top-k 5 is not for a --teacher"),
         (Traces(limit=5), "--limit 5 needs a --teacher"),
         (Traces(teacher="http://h/v1", data="x", budget=5.0), "--budget 5 needs --price"),
+        (Traces(teacher="http://h/v1", data="x", budget=math.nan), "--budget nan: expected 0"),
+        (Traces(teacher="http://h/v1", data="x", price=(1.0, -1.0)), "--price 1 -1: expected 0"),
+        (Traces(teacher="http://h/v1", data="x", rate=-1.0), "--rate -1: expected 0"),
+        (Traces(teacher="http://h/v1", data="x", limit=-1), "--limit -1: expected 0"),
+        (Traces(teacher="http://h/v1", data="x", teacher_threads=0), "--teacher-threads 0: exp"),
+        (Traces(teacher="http://me:sk@h/v1", data="x"), "--teacher: expected http.*TEACHER_API"),
+        (Pairs(judge="https://me:sk@h/v1", rewards="judge"), "--judge: expected http.*JUDGE_API"),
         (Pairs(samples=1), "--samples 1: expected 2"),
         (Pairs(model="gemma9"), "--model gemma9: expected one of gemma2"),
         (Pairs(model="tinyx"), "--model tinyx: expected one of gemma2"),
