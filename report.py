@@ -233,7 +233,7 @@ def verdict(run: Run) -> tuple[str, str, str]:
 
 # --------------------------------------------------------------------------------------- drawing
 
-W, H, LEFT, RIGHT, TOP, BOTTOM = 280, 140, 40, 8, 8, 20
+W, H, LEFT, RIGHT, TOP, BOTTOM = 280, 140, 46, 8, 8, 20
 N_COLOURS = 8
 esc = lambda text: html.escape(str(text))
 
