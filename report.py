@@ -28,7 +28,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -73,30 +72,30 @@ class Run(NamedTuple):
     finished: bool
 
 
-def read_lines(file: Path) -> Iterator[dict]:
-    """The JSON objects of a file, one a line; a torn line, or another value, is skipped."""
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
-def read_object(file: Path) -> dict:
-    """A JSON file that holds one object, on any number of lines; {} if it does not."""
+def loads(text: bytes) -> dict:
+    """A JSON object; {} for torn text and for other values."""
     try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSONL file; an absent file has none."""
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [row for row in map(loads, lines) if row]
 
 
 def number(value) -> float | None:
     """None for anything but a number that can be added up and drawn: NaN, inf, a string."""
     ok = isinstance(value, int | float) and not isinstance(value, bool)
     return value if ok and abs(value) < 1e100 else None
+
+
+def whole(value) -> int | None:
+    """A step's or a problem's number, if it is one."""
+    return int(value) if number(value) is not None and value == int(value) else None
 
 
 def is_run(folder: Path) -> bool:
@@ -107,14 +106,15 @@ def read_run(folder: Path, share: float = 1.0) -> Run:
     """`share` is this run's part of the samples that a page may hold."""
     if not is_run(folder):
         raise ValueError(f"{folder} is no run folder: nothing in {', '.join(FILES[:3])}")
-    metrics, samples, results, config = (folder / name for name in FILES)
-    steps, results, config = {}, read_object(results), read_object(config)
+    metrics, samples, *objects = (folder / name for name in FILES)
+    results, config = (loads(file.read_bytes()) if file.is_file() else {} for file in objects)
+    steps = {}
     for row in read_lines(metrics):
-        if (step := number(row.pop("step", None))) is not None and step == int(step):
-            steps.setdefault(int(step), {}).update({k: number(v) for k, v in row.items()})
+        if (step := whole(row.pop("step", None))) is not None:
+            steps.setdefault(step, {}).update({k: number(v) for k, v in row.items()})
     steps = dict(sorted(steps.items()))
-    whole = max(steps, default=0) >= (number(config.get("steps")) or 0)
-    finished = whole and (folder / "final").is_dir()
+    at_end = max(steps, default=0) >= (number(config.get("steps")) or 0)
+    finished = at_end and (folder / "final").is_dir()
     return Run(folder.resolve().name, config, steps, results, thin(samples, share), finished)
 
 
@@ -124,12 +124,10 @@ def thin(file: Path, share: float) -> dict:
     unit, n_all = "step", 0
     for row in read_lines(file):
         key = "problem" if "problem" in row else "step"
-        if (at := number(row.get(key))) is not None and at == int(at):
+        if (at := whole(row.get(key))) is not None:
             unit, n_all = key, n_all + 1
-            groups.setdefault(int(at), []).append(sample(row) | {"at": int(at)})
-    length = lambda row: sum(len(v.encode(errors="replace")) for v in row.values()
-                             if isinstance(v, str))
-    price = lambda row: max(1 / N_SAMPLES, length(row) / N_BYTES) / share
+            groups.setdefault(at, []).append(sample(row) | {"at": at})
+    price = lambda row: max(1 / N_SAMPLES, len(json.dumps(row)) / N_BYTES) / share
     prices = {at: sum(map(price, rows)) for at, rows in sorted(groups.items())}
     kept, stride, spent, rows = list(prices), 1, 0.0, []
     while len(kept) > 2 and sum(prices[at] for at in kept) > 1 + 1e-9:
@@ -413,23 +411,20 @@ def settings(runs: list[Run]) -> str:
         table |= {f"code: {k}": v for k, v in code.items()} if isinstance(code, dict) else {}
     keys = list(dict.fromkeys(k for table in tables for k in table))
     differ = [k for k in keys if len({json.dumps(table.get(k)) for table in tables}) > 1]
+    text = lambda value: f"<bdi>{'' if value is None else esc(value)}</bdi>"
+    rows = "".join(f"<tr><th>{esc(k)}" + "".join(f"<td>{text(table.get(k))}" for table in tables)
+                   for k in differ)
     head = "<tr><th>" + "".join(f"<th>{tag(i, run.name)}" for i, run in enumerate(runs))
-
-    def rows(names, css=""):
-        cell = lambda value: "" if value is None else esc(value)
-        return head + "".join(f"<tr{css}><th>{esc(k)}" + "".join(
-            f"<td><bdi>{cell(table.get(k))}</bdi>" for table in tables) for k in names)
-
-    commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(text)}</pre>" for i, run in enumerate(runs)
-                       if (text := command(run.config)))
+    same = "".join(f"<span><small>{esc(k)}</small> {text(tables[0][k])}</span>" for k in keys
+                   if k not in differ and tables[0][k] not in (None, ""))
+    commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(line)}</pre>" for i, run in enumerate(runs)
+                       if (line := command(run.config)))
     if not keys:
         return ""
-    seen = f"<table class=settings>{rows(differ, ' class=differs')}</table>" if differ else ""
-    same = [k for k in keys if k not in differ]
-    return (f"<section><h2>Settings</h2>{seen}<details><summary>"
-            f"{'Settings that are equal' if differ else 'All settings'}, and the command that "
-            f"repeats the run</summary><table class=settings>{rows(same)}</table>{commands}"
-            "</details></section>")
+    what = "Settings that are equal" if differ else "All settings"
+    return ("<section><h2>Settings</h2>" + f"<table class=differs>{head}{rows}</table>" * bool(rows)
+            + f"<details><summary>{what}, and the command that repeats the run</summary>"
+            f"<p class=legend>{same}</p>{commands}</details></section>")
 
 
 def page(runs: list[Run]) -> bytes:
@@ -502,7 +497,7 @@ ul { list-style: none; padding: 0 } li { margin-top: 14px }
 li:not(:only-child) .verdict { font-size: 18px }
 .good, .verdict .good { color: var(--good) } .bad, .verdict .bad { color: var(--bad) }
 .legend { display: flex; flex-wrap: wrap; gap: 0 20px; align-items: baseline }
-.legend { position: sticky; top: 0; background: var(--bg); padding: 6px 0; z-index: 1 }
+section > .legend { position: sticky; top: 0; background: var(--bg); padding: 6px 0; z-index: 1 }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px }
 th, td { text-align: left; font-weight: 400; padding: 3px 12px 3px 0; vertical-align: top }
 .forest th, .n { white-space: nowrap; width: 1% } .n, #facts td + td { text-align: right }
@@ -541,8 +536,8 @@ button { cursor: pointer } :disabled { opacity: .5; cursor: default }
   gap: 8px 26px; align-items: start }
 #prompt, .text { max-height: 75vh; overflow: auto }
 #prompt, .part { white-space: pre-wrap; unicode-bidi: isolate; margin-bottom: 10px }
-pre { white-space: pre-wrap; font-size: 12.5px } .settings { width: auto; margin-bottom: 10px }
-.differs td { font-weight: 600 }
+pre { white-space: pre-wrap; font-size: 12.5px }
+.differs { width: auto } .differs td { font-weight: 600 }
 .part { padding: 7px 12px; border-left: 3px solid var(--line); margin: 5px 0 }
 .answer { border-color: var(--ink); font-weight: 600;
   background: color-mix(in srgb, var(--ink) 7%, transparent) }
