@@ -324,19 +324,15 @@ def roofline(work: Work, peak: Peak) -> tuple[float, str]:
 # ------------------------------------------------------------------------------------- measuring
 
 
-def random_arrays(shapes):
-    """Random floats of the given shapes and shardings."""
-    one = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
-    make = jax.jit(lambda: jax.tree.map(one, shapes),
-                   out_shardings=jax.tree.map(lambda s: s.sharding, shapes))
-    return make()
-
-
 def start_of(shapes: tuple) -> tuple:
     """(trained, optimizer state, fixed) of a train_step: random weights, moments of zero."""
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes[1])
-    trained, fixed = random_arrays((shapes[0], shapes[2]))
-    return trained, zeros, fixed
+    trained, opt, fixed = shapes[:3]
+    draw = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
+    zero = lambda s: jnp.zeros(s.shape, s.dtype)
+    make = lambda: (*jax.tree.map(draw, (trained, fixed)), jax.tree.map(zero, opt))
+    where = jax.tree.map(lambda s: s.sharding, (trained, fixed, opt))
+    trained, fixed, opt = jax.jit(make, out_shardings=where)()
+    return trained, opt, fixed
 
 
 SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo}
@@ -662,16 +658,15 @@ def print_phases(phases: dict, compiles: bool) -> None:
     print("\nOn each core: GiB " + ("as the compiler reports them" if compiles else "of the "
           "arguments alone, by their shapes (temporaries come on top)")
           + "; what one step computes and moves, by formulas")
-    columns = {k: v for k, v in COLUMNS.items() if compiles or k != "at most"}
-    table = [["", *columns, "bound by"]]
+    columns = {name: (k, unit) for name, (k, unit) in COLUMNS.items()
+               if any(row.get(k) is not None for row in phases.values())}
+    if not compiles:
+        del columns["at most"]
+    print(" " * 15 + "".join(f"{name:>13}" for name in columns) + "  bound by")
     for name, row in phases.items():
         numbers = [None if row.get(k) is None else row[k] / unit for k, unit in columns.values()]
-        table.append([name, *("" if x is None else f"{x:,.2f}" for x in numbers),
-                      row.get("bound", "")])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for first, *others in table:
-        cells = [x.rjust(width) for x, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
+        cells = ["" if x is None else f"{x:,.2f}" for x in numbers]
+        print(f"{name:<15}" + "".join(f"{x:>13}" for x in cells) + "  " + row.get("bound", ""))
 
 
 def print_fit(phases: dict, limit: float, compiles: bool) -> None:
