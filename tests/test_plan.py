@@ -181,6 +181,14 @@ def test_json_and_phases(no_compiler, capsys):
             bench.main(dataclasses.replace(config, **wrong))
 
 
+def test_fields_reach_the_scripts_under_their_names():
+    config = bench.Config(model="tiny", rows=5, length=6, prompt_length=7, new_tokens=9, slots=3)
+    sft, grpo = (bench.script_config(script, config) for script in ("sft", "grpo"))
+    assert (sft.model, sft.batch_rows, sft.max_length) == ("tiny", 5, 6)
+    assert (grpo.max_prompt, grpo.max_new, grpo.slots) == (7, 9, 3)
+    assert grpo.rows is None  # there a number of problems
+
+
 @pytest.mark.parametrize("message", [
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(21.52G) exceeds available HBM (15.75G).",
