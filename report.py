@@ -532,8 +532,9 @@ button { cursor: pointer } :disabled { opacity: .5; cursor: default }
 #chips button { font-size: 13px; padding: 2px 9px; border-left: 4px solid var(--line) }
 #chips .right { border-left-color: var(--good) } #chips .wrong { border-left-color: var(--bad) }
 #chips [aria-current] { background: var(--ink); color: var(--bg) }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr));
+.columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(170px, 260px);
   gap: 8px 26px; align-items: start }
+#answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)) }
 #prompt, .text { max-height: 75vh; overflow: auto }
 #prompt, .part { white-space: pre-wrap; unicode-bidi: isolate; margin-bottom: 10px }
 pre { white-space: pre-wrap; font-size: 12.5px }
@@ -545,7 +546,8 @@ pre { white-space: pre-wrap; font-size: 12.5px }
 .hidden { font-size: 0; unicode-bidi: isolate }
 .hidden::before { content: attr(data-code); font: 10.5px ui-monospace, monospace; color: var(--bad);
   border: 1px solid; border-radius: 3px; margin: 0 1px; padding: 0 3px }
-@media (max-width: 640px) { .verdict { font-size: 20px } .forest small { display: none } }
+@media (max-width: 640px) { .columns { grid-template-columns: minmax(0, 1fr) }
+  .verdict { font-size: 20px } .forest small { display: none } }
 </style>"""
 
 BROWSER = """
@@ -570,8 +572,7 @@ BROWSER = """
 <small id=note></small>
 <div id=chips role=group aria-label="Completions of this step"></div>
 <div class=view id=view><h3>Prompt</h3><div id=prompt></div>
-<div class=columns><div><h3 id=title></h3><div class=text id=completion></div></div>
-<div class=columns id=beside></div><table id=facts></table></div></div>"""
+<div class=columns><div class=columns id=answers></div><table id=facts></table></div></div>"""
 
 SCRIPT = r"""<script type=module>
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -663,8 +664,7 @@ function show(position) {
   $("status").textContent = (s ? `${now + 1} of ${matches.length}` : "no") + " completions"
     + (matches.length < samples.length ? ` that match, of ${samples.length}` : "");
   $("view").hidden = !s;
-  for (const id of ["chips", "prompt", "title", "completion", "beside", "facts"])
-    $(id).replaceChildren();
+  for (const id of ["chips", "prompt", "answers", "facts"]) $(id).replaceChildren();
   if (!s) return;
   $("slider").value = steps.indexOf(s.at);
   $("slider").ariaValueText = $("at").textContent = `${run.unit} ${s.at}`;
@@ -680,14 +680,13 @@ function show(position) {
     chip.onclick = () => { show(i); document.querySelector("[aria-current]").focus(); };
   }
   put($("prompt"), data.prompts[s.prompt]);
-  put($("title"), title(run, s));
-  putCompletion($("completion"), s.completion ?? "");
-  for (const [other, answer] of beside(s)) {
-    const column = $("beside").appendChild(make("div", "", ""));
-    put(column.appendChild(make("h3", "", "")), title(other, answer));
+  for (const [other, answer] of [[run, s], ...beside(s)]) {
+    const column = $("answers").appendChild(make("div", "", ""));
+    const title = `${other.name}, ${other.unit} ${answer.at}`
+      + ({true: ": right", false: ": wrong"}[answer.correct] ?? "");
+    put(column.appendChild(make("h3", "", "")), title);
     putCompletion(column.appendChild(make("div", "text", "")), answer.completion ?? "");
   }
-  $("beside").hidden = !$("beside").children.length;
   const facts = {
     answer: s.correct == null ? null : s.correct ? "right" : "wrong", expected: s.gold,
     format: s.format == null ? null : s.format ? "strict" : "broken",
@@ -705,10 +704,9 @@ function show(position) {
     row.cells[1].className = {right: "good", wrong: "bad"}[value] ?? "";
   }
 }
-const title = (run, s) => `${run.name}, ${run.unit} ${s.at}`
-  + (s.correct == null ? "" : s.correct ? ": right" : ": wrong");
 function beside(s) {  // answers to the same prompt: of the other runs, else of an earlier step
   const found = [];
+  if (!data.prompts[s.prompt]) return found;
   for (const other of data.runs.filter(other => other !== run)) {
     const rows = other.rows.filter(row => row.prompt === s.prompt);
     const answer = rows.findLast(row => row.mode === s.mode) ?? rows.at(-1);

@@ -538,9 +538,8 @@ def test_filters(browser, three_steps):
 
 def test_trace_and_answer_stand_apart(browser, three_steps):
     browser.open(three_steps)
-    parts = (
-        '[...document.querySelectorAll("#completion .part")].map(e => [e.className, e.innerText])'
-    )
+    parts = """[...document.querySelector("#answers .text").querySelectorAll(".part")]
+        .map(e => [e.className, e.innerText])"""
     assert browser.js(parts) == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
                                  ["part answer", "<answer>4</answer>"]]
 
@@ -608,7 +607,7 @@ def test_hostile_completions_are_text(browser, tmp_path):
     browser.open(folder / "report.html")
     browser.press("ArrowLeft", shift=True)
     units = lambda text: np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2").tolist()
-    shown = """["prompt", "completion"].map(id => document.getElementById(id).textContent)
+    shown = """["#prompt", "#answers .text"].map(at => document.querySelector(at).textContent)
         .map(text => Array.from(text, (_, i) => i).length && [...Array(text.length).keys()]
         .map(i => text.charCodeAt(i)))"""
     for i, text in enumerate(HOSTILE):
