@@ -416,7 +416,7 @@ def settings(runs: list[Run]) -> str:
                    for k in differ)
     head = "<tr><th>" + "".join(f"<th>{tag(i, run.name)}" for i, run in enumerate(runs))
     same = "".join(f"<span><small>{esc(k)}</small> {text(tables[0][k])}</span>" for k in keys
-                   if k not in differ and tables[0][k] not in (None, ""))
+                   if k not in differ and tables[0].get(k) not in (None, ""))
     commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(line)}</pre>" for i, run in enumerate(runs)
                        if (line := command(run.config)))
     if not keys:
@@ -450,7 +450,7 @@ def main(config: Config) -> Path:
     """Writes the report and returns its path."""
     folders = [Path(run) for run in config.runs] or sorted(filter(is_run, Path("runs").glob("*")))
     if not folders:
-        raise ValueError("which run folders? There is none in runs/: python report.py runs/grpo")
+        raise ValueError("no run folder is given and there is none in runs/: python report.py runs/grpo")
     runs = [read_run(folder, 1 / len(folders)) for folder in folders]
     names = [run.name for run in runs]
     runs = [run._replace(name=str(folder)) if names.count(run.name) > 1 else run

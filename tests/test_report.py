@@ -173,7 +173,8 @@ def test_a_reward_that_is_the_accuracy_is_shown_once():
 
 def test_settings_that_differ_are_marked(tmp_path):
     a = write(tmp_path / "a", config=CONFIG | {"learning_rate": 1e-4, "seed": 0, "adapter": None})
-    b = write(tmp_path / "b", config=CONFIG | {"learning_rate": 1e-3, "seed": 0, "adapter": "<i>"})
+    b = write(tmp_path / "b", config=CONFIG | {"learning_rate": 1e-3, "seed": 0, "adapter": "<i>",
+                                              "judge": None})  # absent in the other run
     seen, folded = re.search("Settings(.*?)<details>(.*?)</details>", html(a, b)).groups()
     rows = seen.split("<table class=differs>")[1].split("</table>")[0].split("<tr><th>")
     assert rows[2:] == ["learning_rate<td><bdi>0.0001</bdi><td><bdi>0.001</bdi>",
@@ -199,7 +200,7 @@ def test_the_command_repeats_the_run(module):
 
 def test_without_arguments_it_takes_the_run_folders_of_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="which run folders"):
+    with pytest.raises(ValueError, match="no run folder is given"):
         report.main(report.Config())
     write(tmp_path / "runs/b"), write(tmp_path / "runs/a")
     (tmp_path / "runs/notes").mkdir()
