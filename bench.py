@@ -661,7 +661,7 @@ def print_phases(phases: dict, compiles: bool) -> None:
     columns = {name: (k, unit) for name, (k, unit) in COLUMNS.items()
                if any(row.get(k) is not None for row in phases.values())}
     if not compiles:
-        del columns["at most"]
+        columns.pop("at most", None)
     print(" " * 15 + "".join(f"{name:>13}" for name in columns) + "  bound by")
     for name, row in phases.items():
         numbers = [None if row.get(k) is None else row[k] / unit for k, unit in columns.values()]

@@ -450,7 +450,7 @@ def main(config: Config) -> Path:
     """Writes the report and returns its path."""
     folders = [Path(run) for run in config.runs] or sorted(filter(is_run, Path("runs").glob("*")))
     if not folders:
-        raise ValueError("no run folder is given and there is none in runs/: python report.py runs/grpo")
+        raise ValueError("no run folder is given and runs/ holds none: python report.py runs/grpo")
     runs = [read_run(folder, 1 / len(folders)) for folder in folders]
     names = [run.name for run in runs]
     runs = [run._replace(name=str(folder)) if names.count(run.name) > 1 else run
