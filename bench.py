@@ -394,10 +394,10 @@ def time_grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         prompts = rng.integers(n_stop, cfg.vocab_size, (c.prompts, c.max_prompt)).tolist()
         marks, stats = [time.perf_counter()], {}
         params, adapter = train_sft.join(trained, fixed, dtype)
-        rollouts = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
-                                       stop=range(n_stop), stats=stats))
+        done = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
+                                   stop=range(n_stop), stats=stats))
         marks.append(time.perf_counter())
-        host, n_micro = packed_rollouts(rollouts, prompts, c, mesh)
+        host, n_micro = packed_rollouts(done, prompts, c, mesh)
         batch, n = train_sft.place(host, mesh, P(None, "data")), np.int32(n_micro)
         if c.kl_coef:
             batch["ref"] = programs["reference"][0](reference, fixed, batch, n)
@@ -409,7 +409,7 @@ def time_grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         jax.block_until_ready((trained, metrics))
         marks.append(time.perf_counter())
         rollout_s, reference_s, update_s = np.diff(marks)
-        n_tokens = sum(len(r.ids) for r in rollouts)
+        n_tokens = sum(len(r.ids) for r in done)
         n_steps = stats["slot_steps"] / c.slots / mesh.size
         steps.append({
             "rollout_tokens_per_s": n_tokens / rollout_s,
@@ -418,7 +418,7 @@ def time_grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
             "grpo_rollout_s": rollout_s,
             "grpo_reference_s": reference_s,
             "grpo_update_s": update_s,
-            "mean_length": n_tokens / len(rollouts),
+            "mean_length": n_tokens / len(done),
             "padding": 1 - (host["segments"][:n_micro] > 0).mean(),
         })
     first, *timed = steps
@@ -426,12 +426,12 @@ def time_grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     return out | {"grpo_compile_s": first["grpo_step_s"] - out["grpo_step_s"]}
 
 
-def packed_rollouts(rollouts: list, prompts: list, c: train_grpo.Config, mesh: Mesh) -> tuple:
+def packed_rollouts(done: list, prompts: list, c: train_grpo.Config, mesh: Mesh) -> tuple:
     """(arrays of an update on the host, micro-batches used), every advantage being 1."""
     problems = [Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
     score = rewards.Scored(0.0, {}, {})
     samples = [train_grpo.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
-               for r in rollouts]
+               for r in done]
     weights = train_grpo.token_weights(samples, c)
     return train_grpo.pack(samples, weights, c, mesh.size)[:2]
 
