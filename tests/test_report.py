@@ -50,9 +50,9 @@ def write(folder, rates=((0, 20, 100), (4, 60, 100)), samples=None, steps=4, con
                 run.log_samples(step, (samples or {}).get(step, [sample()]))
             if step in evaluations:
                 c, n = evaluations[step]
-                interval = {"pass@1": evaluation.wilson(c, n)}
-                results = {"pass@1": c / n, "format": 1.0, "length": 30.0, "intervals": interval}
-                run.log(step, evaluation.eval_metrics(results))
+                low, high = evaluation.wilson(c, n)
+                run.log(step, {"eval_accuracy": c / n, "eval_accuracy_low": low,
+                               "eval_accuracy_high": high, "eval_format": 1.0})
         run.finish(lambda path: (path / "adapter").write_text(""))
     return folder
 
