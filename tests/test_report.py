@@ -153,7 +153,7 @@ def test_runs_are_overlaid_with_an_evaluation(tmp_path):
         for mode, n in (("greedy", 1), ("sampled", 2))
         for j in range(n)
     ]
-    (tmp_path / "e/samples.jsonl").write_bytes(evaluation.to_lines(rows))
+    (tmp_path / "e/samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     runs.write_json(tmp_path / "e/results.json", evaluation.summarize(rows))
     page = html(a, b, tmp_path / "e", out=str(tmp_path / "all.html"))
     for text in (str(a), str(b), "Unclear:", "Learned:", "Measured:</b> pass@1 100.0 %", "maj@2"):
@@ -556,7 +556,7 @@ def base_and_trained(tmp_path_factory):
                  "mode": "greedy", "sample": 0, "prompt": f"What is {i} + 1?", "vote": "4",
                  "n_tokens": 3, "stop": "stop", "completion": f"{name} {i}" + " hm" * 3000}
                 for i in range(3)]
-        (folder / "samples.jsonl").write_bytes(evaluation.to_lines(rows))
+        (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
         runs.write_json(folder / "results.json", evaluation.summarize(rows))
         folders.append(str(folder))
     return report.main(report.Config(tuple(folders)))
