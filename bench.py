@@ -6,24 +6,25 @@
     python bench.py --model gemma3-1b --target v5e:2x4          # compiled for an absent TPU
     python train_grpo.py --model gemma3-1b --plan               # the same, with a script's flags
 
-Measuring: sft is one LoRA (or full) update; grpo one step of --prompts times --group completions,
-its rollout, reference log-probs and update (one inner epoch) timed apart. Weights and tokens are
-random; nothing is loaded but config.json. Random logits are nearly uniform, so a share 1/mean of
-the vocabulary as stop tokens makes lengths geometric; without --mean-length every completion is
---new-tokens long.
+Measuring: sft is one update, with LoRA or of all weights; grpo is one step of --prompts times
+--group completions, with rollout, reference log-probs and update (one inner epoch) timed apart.
+Weights and tokens are random, so only config.json is needed. Random logits are nearly uniform: if a
+share 1/mean of the vocabulary are stop tokens, lengths are geometric with that mean. Without
+--mean-length every completion has --new-tokens tokens.
 
-Compiling needs no TPU, only its compiler, the package libtpu. Where that has no wheel (macOS,
-Windows) the arguments of each program are added up from their shapes, and temporaries unknown.
+Compiling needs no TPU, only its compiler, the package libtpu. Where libtpu has no wheel (macOS,
+Windows), each program's arguments are added up from their shapes and temporaries are unknown.
 
-1. Memory is what the compiler reports of a core; a program that is too large does not compile. What
-   the script keeps there besides (optimizer, judge, ...) is the column "beside". Arguments and
-   temporaries are more than a program needs ("at most"), its peak is a little less: gaps between
-   arrays are not in it ("at least").
-2. FLOPs, bytes to and from HBM and over the interconnect are counted in the traced program, see
-   `count`: a matrix product or a reduction reads its operands and writes its result, all else is
-   taken to be fused into these. (XLA's own count takes the body of every loop once.)
-3. A phase takes as long as the slowest of the three does at the device's peak, the roofline.
-   Nothing runs that fast: what a session buys is for a share of it, EFFICIENCY, an assumption.
+1. Memory is what the compiler reports for one core; a program that is too large does not compile.
+   The column "beside" is what the script keeps on the core besides the program's own arguments
+   (optimizer, judge, ...). Arguments plus temporaries are more than a program needs ("at most");
+   its peak is a little less than it needs, because gaps between arrays are not counted ("at
+   least").
+2. FLOPs and bytes are computed by the formulas of `Cost`. They agree with a count of every
+   operation of the traced programs: FLOPs to 0.1 %, bytes to 4 % (LOG.md, 2026-11-26).
+3. The roofline: a phase takes as long as the slowest of its FLOPs, its HBM traffic and its
+   interconnect traffic at the device's peak. No program reaches that, so the estimate of what a
+   session can do assumes the share EFFICIENCY of it.
 
 Prints a table and, with --json, one JSON object last.
 """
@@ -40,16 +41,16 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import gemma
+import judge
 import rewards
 import runs
 import train_grpo
@@ -62,23 +63,23 @@ from eval import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fields left at None: measuring takes them from MEASURED, compiling from the scripts."""
+    """Fields left at None are filled from MEASURED to measure, from the script's own to compile."""
 
     model: str = "gemma3-1b"
-    """Which Gemma's shapes."""
+    """The Gemma whose shapes are used."""
     weights: str | None = None
-    """Folder whose config.json gives the shapes instead."""
+    """Folder with a config.json that gives the shapes instead."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the base and the activations."""
+    """Type of the base weights and the activations."""
     phases: str | None = None
-    """What to measure, sft and grpo (peak memory is that of all of them), or to compile: sft,
-    simpo, grpo, or one of their phases, as grpo_update."""
+    """To measure: sft and grpo (peak memory is that of all phases named). To compile: sft, simpo,
+    grpo, or one phase of a script, as in grpo_update."""
     lora_rank: int | None = None
-    """Rank of the adapter; 0: every weight is trained."""
+    """Rank of the adapter; 0 trains every weight."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
     """What the backward pass computes again."""
     micro_rows: int | None = None
-    """Rows a device computes at a time; measuring: in SFT all of its rows, in GRPO 4."""
+    """Rows that a device computes at a time; measuring, the default is all in SFT and 4 in GRPO."""
     repeats: int = 5
     """Timed steps; the median is printed."""
     json: bool = False
@@ -86,15 +87,15 @@ class Config:
 
     # compiling
     target: str | None = None
-    """Compile for a TPU that is not here, v5e:2x4 for Kaggle's, and run nothing."""
+    """Compile for this TPU (v5e:2x4 is Kaggle's), which need not be here, and run nothing."""
     time_limit: str | None = None
-    """How long a session is; default: 9h."""
+    """Length of a session, as 8h45m; default: 9h."""
     judge: str | None = None
-    """GRPO's judge on the mesh, a Gemma's name."""
+    """A Gemma that judges GRPO's completions on the same mesh."""
 
     # sft and simpo
     rows: int | None = None
-    """Rows of one update, over all devices; measuring: none of their tokens is padding."""
+    """Rows of one update, over all devices; measured rows have no padding."""
     length: int | None = None
     """Tokens in a row."""
 
@@ -102,19 +103,19 @@ class Config:
     prompts: int | None = None
     """Prompts of one step, over all devices."""
     group: int | None = None
-    """Completions of each."""
+    """Completions of each prompt."""
     prompt_length: int | None = None
     """Tokens of a prompt."""
     new_tokens: int | None = None
     """Tokens of the longest completion."""
     mean_length: int = 0
-    """Measuring: mean length of completions before the cut at --new-tokens; 0: all that long."""
+    """Measuring: mean length of completions before the cut at --new-tokens; 0: no early stop."""
     slots: int | None = None
-    """Completions that a device writes at a time."""
+    """Completions that a device decodes at a time."""
     pack_length: int | None = None
-    """Tokens in a packed row of the update; measuring: the longest sequence."""
+    """Tokens in a packed row of the update; measuring, the default is the longest sequence."""
     kl_coef: float | None = None
-    """0: no reference pass."""
+    """Weight of the KL divergence; 0 runs no reference pass."""
 
 
 MEASURED = dict(
@@ -123,139 +124,234 @@ MEASURED = dict(
 )
 
 
-EFFICIENCY = 0.5  # share of the roofline taken to be reached in what a session buys
+EFFICIENCY = 0.5  # assumed share of the roofline that a session reaches
 
 
 class Peak(NamedTuple):
-    """Of one device, as its maker publishes them; per second where that makes sense."""
+    """One device's peaks as its maker publishes them; rates are per second."""
 
     flops: float  # bfloat16, dense
     bytes: float  # to and from its memory
-    ici: float  # bytes that come in from the other devices of the mesh
-    hbm: float  # bytes that a program may have; 0: as the device itself says
+    ici: float  # bytes that arrive from other devices of the mesh
+    hbm: float  # bytes that a program may use; 0: not known beforehand
 
 
 PEAKS = {  # by jax's device_kind
-    # cloud.google.com/tpu/docs/v5e. 400 GB/s a chip over four ports, both ways; two of the ports
-    # are used in a slice of 2x4. A program gets 15.75 GiB of the 16 (its compiler says so).
+    # cloud.google.com/tpu/docs/v5e. 400 GB/s a chip over four ports, both ways; a slice of 2x4 uses
+    # two of the ports. A program gets 15.75 GiB of the 16 (its compiler says so).
     "TPU v5 lite": Peak(197e12, 819e9, 100e9, 15.75 * 2**30),
     # nvidia.com/en-us/data-center/h100, SXM, without sparsity
     "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12, 450e9, 0),
 }
 
-# -------------------------------------------------------------------------------------- counting
+# ------------------------------------------------------------------------------------------ work
 
 
 class Work(NamedTuple):
-    """What one device does. `loops` come besides: loops whose trips are not known beforehand."""
+    """What one device does."""
 
     flops: float = 0.0  # of matrix products
-    bytes: float = 0.0  # to and from its memory
-    ici: float = 0.0  # bytes that come in from other devices
-    loops: tuple = ()  # (trips at most, Work of one trip)
+    bytes: float = 0.0  # read from its memory and written to it
+    ici: float = 0.0  # bytes that arrive from other devices
 
     def __add__(self, other):
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __mul__(self, n: float):
-        loops = tuple((most, work * n) for most, work in self.loops)
-        return Work(self.flops * n, self.bytes * n, self.ici * n, loops)
-
-    def run(self, *trips: float) -> "Work":
-        """All of it: loops make so many trips, loops in them the next number; left out, at most. A
-        float is a share of that."""
-        total, (here, *inner) = self._replace(loops=()), trips or (1.0,)
-        for most, work in self.loops:
-            n = math.ceil(here * most) if isinstance(here, float) else here
-            total += work.run(*inner) * n
-        return total
+        return Work(*(a * n for a in self))
 
 
-def size(x) -> int:
-    """Bytes of what has a shape."""
-    return math.prod(x.shape) * x.dtype.itemsize
+class Cost(NamedTuple):
+    """Formulas for one model's work on one device.
 
-
-def count(jaxpr: Jaxpr, n: int, inside: bool = False) -> Work:
-    """The work of a traced program on each of n devices.
-
-    Outside shard_map only the optimizer is, which `step_work` adds.
+    A matrix product reads both operands and writes its result, a reduction reads its operand; every
+    other operation is taken to be fused into these.
     """
-    work = Work()
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        parts = [x for p in params.values() for x in (p if isinstance(p, list | tuple) else [p])]
-        parts = [x for x in (getattr(x, "jaxpr", x) for x in parts) if isinstance(x, Jaxpr)]
-        parts = [count(x, n, inside or name == "shard_map") for x in parts]
-        if name == "scan":
-            work += parts[0] * params["length"]
-        elif name == "while":
-            most = max((x.shape[0] for x in (v.aval for v in eqn.outvars) if x.ndim > 1), default=1)
-            body = count(params["body_jaxpr"].jaxpr, n, inside)
-            work += Work(loops=((most, body),))
-        elif name == "cond":
-            work += max(parts, key=lambda part: part.run())
-        elif name == "pallas_call":
-            work += kernel(eqn, parts)
-        elif parts:
-            work += sum(parts, Work())
-        elif inside:
-            work += leaf(name, params, [v.aval for v in eqn.invars], eqn.outvars[0].aval, n)
-    return work
+
+    cfg: gemma.Config
+    itemsize: int  # bytes of a weight and of an activation
+    n_devices: int
+    sharded: bool = False  # the base is split over the devices
+    rank: int = 0
+    n_adapter: int = 0  # numbers in the adapter
+    splash: bool = False  # whole rows are attended by the splash kernels, see gemma.splash
+
+    @property
+    def n_head(self) -> int:
+        return self.cfg.vocab_size * self.cfg.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        """Weights of the matrices of all layers."""
+        shapes = [spec.hf_shape(self.cfg) for spec in gemma.LINEARS.values()]
+        return self.cfg.num_hidden_layers * sum(map(math.prod, shapes))
+
+    def layers(self, n_tokens: int, keys: float, train: bool = False, remat: str = "auto",
+               splash: bool = False) -> Work:
+        """All layers for n_tokens that attend to `keys` keys each, masked ones included.
+
+        Passes over a base matrix: 1 forward, 1 for the gradient of its input, 1 for its own if it
+        is trained, 1 more if layers are computed again. So LoRA takes 4N FLOPs a token; full
+        training, or LoRA with remat "layer", takes 6N. Attention has 2 products forward and 4
+        backward; the splash kernels have 7, because they compute the scores again.
+        """
+        L, N, H, D = (self.cfg.num_hidden_layers, self.cfg.num_attention_heads, self.cfg.head_dim,
+                      self.cfg.hidden_size)
+        again = train and (remat == "layer" or (remat == "auto" and self.sharded))
+        passes = 1 + again + train * (1 if self.rank else 2)
+        adapter_passes = 1 + again + 2 * train
+        forward = 1 + (train and (remat != "none" or self.sharded))  # passes of attention
+        attention = 2 * forward + train * (7 if splash else 4)
+        weights = self.n_layers * passes + self.n_adapter * adapter_passes
+        flops = 2 * n_tokens * (weights + L * N * H * keys * attention)
+        # Inputs and outputs of the products: in + out of each matrix and of its A and B.
+        width = L * sum(sum(spec.hf_shape(self.cfg)) for spec in gemma.LINEARS.values())
+        width = width * passes + self.n_adapter / max(1, self.rank) * adapter_passes
+        # In float32: four norms; queries, keys, values and outputs, five times as much as queries;
+        # scores are written, read for maximum and sum, and half (bf16) for the values.
+        floats = L * (4 * D + 5 * N * H + 3.5 * N * keys * (not splash)) * (forward + train)
+        return Work(flops, self.itemsize * (weights + n_tokens * width) + 4 * n_tokens * floats)
+
+    def logps(self, n_tokens: int, wanted: float, chunk: int, train: bool = False) -> Work:
+        """Log-probs of the share `wanted` of the tokens, by chunks that each read the head.
+
+        A float32 logit is written and read three times, its bf16 gradient once. A frozen head gives
+        that gradient in the forward pass; a trained head computes all logits again, and adds up
+        its own gradient in float32.
+        """
+        V, n_head = self.cfg.vocab_size, self.n_head
+        read = self.itemsize * n_head / chunk
+        work = Work(2 * n_head, 16 * V + read) * wanted
+        if train and self.rank:
+            work += Work(2 * n_head, 2 * V + read) * wanted
+        elif train:
+            work += Work(6 * n_head, 24 * V + 2 * read + 4 * n_head / chunk)
+        return work * n_tokens
+
+    def moved(self, n_bytes: float) -> Work:
+        """An all-gather that gives each device n_bytes, or a reduce-scatter of as many."""
+        return Work(0, 2 * n_bytes, n_bytes * (self.n_devices - 1) / self.n_devices)
+
+    def gathers(self, layers: int, head: int) -> Work:
+        """So many gathers, or scatters of the gradient, of all layers and of the head."""
+        n = self.n_layers * layers + self.n_head * head
+        return self.moved(self.itemsize * n) * self.sharded
+
+    def decode_step(self, slots: int, length: int) -> Work:
+        """One token in each slot; caches of `length`, or of the window, are read whole.
+
+        A logit is written or read six times. If the base is sharded, each device reads its part,
+        and the inputs or float32 outputs of all slots move instead, see gemma.travel.
+        """
+        cfg, n, V = self.cfg, self.n_devices, self.cfg.vocab_size
+        held = [length if g else min(length, cfg.sliding_window) for g in cfg.is_global]
+        caches = 2 * slots * sum(held) * cfg.num_key_value_heads * cfg.head_dim
+        work = self.layers(slots, statistics.mean(held)) + Work(
+            2 * slots * self.n_head, self.itemsize * (caches + self.n_head) + 24 * slots * V)
+        if self.sharded:
+            out_in = [(*spec.hf_shape(cfg), spec.inp == "D") for spec in gemma.LINEARS.values()]
+            each = sum(4 * out if split else self.itemsize * inp for out, inp, split in out_in)
+            n_bytes = n * slots * (cfg.num_hidden_layers * each + 4 * V)
+            elsewhere = self.itemsize * (self.n_layers + self.n_head) * (n - 1) / n
+            work += self.moved(n_bytes) + Work(0, n_bytes - elsewhere)
+        return work
 
 
-def leaf(name: str, params: dict, ins: list, out, n: int) -> Work:
-    """The work of one operation of a traced program."""
-    if name == "dot_general":
-        (contract, _), _ = params["dimension_numbers"]
-        flops = 2 * math.prod(out.shape) * math.prod(ins[0].shape[i] for i in contract)
-        return Work(flops, sum(map(size, ins[:2])) + size(out))
-    if name.startswith(("reduce_max", "reduce_sum", "argm", "top_k", "sort", "cum")):
-        return Work(0, size(ins[0]))
-    if name == "gather":
-        return Work(0, 2 * size(out))
-    if name.startswith(("scatter", "dynamic_update_slice")):
-        return Work(0, 2 * size(ins[2] if name.startswith("scatter") else ins[1]))
-    if name.startswith("psum") and "scatter" not in name:  # around a ring: scatter, then gather
-        return Work(0, 0, 2 * sum(map(size, ins)) * (n - 1) / n)
-    if name.startswith(("all_gather", "all_to_all")):
-        return Work(0, 2 * size(out), size(out) * (n - 1) / n)
-    if name in ("reduce_scatter", "psum_scatter"):
-        return Work(0, 2 * size(ins[0]), size(ins[0]) * (n - 1) / n)
-    return Work()
+def policy_cost(config, cfg: gemma.Config, mesh: Mesh, trained, is_sharded) -> Cost:
+    """The Cost of a script's own model; is_sharded: that of train_sft for the phase at hand."""
+    n_adapter = sum(x.size for x in jax.tree.leaves(trained)) if config.lora_rank else 0
+    # The splash kernels are a TPU's; without its compiler CPU devices stand for its cores.
+    splash = mesh.devices.flat[0].platform != "gpu" and cfg.head_dim % 128 == 0
+    return Cost(cfg, jnp.dtype(config.dtype).itemsize, mesh.size, is_sharded(cfg, config, mesh),
+                config.lora_rank, n_adapter, splash)
 
 
-def kernel(eqn, parts: list[Work]) -> Work:
-    """The work of a Pallas kernel: what it says itself, else its whole grid, masked blocks too."""
-    if (cost := eqn.params.get("cost_estimate")) is not None:
-        return Work(cost.flops, cost.bytes_accessed)
-    flops = sum(part.flops for part in parts) * math.prod(eqn.params["grid_mapping"].grid)
-    return Work(flops, sum(size(v.aval) for v in (*eqn.invars, *eqn.outvars)))
+def micro_batch(cost: Cost, config, length: int, train: bool, wanted: float | None = None) -> Work:
+    """--micro-rows rows. wanted: share of completion tokens in rows that share a prompt (GRPO)."""
+    n_tokens, scatters = config.micro_rows * length, train and not config.lora_rank
+    chunk = min(n_tokens, max(gemma.CHUNK, gemma.CHUNK_ELEMENTS // cost.cfg.vocab_size))
+    splash = cost.splash and wanted is None
+    if wanted is not None:
+        chunk = min(chunk, max(128, n_tokens // 8))
+    return (cost.layers(n_tokens, length, train, config.remat, splash)
+            + cost.logps(n_tokens, 1.0 if wanted is None else wanted, chunk, train)
+            + cost.gathers(1 + train + scatters, 1 + scatters))
+
+
+def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict) -> dict:
+    """The work of each phase of one step on a core: every prompt and completion at its longest."""
+    n, (trained, opt) = mesh.size, programs["train_step"][1][:2]
+    cost = policy_cost(config, cfg, mesh, trained, train_sft.is_sharded)
+    adam = Work(0, 3 * tree_bytes(trained) + 2 * tree_bytes(opt))  # with the gradient
+    if config.lora_rank or not cost.sharded:
+        adam += Work(0, 0, 2 * cost.moved(tree_bytes(trained)).ici)  # the gradient's all-reduce
+    if script != "grpo":
+        work = micro_batch(cost, config, config.max_length, True)
+        return {script: work * (config.batch_rows // (config.micro_rows * n)) + adam}
+
+    n_samples, U = config.prompts * config.group, config.max_prompt
+    rows = len(train_grpo.rows_of([U] * config.prompts, [
+        [config.max_new] * config.group] * config.prompts, config.pack_length))
+    n_micro = -(-rows // (config.micro_rows * n))
+    wanted = n_samples * config.max_new / (n_micro * config.micro_rows * n * config.pack_length)
+    update, reference = (micro_batch(cost, config, config.pack_length, train, wanted) * n_micro
+                         for train in (True, False))
+    rollout = policy_cost(config, cfg, mesh, trained, train_sft.samples_sharded)
+    prefill = rollout.layers(U, U, splash=cost.splash) + rollout.gathers(1, 0)
+    n_steps = -(-n_samples // (n * config.slots)) * config.max_new
+    phases = {"grpo_prefill": prefill * -(-config.prompts // n),
+              "grpo_decode": rollout.decode_step(config.slots, U + config.max_new) * n_steps,
+              "grpo_update": (update + adam) * config.inner_epochs}
+    if "reference" in programs:
+        phases["grpo_reference"] = reference
+    if "judge" in programs:  # beginnings [X, U] that rows [B, C] continue
+        judged_by, batch = judge.shape_of(config), programs["judge"][1][4]
+        dtype, sharded = judge.layout(judged_by, mesh)
+        (X, U), (B, C) = batch["tokens_XU"].shape, batch["tokens_BC"].shape
+        cost = Cost(judged_by, dtype.itemsize, n, sharded)
+        work = cost.layers(X // n * U, U) + cost.layers(B // n * C, U + C) + cost.gathers(1, 0)
+        phases["grpo_judge"] = work * -(-n_samples // B)
+    return phases
+
+
+def roofline(work: Work, peak: Peak) -> tuple[float, str]:
+    """(seconds, what they are spent on) at the device's peaks."""
+    times = {"FLOPs": work.flops / peak.flops, "HBM": work.bytes / peak.bytes,
+             "ICI": work.ici / peak.ici}
+    return max((s, name) for name, s in times.items())
 
 
 # ------------------------------------------------------------------------------------- measuring
 
 
-def random_weights(shapes):
-    """Random floats of the given shapes and shardings."""
-    one = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
-    make = jax.jit(lambda: jax.tree.map(one, shapes),
-                   out_shardings=jax.tree.map(lambda s: s.sharding, shapes))
-    return make()
+def start_of(shapes: tuple) -> tuple:
+    """(trained, optimizer state, fixed) of a train_step: random weights, moments of zero."""
+    trained, opt, fixed = shapes[:3]
+    draw = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
+    zero = lambda s: jnp.zeros(s.shape, s.dtype)
+    make = lambda: (*jax.tree.map(draw, (trained, fixed)), jax.tree.map(zero, opt))
+    where = jax.tree.map(lambda s: s.sharding, (trained, fixed, opt))
+    trained, fixed, opt = jax.jit(make, out_shardings=where)()
+    return trained, opt, fixed
 
 
-def zeros(shapes):
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)
+SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo}
+FIELDS = {"rows": "batch_rows", "length": "max_length", "prompt_length": "max_prompt",
+          "new_tokens": "max_new"}  # a field here -> its name in the scripts
 
 
-def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
+def script_config(script: str, config: Config, **more):
+    """The script's Config with the fields that are set here, and some more."""
+    given = {FIELDS.get(k, k): v for k, v in vars(config).items() if v is not None} | more
+    known = {field.name for field in dataclasses.fields(SCRIPTS[script].Config)}
+    return SCRIPTS[script].Config(**{k: v for k, v in given.items() if k in known})
+
+
+def time_sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     """Times one SFT update; model FLOPs are 4N a token of a device, 6N without LoRA."""
-    train_step, shapes = train_sft.programs(train_sft.Config(
-        model=config.model, weights=config.weights, dtype=config.dtype, batch_rows=config.rows,
-        micro_rows=config.micro_rows or config.rows // mesh.size, max_length=config.length,
-        lora_rank=config.lora_rank, remat=config.remat,
-    ), mesh)["train_step"]
-    (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
+    c = script_config("sft", config, micro_rows=config.micro_rows or config.rows // mesh.size)
+    train_step, shapes = train_sft.programs(c, mesh)["train_step"]
+    trained, opt, fixed = start_of(shapes)
     shape, key, seconds = shapes[3]["tokens"].shape, jax.random.key(0), []
     ones = np.ones(shape, np.int32)
     batch = train_sft.place({
@@ -277,38 +373,31 @@ def sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     }
 
 
-def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
+def time_grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     """Times the phases of one GRPO step, as train_grpo.main runs them; medians."""
     longest = config.prompt_length + config.new_tokens
-    c = train_grpo.resolve(train_grpo.Config(
-        model=config.model, weights=config.weights, dtype=config.dtype, prompts=config.prompts,
-        group=config.group, max_prompt=config.prompt_length, max_new=config.new_tokens,
-        slots=config.slots, pack_length=config.pack_length or longest,
-        micro_rows=config.micro_rows or 4, lora_rank=config.lora_rank, remat=config.remat,
-        kl_coef=config.kl_coef, is_cap=0.0,
+    c = train_grpo.resolve(script_config(
+        "grpo", config, pack_length=config.pack_length or longest,
+        micro_rows=config.micro_rows or 4, is_cap=0.0,
     ))
     programs = train_grpo.programs(c, mesh)
     train_step, shapes = programs["train_step"]
-    (trained, fixed), opt = random_weights((shapes[0], shapes[2])), zeros(shapes[1])
+    trained, opt, fixed = start_of(shapes)
     reference = jax.tree.map(jnp.copy, trained)
     sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)
     n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
-    score = rewards.Scored(0.0, {}, {})
-    step_bytes = traced_work(*programs["decode"], mesh.size)[1].loops[0][1].bytes
+    cost = policy_cost(c, cfg, mesh, trained, train_sft.samples_sharded)
+    step_bytes = cost.decode_step(c.slots, longest).bytes
     steps = []
     for step in range(config.repeats + 1):
         prompts = rng.integers(n_stop, cfg.vocab_size, (c.prompts, c.max_prompt)).tolist()
         marks, stats = [time.perf_counter()], {}
         params, adapter = train_sft.join(trained, fixed, dtype)
-        rollouts = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
-                                       stop=range(n_stop), stats=stats))
+        done = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
+                                   stop=range(n_stop), stats=stats))
         marks.append(time.perf_counter())
-        problems = [Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
-        samples = [train_grpo.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
-                   for r in rollouts]
-        weights = train_grpo.token_weights(samples, c)
-        host, n_micro, _ = train_grpo.pack(samples, weights, c, mesh.size)
+        host, n_micro = packed_rollouts(done, prompts, c, mesh)
         batch, n = train_sft.place(host, mesh, P(None, "data")), np.int32(n_micro)
         if c.kl_coef:
             batch["ref"] = programs["reference"][0](reference, fixed, batch, n)
@@ -320,7 +409,7 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
         jax.block_until_ready((trained, metrics))
         marks.append(time.perf_counter())
         rollout_s, reference_s, update_s = np.diff(marks)
-        n_tokens = sum(len(r.ids) for r in rollouts)
+        n_tokens = sum(len(r.ids) for r in done)
         n_steps = stats["slot_steps"] / c.slots / mesh.size
         steps.append({
             "rollout_tokens_per_s": n_tokens / rollout_s,
@@ -329,7 +418,7 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
             "grpo_rollout_s": rollout_s,
             "grpo_reference_s": reference_s,
             "grpo_update_s": update_s,
-            "mean_length": n_tokens / len(rollouts),
+            "mean_length": n_tokens / len(done),
             "padding": 1 - (host["segments"][:n_micro] > 0).mean(),
         })
     first, *timed = steps
@@ -337,11 +426,22 @@ def grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     return out | {"grpo_compile_s": first["grpo_step_s"] - out["grpo_step_s"]}
 
 
-def measure(config: Config) -> dict:
+def packed_rollouts(done: list, prompts: list, c: train_grpo.Config, mesh: Mesh) -> tuple:
+    """(arrays of an update on the host, micro-batches used), every advantage being 1."""
+    problems = [Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
+    score = rewards.Scored(0.0, {}, {})
+    samples = [train_grpo.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
+               for r in done]
+    weights = train_grpo.token_weights(samples, c)
+    return train_grpo.pack(samples, weights, c, mesh.size)[:2]
+
+
+def time_here(config: Config) -> dict:
     """Runs what --phases names on the devices at hand, prints and returns the figures."""
     filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **filled)
-    mesh, cfg, known = gemma.all_devices(), shapes_of(config), {"sft": sft, "grpo": grpo}
+    mesh, cfg = gemma.all_devices(), read_shapes(config)
+    known = {"sft": time_sft, "grpo": time_grpo}
     device = mesh.devices.flat[0]
     out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}
     for phase in config.phases.split(","):
@@ -361,8 +461,7 @@ def measure(config: Config) -> dict:
 
 # ------------------------------------------------------------------------------------- compiling
 
-SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo}
-NAMES = {  # phase of a script: its program, and the flags to lower where that does not fit
+PHASES = {  # phase of a script: its program, and the flags to lower if that does not fit
     "sft": {"sft": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
             "sft_eval": ("eval_step", "--micro-rows")},
     "simpo": {"simpo": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
@@ -373,7 +472,7 @@ NAMES = {  # phase of a script: its program, and the flags to lower where that d
              "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
              "grpo_judge": ("judge", "--judge, to a smaller one")},
 }
-ENVIRONMENT = {  # so that libtpu looks for no TPU, minds no other process that has it, says little
+ENVIRONMENT = {  # libtpu looks for no TPU, ignores other processes that use one, and logs little
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -381,29 +480,29 @@ ENVIRONMENT = {  # so that libtpu looks for no TPU, minds no other process that 
 
 
 def find_libtpu() -> str | None:
-    """The library's version, once JAX can find it; None, after saying how to get it, if it cannot.
+    """libtpu's version, once JAX can find it; None, after saying how to get it, if it is absent.
 
-    It is imported, or lies in $LIBTPU_DIR or ~/.cache/libtpu-VERSION: not in site-packages, or JAX
-    would try it at every start.
+    It is importable, or in $LIBTPU_DIR or ~/.cache/libtpu-VERSION: not in site-packages, where JAX
+    would try to start it every time.
     """
     wanted = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
     version = re.search(r"==([\d.]*\d)", wanted[0])[1]  # "libtpu==0.0.42.*; extra == 'tpu'"
-    folder = os.environ.get("LIBTPU_DIR", f"~/.cache/libtpu-{version}")
-    for place in (Path(folder).expanduser(), *map(Path, sys.path)):
-        if (library := place / "libtpu" / "libtpu.so").exists():
+    own = os.environ.get("LIBTPU_DIR", f"~/.cache/libtpu-{version}")
+    for folder in (Path(own).expanduser(), *map(Path, sys.path)):
+        if (library := folder / "libtpu" / "libtpu.so").exists():
             os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
-            found = [d.name for d in place.glob("libtpu-*.dist-info")]
+            found = [d.name for d in folder.glob("libtpu-*.dist-info")]
             return found[0].split("-")[1].removesuffix(".dist") if found else version
     runs.say("the compiler for TPUs is not here, so memory is added up from shapes, without "
              "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
-             f"{folder} libtpu=={version}.*")
+             f"{own} libtpu=={version}.*")
     return None
 
 
-def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
-    """(the mesh to compile for, libtpu's version): of a target, else of the accelerator here.
+def target_mesh(target: str | None) -> tuple[Mesh, str | None]:
+    """(mesh to compile for, libtpu's version): of the target, else of the accelerator here.
 
-    Where neither is, Kaggle's TPU; without its compiler, a mesh of as many CPU devices.
+    With neither it is Kaggle's TPU; without libtpu, a mesh of as many CPU devices.
     """
     if target is None and jax.default_backend() != "cpu":
         return gemma.all_devices(), None
@@ -417,33 +516,27 @@ def mesh_of(target: str | None) -> tuple[Mesh, str | None]:
         return gemma.all_devices(topology.devices), version
     n = int(shape[1]) * int(shape[2])
     if len(jax.devices("cpu")) < n:
-        raise ValueError(f"--target {target}: set XLA_FLAGS=--xla_force_host_platform_device_count="
-                         f"{n}, JAX has begun with fewer")
+        raise ValueError(f"--target {target}: JAX has started with fewer devices; set "
+                         f"XLA_FLAGS=--xla_force_host_platform_device_count={n}")
     return gemma.all_devices(jax.devices("cpu")[:n]), None
 
 
-def prepare(target: str | None) -> None:
-    """What must be set before JAX looks for devices; a TPU that is here and meant is left alone."""
+def set_environment(target: str | None) -> None:
+    """What must be set before JAX looks for devices; a TPU that is here is left alone."""
     chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
     if target or not chips:
         os.environ |= {k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()}
     if target:
         jax.config.update("jax_platforms", "cpu")
     if "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # it has looked already
+        with contextlib.suppress(RuntimeError):  # JAX has looked already
             jax.config.update("jax_num_cpu_devices", 8)
 
 
-def traced_work(function, args, n: int) -> tuple[Any, Work]:
-    """A jitted function traced for its argument shapes, and its work on each of n devices."""
-    traced = function.trace(*args)
-    return traced, count(traced.jaxpr.jaxpr, n)
-
-
-def memory(traced) -> dict:
+def compiled_memory(function, args) -> dict:
     """Bytes of a program on one core as its compiler reports them."""
     try:
-        compiled = traced.lower().compile()
+        compiled = function.lower(*args).compile()
     except jax.errors.JaxRuntimeError as e:
         needed = re.search(r"hbm.*?([\d.]+)([GM])\)? (?:of|exceeds)", str(e), re.I | re.S)
         if not needed and "CompileTimeHbmOom" not in str(e):
@@ -459,79 +552,43 @@ def memory(traced) -> dict:
         "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
         - m.alias_size_in_bytes,
         "peak_bytes": m.peak_memory_in_bytes,
-        "compiler_flops": cost.get("flops") if isinstance(cost, dict) else None,  # loops once
+        # XLA counts the body of every loop once
+        "compiler_flops": cost.get("flops") if isinstance(cost, dict) else None,
     }
 
 
 def tree_bytes(*trees) -> int:
-    """Bytes of arrays on one device; arguments that are none (a config) count nothing."""
+    """Bytes of arrays on one device; other arguments, such as a config, count as 0."""
     total = 0
     for x in jax.tree.leaves(trees):
         if getattr(x, "sharding", None) is not None:
             x = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        total += size(x) if isinstance(x, jax.ShapeDtypeStruct | np.ndarray) else 0
+        if isinstance(x, jax.ShapeDtypeStruct | np.ndarray):
+            total += math.prod(x.shape) * x.dtype.itemsize
     return total
 
 
-def beside(program: str, programs: dict) -> int:
-    """Bytes that a script keeps on a core while one of its programs runs, not as its arguments."""
-    held = dict(zip(("trained", "opt", "fixed"), programs["train_step"][1], strict=False))
-    uses = {
-        "train_step": {"trained", "opt", "fixed"},
-        "eval_step": {"trained", "fixed"},
-        "reference": {"reference", "fixed"},
-        "judge": {"judge"},
-    }.get(program, set())
-    if "reference" in programs:
-        held["reference"] = programs["reference"][1][0]  # the starting adapter
-    if "judge" in programs:
-        held["judge"] = programs["judge"][1][0]
-    if program in ("prefill", "decode", "judge"):  # they take turns
+KEPT = {  # arguments of a program that outlive its call
+    "train_step": (0, 1, 2), "eval_step": (0, 1), "reference": (0, 1), "judge": (0,),
+    "prefill": (1, 2, 4), "decode": (2, 3, 5, 7),
+}
+
+
+def bytes_beside(program: str, programs: dict) -> int:
+    """Bytes that a script keeps on a core while a program runs and that are not its arguments."""
+    kept = [*programs["train_step"][1][:3]]  # trained, optimizer state, fixed
+    kept += [programs[k][1][0] for k in ("reference", "judge") if k in programs]
+    if program in ("prefill", "decode", "judge"):  # these alternate during rollouts
         _, _, params, _, _, shelf, _, state = programs["decode"][1]
-        same = tree_bytes(params) == tree_bytes(held["fixed"].get("base"))
-        held |= {"shelf": shelf, "state": state} | ({} if same else {"copy": params})
-        if program != "judge":
-            uses = {"shelf", "copy"} | ({"trained", "fixed"} if same else set())
-            uses |= {"state"} if program == "decode" else set()
-    return tree_bytes([v for k, v in held.items() if k not in uses])
+        kept += [shelf, state]
+        if tree_bytes(params) != tree_bytes(kept[2].get("base")):
+            kept.append(params)  # a copy for the rollouts: gathered, or cast from float32
+    arguments = programs[program][1]
+    return tree_bytes(kept) - tree_bytes([arguments[i] for i in KEPT[program]])
 
 
-def step_work(script: str, works: dict[str, Work], programs: dict, config, n: int) -> dict:
-    """What each phase of one step does on a core: every prompt and completion at its longest."""
-    trained, opt = programs["train_step"][1][:2]
-    adam = Work(0, 3 * tree_bytes(trained) + 2 * tree_bytes(opt))  # with the gradient
-    if script != "grpo":
-        return {script: works["train_step"].run() + adam}
-    n_samples, here = config.prompts * config.group, -(-config.prompts * config.group // n)
-    rows = len(train_grpo.rows_of([config.max_prompt] * config.prompts, [
-        [config.max_new] * config.group] * config.prompts, config.pack_length))
-    n_micro = -(-rows // (config.micro_rows * n))
-    computed = n_micro * config.micro_rows * n * config.pack_length
-    wanted = n_samples * config.max_new / computed  # the share of tokens that need logits
-    decode = works["decode"].loops[0][1]
-    step, admit = decode._replace(loops=()), decode.loops[0][1]
-    phases = {
-        "grpo_prefill": works["prefill"].loops[-1][1] * -(-config.prompts // n),
-        "grpo_decode": step * (-(-here // config.slots) * config.max_new) + admit.run() * here,
-        "grpo_update": (works["train_step"].run(n_micro, wanted) + adam) * config.inner_epochs,
-    }
-    if "reference" in works:
-        phases["grpo_reference"] = works["reference"].run(n_micro, wanted)
-    if "judge" in works:
-        rows = programs["judge"][1][4]["n_B"].shape[0]
-        phases["grpo_judge"] = works["judge"].run() * -(-n_samples // rows)
-    return phases
-
-
-def roofline(work: Work, peak: Peak) -> tuple[float, str]:
-    """(seconds, what they are spent on) at the device's peaks."""
-    times = {"FLOPs": work.flops / peak.flops, "HBM": work.bytes / peak.bytes,
-             "ICI": work.ici / peak.ici}
-    return max((s, name) for name, s in times.items())
-
-
-def shapes_of(config) -> gemma.Config:
-    """The model of a Config: of --weights' config.json, else by name. No weights are needed."""
+def read_shapes(config) -> gemma.Config:
+    """The model of a Config: from --weights' config.json, else by name. Needs no weights."""
     if config.weights:
         return gemma.read_config(config.weights)
     if (name := train_sft.base_name(config)) not in gemma.CONFIGS:
@@ -540,15 +597,15 @@ def shapes_of(config) -> gemma.Config:
 
 
 def plan(script: str, config, target: str | None = None, only: tuple[str, ...] = ("",)) -> dict:
-    """Compiles a script's programs, prints what they need and how far the time goes; returns it.
+    """Compiles a script's programs, prints the memory and time they need, and returns both.
 
-    config: the script's own. only: phases to compile, all that begin so; the others are counted.
+    config: the script's own. only: compile phases whose names begin so; time counts all phases.
     """
-    prepare(target)
+    set_environment(target)
     module = SCRIPTS[script]
     config = module.resolve(config)
-    cfg = shapes_of(config)
-    mesh, version = mesh_of(target)
+    cfg = read_shapes(config)
+    mesh, version = target_mesh(target)
     compiles = mesh.devices.flat[0].platform != "cpu"
     kind = mesh.devices.flat[0].device_kind if compiles else "TPU v5 lite"
     peak, programs = PEAKS.get(kind), module.programs(config, mesh)
@@ -559,38 +616,35 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     where = "split over" if train_sft.is_sharded(cfg, config, mesh) else "on each of"
     print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} {where} "
           f"{out['device']}; JAX {out['jax']}, libtpu {version or 'none'}")
-    works = {}
-    for phase, (program, flags) in NAMES[script].items():
-        if program not in programs:
-            continue
-        traced, works[program] = traced_work(*programs[program], mesh.size)
-        if phase.startswith(only):
+    for phase, (program, flags) in PHASES[script].items():
+        if program in programs and phase.startswith(only):
             row = {"flags": flags, "arguments_bytes": tree_bytes(programs[program][1])}
             if compiles:
                 runs.say(f"compiling {phase}")
-                row |= memory(traced)
-            row["beside_bytes"] = beside(program, programs)
+                row |= compiled_memory(*programs[program])
+            row["beside_bytes"] = bytes_beside(program, programs)
             total = row.get("total_bytes", row.get("needs_bytes", row["arguments_bytes"]))
             row["hbm_bytes"] = None if total is None else total + row["beside_bytes"]
             least = row.get("peak_bytes") or total
             row["least_bytes"] = None if least is None else least + row["beside_bytes"]
             out["phases"][phase], out["hbm_bytes"][phase] = row, row["hbm_bytes"]
-    for phase, work in step_work(script, works, programs, config, mesh.size).items():
+    for phase, work in step_work(script, config, cfg, mesh, programs).items():
         row = out["phases"].setdefault(phase, {})
         row |= {"flops": work.flops, "bytes": work.bytes, "ici_bytes": work.ici}
         if peak:
             row["roofline_s"], row["bound"] = roofline(work, peak)
-    show_phases(out["phases"], peak.hbm if peak else 0, compiles)
+    print_phases(out["phases"], compiles)
+    print_fit(out["phases"], peak.hbm if peak else 0, compiles)
     if not peak:
-        runs.say(f"the peaks of a {kind} are not known here, so nothing is said of time")
+        runs.say(f"the peaks of a {kind} are not in PEAKS, so there is no estimate of time")
         return out
     out["step_s"] = sum(row.get("roofline_s", 0.0) for row in out["phases"].values()) / EFFICIENCY
     out["session_s"] = runs.parse_time(config.time_limit or "9h")
-    out["session"] = session(script, config, out["step_s"], out["session_s"])
+    out["session"] = print_session(script, config, out["step_s"], out["session_s"])
     return out
 
 
-COLUMNS = {  # of the table, a line for each phase: what of it, in which unit
+COLUMNS = {  # of the table: the field of a phase, and its unit
     "arguments": ("arguments_bytes", 2**30), "temporaries": ("temporaries_bytes", 2**30),
     "output": ("output_bytes", 2**30), "aliased": ("aliased_bytes", 2**30),
     "beside": ("beside_bytes", 2**30), "at least": ("least_bytes", 2**30),
@@ -599,76 +653,70 @@ COLUMNS = {  # of the table, a line for each phase: what of it, in which unit
 }
 
 
-def show_phases(phases: dict, limit: float, compiles: bool) -> None:
-    """Prints what every program takes of a core and of time, and whether it is there."""
+def print_phases(phases: dict, compiles: bool) -> None:
+    """Prints the memory and time of each phase on one core as a table."""
     print("\nOn each core: GiB " + ("as the compiler reports them" if compiles else "of the "
           "arguments alone, by their shapes (temporaries come on top)")
-          + "; what one step computes and moves, counted from the shapes")
-    columns = {k: v for k, v in COLUMNS.items() if compiles or k != "at most"}
-    table = [["", *columns, "bound by"]]
+          + "; what one step computes and moves, by formulas")
+    columns = {name: (k, unit) for name, (k, unit) in COLUMNS.items()
+               if any(row.get(k) is not None for row in phases.values())}
+    if not compiles:
+        columns.pop("at most", None)
+    print(" " * 15 + "".join(f"{name:>13}" for name in columns) + "  bound by")
     for name, row in phases.items():
         numbers = [None if row.get(k) is None else row[k] / unit for k, unit in columns.values()]
-        table.append([name, *("" if x is None else f"{x:,.2f}" for x in numbers),
-                      row.get("bound", "")])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for first, *others in table:
-        cells = [x.rjust(width) for x, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
-    there = {k: row for k, row in phases.items() if "hbm_bytes" in row}
-    most = {k: row["hbm_bytes"] or math.inf for k, row in there.items()}  # None: far too much
-    for name in (name for name in there if limit and most[name] > limit):
-        row = there[name]
-        least, has = row["least_bytes"] or math.inf, f"a core has {limit / 2**30:.2f}"
+        cells = ["" if x is None else f"{x:,.2f}" for x in numbers]
+        print(f"{name:<15}" + "".join(f"{x:>13}" for x in cells) + "  " + row.get("bound", ""))
+
+
+def print_fit(phases: dict, limit: float, compiles: bool) -> None:
+    """Says which phases do not, or may not, fit a core of `limit` bytes, and the flags to lower."""
+    rows = {name: row for name, row in phases.items() if "hbm_bytes" in row}
+    most = {name: row["hbm_bytes"] or math.inf for name, row in rows.items()}  # None: far too much
+    for name in (name for name in rows if limit and most[name] > limit):
+        flags, has = rows[name]["flags"], f"a core has {limit / 2**30:.2f}"
+        least = rows[name]["least_bytes"] or math.inf
         if least > limit:
             print(f"{name} does not fit: needs {least / 2**30:.2f} GiB or more, {has}; "
-                  f"lower {row['flags']}")
+                  f"lower {flags}")
         else:
             print(f"{name} may not fit: needs {least / 2**30:.2f} to {most[name] / 2**30:.2f} GiB, "
-                  f"{has}; if so, lower {row['flags']}")
+                  f"{has}; if so, lower {flags}")
     if compiles and most and max(most.values()) <= limit:
         print(f"It fits: at most {max(most.values()) / 2**30:.2f} of {limit / 2**30:.2f} GiB.")
 
 
-def session(script: str, config, step_s: float, seconds: float) -> dict:
-    """Prints and returns what a session buys: whole steps, and what they hold."""
+def print_session(script: str, config, step_s: float, seconds: float) -> dict:
+    """Prints and returns how much a session can do, in whole steps."""
     steps = int(seconds / step_s)
     if script == "grpo":
         n = config.prompts * config.group
-        bought, n_tokens = {"steps": steps, "rollouts": steps * n}, n * config.max_new
-        what = (f"{config.prompts} prompts of {config.max_prompt} tokens, {config.group} "
+        done, n_tokens = {"steps": steps, "rollouts": steps * n}, n * config.max_new
+        step = (f"{config.prompts} prompts of {config.max_prompt} tokens, {config.group} "
                 f"completions of {config.max_new} each")
     else:
-        bought, n_tokens = {"steps": steps}, config.batch_rows * config.max_length
-        what = f"{config.batch_rows} rows of {config.max_length} tokens"
-    bought["tokens"] = steps * n_tokens
-    print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step of {what} takes {step_s:.2f} s: "
+        done, n_tokens = {"steps": steps}, config.batch_rows * config.max_length
+        step = f"{config.batch_rows} rows of {config.max_length} tokens"
+    done["tokens"] = steps * n_tokens
+    print(f"\nAt {EFFICIENCY:.0%} of the roofline (assumed) a step of {step} takes {step_s:.2f} s: "
           f"{n_tokens / step_s:,.0f} tokens/s.\n{seconds / 3600:g} h are "
-          + ", ".join(f"{v:,} {k}" for k, v in bought.items())
-          + ", less what compiling, evaluations and checkpoints take.")
+          + ", ".join(f"{v:,} {k}" for k, v in done.items())
+          + ", less the time to compile, evaluate and save checkpoints.")
     if config.steps:
-        print(f"The {config.steps} steps asked for: {config.steps * step_s / 3600:.2f} h.")
-    return bought | {"tokens_per_s": n_tokens / step_s}
+        print(f"--steps {config.steps} takes {config.steps * step_s / 3600:.2f} h.")
+    return done | {"tokens_per_s": n_tokens / step_s}
 
 
-def compile_for(config: Config) -> dict:
-    """What --phases names of the training scripts, compiled for --target."""
-    common = {"model": config.model, "weights": config.weights, "dtype": config.dtype,
-              "lora_rank": config.lora_rank, "remat": config.remat,
-              "micro_rows": config.micro_rows, "time_limit": config.time_limit}
-    rows = {"batch_rows": config.rows, "max_length": config.length}
-    fields = {"sft": rows, "simpo": rows, "grpo": {
-        "prompts": config.prompts, "group": config.group, "max_prompt": config.prompt_length,
-        "max_new": config.new_tokens, "slots": config.slots, "pack_length": config.pack_length,
-        "kl_coef": config.kl_coef, "judge": config.judge}}
-    owner = {phase: script for script, names in NAMES.items() for phase in (script, *names)}
+def plan_scripts(config: Config) -> dict:
+    """`plan` for each training script that --phases names."""
+    owner = {phase: script for script, phases in PHASES.items() for phase in (script, *phases)}
     wanted = (config.phases or ",".join(SCRIPTS)).split(",")
     if unknown := [phase for phase in wanted if phase not in owner]:
         raise ValueError(f"--phases {','.join(unknown)}: expected some of {', '.join(owner)}")
     out = {"phases": {}, "hbm_bytes": {}, "sessions": {}}
     for script in dict.fromkeys(owner[phase] for phase in wanted):
-        given = {k: v for k, v in (common | fields[script]).items() if v is not None}
         only = tuple(phase for phase in wanted if owner[phase] == script)
-        found = plan(script, SCRIPTS[script].Config(**given), config.target, only)
+        found = plan(script, script_config(script, config), config.target, only)
         for name, value in found.items():
             out[name] = out[name] | value if name in ("phases", "hbm_bytes") else value
         if "session" in found:
@@ -679,7 +727,7 @@ def compile_for(config: Config) -> dict:
 
 def main(config: Config) -> dict:
     """Measures here, or compiles for a device that is not here; returns the figures."""
-    out = measure(config) if config.target is None else compile_for(config)
+    out = time_here(config) if config.target is None else plan_scripts(config)
     if config.json:
         print(json.dumps(out))
     return out

@@ -2,21 +2,22 @@
 
     python report.py runs/grpo                     # runs/grpo/report.html
     python report.py runs/grpo runs/sft runs/eval  # overlaid; the file lies in the first folder
+    python report.py                               # all run folders in runs/: runs/report.html
 
 The training scripts write the same file now and then and when they end, for whatever reason.
 
-1. It is a function of the folders' files alone: no clock, no network, nothing fetched when opened.
-   What a live or killed run left torn or has not written yet is left out.
-2. Curves are drawn here, as SVG, so they show where scripts are off (the preview of a mail). The
-   page's script shows values under the pointer and turns the pages of the completions.
+1. The page is a function of the folders' files alone: no clock, no network, and opening it fetches
+   nothing. Lines that a live or killed run left torn are skipped.
+2. Curves are drawn here, as SVG, so that they show where scripts are off (the preview of a mail).
+   The page's script shows values under the pointer and pages through the completions.
 3. Figures of a training metric are means of the first and the last tenth of its steps. "Learned" is
-   said only where the last evaluation's accuracy lies above the first one's by a 95 % interval of
-   the difference: Newcombe's (Statistics in Medicine 17, 1998, method 10) from eval.py's Wilson
-   intervals, as if of different problems, which is cautious.
-4. What is embedded is bounded: N_SAMPLES completions and N_BYTES over all runs (whole steps are
-   left out evenly), texts of N_CHARS, curves of N_POINTS means. The page says what is left out.
-5. Completions are hostile text: to the page they are data, never markup, and characters that would
-   reorder or hide text are shown by their codes.
+   said only if the last evaluation's accuracy is above the first one's by a 95 % interval of the
+   difference: Newcombe's (Statistics in Medicine 17, 1998, method 10) from eval.py's Wilson
+   intervals, taken as if of different problems, which is cautious.
+4. The page is bounded: N_SAMPLES completions and N_BYTES over all runs (whole steps are left out,
+   evenly), N_CHARS of a text, N_POINTS of a curve. The page says what is left out.
+5. Completions are hostile text: the page handles them as data, never as markup, and shows
+   characters that would reorder or hide text by their codes.
 """
 
 import dataclasses
@@ -25,35 +26,38 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import tyro
+
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 FILES = ("metrics.jsonl", "samples.jsonl", "results.json", "config.json")
-CURVES = {  # metric -> (title, unit), in the page's order; what is not here comes folded up
+CURVES = {  # metric -> (title, unit), in the page's order; other metrics are folded up
     "eval_accuracy": ("Held-out accuracy", "%"), "eval_loss": ("Held-out loss", ""),
     "reward": ("Reward", ""), "eval_pair_accuracy": ("Held-out pairs", "%"),
     "eval_margin": ("Held-out margin", ""), "accuracy": ("Accuracy", "%"),
-    "rewards/": ("Reward: ", ""), "eval_format": ("Held-out format", "%"),
-    "format": ("Format", "%"), "completions/mean_length": ("Length", "tokens"),
+    "eval_format": ("Held-out format", "%"), "format": ("Format", "%"),
+    "rewards/": ("Reward: ", ""), "completions/mean_length": ("Length", "tokens"),
     "completions/clipped_ratio": ("Cut at --max-new", "%"), "entropy": ("Entropy", "nats"),
     "kl": ("KL to the start", "nats"), "frac_reward_zero_std": ("Groups of equal rewards", "%"),
     "loss": ("Loss", ""), "pair_accuracy": ("Pairs", "%"), "margin": ("Margin", ""),
     "grad_norm": ("Gradient norm", ""), "clip_ratio/region_mean": ("Clipped ratios", "%"),
-    "tokens_per_s": ("Speed", "tokens/s"), "step_s": ("A step", "s"), "rollout_s": ("Rollout", "s"),
-    "reward_s": ("Rewards, after it", "s"), "reference_s": ("Reference", "s"),
-    "update_s": ("Update", "s"),
+    "tokens_per_s": ("Speed", "tokens/s"), "step_s": ("Step", "s"), "rollout_s": ("Rollout", "s"),
+    "reward_s": ("Wait for rewards after the rollout", "s"),
+    "reference_s": ("Reference log-probs", "s"), "update_s": ("Update", "s"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    runs: tuple[str, ...]
-    """Run folders of the training scripts and of eval.py, the main one first."""
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders of the training scripts and of eval.py, the main one first; default: runs/*."""
     out: str | None = None
-    """The file to write; default: report.html in the first folder."""
+    """The file to write; default: report.html in the first folder, or runs/report.html."""
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -68,55 +72,71 @@ class Run(NamedTuple):
     finished: bool
 
 
-def loads(line: bytes) -> dict:
-    """A JSON object; {} for what is torn or is none."""
+def loads(text: bytes) -> dict:
+    """A JSON object; {} for torn text and for other values."""
     try:
-        value = json.loads(line)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSONL file; an absent file has none."""
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [row for row in map(loads, lines) if row]
+
+
 def number(value) -> float | None:
+    """None for anything but a number that can be added up and drawn: NaN, inf, a string."""
     ok = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if ok and abs(value) < 1e300 else None  # neither NaN nor infinite
+    return value if ok and abs(value) < 1e100 else None
+
+
+def whole(value) -> int | None:
+    """A step's or a problem's number, if it is one."""
+    return int(value) if number(value) is not None and value == int(value) else None
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() and (folder / name).stat().st_size for name in FILES[:3])
 
 
 def read_run(folder: Path, share: float = 1.0) -> Run:
-    """What a folder has; `share` is its part of the samples that a page may hold."""
-    read = lambda name: (folder / name).read_bytes() if (folder / name).is_file() else b""
-    metrics, samples, results, config = map(read, FILES)
-    if not metrics + samples + results:
+    """`share` is this run's part of the samples that a page may hold."""
+    if not is_run(folder):
         raise ValueError(f"{folder} is no run folder: nothing in {', '.join(FILES[:3])}")
-    steps, results, config = {}, loads(results), loads(config)
-    for row in map(loads, metrics.splitlines()):
-        if isinstance(step := row.pop("step", None), int):
+    metrics, samples, *objects = (folder / name for name in FILES)
+    results, config = (loads(file.read_bytes()) if file.is_file() else {} for file in objects)
+    steps = {}
+    for row in read_lines(metrics):
+        if (step := whole(row.pop("step", None))) is not None:
             steps.setdefault(step, {}).update({k: number(v) for k, v in row.items()})
     steps = dict(sorted(steps.items()))
-    whole = max(steps, default=0) >= (number(config.get("steps")) or 0)
-    finished = whole and (folder / "final").is_dir()
+    at_end = max(steps, default=0) >= (number(config.get("steps")) or 0)
+    finished = at_end and (folder / "final").is_dir()
     return Run(folder.resolve().name, config, steps, results, thin(samples, share), finished)
 
 
-def thin(samples: bytes, share: float) -> dict:
-    """The rows for the page, of the lines of samples.jsonl; those left out are never parsed."""
-    groups: dict[int, list[bytes]] = {}
+def thin(file: Path, share: float) -> dict:
+    """The rows of samples.jsonl for the page: all, or those of every n-th step or problem."""
+    groups: dict[int, list[dict]] = {}
     unit, n_all = "step", 0
-    for line in samples.splitlines():
-        if match := re.match(rb'\{"(step|problem)": (\d{1,15}),', line):
-            unit, n_all = match[1].decode(), n_all + 1
-            groups.setdefault(int(match[2]), []).append(line)
-    price = lambda line: max(1 / N_SAMPLES, min(len(line), 6 * N_CHARS) / N_BYTES) / share
-    prices = {at: sum(map(price, lines)) for at, lines in sorted(groups.items())}
+    for row in read_lines(file):
+        key = "problem" if "problem" in row else "step"
+        if (at := whole(row.get(key))) is not None:
+            unit, n_all = key, n_all + 1
+            groups.setdefault(at, []).append(sample(row) | {"at": at})
+    price = lambda row: max(1 / N_SAMPLES, len(json.dumps(row)) / N_BYTES) / share
+    prices = {at: sum(map(price, rows)) for at, rows in sorted(groups.items())}
     kept, stride, spent, rows = list(prices), 1, 0.0, []
     while len(kept) > 2 and sum(prices[at] for at in kept) > 1 + 1e-9:
         stride += 1  # the first and the last stay
         kept = [at for i, at in enumerate(prices) if not i or (len(prices) - 1 - i) % stride == 0]
-    for at in kept:
-        for line in groups[at]:
-            spent += price(line)
-            if spent <= 1 + 1e-9 and (row := loads(line)):
-                rows.append(sample(row) | {"at": at})
+    for row in (row for at in kept for row in groups[at]):
+        spent += price(row)
+        if spent <= 1 + 1e-9:
+            rows.append(row)
     n_cut, note = sum(row.pop("cut") for row in rows), ""
     if len(rows) < n_all:
         steps = f" ({len(kept):,} of {len(groups):,} {unit}s)" if stride > 1 else ""
@@ -167,7 +187,7 @@ def show(value: float, unit: str = "") -> str:
     """0.4225 -> 0.422, in % -> 42.2; 1234567 -> 1,234,567."""
     if unit == "%":
         return f"{100 * value:.1f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def rates(run: Run) -> list[tuple]:
@@ -175,11 +195,13 @@ def rates(run: Run) -> list[tuple]:
     rows = [(step, row) for step, row in run.steps.items() if row.get("eval_accuracy") is not None]
     out = [(f"step {step}", *(row.get("eval_accuracy" + end) for end in ("", "_low", "_high")))
            for step, row in rows[:1] + rows[1:][-1:]]
-    found = run.results.get("intervals")
-    for name, interval in found.items() if isinstance(found, dict) else ():
-        rate = number(run.results.get(name))
+    intervals = run.results.get("intervals")
+    for name in run.results:
+        rate = number(run.results[name])
         if re.fullmatch(r"(pass|maj)@\d+(_sampled)?", name) and rate is not None:
-            out.append((name.replace("_", ", "), rate, *map(number, interval)))
+            ends = intervals.get(name) if isinstance(intervals, dict) else None
+            low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
+            out.append((name.replace("_", ", "), rate, number(low), number(high)))
     return out
 
 
@@ -209,7 +231,7 @@ def verdict(run: Run) -> tuple[str, str, str]:
 
 # --------------------------------------------------------------------------------------- drawing
 
-W, H, LEFT, RIGHT, TOP, BOTTOM = 280, 140, 40, 8, 8, 20
+W, H, LEFT, RIGHT, TOP, BOTTOM = 280, 140, 46, 8, 8, 20
 N_COLOURS = 8
 esc = lambda text: html.escape(str(text))
 
@@ -218,10 +240,11 @@ def tag(run: int, name: str) -> str:
     return f'<span class="run c{run % N_COLOURS}"><i></i><bdi>{esc(name)}</bdi></span>'
 
 
-def ticks(low: float, high: float, n: int = 4) -> list[tuple[float, str]]:
-    """At most n + 1 round numbers: 0.27 to 0.71 -> 0.3, 0.4, 0.5, 0.6, 0.7."""
+def ticks(low: float, high: float, n: int = 4, least: float = 0.0) -> list[tuple[float, str]]:
+    """At most n + 1 round numbers, `least` or more apart: 0.27 to 0.71 -> 0.3 0.4 0.5 0.6 0.7."""
     step = 10.0 ** math.floor(math.log10((high - low) / n))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= n)
+    step = max(step, least)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     form = f",.{digits}f" if max(abs(low), abs(high)) < 1e5 and digits < 5 else ".3g"
     at = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
@@ -269,7 +292,8 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
         at = y(v / factor)
         out.append(f'<path class=grid d="M{LEFT} {at:.1f}H{W - RIGHT}"/><text x={LEFT - 5} '
                    f"y={at + 3.5:.1f} text-anchor=end>{text}</text>")
-    out += [f"<text x={x(s):.1f} y={H - 5} text-anchor=middle>{t}</text>" for s, t in ticks(*span)]
+    out += [f"<text x={x(s):.1f} y={H - 5} text-anchor=middle>{t}</text>"
+            for s, t in ticks(*span, least=1)]
     for i, points in curves.items():
         css, k = f"c{i % N_COLOURS}", -(-len(points) // N_POINTS)
         if all(limits[i]):
@@ -329,17 +353,28 @@ def forest(runs: list[Run]) -> str:
 
 
 def charts(runs: list[Run]) -> str:
-    """All metrics, those of CURVES first."""
+    """All metrics, those of CURVES first; a reward that is the accuracy again has no card."""
     names = sorted({k for run in runs for row in run.steps.values() for k in row})
     names = [k for k in names if not k.endswith(("_low", "_high"))]
-    shown = []
+    cards, hidden = {}, set()  # metric -> [title, unit]
     for name, (title, unit) in CURVES.items():
         parts = [k for k in names if name[-1] == "/" and re.fullmatch(f"{name}.*/mean", k)]
-        shown += [(k, title + k[len(name) : -5], unit) for k in parts] or [(name, title, unit)]
-    rest = [(k, k, "") for k in names if k not in {name for name, *_ in shown}]
+        for part in parts:
+            label = title + part[len(name) : -5]
+            equal = [k for k in ("reward", "accuracy", "format") if k in names
+                     and all(curve(run, k) == curve(run, part) for run in runs)]
+            if equal:
+                cards[equal[0]][0] += f" = {label}"
+                hidden.add(part)
+            else:
+                cards[part] = [label, unit]
+        if not parts:
+            cards[name] = [title, unit]
+    rest = {k: [k, ""] for k in names if k not in cards and k not in hidden}
     steps = [step for run in runs for step in run.steps] or [0]
     span = min(steps), max(max(steps), min(steps) + 1)
-    shown, rest = ("".join(chart(runs, *one, span) for one in part) for part in (shown, rest))
+    shown, rest = ("".join(chart(runs, name, *card, span) for name, card in part.items())
+                   for part in (cards, rest))
     if not shown + rest:
         return ""
     legend = "".join(tag(i, run.name) for i, run in enumerate(runs))
@@ -348,6 +383,48 @@ def charts(runs: list[Run]) -> str:
     return ("<section><h2>Curves</h2><p><small>Over the steps. Figures of training are means of "
             "the first → last tenth of its steps, bold lines running means.</small></p>"
             f"{legend}<div class=charts>{shown}</div>{more if rest else ''}</section>")
+
+
+SCRIPTS = {"group": "train_grpo.py", "beta": "train_simpo.py", "batch_rows": "train_sft.py",
+           "greedy": "eval.py"}  # a field that no earlier script has -> the script
+
+
+def command(config: dict) -> str:
+    """The command that repeats a run, with every setting that was not left empty."""
+    words = ["python", next((script for field, script in SCRIPTS.items() if field in config), "")]
+    for name, value in config.items():
+        flag = "--" + name.replace("_", "-")
+        if name == "code" or " " in name or value is None or (value is False and name != "greedy"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-"))
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words) if words[1] else ""
+
+
+def settings(runs: list[Run]) -> str:
+    """The runs' settings: those that differ in sight, the others and the commands folded up."""
+    tables = [{k: v for k, v in run.config.items() if k != "code"} for run in runs]
+    for run, table in zip(runs, tables, strict=True):
+        code = run.config.get("code")
+        table |= {f"code: {k}": v for k, v in code.items()} if isinstance(code, dict) else {}
+    keys = list(dict.fromkeys(k for table in tables for k in table))
+    differ = [k for k in keys if len({json.dumps(table.get(k)) for table in tables}) > 1]
+    text = lambda value: f"<bdi>{'' if value is None else esc(value)}</bdi>"
+    rows = "".join(f"<tr><th>{esc(k)}" + "".join(f"<td>{text(table.get(k))}" for table in tables)
+                   for k in differ)
+    head = "<tr><th>" + "".join(f"<th>{tag(i, run.name)}" for i, run in enumerate(runs))
+    same = "".join(f"<span><small>{esc(k)}</small> {text(tables[0][k])}</span>" for k in keys
+                   if k not in differ and tables[0].get(k) not in (None, ""))
+    commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(line)}</pre>" for i, run in enumerate(runs)
+                       if (line := command(run.config)))
+    if not keys:
+        return ""
+    what = "Settings that are equal" if differ else "All settings"
+    return ("<section><h2>Settings</h2>" + f"<table class=differs>{head}{rows}</table>" * bool(rows)
+            + f"<details><summary>{what}, and the command that repeats the run</summary>"
+            f"<p class=legend>{same}</p>{commands}</details></section>")
 
 
 def page(runs: list[Run]) -> bytes:
@@ -360,7 +437,8 @@ def page(runs: list[Run]) -> bytes:
         "runs": [run.samples | {"name": run.name} for run in runs if run.samples["rows"]],
     }
     data = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    body = header(runs) + forest(runs) + charts(runs) + BROWSER * bool(prompts)
+    body = (header(runs) + forest(runs) + charts(runs) + BROWSER * bool(prompts)
+            + settings(runs))
     script = SCRIPT.replace("LIMITS", str([LEFT, RIGHT, TOP, BOTTOM]))
     title = esc(", ".join(run.name for run in runs))
     text = (f"<!doctype html><html lang=en><title>{title}</title>{HEAD}<main>{body}</main>"
@@ -370,12 +448,15 @@ def page(runs: list[Run]) -> bytes:
 
 def main(config: Config) -> Path:
     """Writes the report and returns its path."""
-    folders = [Path(run) for run in config.runs]
+    folders = [Path(run) for run in config.runs] or sorted(filter(is_run, Path("runs").glob("*")))
+    if not folders:
+        raise ValueError("no run folder is given and runs/ holds none: python report.py runs/grpo")
     runs = [read_run(folder, 1 / len(folders)) for folder in folders]
     names = [run.name for run in runs]
     runs = [run._replace(name=str(folder)) if names.count(run.name) > 1 else run
             for run, folder in zip(runs, folders, strict=True)]
-    out = Path(config.out) if config.out else folders[0] / "report.html"
+    default = folders[0] if config.runs else Path("runs")
+    out = Path(config.out or default / "report.html")
     temporary = out.with_name(f"tmp-{os.getpid()}-{out.name}")
     try:
         temporary.write_bytes(page(runs))
@@ -393,14 +474,15 @@ HEAD = """
  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
 <link rel=icon href="data:,">
 <style>
-:root { color-scheme: light dark; --bg: #fafaf8; --card: #fff; --ink: #1b1c1d; --dim: #686c70;
-  --line: #e2e2dd; --good: #17794a; --bad: #b3362b; --c0: #1f6fc4; --c1: #cf5a12; --c2: #11835c;
-  --c3: #9343c0; --c4: #97750a; --c5: #c02a68; --c6: #147f94; --c7: #6a6f76 }
-@media (prefers-color-scheme: dark) { :root { --bg: #131517; --card: #1b1e21; --ink: #e7e8e6;
-  --dim: #9aa0a5; --line: #31363a; --good: #57c78e; --bad: #f2857a; --c0: #6cb0f7; --c1: #f59a58;
-  --c2: #4fc998; --c3: #cf93f2; --c4: #d9b84a; --c5: #f57fb0; --c6: #5bc8dd; --c7: #a9afb5 } }
-.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) } .c3 { --c: var(--c3) }
-.c4 { --c: var(--c4) } .c5 { --c: var(--c5) } .c6 { --c: var(--c6) } .c7 { --c: var(--c7) }
+:root { color-scheme: light dark; --bg: light-dark(#fafaf8, #131517);
+  --card: light-dark(#fff, #1b1e21); --ink: light-dark(#1b1c1d, #e7e8e6);
+  --dim: light-dark(#686c70, #9aa0a5); --line: light-dark(#e2e2dd, #31363a);
+  --good: light-dark(#17794a, #57c78e); --bad: light-dark(#b3362b, #f2857a);
+  --c: var(--dim) }
+.c0 { --c: light-dark(#1f6fc4, #6cb0f7) } .c1 { --c: light-dark(#cf5a12, #f59a58) }
+.c2 { --c: light-dark(#11835c, #4fc998) } .c3 { --c: light-dark(#9343c0, #cf93f2) }
+.c4 { --c: light-dark(#97750a, #d9b84a) } .c5 { --c: light-dark(#c02a68, #f57fb0) }
+.c6 { --c: light-dark(#147f94, #5bc8dd) } .c7 { --c: light-dark(#6a6f76, #a9afb5) }
 * { box-sizing: border-box; margin: 0 }
 body { background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
@@ -415,7 +497,7 @@ ul { list-style: none; padding: 0 } li { margin-top: 14px }
 li:not(:only-child) .verdict { font-size: 18px }
 .good, .verdict .good { color: var(--good) } .bad, .verdict .bad { color: var(--bad) }
 .legend { display: flex; flex-wrap: wrap; gap: 0 20px; align-items: baseline }
-.legend { position: sticky; top: 0; background: var(--bg); padding: 6px 0; z-index: 1 }
+section > .legend { position: sticky; top: 0; background: var(--bg); padding: 6px 0; z-index: 1 }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px }
 th, td { text-align: left; font-weight: 400; padding: 3px 12px 3px 0; vertical-align: top }
 .forest th, .n { white-space: nowrap; width: 1% } .n, #facts td + td { text-align: right }
@@ -443,24 +525,28 @@ form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; margin-b
 label { font-size: 12.5px; color: var(--dim); display: grid; gap: 2px; max-width: 100% }
 input, select, button { font: inherit; font-size: 14px; color: var(--ink); background: var(--card);
   border: 1px solid var(--line); border-radius: 6px; padding: 5px 8px; min-width: 0 }
-[type=number] { width: 84px } [type=range] { padding: 0; accent-color: var(--c0) }
+[type=number] { width: 84px } [type=range] { padding: 0; accent-color: var(--ink) }
 button { cursor: pointer } :disabled { opacity: .5; cursor: default }
-:focus-visible { outline: 3px solid var(--c0); outline-offset: 2px }
+:focus-visible { outline: 3px solid var(--dim); outline-offset: 2px }
 .slider { flex: 1 1 260px } #chips { display: flex; flex-wrap: wrap; gap: 5px; margin: 10px 0 }
 #chips button { font-size: 13px; padding: 2px 9px; border-left: 4px solid var(--line) }
 #chips .right { border-left-color: var(--good) } #chips .wrong { border-left-color: var(--bad) }
 #chips [aria-current] { background: var(--ink); color: var(--bg) }
-.view { display: grid; grid-template-columns: minmax(0, 1fr) minmax(170px, 260px); gap: 8px 26px }
-.view[hidden] { display: none }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(170px, 260px);
+  gap: 8px 26px; align-items: start }
+#answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)) }
+#prompt, .text { max-height: 75vh; overflow: auto }
 #prompt, .part { white-space: pre-wrap; unicode-bidi: isolate; margin-bottom: 10px }
+pre { white-space: pre-wrap; font-size: 12.5px }
+.differs { width: auto } .differs td { font-weight: 600 }
 .part { padding: 7px 12px; border-left: 3px solid var(--line); margin: 5px 0 }
-.reasoning { border-color: var(--c0) } .answer { border-color: var(--c1); font-weight: 600;
-  background: color-mix(in srgb, var(--c1) 9%, transparent) }
+.answer { border-color: var(--ink); font-weight: 600;
+  background: color-mix(in srgb, var(--ink) 7%, transparent) }
 .tag { color: var(--dim); font: 12px ui-monospace, monospace }
 .hidden { font-size: 0; unicode-bidi: isolate }
 .hidden::before { content: attr(data-code); font: 10.5px ui-monospace, monospace; color: var(--bad);
   border: 1px solid; border-radius: 3px; margin: 0 1px; padding: 0 3px }
-@media (max-width: 640px) { .view { grid-template-columns: minmax(0, 1fr) }
+@media (max-width: 640px) { .columns { grid-template-columns: minmax(0, 1fr) }
   .verdict { font-size: 20px } .forest small { display: none } }
 </style>"""
 
@@ -485,8 +571,8 @@ BROWSER = """
 </form>
 <small id=note></small>
 <div id=chips role=group aria-label="Completions of this step"></div>
-<div class=view id=view><div><h3>Prompt</h3><div id=prompt></div><h3>Completion</h3>
-<div id=completion></div></div><table id=facts></table></div>"""
+<div class=view id=view><h3>Prompt</h3><div id=prompt></div>
+<div class=columns><div class=columns id=answers></div><table id=facts></table></div></div>"""
 
 SCRIPT = r"""<script type=module>
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -578,7 +664,7 @@ function show(position) {
   $("status").textContent = (s ? `${now + 1} of ${matches.length}` : "no") + " completions"
     + (matches.length < samples.length ? ` that match, of ${samples.length}` : "");
   $("view").hidden = !s;
-  for (const id of ["chips", "prompt", "completion", "facts"]) $(id).replaceChildren();
+  for (const id of ["chips", "prompt", "answers", "facts"]) $(id).replaceChildren();
   if (!s) return;
   $("slider").value = steps.indexOf(s.at);
   $("slider").ariaValueText = $("at").textContent = `${run.unit} ${s.at}`;
@@ -594,7 +680,13 @@ function show(position) {
     chip.onclick = () => { show(i); document.querySelector("[aria-current]").focus(); };
   }
   put($("prompt"), data.prompts[s.prompt]);
-  putCompletion($("completion"), s.completion ?? "");
+  for (const [other, answer] of [[run, s], ...beside(s)]) {
+    const column = $("answers").appendChild(make("div", "", ""));
+    const title = `${other.name}, ${other.unit} ${answer.at}`
+      + ({true: ": right", false: ": wrong"}[answer.correct] ?? "");
+    put(column.appendChild(make("h3", "", "")), title);
+    putCompletion(column.appendChild(make("div", "text", "")), answer.completion ?? "");
+  }
   const facts = {
     answer: s.correct == null ? null : s.correct ? "right" : "wrong", expected: s.gold,
     format: s.format == null ? null : s.format ? "strict" : "broken",
@@ -611,6 +703,17 @@ function show(position) {
     put(row.insertCell(), String(value));
     row.cells[1].className = {right: "good", wrong: "bad"}[value] ?? "";
   }
+}
+function beside(s) {  // answers to the same prompt: of the other runs, else of an earlier step
+  const found = [];
+  if (!data.prompts[s.prompt]) return found;
+  for (const other of data.runs.filter(other => other !== run)) {
+    const rows = other.rows.filter(row => row.prompt === s.prompt);
+    const answer = rows.findLast(row => row.mode === s.mode) ?? rows.at(-1);
+    if (answer) found.push([other, answer]);
+  }
+  const earlier = run.rows.find(row => row.prompt === s.prompt && row.at < s.at);
+  return found.length || !earlier ? found : [[run, earlier]];
 }
 function go(to, by) {  // to the first match at or beyond a step
   for (let at = to; at in steps; at += by) {
@@ -641,10 +744,7 @@ if (data.runs.length) {
 </script>"""
 
 if __name__ == "__main__":
-    import tyro
-
-    try:  # `runs` has no default, so it is given by its place
-        by_place = (tyro.conf.PositionalRequiredArgs,)
-        print(main(tyro.cli(Config, description=__doc__, config=by_place)))
+    try:
+        print(main(tyro.cli(Config, description=__doc__)))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,15 @@ import time
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT
 
 import eval as evaluation
 import report
 import runs
+import train_grpo
+import train_sft
+import train_simpo
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)
@@ -59,9 +64,9 @@ def write(folder, rates=((0, 20, 100), (4, 60, 100)), samples=None, steps=4, con
                 run.log_samples(step, (samples or {}).get(step, [sample()]))
             if step in evaluations:
                 c, n = evaluations[step]
-                interval = {"pass@1": evaluation.wilson(c, n)}
-                results = {"pass@1": c / n, "format": 1.0, "length": 30.0, "intervals": interval}
-                run.log(step, evaluation.eval_metrics(results))
+                low, high = evaluation.wilson(c, n)
+                run.log(step, {"eval_accuracy": c / n, "eval_accuracy_low": low,
+                               "eval_accuracy_high": high, "eval_format": 1.0})
         run.finish(lambda path: (path / "adapter").write_text(""))
     return folder
 
@@ -126,6 +131,11 @@ def test_ticks_are_few_round_and_inside(low, high):
         assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01, abs=1e-12)
 
 
+def test_step_ticks_are_whole():
+    assert [text for _, text in report.ticks(0, 3, least=1)] == ["0", "1", "2", "3"]
+    assert [text for _, text in report.ticks(1, 2, least=1)] == ["1", "2"]
+
+
 @pytest.mark.parametrize("values", [
     [0.3, 0.1 + 0.2], [0.0, 0.0], [1.0, 1.0], [-5.0, -5.0], [1e-9, 2e-9], [-1e12, 1e12], [0.5],
 ])
@@ -157,7 +167,7 @@ def test_runs_are_overlaid_with_an_evaluation(tmp_path):
         for mode, n in (("greedy", 1), ("sampled", 2))
         for j in range(n)
     ]
-    (tmp_path / "e/samples.jsonl").write_bytes(evaluation.to_lines(rows))
+    (tmp_path / "e/samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     runs.write_json(tmp_path / "e/results.json", evaluation.summarize(rows))
     page = html(a, b, tmp_path / "e", out=str(tmp_path / "all.html"))
     for text in (str(a), str(b), "Unclear:", "Learned:", "Measured:</b> pass@1 100.0 %", "maj@2"):
@@ -167,7 +177,83 @@ def test_runs_are_overlaid_with_an_evaluation(tmp_path):
     assert len(embedded(page)["runs"][2]["rows"]) == 27
 
 
+def test_a_reward_that_is_the_accuracy_is_shown_once():
+    steps = {s: {"accuracy": s / 4, "rewards/answer/mean": s / 4, "rewards/judge/mean": s / 5}
+             for s in range(4)}
+    page = report.charts([report.Run("x", {}, steps, {}, {}, True)])
+    titles = re.findall("<h3>(.*?) <small>", page)
+    assert titles == ["Accuracy = Reward: answer", "Reward: judge"]
+
+
+def test_settings_that_differ_are_marked(tmp_path):
+    a = write(tmp_path / "a", config=CONFIG | {"learning_rate": 1e-4, "seed": 0, "adapter": None})
+    b = write(tmp_path / "b", config=CONFIG | {"learning_rate": 1e-3, "seed": 0, "adapter": "<i>",
+                                              "judge": None})  # absent in the other run
+    seen, folded = re.search("Settings(.*?)<details>(.*?)</details>", html(a, b)).groups()
+    rows = seen.split("<table class=differs>")[1].split("</table>")[0].split("<tr><th>")
+    assert rows[2:] == ["learning_rate<td><bdi>0.0001</bdi><td><bdi>0.001</bdi>",
+                      "adapter<td><bdi></bdi><td><bdi>&lt;i&gt;</bdi>"]
+    assert "learning_rate" not in folded.split("<pre>")[0]
+    assert "<small>seed</small> <bdi>0</bdi>" in folded
+    alone = html(a)
+    assert "All settings" in alone and "<table class=differs>" not in alone
+
+
+@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, evaluation])
+def test_the_command_repeats_the_run(module):
+    """The settings come back from config.json, through a shell's own splitting of the command."""
+    config = module.Config(model="tiny", out="runs/of mine", system="It's $HOME; `x`")
+    if module is train_grpo:
+        config = dataclasses.replace(config, reward_file="my rewards.py:score", mask_truncated=True)
+    config = module.resolve(config)
+    stored = json.loads(json.dumps(dataclasses.asdict(config) | {"code": {"jax": "0.10"}}))
+    python, script, *flags = shlex.split(report.command(stored))
+    assert (python, script) == ("python", f"{module.__name__}.py")
+    assert module.resolve(tyro.cli(module.Config, args=flags)) == config
+
+
+def test_without_arguments_it_takes_the_run_folders_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no run folder is given"):
+        report.main(report.Config())
+    write(tmp_path / "runs/b"), write(tmp_path / "runs/a")
+    (tmp_path / "runs/notes").mkdir()
+    assert str(report.main(report.Config())) == "runs/report.html"
+    assert "<title>a, b</title>" in (tmp_path / "runs/report.html").read_text()
+
+
 # -------------------------------------------------------------------------------- what it survives
+
+
+ODD = [None, float("nan"), float("inf"), -1e999, 1e308, 10**400, "x", "", [], [1], {"a": 1}, True]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_odd_values_never_break_it(tmp_path, value):
+    """Wherever a number, a list or a text is expected, in any of the four files."""
+    folder = write(tmp_path / "x")
+    line = json.dumps({k: value for k in (
+        "reward", "eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "kl", "step_s")})
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("".join(f'{{"step": {step}, {line[1:]}\n' for step in (5, 6)))
+        file.write(json.dumps({"step": value, "reward": 1.0}) + "\n")
+    with open(folder / "samples.jsonl", "a") as file:
+        row = dict.fromkeys([*sample(), "mode", "domain"], value)
+        file.write(json.dumps({"step": 5} | row) + "\n" + json.dumps({"step": value}) + "\n")
+    for results in ({"pass@1": value}, {"pass@1": 0.5, "intervals": value},
+                    {"pass@1": 0.5, "intervals": {"pass@1": value}},
+                    {"pass@1": 0.5, "intervals": {"pass@1": [value, value]}}):
+        (folder / "results.json").write_text(json.dumps(results))
+        assert "Did it learn?" in html(folder)
+    config = dict.fromkeys(("steps", "model", "data", "group", "learning_rate", "code"), value)
+    (folder / "config.json").write_text(json.dumps(config))
+    page = html(folder)
+    assert "Did it learn?" in page and embedded(page)["runs"][0]["rows"][-1]["at"] == 5
+    texts = "<style>.*?</style>|<pre>.*?</pre>|<bdi>.*?</bdi>|<small>.*?</small>"
+    drawn = re.sub(texts, "", page.split("<script")[0], flags=re.DOTALL)
+    assert not re.search(r"(\b|\d)(nan|inf)\b", drawn)
+
+
 
 
 def test_files_of_a_live_or_killed_run(tmp_path):
@@ -184,15 +270,9 @@ def test_files_of_a_live_or_killed_run(tmp_path):
         (whole / name).write_bytes(text)
     shutil.rmtree(whole / "final")
     assert "step 4 of 4 · not finished" in html(whole)
-    with open(whole / "metrics.jsonl", "ab") as file:
-        file.write(
-            b'[1]\n{"step": "x"}\n{"step": 5, "reward": 1e999, "kl": NaN, "p": true}\n'
-            + b"[" * 9**5
-        )
     with open(whole / "samples.jsonl", "ab") as file:
-        file.write(
-            b'{"step": 5, "rewards": [], "completion": {"a": 1}, "reward": NaN, "gold": 4}\n'
-        )
+        file.write(b'[1]\n{"step": 5, "completion": {"a": 1}, "reward": NaN, "gold": 4}\n')
+        file.write(b"[" * 9**5)
     row = embedded(html(whole))["runs"][0]["rows"][-1]
     assert row["completion"] == '{"a": 1}' and "reward" not in row and row["at"] == 5
 
@@ -474,11 +554,53 @@ def test_filters(browser, three_steps):
 
 def test_trace_and_answer_stand_apart(browser, three_steps):
     browser.open(three_steps)
-    parts = (
-        '[...document.querySelectorAll("#completion .part")].map(e => [e.className, e.innerText])'
-    )
+    parts = """[...document.querySelector("#answers .text").querySelectorAll(".part")]
+        .map(e => [e.className, e.innerText])"""
     assert browser.js(parts) == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
                                  ["part answer", "<answer>4</answer>"]]
+
+
+@pytest.fixture(scope="module")
+def base_and_trained(tmp_path_factory):
+    """Two evaluations of the same problems, as eval.py writes them; the base writes a lot."""
+    folders = []
+    for name, right in (("base", False), ("trained", True)):
+        folder = tmp_path_factory.mktemp("evals") / name
+        folder.mkdir()
+        rows = [{"problem": i, "id": str(i), "domain": "d", "correct": right, "format": True,
+                 "mode": "greedy", "sample": 0, "prompt": f"What is {i} + 1?", "vote": "4",
+                 "n_tokens": 3, "stop": "stop", "completion": f"{name} {i}" + " hm" * 3000}
+                for i in range(3)]
+        (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        runs.write_json(folder / "results.json", evaluation.summarize(rows))
+        folders.append(str(folder))
+    return report.main(report.Config(tuple(folders)))
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_base_and_trained_answers_stand_side_by_side(browser, base_and_trained, width):
+    browser.open(base_and_trained, width)
+    browser.press("ArrowLeft")
+    columns = """[...document.querySelectorAll("#view h3 + .text")].map(text => {
+        const {x, height} = text.getBoundingClientRect();
+        return [text.previousSibling.textContent, text.textContent.slice(0, 9), x, height]; })"""
+    (left, base, x, height), (right, trained, x2, _) = browser.js(columns)
+    assert (left, right) == ("base, problem 1: wrong", "trained, problem 1: right")
+    assert (base, trained) == ("base 1 hm", "trained 1")
+    assert (x2 > x + 200) == (width == 1200) and height < 900  # a long text scrolls
+    rows = '[...document.querySelectorAll("#facts tr")].map(e => e.getBoundingClientRect().height)'
+    assert max(browser.js(rows)) < 60  # and the table beside it keeps its rows together
+    assert browser.js("document.documentElement.scrollWidth") <= width
+    browser.check_quiet()
+
+
+def test_an_earlier_answer_of_the_same_run_is_shown_beside(browser, three_steps):
+    browser.open(three_steps)
+    titles = '[...document.querySelectorAll(".columns h3")].map(e => e.textContent)'
+    assert browser.js(titles) == ["x, step 3: right", "x, step 1: wrong"]
+    browser.press("ArrowLeft", shift=True)
+    browser.press("ArrowLeft", shift=True)
+    assert browser.js(titles) == ["x, step 1: wrong"]  # there is none before it
 
 
 HOSTILE = [
@@ -501,7 +623,7 @@ def test_hostile_completions_are_text(browser, tmp_path):
     browser.open(folder / "report.html")
     browser.press("ArrowLeft", shift=True)
     units = lambda text: np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2").tolist()
-    shown = """["prompt", "completion"].map(id => document.getElementById(id).textContent)
+    shown = """["#prompt", "#answers .text"].map(at => document.querySelector(at).textContent)
         .map(text => Array.from(text, (_, i) => i).length && [...Array(text.length).keys()]
         .map(i => text.charCodeAt(i)))"""
     for i, text in enumerate(HOSTILE):
