@@ -49,14 +49,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+import data
 import gemma
 import judge
 import rewards
+import rollouts
 import runs
+import stage
 import train_grpo
 import train_sft
 import train_simpo
-from eval import Problem
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -258,7 +260,7 @@ class Cost(NamedTuple):
 
 
 def policy_cost(config, cfg: gemma.Config, mesh: Mesh, trained, is_sharded) -> Cost:
-    """The Cost of a script's own model; is_sharded: that of train_sft for the phase at hand."""
+    """The Cost of a script's own model; is_sharded: that of stage for the phase at hand."""
     n_adapter = sum(x.size for x in jax.tree.leaves(trained)) if config.lora_rank else 0
     # The splash kernels are a TPU's; without its compiler CPU devices stand for its cores.
     splash = mesh.devices.flat[0].platform != "gpu" and cfg.head_dim % 128 == 0
@@ -281,7 +283,7 @@ def micro_batch(cost: Cost, config, length: int, train: bool, wanted: float | No
 def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict) -> dict:
     """The work of each phase of one step on a core: every prompt and completion at its longest."""
     n, (trained, opt) = mesh.size, programs["train_step"][1][:2]
-    cost = policy_cost(config, cfg, mesh, trained, train_sft.is_sharded)
+    cost = policy_cost(config, cfg, mesh, trained, stage.base_is_sharded)
     adam = Work(0, 3 * tree_bytes(trained) + 2 * tree_bytes(opt))  # with the gradient
     if config.lora_rank or not cost.sharded:
         adam += Work(0, 0, 2 * cost.moved(tree_bytes(trained)).ici)  # the gradient's all-reduce
@@ -290,13 +292,13 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
         return {script: work * (config.batch_rows // (config.micro_rows * n)) + adam}
 
     n_samples, U = config.prompts * config.group, config.max_prompt
-    rows = len(train_grpo.rows_of([U] * config.prompts, [
+    rows = len(data.pack([U] * config.prompts, [
         [config.max_new] * config.group] * config.prompts, config.pack_length))
     n_micro = -(-rows // (config.micro_rows * n))
     wanted = n_samples * config.max_new / (n_micro * config.micro_rows * n * config.pack_length)
     update, reference = (micro_batch(cost, config, config.pack_length, train, wanted) * n_micro
                          for train in (True, False))
-    rollout = policy_cost(config, cfg, mesh, trained, train_sft.samples_sharded)
+    rollout = policy_cost(config, cfg, mesh, trained, stage.rollouts_are_sharded)
     prefill = rollout.layers(U, U, splash=cost.splash) + rollout.gathers(1, 0)
     n_steps = -(-n_samples // (n * config.slots)) * config.max_new
     phases = {"grpo_prefill": prefill * -(-config.prompts // n),
@@ -354,7 +356,7 @@ def time_sft(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     trained, opt, fixed = start_of(shapes)
     shape, key, seconds = shapes[3]["tokens"].shape, jax.random.key(0), []
     ones = np.ones(shape, np.int32)
-    batch = train_sft.place({
+    batch = stage.put({
         "tokens": np.random.default_rng(0).integers(3, cfg.vocab_size, shape, np.int32),
         "mask": ones, "segments": ones, "positions": np.cumsum(ones, -1, np.int32) - 1,
     }, mesh, P(None, "data"))
@@ -387,18 +389,18 @@ def time_grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
     sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)
     n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
-    cost = policy_cost(c, cfg, mesh, trained, train_sft.samples_sharded)
+    cost = policy_cost(c, cfg, mesh, trained, stage.rollouts_are_sharded)
     step_bytes = cost.decode_step(c.slots, longest).bytes
     steps = []
     for step in range(config.repeats + 1):
         prompts = rng.integers(n_stop, cfg.vocab_size, (c.prompts, c.max_prompt)).tolist()
         marks, stats = [time.perf_counter()], {}
-        params, adapter = train_sft.join(trained, fixed, dtype)
+        params, adapter = stage.forward_weights(trained, fixed, dtype)
         done = list(sampler.sample(params, prompts, c.group, lora=adapter, step=step,
                                    stop=range(n_stop), stats=stats))
         marks.append(time.perf_counter())
         host, n_micro = packed_rollouts(done, prompts, c, mesh)
-        batch, n = train_sft.place(host, mesh, P(None, "data")), np.int32(n_micro)
+        batch, n = stage.put(host, mesh, P(None, "data")), np.int32(n_micro)
         if c.kl_coef:
             batch["ref"] = programs["reference"][0](reference, fixed, batch, n)
             jax.block_until_ready(batch["ref"])
@@ -428,19 +430,19 @@ def time_grpo(config: Config, cfg: gemma.Config, mesh: Mesh) -> dict:
 
 def packed_rollouts(done: list, prompts: list, c: train_grpo.Config, mesh: Mesh) -> tuple:
     """(arrays of an update on the host, micro-batches used), every advantage being 1."""
-    problems = [Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
+    problems = [rollouts.Problem("", tuple(ids), "", None, "auto", (), "") for ids in prompts]
     score = rewards.Scored(0.0, {}, {})
-    samples = [train_grpo.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
+    samples = [rollouts.Sample(problems[r.prompt], r.prompt, r, "", None, False, score, 1.0)
                for r in done]
     weights = train_grpo.token_weights(samples, c)
-    return train_grpo.pack(samples, weights, c, mesh.size)[:2]
+    return rollouts.pack(samples, weights, c, mesh.size)[:2]
 
 
 def time_here(config: Config) -> dict:
     """Runs what --phases names on the devices at hand, prints and returns the figures."""
     filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **filled)
-    mesh, cfg = gemma.all_devices(), read_shapes(config)
+    mesh, cfg = gemma.all_devices(), stage.model_config(config)
     known = {"sft": time_sft, "grpo": time_grpo}
     device = mesh.devices.flat[0]
     out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}
@@ -587,15 +589,6 @@ def bytes_beside(program: str, programs: dict) -> int:
     return tree_bytes(kept) - tree_bytes([arguments[i] for i in KEPT[program]])
 
 
-def read_shapes(config) -> gemma.Config:
-    """The model of a Config: from --weights' config.json, else by name. Needs no weights."""
-    if config.weights:
-        return gemma.read_config(config.weights)
-    if (name := train_sft.base_name(config)) not in gemma.CONFIGS:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    return gemma.CONFIGS[name]
-
-
 def plan(script: str, config, target: str | None = None, only: tuple[str, ...] = ("",)) -> dict:
     """Compiles a script's programs, prints the memory and time they need, and returns both.
 
@@ -604,7 +597,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     set_environment(target)
     module = SCRIPTS[script]
     config = module.resolve(config)
-    cfg = read_shapes(config)
+    cfg = stage.model_config(config)
     mesh, version = target_mesh(target)
     compiles = mesh.devices.flat[0].platform != "cpu"
     kind = mesh.devices.flat[0].device_kind if compiles else "TPU v5 lite"
@@ -613,7 +606,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     out = {"target": target, "device": f"{mesh.size} {kind}", "jax": jax.__version__,
            "libtpu": version, "hbm_bytes": {}, "phases": {}}
     trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights trained"
-    where = "split over" if train_sft.is_sharded(cfg, config, mesh) else "on each of"
+    where = "split over" if stage.base_is_sharded(cfg, config, mesh) else "on each of"
     print(f"train_{script}.py: {config.model}, {trained}, the base in {config.dtype} {where} "
           f"{out['device']}; JAX {out['jax']}, libtpu {version or 'none'}")
     for phase, (program, flags) in PHASES[script].items():

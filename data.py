@@ -436,6 +436,7 @@ class Example(NamedTuple):
 
     ids: np.ndarray
     mask: np.ndarray
+    fields: dict = {}  # the row that it was read from
 
     @property
     def prompt(self) -> bytes:
@@ -452,6 +453,7 @@ class Pair(NamedTuple):
 
     chosen: Example
     rejected: Example
+    fields: dict = {}  # the row that it was read from, with the chosen completion as its own
 
     @property
     def prompt(self) -> bytes:
@@ -465,7 +467,7 @@ class Pair(NamedTuple):
 def read_example(row: dict, tok: Tokenizer, system: str = "") -> Example:
     """A row as one training sequence; every turn of the assistant is trained on."""
     ids, mask = tok.example(_conversation(row, system))
-    return Example(np.array(ids, np.int32), np.array(mask, np.int8))
+    return Example(np.array(ids, np.int32), np.array(mask, np.int8), row)
 
 
 def read_pair(row: dict, tok: Tokenizer, system: str = "") -> Pair:
@@ -476,12 +478,14 @@ def read_pair(row: dict, tok: Tokenizer, system: str = "") -> Pair:
     prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1]. Earlier turns of the
     assistant, in the prompt, are 0 too.
     """
-    chats = []
+    chats, own = [], {}
     for key in ("chosen", "rejected"):
         turns = _turns(row.get(key) or None, "assistant", key)
         whole = turns[0]["role"] != "assistant"
+        fields = row | {"messages" if whole else "completion": turns}
+        own = own or fields
         try:
-            chat = _conversation(row | {"messages" if whole else "completion": turns}, system)
+            chat = _conversation(fields, system)
         except ValueError as e:
             raise ValueError(f"{key}: {e}") from None
         chats.append(chat)
@@ -493,7 +497,7 @@ def read_pair(row: dict, tok: Tokenizer, system: str = "") -> Pair:
         raise ValueError("chosen and rejected must answer the same prompt")
     first = len(tok.chat(chats[0][:n]))
     return Pair(*(Example(np.array(ids, np.int32), np.array([0] * first + mask[first:], np.int8))
-                  for ids, mask in examples))
+                  for ids, mask in examples), own)
 
 
 def _conversation(row: dict, system: str) -> list[dict]:
@@ -531,7 +535,7 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
     is_table = path.suffix in TABLES
     if path.suffix == ".json":  # an array, or JSON lines all the same
         is_table = path.read_text("utf-8-sig", errors="replace").lstrip().startswith("[")
-    for where, row in _read_table(path) if is_table else _read_jsonl(path):
+    for where, row in _read_table(path) if is_table else runs.read_jsonl(path):
         if not isinstance(row, dict | ValueError):
             row = ValueError(f"expected a JSON object, found {type(row).__name__}")
         yield f"{path}:{where}", row
@@ -552,17 +556,6 @@ def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: {e}; install it, or convert the file to JSON lines") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: {e}") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
-    with path.open("rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                text = line.decode("utf-8-sig")  # which drops a byte order mark
-                if text.strip():
-                    yield n, json.loads(text)
-            except (ValueError, RecursionError) as e:  # of JSON, UTF-8; of brackets in brackets
-                yield n, ValueError(str(e))
 
 
 class TooLong(ValueError):
@@ -648,6 +641,20 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
     return sets, held_out[:n]
 
 
+def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
+    """--mix 0.7,0.3 as numbers, one for each source; None without --mix."""
+    if mix is None:
+        return None
+    try:
+        weights = [float(weight) for weight in mix.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(sources) or not all(0 <= w < 1e9 for w in weights) or not sum(weights):
+        raise ValueError(f"--mix {mix}: expected {len(sources)} weights, one for each source of "
+                         "--data")
+    return weights
+
+
 # --- packed batches -------------------------------------------------------------------------------
 
 
@@ -691,7 +698,7 @@ def pack(prompts: list[int], completions: list[list[int]],
 def _fill(items: list[Example | Pair], size: int) -> list[list[Example]]:
     """Packed rows of training sequences."""
     rows = pack([0] * len(items), [[item.n_tokens] for item in items], size)
-    sequences = lambda item: item if isinstance(item, Pair) else (item,)
+    sequences = lambda item: item[:2] if isinstance(item, Pair) else (item,)
     return [[example for i, _ in row for example in sequences(items[i])] for row in rows]
 
 
@@ -704,7 +711,7 @@ def assemble(rows: list[list[Example]], n_rows: int, size: int) -> dict[str, np.
     out = {k: np.zeros((n_rows, size), np.int32) for k in keys}
     for r, row in enumerate(rows):
         start = 0
-        for s, (ids, mask) in enumerate(row, 1):
+        for s, (ids, mask, *_) in enumerate(row, 1):
             span = slice(start, start + len(ids))
             for key, value in zip(keys, (ids, mask, s, np.arange(len(ids))), strict=True):
                 out[key][r, span] = value

@@ -44,6 +44,7 @@ from tqdm import tqdm
 import data
 import gemma
 import hub
+import judge
 import lora
 import rewards
 import rollouts
@@ -56,7 +57,7 @@ from sampler import Rollout, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(judge.Config):
     """What is answered, by whom and how; the flags that synthesize.py has too."""
 
     # model
@@ -107,24 +108,6 @@ class Sampling:
     reward_timeout: float = 60.0
     """Seconds without any score after which the scores still awaited are missing."""
 
-    # judge (judge.py)
-    judge: str | None = None
-    """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
-    judge_model: str | None = None
-    """The model's name at the endpoint."""
-    judge_weights: str | None = None
-    """Folder of the judge's weights; default: looked for by name."""
-    judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
-    """One metric 1-5, all items at once, item by item; or Pinocchio's, over HTTP only."""
-    judge_calls: Literal["completion", "group"] = "completion"
-    """What a request to an endpoint judges: one completion, or all those of a question at once."""
-    judge_threads: int = 16
-    """Requests in flight at an endpoint."""
-    judge_limit: int = 0
-    """Requests that may be sent, those of earlier sessions in the cache included; 0: no limit."""
-    judge_missing: float = 0.2
-    """Share of missing judgements, of the latest 200, above which the run stops."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Config(Sampling):
@@ -154,6 +137,11 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }
+MAY_CHANGE = (  # in a folder that is continued: what the checksums cover, and what comes last
+    "model", "weights", "tokenizer", "adapter", "data", "rows", "system", "max_prompt", "compare",
+    "rewards", "reward_file", "reward_timeout", "judge", "judge_model", "judge_weights",
+    "judge_style", "judge_calls", "skip_bad_rows",
+)
 EVERY_S = 10.0  # between two lines of progress
 N_RESAMPLES = 2_000
 
@@ -172,8 +160,10 @@ def resolve(config: Config) -> Config:
         judged = [name for name in mix.weights if name in rewards.JUDGED]
     if judged and config.judge is None:
         raise ValueError(f"--rewards {judged[0]}: needs --judge")
-    if config.judge is not None and not judged:
-        raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
+    if config.judge is not None:
+        judge.check(config)
+        if not judged:
+            raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
     return config
 
 
@@ -264,7 +254,7 @@ def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> l
     """The rows of finished problems; cuts off a torn line and the rows of unfinished problems."""
     if not path.exists():
         return []
-    rows = [row for _, row in runs.read_jsonl(path) if isinstance(row, dict)]
+    rows = runs.good_rows(path)
     counts = Counter((row["mode"], row["problem"]) for row in rows)
     rows = [row for row in rows if counts[row["mode"], row["problem"]] == n_of[row["mode"]]]
     for row in rows:
@@ -447,6 +437,17 @@ def table(results: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def begin_folder(config, kind: str, start: hub.Start, problems: list[Problem]) -> None:
+    """Writes config.json; a folder of other weights, prompts or sampling is refused."""
+    out, prompts = Path(config.out), repr([(p.id, p.prompt) for p in problems]).encode()
+    facts = {"checksum of the weights": fingerprint(start),
+             "checksum of the prompts": hashlib.sha256(prompts).hexdigest()[:16]}
+    if (out / "samples.jsonl").exists():
+        runs.check_unchanged(out, config, facts, MAY_CHANGE)
+    with runs.writing(out):
+        runs.write_config(out, config, facts, kind)
+
+
 def fingerprint(start: hub.Start) -> str:
     """Tells other weights apart without reading gigabytes: sizes and samples of the files."""
     digest, folders = hashlib.sha256(), [start.weights] + [start.adapter] * bool(start.adapter)
@@ -472,14 +473,15 @@ def main(config: Config) -> dict:
         file = hub.output(config.compare) / "samples.jsonl"
         if not file.is_file():
             raise ValueError(f"--compare {config.compare}: no samples.jsonl there")
-        others = [row for _, row in runs.read_jsonl(file) if isinstance(row, dict)]
+        others = runs.good_rows(file)
 
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     problems, _ = rollouts.load_problems(config, tok)
     out = Path(config.out)
+    runs.claim(out, "eval")
     with runs.lock(out):
-        begin_folder(config, start, problems)
+        begin_folder(config, "eval", start, problems)
         rows = answer(config, problems, tok, start, config.greedy)
         if config.rewards or config.reward_file:
             for row, scored in zip(rows, score(problems, rows, tok, config), strict=True):

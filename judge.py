@@ -397,16 +397,6 @@ WINDOW, ENOUGH = 200, 20  # `trouble` looks at the latest 200 judgements, once t
 Place = tuple[Any, int, int]  # of a completion in its group: question, index, size of the group
 
 
-def in_groups(questions: list) -> list[Place]:
-    """Places for `submit`: questions a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2)."""
-    size, seen = Counter(questions), Counter()
-    out = []
-    for question in questions:
-        out.append((question, seen[question], size[question]))
-        seen[question] += 1
-    return out
-
-
 def reason(e: Exception) -> str:
     """Why a judgement is missing; an exception that nobody foresaw is named."""
     foreseen = isinstance(e, Unavailable | ValueError)

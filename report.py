@@ -34,6 +34,8 @@ from typing import NamedTuple
 
 import tyro
 
+from runs import good_rows
+
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 FILES = ("metrics.jsonl", "samples.jsonl", "results.json", "config.json")
 CURVES = {  # metric -> (title, unit), in the page's order; other metrics are folded up
@@ -81,12 +83,6 @@ def loads(text: bytes) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSONL file; an absent file has none."""
-    lines = file.read_bytes().splitlines() if file.is_file() else []
-    return [row for row in map(loads, lines) if row]
-
-
 def number(value) -> float | None:
     """None for anything but a number that can be added up and drawn: NaN, inf, a string."""
     ok = isinstance(value, int | float) and not isinstance(value, bool)
@@ -109,7 +105,7 @@ def read_run(folder: Path, share: float = 1.0) -> Run:
     metrics, samples, *objects = (folder / name for name in FILES)
     results, config = (loads(file.read_bytes()) if file.is_file() else {} for file in objects)
     steps = {}
-    for row in read_lines(metrics):
+    for row in good_rows(metrics):
         if (step := whole(row.pop("step", None))) is not None:
             steps.setdefault(step, {}).update({k: number(v) for k, v in row.items()})
     steps = dict(sorted(steps.items()))
@@ -122,7 +118,7 @@ def thin(file: Path, share: float) -> dict:
     """The rows of samples.jsonl for the page: all, or those of every n-th step or problem."""
     groups: dict[int, list[dict]] = {}
     unit, n_all = "step", 0
-    for row in read_lines(file):
+    for row in good_rows(file):
         key = "problem" if "problem" in row else "step"
         if (at := whole(row.get(key))) is not None:
             unit, n_all = key, n_all + 1

@@ -76,8 +76,7 @@ def problem_reader(config, tok: data.Tokenizer):
     def read(row: dict) -> Problem:
         problem = read_problem(row, tok, config.system)
         if config.max_prompt and len(problem.prompt) > config.max_prompt:
-            raise ValueError(f"the prompt has {len(problem.prompt)} tokens, more than --max-prompt "
-                             f"{config.max_prompt}")
+            raise data.TooLong(len(problem.prompt), config.max_prompt, "--max-prompt")
         return problem
 
     return read

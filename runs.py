@@ -72,7 +72,8 @@ MAY_CHANGE = {
     "steps", "time_limit", "save_every", "eval_every",  # how long, and what is saved and measured
     "out", "keep", "report_to", "show", "show_every", "log_samples", "plan",  # where, what is shown
     "micro_rows", "slots", "remat", "shard",  # memory
-    "reward_threads", "judge_threads", "judge_limit", "judge_missing",  # rewards and the judge
+    "reward_threads", "reward_timeout", "max_missing",  # rewards
+    "judge_threads", "judge_limit", "judge_missing",
     *hosts.FLAGS,
 }
 
@@ -398,7 +399,7 @@ def verify(directory: Path) -> str | None:
 # ---------------------------------------------------------------------------- folders
 
 # What a write leaves when it is interrupted; nothing else that begins with tmp- or old- is ours.
-_LEFT = re.compile(r"(tmp|old)-(config\.json|metrics\.jsonl|samples\.jsonl|final|step_\d+|"
+_LEFT = re.compile(r"(tmp|old)-(config\.json|(metrics|samples|held_out)\.jsonl|final|step_\d+|"
                    r"\d+-report\.html)")
 
 

@@ -290,6 +290,18 @@ def packed_programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
 # ------------------------------------------------------------------------------------ evaluations
 
 
+def row_reader(config, tok: data.Tokenizer, read):
+    """data.read_example or read_pair under a script's --system, with --max-length as its limit."""
+
+    def limited(row: dict):
+        item = read(row, tok, config.system)
+        if item.n_tokens > config.max_length:
+            raise data.TooLong(item.n_tokens, config.max_length, "--max-length")
+        return item
+
+    return limited
+
+
 def keep_held_out(config, items: list) -> None:
     """Writes the held-out rows into the run folder, so that eval.py can be run on the same ones."""
     if hosts.index == 0:

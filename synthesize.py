@@ -46,8 +46,11 @@ import eval as evaluation
 import hub
 import judge
 import rewards
+import rollouts
 import runs
-from eval import Problem, Sampling
+import stage
+from eval import Sampling
+from rollouts import Problem, check
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -137,7 +140,7 @@ def resolve(config: Config) -> Config:
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
             raise ValueError(f"--{name.replace('_', '-')} {value} {where}")
-    config = evaluation.fill(config, {config.model: TEACHER} if teacher else DEFAULTS)
+    config = stage.resolve(config, {config.model: TEACHER} if teacher else DEFAULTS)
     if config.data is None:
         raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
     if config.samples < (least := 1 if isinstance(config, Traces) else 2):
@@ -190,8 +193,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
     futures, rows, failed = {}, {}, 0
     try:
         for i, problem in enumerate(problems):
-            row = {"prompt": prompt_of(problem), "completion": "-"}
-            chat = data.messages(row, config.system)[:-1]  # the prompt as a trainer builds it
+            chat = data.with_system(data.parse_row(problem.fields).chat, config.system)
             for sample in range(config.samples):
                 future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
                                      temperature=config.temperature)
@@ -223,11 +225,9 @@ def completion_of(reply: Future) -> dict:
 
 
 def prompt_of(problem: Problem) -> str | list[dict]:
-    """The question without the system text, as messages where the row has messages."""
-    chat = problem.row.get("messages", problem.row.get("prompt"))
-    if not isinstance(chat, list):
-        return problem.question
-    return chat[:-1] if chat[-1]["role"] in ("assistant", "model") else chat
+    """The question without the system text, as messages where there are several."""
+    chat = data.parse_row(problem.fields).chat
+    return problem.question if len(chat) == 1 else chat
 
 
 # ---------------------------------------------------------------------------------------- traces
@@ -240,12 +240,12 @@ def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None
     if row["stop"] != "stop":
         return "cut", f"stop reason {row['stop']}"
     reasoning = rewards.parse(text := row["completion"])[0]
-    answer, right, strict = evaluation.check(problem, text)
+    answer, right, strict = check(problem, text)
     if not strict:
         return "format", "expected <reasoning>...</reasoning> <answer>...</answer> and nothing else"
     if right is False:
         return "wrong", f"said {answer[:80]!r}, the answer is {problem.gold[:80]!r}"
-    n = len(rewards._PIECE.findall(reasoning))
+    n = len(rewards.WORDS.findall(reasoning))
     if not config.min_length <= n <= config.max_length:
         return "length", (f"{n} words and punctuation marks, not {config.min_length} to "
                           f"{config.max_length}")
@@ -258,7 +258,7 @@ def fault(problem: Problem, row: dict, config: Traces) -> tuple[str, str] | None
 
 def triples(text: str) -> set[tuple[str, ...]]:
     """A text's word triples: "a b c d" -> {(a, b, c), (b, c, d)}."""
-    pieces = rewards._PIECE.findall(text.casefold())
+    pieces = rewards.WORDS.findall(text.casefold())
     return {*zip(pieces, pieces[1:], pieces[2:], strict=False)} or {tuple(pieces)}
 
 
@@ -312,7 +312,7 @@ def training_row(problem: Problem, completion: str) -> dict:
     if isinstance(prompt, list):  # train_sft.py must read the messages, not the question alone
         out |= {"prompt": prompt, "completion": data.format_completion(reasoning, answer)}
     used = ("prompt", "messages", "completion", "choices", *out)
-    return out | {k: v for k, v in problem.row.items() if k not in used}
+    return out | {k: v for k, v in problem.fields.items() if k not in used}
 
 
 # ----------------------------------------------------------------------------------------- pairs
@@ -320,14 +320,8 @@ def training_row(problem: Problem, completion: str) -> dict:
 
 def reference_of(problem: Problem) -> str:
     """The row's own trace as a completion, or "" where it has none."""
-    row = problem.row
-    if problem.gold and str(row.get("reasoning") or "").strip():
-        return data.format_completion(row["reasoning"].strip(), problem.gold)
-    try:
-        last = data.messages(row)[-1]
-    except ValueError:  # a question alone
-        return ""
-    return last["content"] if last["role"] in ("assistant", "model") else ""
+    completion = data.parse_row(problem.fields).completion or ""
+    return completion if completion != problem.gold else ""  # an answer alone is no trace
 
 
 def choose(group: list[dict], margin: float) -> list[tuple[dict, dict]]:
@@ -361,7 +355,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
     groups, out, rejects = {}, [], []
     scored = evaluation.score(problems, rows, tok, config)
     for row, s in zip(rows, scored, strict=True):
-        _, right, _ = evaluation.check(problems[row["problem"]], row["completion"])
+        _, right, _ = check(problems[row["problem"]], row["completion"])
         row = row | {"reward": s.total, "parts": s.parts, "errors": s.errors, "right": right}
         groups.setdefault(row["problem"], []).append(row)
     for i, group in groups.items():
@@ -394,33 +388,33 @@ def main(config: Config) -> Path:
     runs.compilation_cache()
     config = resolve(config)
     out = Path(config.out)
-    runs.say(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v is not None))
+    stage.show_config(config)
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
-    problems, bad = evaluation.load_problems(
-        config.data, tok, config.system, config.rows, config.max_prompt, config.skip_bad_rows
-    )
+    problems, bad = rollouts.load_problems(config, tok)
+    make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
+    runs.claim(out, name)
     with runs.lock(out):
         if getattr(config, "teacher", None):
-            with runs._writing(out):
-                (out / "teacher").mkdir(parents=True, exist_ok=True)
-                runs.write_json(out / "config.json", dataclasses.asdict(config))
+            with runs.writing(out):
+                runs.write_config(out, config, kind=name)
+                (out / "teacher").mkdir(exist_ok=True)
             teacher = Teacher(
                 config.teacher, config.teacher_model, threads=config.teacher_threads,
                 limit=config.limit, rate=config.rate, price=config.price, budget=config.budget,
                 cache=out / "teacher" / "replies.jsonl",
             )
-            with runs._writing(out):
+            with runs.writing(out):
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
-            _, rows = evaluation.answer(config, start, tok, problems, greedy=False)
-        make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
+            evaluation.begin_folder(config, name, start, problems)
+            rows = evaluation.answer(config, problems, tok, start, greedy=False)
         made, rejects = make(problems, rows, tok, config)
         rejects += [{"reason": "bad row", "detail": line} for line in bad]
-        with runs._writing(out):
-            runs._replace(out / f"{name}.jsonl", evaluation.to_lines(made))
-            runs._replace(out / "rejects.jsonl", evaluation.to_lines(rejects))
+        with runs.writing(out):
+            runs.replace_file(out / f"{name}.jsonl", runs.to_jsonl(made))
+            runs.replace_file(out / "rejects.jsonl", runs.to_jsonl(rejects))
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")

@@ -302,6 +302,10 @@ def resolve(config: Config) -> Config:
         if not ok:
             raise ValueError(f"--{flag} {value}: expected {expected}")
     rewards.read_mix(config.rewards, config.reward_file)  # a mistake is better said now
+    if config.judge:
+        import judge  # here: most runs have none
+
+        judge.check(config)
     return config
 
 

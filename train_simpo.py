@@ -444,10 +444,10 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    read = partial(data.read_pair, tok=model.tok, system=config.system)
+    read = stage.row_reader(config, model.tok, data.read_pair)
     sources, held_out = data.load_split(config, read)
     batches = data.Packed(sources, config.max_length, config.batch_rows, config.seed,
-                          data.mix_weights(config, sources))
+                          data.mix_weights(config.mix, sources))
     trained, fixed = model.trained, with_reference(model.trained, model.fixed, config)
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
 

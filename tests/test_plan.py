@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 
 import bench
 import gemma
+import stage
 import train_grpo
 import train_sft
 import train_simpo
@@ -117,7 +118,7 @@ def test_a_decode_step_reads_the_weights_and_the_caches(tmp_path):
     programs = train_grpo.programs(config, mesh)
     function, arguments = programs["decode"]
     step = bench.policy_cost(config, gemma.read_config(config.weights), mesh,
-                             programs["train_step"][1][0], train_sft.samples_sharded
+                             programs["train_step"][1][0], stage.rollouts_are_sharded
                              ).decode_step(config.slots, 64)
     held = bench.tree_bytes(arguments[2]) + bench.tree_bytes(arguments[-1]["cache"])
     assert held < step.bytes < 1.3 * held
