@@ -700,7 +700,8 @@ def main(config: Config) -> Path | dict:
         model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    with runs.Run(config, LABELS) as run, rollouts.Scorer(config, problems, mesh) as scorer:
+    with (runs.Run(config, LABELS, every_s=0.0) as run,
+          rollouts.Scorer(config, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems, held_out,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
                       steps, reference)

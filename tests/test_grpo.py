@@ -490,7 +490,8 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, tol
         return train_step, lambda *_: calls.append("reference") or jnp.zeros(())
 
     monkeypatch.setattr(train_grpo, "make_steps", make_steps)
-    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 9)
+    rows = "".join(f'{{"question": "1 + {i}?", "answer": "{i + 1}"}}\n' for i in range(9))
+    (tmp_path / "rows.jsonl").write_text(rows)
     train_grpo.main(train_grpo.Config(
         weights=str(small), out=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), steps=2,
         group=2, prompts=2, max_prompt=24, max_new=8, pack_length=40, slots=1, rewards="repetition",
