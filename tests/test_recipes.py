@@ -77,8 +77,8 @@ PUBLISHED = {
 }
 # What the column of the tiny model may replace, besides the flags of a hosted judge or teacher.
 REPLACED = {"model", "data", "out", "adapter", "rows", "samples", "rewards", "time-limit", "steps",
-            "reward-file", "max-length", "max-prompt", "max-new", "pack-length", "micro-rows", "prompts",
-            "learning-rate"}
+            "reward-file", "max-length", "max-prompt", "max-new", "pack-length", "micro-rows",
+            "prompts", "learning-rate"}
 GIVEN = {"pinocchio": dict(judge="http://h/v1", judge_model="m"),
          "gemmatron": dict(teacher="http://h/v1", teacher_model="m")}
 STUB = """#!/usr/bin/env bash
