@@ -13,19 +13,19 @@ The guess and the right answer ("gold") take the same four steps:
 
 What to know when comparing with other graders:
 
-1. A refused right answer costs one sample; a paid wrong one is learnt. So a reading must account
-   for what stands around the value: "not 42", "42 or 43", "over 42", "40-42", "42 * 2", "42x" and
-   "B or C" say neither 42 nor B.
-2. A completion has one answer. It is the first value after "the answer is", or else the last one;
-   an equation's last side, or the number before its arithmetic: 12 + 30 = 42, 42 = 6 * 7.
-3. A unit may be missing, not differ: "42" and "42 m" are right for 42 m, "42 km" is wrong, and
-   "4200 cm" is right. 50 % is 0.5, and also 50.
+1. Refusing a right answer costs one sample, but paying a wrong one teaches it. So the text around
+   a value counts: "not 42", "42 or 43", "over 42", "40-42", "42 * 2", "42x" and "B or C" state no
+   answer.
+2. A completion has one answer: the first value after "the answer is", or else the last value. An
+   equation's answer is its last side, unless that is arithmetic: 12 + 30 = 42, but 42 = 6 * 7.
+3. A unit may be left out, but must not differ: "42", "42 m" and "4200 cm" are right for 42 m, and
+   "42 km" is wrong. 50 % is right as 0.5 and as 50.
 4. Texts must have equal words. "Paris (France)" is Paris; "Paris, France" is not, because "Paris,
    Rome" is not.
-5. Completions are hostile text: nothing is evaluated, only the last (or first) 1,000 characters of
-   an answer are read, and every pattern over a whole text takes time in proportion to the text.
-6. Formulas are equal but for notation and the order of a sum. Where the package math-verify is
-   installed, it decides about the others, in a process that is killed after a few seconds.
+5. Completions are hostile text. Nothing is evaluated, values are read from 1,000 characters at most
+   (after a cue, or at the end), and patterns over whole texts take time in proportion to the text.
+6. Formulas may differ in notation and in the order of a sum. If the package math-verify is
+   installed, it decides about all others (formulas.py).
 """
 
 import contextlib
@@ -45,8 +45,8 @@ LONGEST = 1000  # characters that state an answer
 def parse(completion: str) -> tuple[str | None, str | None, bool]:
     """(reasoning, answer, strict). Strict: each tag once, in order, neither empty, no other text.
 
-    The answer asks for no format: it is what follows the last <answer> that has any text, closed or
-    not; without such a tag, what follows the last tag of all; without tags, the whole text.
+    The answer needs no strict format. It is the text after the last <answer> that has any, closed
+    or not; without an <answer>, the text after the last tag of all; without tags, the whole text.
     """
     pieces = TAG.split(completion)
     texts, tags = [text.strip() for text in pieces[::2]], pieces[1::2]
@@ -149,13 +149,12 @@ def line(text: str) -> str:
 
 
 def spans(text: str) -> Iterator[str]:
-    """Spans of a line that may be the whole answer: the line, its first sentence, its predicate."""
-    one = line(text)
-    yield one
-    yield (one := _SENTENCE.split(one)[0])
-    yield _GLOSS.sub("", one)
+    """Spans that may be all of the answer: a line and, if nothing in it doubts, parts of it."""
+    yield (one := line(text))
     if not _DENIED.search(one) and not _UNSURE.search(one):
-        yield _GLOSS.sub("", _IS.split(one)[-1])
+        yield (sentence := _SENTENCE.split(one)[0])
+        yield _GLOSS.sub("", sentence)
+        yield _GLOSS.sub("", _IS.split(sentence)[-1])
 
 
 # -------------------------------------------------------------------------- numbers and their units
@@ -185,12 +184,13 @@ _SPELT = {
     **{word: n for word, n in _SCALES.items() if len(word) > 2},
 }
 _WORD = f"(?:{'|'.join(sorted(_SPELT, key=len, reverse=True))})"
-_WORDS = re.compile(  # of "1 hundred" and "two, three" nothing is joined
+_WORDS = re.compile(  # not after a figure: "1 hundred" is read by _NUMBER
     rf"(?<!\d )(?<![\w-]){_WORD}(?:(?:[ -]| and a |(?<=red) and |(?<=sand) and ){_WORD})*+\b")
+# What a sign stands beside is no number by itself, so any operator does for "twice".
 _SIGNS = [(re.compile(pattern), sign) for pattern, sign in (
     (r"\b(?:minus|negative) (?=[$€£¥]?\d)", "-"), (r"\b(?:plus|added to)\b", "+"),
-    (r"\b(?:times|multiplied by)\b", "*"), (r"\bdivided by\b", "/"), (r" factorial\b", "!/"),
-    (r"\b(?:twice|double|triple)\b", "2*"), (r" squared\b", "^2"), (r" cubed\b", "^3"),
+    (r"\b(?:times|multiplied by)\b", "*"), (r"\bdivided by\b", "/"), (r" factorial\b", "*"),
+    (r"\b(?:twice|double|triple)\b", "*"), (r" squared\b", "^2"), (r" cubed\b", "^3"),
     (r"\bsquare root of\b", "√"), (r"\bper ?cent\b", "%"), (r" per (?=[a-z])", "/"),
     (r"(?<=\d) and (?:a|1) 1/2\b", " 1/2"),
 )]

@@ -1,8 +1,9 @@
 """Whether two formulas are equal, by the package math-verify in a process of its own.
 
-math-verify stops its long computations by signals, which reach main threads alone, and completions
-are scored in others. So it runs here without its limits, in a process that ends itself after
-SECONDS; 9^{9^{9}} costs that long, and is not equal to anything. The next formula starts another.
+math-verify limits its computations by signals, which only main threads receive, and completions are
+scored in other threads. So it runs without its own limits in a process whose alarm ends it after
+SECONDS. A formula that takes longer, as 9^{9^{9}} does, is not equal, and the next one starts
+another process.
 """
 
 import functools

@@ -180,7 +180,8 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
     if reward_file:
         rewards, own, _ = read_file(reward_file)
         known |= rewards.keys()
-        mix = own._replace(weights=mix.weights | own.weights, preset=mix.preset)
+        clipped = own if math.isfinite(own.low) or math.isfinite(own.high) else mix
+        mix = Mix(mix.weights | own.weights, clipped.low, clipped.high, mix.preset)
     named = {}
     for item in items:
         name, colon, weight = (part.strip() for part in item.partition(":"))

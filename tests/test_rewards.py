@@ -162,6 +162,7 @@ def test_read_mix(tmp_path):
     assert read_mix("mine:2", mine) == Mix({"mine": 2})
     assert read_mix("", mine).weights == {"mine": 1}
     assert read_mix("tunix,mine:0", mine).weights == tunix.weights | {"mine": 0}
+    assert read_mix("grar", mine)[1:] == read_mix("grar")[1:] == (0, 1, "grar")
     assert read_mix("tunix") == tunix  # none of this changed a preset
 
 
