@@ -309,12 +309,12 @@ def _chat(row: dict, choices: tuple[str, ...]) -> list[dict]:
         lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         chat = "\n".join([f"{chat.strip()}\n\n{more}".strip(), *lines])
     chat = _turns(chat, "user", key)
-    own = chat.pop(0)["content"] if chat[0]["role"] == "system" else ""
+    own = chat.pop(0)["content"].strip() if chat[0]["role"] == "system" else ""
     if not chat:
         raise ValueError(f"expected a user turn under {key!r}, found none")
     if context := _column(row, "context"):
         chat[0]["content"] = f"{context.strip()}\n\n{chat[0]['content']}"
-    system = _column(row, "system") or _column(row, "system_prompt") or own
+    system = (_column(row, "system") or _column(row, "system_prompt")).strip() or own
     if own not in ("", system):
         raise ValueError("found a system column, and another system text in the messages")
     return [{"role": "system", "content": system}, *chat] if system else chat
@@ -406,7 +406,7 @@ def _answer(row: dict, labels: list[str], choices: tuple[str, ...]) -> tuple[str
         letter = lettered[1] if lettered else answer
         readings = [(labels, answer), (choices, answer), (labels, letter), (numbers, answer)]
     else:
-        readings = [(numbers, answer), (labels, answer), (choices, answer)]
+        readings = [(labels, answer), (numbers, answer), (choices, answer)]
     for names, said in readings:
         for letter, name in zip(LETTERS, names, strict=False):
             if str(name).strip().casefold() == said.casefold():
@@ -695,7 +695,7 @@ def pack(prompts: list[int], completions: list[list[int]],
     return rows
 
 
-def _fill(items: list[Example | Pair], size: int) -> list[list[Example]]:
+def fill(items: list[Example | Pair], size: int) -> list[list[Example]]:
     """Packed rows of training sequences."""
     rows = pack([0] * len(items), [[item.n_tokens] for item in items], size)
     sequences = lambda item: item[:2] if isinstance(item, Pair) else (item,)
@@ -744,7 +744,7 @@ class Packed:
                 if at == 0 or k == epoch * take:
                     order = np.random.default_rng((self.seed, i, lap)).permutation(len(source))
                 chosen.append(source[order[at]])
-        rows = _fill(chosen, self.size)
+        rows = fill(chosen, self.size)
         order = np.random.default_rng((self.seed, 10**6, epoch)).permutation(len(rows))
         return [rows[r] for r in order]
 
@@ -764,5 +764,5 @@ class Packed:
 
 def eval_batches(examples: list, size: int, n_rows: int) -> list[dict[str, np.ndarray]]:
     """Every example once, packed; the last batch is filled up with empty rows."""
-    rows = _fill(examples, size)
+    rows = fill(examples, size)
     return [assemble(rows[i : i + n_rows], n_rows, size) for i in range(0, len(rows), n_rows)]

@@ -78,7 +78,9 @@ def test_what_a_row_asks_teaches_and_checks(row, question, completion, answer):
 @pytest.mark.parametrize("row", [
     {"system": "Mine.", "question": "Q", "answer": "A"},
     {"system_prompt": "Mine.", "question": "Q", "response": "A"},
-    {"messages": [TURN("system", "Mine."), TURN("user", "Q"), TURN("assistant", "A")]},
+    {"messages": [TURN("system", " Mine."), TURN("user", "Q"), TURN("assistant", "A")]},
+    {"system": "Mine.", "messages": [TURN("system", "Mine.\n"), TURN("user", "Q"),
+                                     TURN("assistant", "A")]},
     {"system": "Mine.", "prompt": "Q", "chosen": "A", "rejected": "B"},
 ])
 def test_a_row_keeps_its_own_system_text(row):
@@ -100,7 +102,8 @@ CAPITALS = ["Rome", "Oslo", "Bern"]
     ({"choices": [2, 4.0, 8]}, 4, "B"),
     ({"choices": ["A.D.", "a.m."]}, "a.m.", "B"),
     ({"options": {"A": "Rome", "B": "Oslo", "C": None}}, "Oslo", "B"),
-    ({"choices": {"text": CAPITALS, "label": ["1", "2", "3"]}}, "2", "B"),
+    *[({"choices": {"text": CAPITALS, "label": ["1", "2", "3"]}}, answer, "B")
+      for answer in ("2", 2)],  # a label before an index
     ({"options": CAPITALS, "answer": None, "answerKey": "B"}, None, "B"),
     ({"options": CAPITALS, "answer_idx": "B"}, "Oslo", "B"),
 ])

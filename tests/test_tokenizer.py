@@ -47,18 +47,9 @@ def theirs(directories):
     return {family: auto.from_pretrained(directories[family]) for family in FAMILIES}
 
 
-def system(text):
-    return {"role": "system", "content": text}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
+system = lambda text: {"role": "system", "content": text}
+user = lambda text: {"role": "user", "content": text}
+assistant = lambda text: {"role": "assistant", "content": text}
 CONVERSATIONS = [
     [user("What is 2+2?")],
     [user("What is 2+2?"), assistant("4")],
@@ -164,12 +155,9 @@ def test_transformers_drops_the_markers_and_nothing_else(theirs):
 
 def test_render_by_hand(ours):
     messages = [system("Be brief."), user(" 2+2?\n"), assistant("4 "), user("Sure?")]
-    expected = (
-        "<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
-        "<start_of_turn>model\n4<end_of_turn>\n"
-        "<start_of_turn>user\nSure?<end_of_turn>\n"
-        "<start_of_turn>model\n"
-    )
+    expected = ("<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
+                "<start_of_turn>model\n4<end_of_turn>\n"
+                "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n")
     assert ours["gemma3"].render(messages) == expected
     assert ours["gemma2"].render(with_system(messages)) == expected
     assert ours["gemma3"].render(messages[:3]) == expected.split("<start_of_turn>user\nSure")[0]
@@ -321,25 +309,18 @@ def test_files_that_are_no_tokenizer(directories, tmp_path):
         refused(tmp_path, file, "expected", "found")
 
 
-@pytest.mark.parametrize(
-    "symbols, message",
-    [
-        ({}, "found no <start_of_turn>, <end_of_turn>"),
-        ({"control_symbols": [START, END]}, "expected <start_of_turn> in a text as one piece"),
-    ],
-)
+@pytest.mark.parametrize("symbols, message", [
+    ({}, "found no <start_of_turn>, <end_of_turn>"),
+    ({"control_symbols": [START, END]}, "expected <start_of_turn> in a text as one piece"),
+])
 def test_tokenizers_that_are_not_gemma(tmp_path, symbols, message):
     file = tmp_path / "tokenizer.model"
     with file.open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["ab abc abcd"]),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=16,
+            sentence_iterator=iter(["ab abc abcd"]), model_writer=model, model_type="bpe",
+            vocab_size=16, hard_vocab_limit=False, minloglevel=2,
             **{f"{name}_id": n for n, name in enumerate(("pad", "eos", "bos", "unk"))},
             **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
-            hard_vocab_limit=False,
-            minloglevel=2,
             **symbols,
         )
     refused(tmp_path, file, message)
