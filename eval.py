@@ -19,7 +19,7 @@ Every problem is answered once greedily and `samples` times at a temperature. Wh
 5. Rows without an answer to check (rubrics, a reference) count for format, length, stops and
    --rewards: the mean score of what was scored; `missing` is the share that could not be.
 
-Rows: what data.messages reads, {"question", "answer"}, {"question", "choices", "answer"} (a letter,
+Rows: what data.parse_row reads, {"question", "answer"}, {"question", "choices", "answer"} (a letter,
 a text or a number from 0), {"prompt", "rubrics" | "reference"}; `task_type` or `domain` names the
 row of the table. The folder gets results.json (pass@1, format, n, ...) and samples.jsonl. The same
 command continues: a rollout's noise depends on (seed, problem, sample) alone, so what is finished

@@ -106,9 +106,9 @@ def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args)
     after = []
     for sharded in (False, True):
         specs, fixed_specs = specs_of(cfg, config, sharded)
-        here = stage.place(trained, mesh, specs)
+        here = stage.put(trained, mesh, specs)
         opt = stage.optimizer(config).init(here)
-        base = stage.place(fixed, mesh, fixed_specs)
+        base = stage.put(fixed, mesh, fixed_specs)
         here, opt, metrics, *_ = make_steps(cfg, config, mesh, sharded)[0](here, opt, base, *args)
         metrics = {k: metrics[k] for k in ("loss", "grad_norm")}
         after.append(jax.device_get((here, opt[1].mu, metrics)))

@@ -41,7 +41,7 @@ def examples(n, seed=0, longest=20):
     for _ in range(n):
         length = int(rng.integers(4, longest))
         mask = (np.arange(length) >= rng.integers(1, length - 1)).astype(np.int8)
-        rows.append((rng.integers(3, 97, length).astype(np.int32), mask))
+        rows.append(data.Example(rng.integers(3, 97, length).astype(np.int32), mask))
     return rows
 
 
@@ -79,9 +79,7 @@ def close(got, expected, rtol=1e-5):
 
 
 ROWS = examples(20)
-PACKED = data.assemble(
-    [[ROWS[i] for i in b] for b in data.pack([len(r[0]) for r in ROWS], 32)], 16, 32
-)
+PACKED = data.assemble(data.fill(ROWS, 32), 16, 32)
 ONE_EACH = data.assemble([[r] for r in ROWS], 24, 32)
 
 

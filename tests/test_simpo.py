@@ -208,7 +208,7 @@ def test_sums_and_lengths_count_completion_tokens_only():
     packed = data.assemble(data.fill(pairs, 64), 6, 64)
     segments, mask = packed["segments"][:, 1:], packed["mask"][:, 1:].astype(np.float32)
     n = np.asarray(train_simpo.pair_sums(jnp.asarray(mask), segments)).reshape(-1, 2)
-    expected = sorted([int(m.sum()) for _, m in pair] for pair in pairs)
+    expected = sorted([int(example.mask.sum()) for example in pair[:2]] for pair in pairs)
     assert sorted(n[n[:, 0] > 0].astype(int).tolist()) == expected
 
 
@@ -222,16 +222,15 @@ def random_pairs(n, seed=0):
     pairs = []
     for _ in range(n):
         prompt, completions = draw(2, 7), (draw(2, 9), draw(2, 9))
-        pairs.append(tuple(
-            (np.concatenate([prompt, c]), np.array([0] * len(prompt) + [1] * len(c), np.int8))
-            for c in completions
-        ))
+        mask = lambda c: np.array([0] * len(prompt) + [1] * len(c), np.int8)  # noqa: B023
+        pairs.append(data.Pair(*(
+            data.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
     return pairs
 
 
 PAIRS = random_pairs(24)
 PACKED = data.assemble(data.fill(PAIRS, 48), 16, 48)
-ONE_EACH = data.assemble([list(pair) for pair in PAIRS], 24, 48)
+ONE_EACH = data.assemble([list(pair[:2]) for pair in PAIRS], 24, 48)
 
 
 def weights(config):
@@ -276,7 +275,7 @@ def test_gradient_is_that_of_the_mean_over_all_pairs(loss):
     """Against whole logits, one sequence a row, for which nothing is packed or chunked."""
     config = config_of(loss)
     trained, fixed = weights(config)
-    one = data.assemble([[e] for pair in PAIRS for e in pair], 48, 24)
+    one = data.assemble([[e] for pair in PAIRS for e in pair[:2]], 48, 24)
     tokens, mask = one["tokens"], one["mask"][:, 1:].astype(np.float32)
 
     def sums(adapter):
