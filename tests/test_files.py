@@ -1,4 +1,4 @@
-"""Model folders: what we write, what we read, what we refuse, where we look, and the self-check."""
+"""Model folders: what we write, what we read, what we refuse, and the self-check."""
 
 import dataclasses
 import hashlib
@@ -10,8 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-import types
 from pathlib import Path
 
 import jax
@@ -25,7 +23,6 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import gemma
-import hub
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("gemma2", "gemma3")
@@ -527,187 +524,6 @@ def test_an_unwritable_place_is_named(tmp_path):
         (tmp_path / "locked").mkdir(mode=0o500)
         for place in (tmp_path / "locked", tmp_path / "locked" / "below"):
             assert str(place) in one_line(gemma.save, place, cfg, params)
-
-
-# ---------------------------------------------------------------------------------------- finding
-
-HUB = {  # name here -> name on the Hub and on Kaggle
-    "gemma2-2b": "gemma-2-2b-it",
-    "gemma2-2b-it": "gemma-2-2b-it",
-    "gemma2-9b-pt": "gemma-2-9b",
-    "gemma3-1b": "gemma-3-1b-it",
-    "gemma3-1b-pt": "gemma-3-1b-pt",
-    "gemma3-4b": "gemma-3-4b-it",
-    "gemma3-270m": "gemma-3-270m-it",
-    "gemma3-270m-pt": "gemma-3-270m",
-}
-
-
-@pytest.fixture
-def bare(tmp_path, monkeypatch):
-    """A machine with an empty home, an empty /kaggle/input (here `kaggle`) and no network."""
-    for name in ("GEMMA_WEIGHTS", "HF_HOME", "HF_HUB_CACHE", "KAGGLEHUB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(gemma, "_download", lambda *_: (None, "no network"))
-    real = gemma.glob.glob
-    there = lambda p: real(p.replace("/kaggle/input", str(tmp_path / "kaggle"), 1))
-    monkeypatch.setattr(gemma.glob, "glob", there)
-    return tmp_path
-
-
-def place(folder, model, weights="model.safetensors"):
-    """What `find` looks at: a config and the presence of weights."""
-    folder.mkdir(parents=True)
-    cfg = gemma.CONFIGS[model.removesuffix("-it").removesuffix("-pt")]
-    (folder / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
-    if weights:
-        (folder / weights).write_bytes(b"")
-    return folder
-
-
-def places(root, model):
-    """Every place searched, last first, with what makes it be searched."""
-    name = HUB[model]
-    handle = f"google/{name[:7]}/transformers/{name}"
-    hub = f"models--google--{name}/snapshots/0123abcd"
-    return [
-        (root / "home/.cache/kagglehub/models" / handle / "2", {}),
-        (root / "kagglehub/models" / handle / "1", {"KAGGLEHUB_CACHE": root / "kagglehub"}),
-        (root / "home/.cache/huggingface/hub" / hub, {}),
-        (root / "hf/hub" / hub, {"HF_HOME": root / "hf"}),
-        (root / "hub" / hub, {"HF_HUB_CACHE": root / "hub"}),
-        (root / "kaggle/models" / handle / "1", {}),
-        (root / "kaggle" / name[:7] / "transformers" / name / "1", {}),
-        (root / "kaggle/somebody" / name, {}),
-        (root / "kaggle" / name, {}),
-        (root / "mine" / name, {"GEMMA_WEIGHTS": root / "mine"}),
-        (root / "this one", {"GEMMA_WEIGHTS": root / "this one"}),
-    ]
-
-
-@pytest.mark.parametrize("model", HUB)
-def test_each_place_is_searched_and_goes_before_the_later_ones(bare, monkeypatch, model):
-    for folder, environment in places(bare, model):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, str(value))
-        place(folder, model)
-        assert hub.find_model(model) == folder
-    assert hub.find_model(model, bare / "kaggle" / HUB[model]) == bare / "kaggle" / HUB[model]
-
-
-def test_the_newest_version_is_taken(bare):
-    versions = [place(bare / f"kaggle/gemma-3-1b-it/{n}", "gemma3-1b") for n in (10, 9, 2)]
-    for newest in versions:
-        os.utime(newest, (2e9, 2e9))
-        assert hub.find_model("gemma3-1b") == newest
-        os.utime(newest, (1e9, 1e9))
-
-
-def test_wrong_shapes_and_half_filled_folders_are_passed_by(bare, monkeypatch):
-    monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
-    place(bare / "mine", "gemma3-4b")
-    place(bare / "mine/gemma-3-1b-it", "gemma3-1b", weights=None)
-    place(bare / "kaggle/gemma-3-1b-it", "gemma3-1b", weights="pytorch_model.bin")
-    place(bare / "kaggle/gemma-3-1b-it/1", "gemma2-2b")
-    (bare / "kaggle/gemma-3-1b-it/dangling").symlink_to(bare / "gone")
-    with pytest.raises(ValueError, match="no folder of gemma-3-1b-it found"):
-        hub.find_model("gemma3-1b")
-    hub_cache = bare / "home/.cache/huggingface/hub/models--google--gemma-3-1b-it/snapshots/a"
-    place(hub_cache, "gemma3-1b", weights="model-00001-of-00002.safetensors")
-    assert hub.find_model("gemma3-1b") == hub_cache
-
-
-@pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b-pt"])
-def test_not_found_lists_every_place_and_the_commands(bare, monkeypatch, model):
-    name = {"gemma3-1b": "gemma-3-1b-it", "gemma2-2b-pt": "gemma-2-2b"}[model]
-    handle = f"google/{name[:7]}/transformers/{name}"
-    monkeypatch.setenv("HF_HOME", str(bare / "hf"))
-    with pytest.raises(ValueError) as error:
-        hub.find_model(model)
-    message = str(error.value)
-    for words in (
-        f"--model {model}: no folder of {name} found",
-        "$GEMMA_WEIGHTS (not set)",
-        f"/kaggle/input/{name}",
-        f"/kaggle/input/*/*/*/*/{name}/*",
-        str(bare / f"hf/hub/models--google--{name}/snapshots"),
-        str(bare / f"home/.cache/kagglehub/models/{handle}"),
-        "no network",
-        "--weights DIR",
-        f"hf download google/{name}\n",
-        f"kagglehub.model_download('{handle}')",
-    ):
-        assert words in message, message
-    monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
-    with pytest.raises(ValueError, match="Searched:\n  " + str(bare / "mine") + "\n"):
-        hub.find_model(model)
-
-
-FORMATS = [  # as Kaggle mounts them -> what the message says of each
-    ("gemma-3/flax/gemma3-1b-it/1", "gemma3-1b-it/_METADATA", "Flax"),
-    ("models/google/gemma-3/flax/gemma3-1b-it/1", "gemma3-1b-it/manifest.ocdbt", "Flax"),
-    ("gemma-3/flax/gemma-3-1b-it/1", "gemma-3-1b-it/checkpoint", "Flax"),
-    ("gemma-3/pytorch/gemma-3-1b-it/1", "model.ckpt", "PyTorch"),
-    ("somebody/gemma-3-1b-it", "pytorch_model.bin", "PyTorch"),
-    ("gemma-3/keras/gemma-3-1b-it/1", "model.weights.h5", "Keras"),
-]
-
-
-@pytest.mark.parametrize("folder, file, name", FORMATS)
-def test_other_formats_are_recognised_and_named(bare, folder, file, name):
-    folder = bare / "kaggle" / folder
-    (folder / file).parent.mkdir(parents=True)
-    for other in (file, "config.json", "tokenizer.model"):  # of Kaggle's own, not Hugging Face's
-        (folder / other).write_text("{}")
-    with pytest.raises(ValueError) as error:
-        hub.find_model("gemma3-1b")
-    found = f"Found {name} weights ({folder / file}), but only Transformers weights"
-    assert found in str(error.value)
-    assert "Add Input > Models > gemma-3 > Transformers > gemma-3-1b-it" in str(error.value)
-    for call, arguments in ((hub.find_model, ("gemma3-1b", folder)), (gemma.load, (folder,))):
-        message = one_line(call, *arguments)
-        assert f"{folder}: holds {name} weights ({folder / file}), which are never" in message
-        assert "take the Transformers ones" in message
-    best = place(bare / "kaggle/gemma-3/transformers/gemma-3-1b-it/1", "gemma3-1b")
-    assert hub.find_model("gemma3-1b") == best
-
-
-def test_unknown_names_and_wrong_flags(bare):
-    for model in ("gemma-3-1b", "gemma3-7b", "gemma3-1b-xx", ""):
-        message = one_line(hub.find_model, model)
-        assert f"--model {model}: unknown" in message
-        assert all(known in message for known in gemma.CONFIGS)
-    assert f"--weights {bare}: no config.json" in one_line(hub.find_model, "gemma3-1b", bare)
-
-
-def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypatch):
-    monkeypatch.undo()  # the real _download; conftest keeps huggingface_hub offline
-    start = time.perf_counter()
-    folder, why = gemma._download("no-such-gemma", "google/no/transformers/such")
-    assert folder is None and why.startswith("huggingface_hub: ")
-    assert "\n" not in why and time.perf_counter() - start < 5
-
-    asked = []
-    stub = types.ModuleType("kagglehub")
-    stub.model_download = lambda handle: asked.append(handle) or str(bare)
-    monkeypatch.setitem(sys.modules, "kagglehub", stub)
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    assert gemma._download("no-such-gemma", "handle")[0] is None and not asked
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    assert gemma._download("no-such-gemma", "handle") == (bare, "") and asked == ["handle"]
-
-    hub = types.ModuleType("huggingface_hub")
-    hub.snapshot_download = lambda name, allow_patterns: asked.append(name) or str(bare)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    stub.model_download = None
-    assert gemma._download("gemma-3-1b-it", "handle") == (bare, "")
-    assert asked == ["handle", "google/gemma-3-1b-it"]
-    monkeypatch.setitem(sys.modules, "kagglehub", None)  # not installed
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    folder, why = gemma._download("gemma-3-1b-it", "handle")
-    assert folder is None and "kagglehub: " in why and "huggingface_hub: " in why
 
 
 # ------------------------------------------------------------------------------------- self-check

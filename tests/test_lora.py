@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import gemma
-import hub
 import lora
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
@@ -184,28 +183,6 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     plain = gemma.logits(params, cfg, tokens)
     assert np.abs(theirs - plain).max() > 0.05
     np.testing.assert_allclose(gemma.logits(params, cfg, tokens, lora=adapter), theirs, atol=2e-5)
-
-
-def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path):
-    """Its base is that model, not the one --model or --weights names; gone, it is asked for."""
-    (cfg, params), tuned = base(), tmp_path / "sft" / "final"
-    for folder in (tuned, tmp_path / "original"):
-        gemma.save(folder, cfg, params)
-    lora.write_prompt(tuned, "")
-    for folder, on in (("simpo", tuned), ("other", tmp_path / "original"), ("hub", "google/gemma")):
-        lora.save(tmp_path / folder / "final", random_adapter(cfg), cfg, str(on))
-    original = str(tmp_path / "original")
-    for weights in (None, original):
-        start = hub.find_start("tiny", weights, str(tmp_path / "simpo"))
-        assert start == (tuned, tmp_path / "simpo" / "final")
-    start = hub.find_start("tiny", original, str(tmp_path / "other"))
-    assert start.weights == tmp_path / "original"
-    assert hub.find_start("tiny", None, str(tmp_path / "hub")).weights.name == "tiny"
-    tuned.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"sft/final.*--weights names it"):
-        hub.find_start("tiny", None, str(tmp_path / "simpo"))
-    moved = hub.find_start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
-    assert moved.weights == tmp_path / "moved"
 
 
 def test_the_same_rank_is_continued_and_another_merged(tmp_path):
