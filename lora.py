@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 import gemma
 import hub
-from gemma import LINEARS, Config, Spec, _canonical, _sizes
+from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 
 
 def parse_targets(targets: str) -> list[str]:
@@ -64,7 +64,7 @@ def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",
 
 def _shapes(spec: Spec, cfg: Config, rank: int) -> tuple[tuple, tuple]:
     """Shapes of A, [L, *inp, R], and B, [L, R, *out]."""
-    sizes = _sizes(cfg)
+    sizes = axis_sizes(cfg)
     L, inp, out = sizes["L"], [sizes[a] for a in spec.inp], [sizes[a] for a in spec.out]
     return (L, *inp, rank), (L, rank, *out)
 
@@ -232,7 +232,7 @@ def load(path: str | Path, cfg: Config) -> dict:
         raise ValueError(f"{config_file}: expected plain LoRA (no DoRA, no fan_in_fan_out)")
     found = {}  # (matrix, layer) -> (A [r, in], B [out, r], alpha / r)
     for key, tensor in tensors.items():
-        m = _KEY.fullmatch(_canonical(key.removeprefix("base_model.model.")) or "")
+        m = _KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
         if not m or m[2] not in LINEARS or int(m[1]) >= cfg.num_hidden_layers:
             raise ValueError(f"{file}: tensor {key} has no place in this model")
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it

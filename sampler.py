@@ -261,13 +261,13 @@ def _feed(cfg, fsdp, params, lora, cache, token_B, position_B, active_B, now):
     gemma.layer as in training, unrolled, each with caches of its own: a scan over stacked ones
     slices every layer's weights and caches out of the stack, at every step.
     """
-    x_B1D, new = gemma._embed(params, cfg, token_B[:, None], fsdp), []
+    x_B1D, new = gemma.embed(params, cfg, token_B[:, None], fsdp), []
     for i, is_global in enumerate(cfg.is_global):
         w, lora_l = (_layer(tree, i) for tree in (params["layers"], lora))
         pos_BS = cache["pos"][is_global]
         age_BS = position_B[:, None] - pos_BS
-        seen_BS = (pos_BS >= 0) & (age_BS < gemma._window(cfg, is_global))
-        freq_H = jnp.asarray(gemma._frequencies(cfg, is_global))
+        seen_BS = (pos_BS >= 0) & (age_BS < gemma.attention_window(cfg, is_global))
+        freq_H = jnp.asarray(gemma.rope_frequencies(cfg, is_global))
         x_B1D, kv = gemma.layer(
             cfg, w, lora_l, x_B1D, position_B[:, None], freq_H, active_B[:, None, None],
             past=[(cache["k"][i], cache["v"][i], seen_BS[:, None])], fsdp=fsdp,

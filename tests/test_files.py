@@ -1,7 +1,6 @@
 """Model folders: what we write, what we read, what we refuse, and the self-check."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -389,9 +388,13 @@ WRONG_TENSORS = {  # the change, what the message must say beside the folder
         lambda t: t.update({NORM: t[NORM].astype(np.float64)}),
         [NORM, "F64", "expected BF16"],
     ),
-    "twice": (
-        lambda t: t.update({"language_model." + NORM: t[NORM]}),
-        ["model.safetensors", f"language_model.{NORM}", f"'{NORM}' is", "again"],
+    "quantised by bitsandbytes": (
+        lambda t: t.update({Q_PROJ: np.zeros((2048, 1), np.uint8), Q_PROJ + ".absmax": t[NORM]}),
+        [f"holds quantised weights (as {Q_PROJ}.absmax)", "bfloat16, float16 or float32"],
+    ),
+    "quantised by GPTQ": (
+        lambda t: t.update({Q_PROJ.replace("weight", "qweight"): np.zeros((8, 8), np.int32)}),
+        ["holds quantised weights", "qweight"],
     ),
     "none": (lambda t: t.clear(), ["expected 54", "found 0"]),
 }
@@ -418,13 +421,12 @@ def test_an_untied_config_needs_its_head(folder):
 @pytest.mark.parametrize(
     "index, said",
     [
-        ('{"weight_map": {"a": "b', "expected JSON with a weight_map"),
-        ("[]", "expected JSON with a weight_map"),
-        ("\0", "expected JSON with a weight_map"),
-        ('{"metadata": {}}', "expected JSON with a weight_map"),
-        ('{"weight_map": ["a"]}', "expected JSON with a weight_map"),
-        ('{"weight_map": {"a": 1}}', "expected JSON with a weight_map"),
-        ('{"weight_map": {"a": null, "b": "part.safetensors"}}', "expected JSON"),
+        ('{"weight_map": {"a": "b', "cannot be read as JSON"),
+        ("[]", "expected a JSON object, found a list"),
+        ('{"metadata": {}}', "expected 54 text tensors"),
+        ('{"weight_map": ["a"]}', "weight_map is list, expected dict"),
+        ('{"weight_map": {"a": 1}}', "'1', expected a file in"),
+        ('{"weight_map": {"a": null, "b": "part.safetensors"}}', "'None', expected a file in"),
         ('{"weight_map": {}}', "expected 54 text tensors"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors'"),
         ('{"weight_map": {"a": "../outside.safetensors"}}', "'../outside.safetensors'"),
@@ -448,17 +450,37 @@ def test_bad_index_files(folder, index, said):
     "config, said",
     [
         (None, "no such file"),
-        ("", "not JSON"),
-        ("{'model_type': 'gemma2'}", "not JSON"),
-        ("[]", "not the config of a model"),
-        ("3", "not the config of a model"),
-        ('"gemma2"', "not the config of a model"),
+        ("", "cannot be read as JSON"),
+        ("{'model_type': 'gemma2'}", "cannot be read as JSON"),
+        ("\0", "cannot be read as JSON"),
+        ('{"a":' * 100_000, "cannot be read as JSON (maximum recursion depth"),
+        ('{"model_type": "gemma2", "head_dim": 1' + "0" * 5000 + "}", "cannot be read as JSON"),
+        ("[]", "expected a JSON object, found a list"),
+        ('"gemma2"', "expected a JSON object, found a str"),
         ("{}", "model_type None, expected gemma2, gemma3 or gemma3_text"),
         ('{"model_type": "llama"}', "model_type 'llama', expected gemma2, gemma3 or gemma3_text"),
-        ('{"model_type": "gemma"}', "model_type 'gemma', expected"),
-        ('{"model_type": "gemma3", "text_config": null}', "not the config of a model"),
-        ('{"model_type": "gemma2", "num_hidden_layers": "3"}', "not the config of a model"),
-        ('{"model_type": "gemma2", "num_key_value_heads": 0}', "not the config of a model"),
+        ('{"model_type": ["gemma2"]}', "model_type ['gemma2'], expected"),
+        *((json.dumps({"model_type": kind} | wrong), said) for kind, wrong, said in (
+            ("gemma3", {"text_config": 3}, "text_config is 3, expected dict"),
+            ("gemma2", {"num_hidden_layers": "3"}, "num_hidden_layers is '3', expected int"),
+            ("gemma2", {"num_hidden_layers": 10**9}, "is 1000000000, expected int from 1 to 1024"),
+            ("gemma2", {"hidden_size": 64.0}, "hidden_size is 64.0, expected int"),
+            ("gemma2", {"hidden_size": 10**12}, "hidden_size is 1000000000000, expected int from"),
+            ("gemma2", {"num_key_value_heads": 0}, "num_key_value_heads is 0, expected int from 1"),
+            ("gemma2", {"sliding_window": True}, "sliding_window is True, expected int"),
+            ("gemma2", {"head_dim": 255}, "even cfg.head_dim=255"),
+            ("gemma2", {"rope_theta": float("nan")}, "rope_theta is nan, expected float"),
+            ("gemma2", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected float"),
+            ("gemma2", {"final_logit_softcapping": "30"}, "is '30', expected float"),
+            ("gemma2", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected bool"),
+            ("gemma2", {"layer_types": [[]] * 26}, "layer_types [[], []"),
+            ("gemma2", {"layer_types": {"a": 1}}, "layer_types is dict, expected list"),
+            ("gemma2", {"rope_parameters": {"factor": []}}, "factor is list, expected float"),
+            ("gemma3", {"rope_parameters": {"full_attention": 1}}, "full_attention is 1, expected"),
+            ("gemma3", {"rope_scaling": 8}, "rope_scaling is 8, expected dict"),
+            ("gemma3", {"eos_token_id": [1, "two\nlines"]}, r"eos_token_id is 'two\nlines'"),
+            ("gemma3", {"eos_token_id": -1}, "eos_token_id is -1, expected int from 0"),
+        )),
     ],
 )
 def test_bad_configs(folder, config, said):
@@ -470,8 +492,9 @@ def test_bad_configs(folder, config, said):
 
 def test_other_bad_folders(folder, tmp_path):
     assert "nowhere" in one_line(gemma.load, tmp_path / "nowhere")
-    (folder / "generation_config.json").write_text("[1]")
-    assert str(folder / "generation_config.json") in one_line(gemma.load, folder)
+    for content in ("[1]", '{"eos_token_id": 1.5}', "{"):
+        (folder / "generation_config.json").write_text(content)
+        assert str(folder / "generation_config.json") in one_line(gemma.load, folder)
     (folder / "generation_config.json").unlink()
     shutil.copy(folder / "model.safetensors", folder / "b.safetensors")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
@@ -482,6 +505,34 @@ def test_other_bad_folders(folder, tmp_path):
     (folder / "model.safetensors").symlink_to(tmp_path / "gone")  # a cache that was cleaned
     assert "model.safetensors: not a safetensors file" in one_line(gemma.load, folder)
     assert str(folder / "tokenizer.model") in one_line(data.Tokenizer, folder)
+
+
+@pytest.mark.parametrize("file, found", [
+    ("pytorch_model.bin", "PyTorch weights"), ("model.ckpt", "PyTorch weights"),
+    ("gemma-3-1b-it-q4_0.gguf", "GGUF weights"), ("gemma3-1b-it/_METADATA", "Flax weights"),
+    ("manifest.ocdbt", "Flax weights"), ("model.weights.h5", "Keras weights"),
+])
+def test_other_formats_are_named(folder, file, found):
+    (folder / "model.safetensors").unlink()
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"")
+    message = one_line(gemma.load, folder)
+    assert f"found {found} ({folder / file}); take the Transformers version" in message
+    (folder / "config.json").unlink()
+    assert f"the folder holds {found}" in one_line(gemma.load, folder)
+
+
+def test_an_adapter_is_not_a_model(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    assert "the folder holds a PEFT adapter without its base" in one_line(gemma.load, folder)
+
+
+def test_a_vision_tower_shows_in_the_config(folder, tmp_path):
+    assert not gemma.is_multimodal(folder)
+    write_as(tmp_path / "4b", TINY["gemma3"], random_params(TINY["gemma3"]), "hub")
+    assert gemma.is_multimodal(tmp_path / "4b")
 
 
 class Hostile:
@@ -499,8 +550,7 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     payload = pickle.dumps(Hostile(marker))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(payload)
-    message = one_line(gemma.load, folder)
-    assert "pytorch_model.bin), which are never opened" in message
+    assert "found PyTorch weights" in one_line(gemma.load, folder)
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}')
     assert "pytorch_model.bin: not a safetensors file" in one_line(gemma.load, folder)
@@ -529,27 +579,33 @@ def test_an_unwritable_place_is_named(tmp_path):
 # ------------------------------------------------------------------------------------- self-check
 
 
-PARAGRAPH = [{"role": "user", "content": gemma.PARAGRAPH}]
-
-
 def save_both(path, cfg, params, tok):
     gemma.save(path, cfg, params)
     tok.save(path)
     return str(path)
 
 
-def overfitted(cfg, tok, steps=20):
-    """A model that knows gemma.PARAGRAPH, said by a user, by heart."""
-    ids_BT = jnp.asarray([tok.chat(PARAGRAPH, generate=False)])
-    opt = optax.adam(3e-3)
+def rows_of(tok):
+    """gemma.PARAGRAPH as a user's turn and as plain text: ids that end with the paragraph."""
+    turn = tok.chat([{"role": "user", "content": gemma.PARAGRAPH}], generate=False)
+    return {"a user's turn": turn[:-2], "plain text": [tok.bos, *tok.encode(gemma.PARAGRAPH)]}
 
-    def loss(params):
-        logits_BTV = gemma.logits(params, cfg, ids_BT)[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, ids_BT[:, 1:]).mean()
+
+def mean_loss(params, cfg, ids, n):
+    """Of the last n tokens."""
+    logits_BTV = gemma.logits(params, cfg, jnp.asarray([ids]))[:, :-1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.asarray([ids[1:]]))
+    return losses[0, -n:].mean()
+
+
+def overfitted(cfg, ids, steps=20):
+    """A model that knows one text by heart."""
+    opt = optax.adam(3e-3)
 
     @jax.jit
     def step(params, state):
-        updates, state = opt.update(jax.grad(loss)(params), state)
+        grads = jax.grad(mean_loss)(params, cfg, ids, len(ids) - 1)
+        updates, state = opt.update(grads, state)
         return optax.apply_updates(params, updates), state
 
     params = gemma.init(cfg, jax.random.key(0))
@@ -559,18 +615,42 @@ def overfitted(cfg, tok, steps=20):
     return params
 
 
-def test_a_model_that_reads_english_passes(tokenizers, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["a user's turn", "plain text"])
+def test_chat_models_and_base_models_that_read_english_pass(tokenizers, tmp_path, capsys, kind):
     cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
-    path = save_both(tmp_path, cfg, overfitted(cfg, tok), tok)
-    gemma.self_check(path)
-    perplexity = re.search(r"^PASS: perplexity ([\d.]+) on", capsys.readouterr().out, re.M)[1]
-    assert 1 <= float(perplexity) < 20
-    sha = hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest()
-    ids = tok.chat([USER])  # of a published tokenizer the ids are judged
-    monkeypatch.setattr(gemma, "TOKENIZERS", {sha: ("Ours", USER["content"], ids)})
-    gemma.self_check(path)
-    monkeypatch.setattr(gemma, "TOKENIZERS", {sha: ("Ours", USER["content"], ids[1:])})
-    assert one_line(gemma.self_check, path) == f"expected the ids {ids[1:]}"
+    gemma.self_check(save_both(tmp_path, cfg, overfitted(cfg, rows_of(tok)[kind]), tok))
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(r"PASS: perplexity ([\d.]+) on (\d+) tokens of English as (.*)", last)
+    assert 1 <= float(found[1]) < 20 and found[3] == kind
+    assert int(found[2]) == len(tok.encode(gemma.PARAGRAPH))
+
+
+def test_a_published_vocabulary_is_known_by_its_pieces(tokenizers, folder, monkeypatch, capsys):
+    """By its size and the id of <start_of_turn>, not by the bytes of the file."""
+    tok = tokenizers["gemma3"]
+    tok.save(folder)
+    golden = {text: tok.encode(text) for text in ("a  b", TEXT)}
+    monkeypatch.setattr(gemma, "VOCABULARIES", {tok.start_of_turn: ("Ours", golden)})
+
+    class AsLarge(data.Tokenizer):
+        def __init__(self, path):
+            super().__init__(path)
+            self.vocab_size = 262_144
+
+    monkeypatch.setattr(data, "Tokenizer", AsLarge)
+    assert "262144 pieces, but the embedding has only 512" in one_line(gemma.self_check, folder)
+    assert "tokenizer: Ours, 262,144 pieces" in capsys.readouterr().out
+    golden["a  b"] = golden["a  b"][1:]
+    assert f"expected {golden['a  b']}" in one_line(gemma.self_check, folder)
+
+
+def test_the_golden_ids_are_those_of_the_published_vocabulary(golden):
+    stored = golden.parent / "real" / "golden_tokens.json"
+    if not stored.exists():
+        pytest.skip("no published ids")
+    ids = {t["text"]: t["ids"] for t in json.loads(stored.read_text())["texts"]}
+    _, texts = gemma.VOCABULARIES[105]
+    assert texts and all(ids[text] == expected for text, expected in texts.items())
 
 
 def test_the_shipped_model_passes_and_opens_in_transformers(capsys):
@@ -601,17 +681,14 @@ def test_an_untrained_model_fails_by_its_perplexity(tokenizers, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=quick)
     assert done.returncode == 1 and "PASS" not in done.stdout
     found = re.fullmatch(r"FAIL: perplexity ([\d.]+) on .*, expected below 50\n", done.stderr)[1]
-    ids_BT = jnp.asarray([tok.chat(PARAGRAPH, generate=False)])
-    loss_BT = optax.softmax_cross_entropy_with_integer_labels(
-        logits(params, cfg, ids_BT)[:, :-1], ids_BT[:, 1:]
-    )
     n = len(tok.encode(gemma.PARAGRAPH))
-    assert tok.decode(ids_BT[0, -2 - n : -2]) == gemma.PARAGRAPH
-    expected = float(jnp.exp(loss_BT[0, -2 - n : -2].mean()))
+    for ids in (rows := rows_of(tok).values()):
+        assert tok.decode(ids[-n:]) == gemma.PARAGRAPH
+    expected = min(float(jnp.exp(mean_loss(params, cfg, ids, n))) for ids in rows)
     assert abs(float(found) - expected) < 0.02 and expected > 100
 
 
-def test_a_nan_and_a_short_vocabulary_fail(tokenizers, tmp_path):
+def test_a_nan_and_folders_that_cannot_be_checked_fail(tokenizers, folder, tmp_path):
     cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
     params = random_params(cfg)
     params["layers"]["q_norm"] = params["layers"]["q_norm"].at[1, 3].set(jnp.nan)
@@ -619,13 +696,6 @@ def test_a_nan_and_a_short_vocabulary_fail(tokenizers, tmp_path):
     assert one_line(gemma.self_check, path).startswith("perplexity nan on ")
     cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size - 1)
     path = save_both(tmp_path / "short", cfg, random_params(cfg), tok)
-    assert one_line(gemma.self_check, path).endswith("found 511")
-
-
-def test_help_and_folders_that_cannot_be_checked(folder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "gemma.py"), "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "--weights" in done.stdout
+    assert one_line(gemma.self_check, path).endswith("the embedding has only 511 rows")
     for path, missing in ((tmp_path / "nowhere", "config.json"), (folder, "tokenizer.model")):
         assert one_line(gemma.self_check, path).startswith(f"{path / missing}: no such file")

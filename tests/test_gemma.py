@@ -57,7 +57,7 @@ def random_params(cfg, seed=0):
     rng = np.random.default_rng(seed)
 
     def one(spec):
-        fan_in = math.prod(gemma._sizes(cfg)[a] for a in spec.inp)
+        fan_in = math.prod(gemma.axis_sizes(cfg)[a] for a in spec.inp)
         scale = 1.5 * fan_in**-0.5 if spec.inp else 0.4
         return jnp.asarray(rng.normal(0, scale, spec.shape(cfg)), jnp.float32)
 
@@ -293,7 +293,7 @@ def test_the_embedding_scale_is_rounded_to_the_activations_dtype():
         cfg = gemma.CONFIGS[name]
         for dtype, factor in ((jnp.bfloat16, scale), (jnp.float32, math.sqrt(cfg.hidden_size))):
             table_VD = jnp.linspace(1, 2, cfg.hidden_size, dtype=dtype)[None]
-            x_BTD = gemma._embed({"embed_tokens": table_VD}, cfg, jnp.zeros((1, 1), int), None)
+            x_BTD = gemma.embed({"embed_tokens": table_VD}, cfg, jnp.zeros((1, 1), int), None)
             expected = table_VD.astype(jnp.float32) * factor
             assert x_BTD.dtype == dtype and (x_BTD[0] == expected.astype(dtype)).all()
 
@@ -436,11 +436,11 @@ def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
         return attention(qkv, window) * weight, jax.grad(total)(qkv)
 
     for is_global in (False, True):
-        window = gemma._window(cfg, is_global)
+        window = gemma.attention_window(cfg, is_global)
         expected, found = (both(f, qkv, window) for f in (plain, splash))
         for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
             assert_close(y, x, 1e-5 * jnp.abs(x).max())
-    local, everything = (plain(qkv, gemma._window(cfg, g)) * weight for g in (False, True))
+    local, everything = (plain(qkv, gemma.attention_window(cfg, g)) * weight for g in (False, True))
     assert jnp.abs(local - everything).max() > 0.1  # or the window is not tested
     half = [z.astype(jnp.bfloat16) for z in qkv]
     a, b = (jit(f)(half, 40) * weight for f in (plain, splash))
@@ -509,7 +509,7 @@ def test_remat_attention_keeps_one_product_of_each_matrix(family):
         of_tokens = lambda x: x.shape[:2] == (L, B * T) or x.shape[:3] == (L, B, T)
         return sum(x.size for x in jax.tree.leaves(out) if of_tokens(x))
 
-    wide = sum(math.prod(gemma._sizes(cfg)[a] for a in s.out) for s in gemma.LINEARS.values())
+    wide = sum(math.prod(gemma.axis_sizes(cfg)[a] for a in s.out) for s in gemma.LINEARS.values())
     n = L * B * T
     assert kept("attention") == n * (cfg.hidden_size + wide + 7 * R)
     assert kept("auto") == kept("attention") and kept("none") > 2 * kept("attention")
@@ -876,7 +876,7 @@ def test_init_fills_the_table_of_specs(family):
         if not spec.inp:
             assert (leaf == 0).all(), f"{spec.name} multiplies by 1 + w"
             continue
-        fan_in = math.prod(gemma._sizes(cfg)[a] for a in spec.inp)
+        fan_in = math.prod(gemma.axis_sizes(cfg)[a] for a in spec.inp)
         assert 0.8 < leaf.std() * fan_in**0.5 < 1.2, spec.name
         starts.add(tuple(leaf.ravel()[:4] * fan_in**0.5))
     assert len(starts) == 9, "each matrix has a key of its own"
