@@ -501,7 +501,8 @@ def write_model(folder: Path | None, config: Config, model: Model, trained: dict
     if config.lora_rank:
         live = jax.device_get(trained | {"scale": model.fixed["scale"]})
         live = live if model.merged is None else lora.stack(model.merged, live, cfg)
-        lora.save(folder, live, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
+        lora.save(folder, live, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0),
+                  gemma.is_multimodal(model.weights))
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)

@@ -166,7 +166,11 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     tokens = TOKENS % 90
     if own:
         adapter = random_adapter(cfg)
-        lora.save(tmp_path / "adapter", adapter, cfg, multimodal=True)
+        multimodal = gemma.is_multimodal(tmp_path / "base")
+        lora.save(tmp_path / "adapter", adapter, cfg, multimodal=multimodal)
+        # The text-only loader, as in the README, gives the same class as the container's own.
+        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        assert type(model) is hf.Gemma3ForConditionalGeneration
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys")
             model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
@@ -205,7 +209,8 @@ PEFT_CONFIGS = [
     dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     dict(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
     dict(r=4, lora_alpha=8, target_modules=["k_proj", "o_proj", "up_proj", "down_proj"],
-         rank_pattern={"o_proj": 2, "layers.1.mlp.up_proj": 6}, alpha_pattern={"down_proj": 1}),
+         rank_pattern={"o_proj": 2, "layers.1.mlp.up_proj": 6},
+         alpha_pattern={"down_proj": 1, r"^model\.layers.*\.k_proj|up_proj": 3}),
     dict(r=2, lora_alpha=3, target_modules=["gate_proj"], layers_to_transform=[1]),
 ]
 
@@ -303,14 +308,54 @@ def test_wrong_adapter_files_are_refused_by_tensor(tmp_path):
     assert str(tmp_path) in one_line(e)
 
 
-def test_adapter_of_another_kind_is_refused(tmp_path):
+def with_settings(tmp_path, cfg, change):
+    lora.save(tmp_path, random_adapter(cfg), cfg)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    return tmp_path
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"peft_type": "IA3"}, "'peft_type' is 'IA3'"),
+    ({"peft_type": ["LORA"]}, "'peft_type' is ['LORA']"),
+    *(({key: value}, f"'{key}' is ") for key, value in {
+        "bias": "lora_only", "use_dora": True, "fan_in_fan_out": True, "lora_bias": True,
+        "modules_to_save": ["embed_tokens"], "trainable_token_indices": {"embed_tokens": [6]},
+        "layer_replication": [[0, 2]], "megatron_config": {"a": 1}, "init_lora_weights": "pissa",
+        "alora_invocation_tokens": [1], "target_parameters": ["w"]}.items()),
+    ({"invented\nlater": 1}, r"'invented\nlater' is 1"),
+    ({"lora_alpha": "16"}, "lora_alpha is '16', expected float"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected float"),
+    ({"use_rslora": "no"}, "use_rslora is 'no', expected bool"),
+    ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is list, expected dict"),
+    ({"alpha_pattern": {"q_proj": [1]}}, "q_proj is list, expected float"),
+    *(({"alpha_pattern": {key: 1}}, f"alpha_pattern {key!r}") for key in (
+        "(", "[", "*", "a**", "", r"\1", "(a+)+x", r"([\w.]*)*!", ".*.*.*!", "(.|.)" * 8)),
+])
+def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_setting(tmp_path, change, named):
     cfg, _ = base()
-    for change in ({"peft_type": "IA3"}, {"use_dora": True}, {"fan_in_fan_out": True}):
-        lora.save(tmp_path, random_adapter(cfg), cfg)
-        file = tmp_path / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
-        with pytest.raises(ValueError, match="plain LoRA"):
+    with pytest.raises(ValueError) as e:
+        lora.load(with_settings(tmp_path, cfg, change), cfg)
+    assert named in one_line(e) and str(tmp_path / "adapter_config.json") in one_line(e)
+
+
+def test_settings_of_plain_lora_change_nothing(tmp_path):
+    cfg, _ = base()
+    expected = lora.load(with_settings(tmp_path, cfg, {}), cfg)
+    more = {"bias": "none", "use_dora": False, "modules_to_save": None, "layer_replication": None,
+            "init_lora_weights": "gaussian", "rank_pattern": {"(": 3}, "megatron_core": "megatron",
+            "loftq_config": {}, "layers_to_transform": [0], "peft_version": "0.99"}
+    found = lora.load(with_settings(tmp_path, cfg, more), cfg)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).rename(tmp_path / "away")
+        with pytest.raises(ValueError) as e:
             lora.load(tmp_path, cfg)
+        assert str(tmp_path / file) in one_line(e)
+        (tmp_path / "away").rename(tmp_path / file)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter_model.bin: a pickle, which is never opened"):
+        lora.load(tmp_path, cfg)
 
 
 # ------------------------------------------------------------------------------- other programs
