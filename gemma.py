@@ -181,7 +181,7 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
 
 
 def _global_layers(raw: dict, every: int, source: str) -> tuple[bool, ...]:
-    """Whether each layer is global: by layer_types, or the last of every so many."""
+    """Whether each layer is global: by layer_types, else every sixth (Gemma 3) or second layer."""
     n = json_value(raw, "num_hidden_layers", int, 26, source, high=1024)
     every = json_value(raw, "_sliding_window_pattern", int, every, source)
     every = json_value(raw, "sliding_window_pattern", int, every, source)
@@ -265,6 +265,7 @@ def config_to_dict(cfg: Config, dtype: str = "float32") -> dict:
     if cfg.rope_factor != 1.0:
         hf["rope_scaling"] = {"factor": cfg.rope_factor, "rope_type": "linear"}
     return hf
+
 
 # ------------------------------------------------------------------------------------ parameters
 
@@ -825,7 +826,8 @@ OTHER_FORMATS = {  # what a folder without safetensors may hold -> files that sh
     "GGUF weights": ("*.gguf",),
 }
 # Tensors that quantisers (bitsandbytes, GPTQ, AWQ, FP8) store beside or instead of a weight.
-QUANTISED = (".absmax", ".quant_map", ".qweight", ".qzeros", ".scales", "_scale_inv", "_scale")
+QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".scales", "_scale_inv",
+             "_scale")
 
 
 def other_format(path: Path) -> str | None:

@@ -214,7 +214,7 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
 
 PLAIN = {  # settings of adapter_config.json that must have one of these values, if any
     "peft_type": ("LORA",), "bias": ("none",),
-    # The other ways to initialise (pissa, olora, ...) also subtract s A B from the base.
+    # The other ways to initialise (pissa, olora, ...) also subtract s A B from the base's weights.
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
 HARMLESS = {  # settings that change nothing in what the tensors mean, or that are read below
@@ -267,7 +267,8 @@ def load(path: str | Path, cfg: Config) -> dict:
     found = {}  # (matrix, layer) -> {"module": name, "A": [r, in], "B": [out, r]}
     for key, tensor in tensors.items():
         m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
-        if not m or m[2] not in LINEARS or int(m[1]) >= cfg.num_hidden_layers:
+        known = m and m[2] in LINEARS and int(m[1]) < cfg.num_hidden_layers
+        if not known or tensor.ndim != 2 or not tensor.size:
             raise ValueError(f"{file}: tensor {key!r:.200} has no place in this model")
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
         found.setdefault((m[2], int(m[1])), {"module": module})[m[3]] = np.float32(tensor)

@@ -458,9 +458,16 @@ def test_bad_index_files(folder, index, said):
         ("[]", "expected a JSON object, found a list"),
         ('"gemma2"', "expected a JSON object, found a str"),
         ("{}", "model_type None, expected gemma2, gemma3 or gemma3_text"),
-        ('{"model_type": "llama"}', "model_type 'llama', expected gemma2, gemma3 or gemma3_text"),
-        ('{"model_type": ["gemma2"]}', "model_type ['gemma2'], expected"),
+        *((json.dumps({"model_type": kind}), f"model_type {kind!r}, expected gemma2")
+          for kind in ("llama", "gemma", "gemma3n", ["gemma2"])),
         *((json.dumps({"model_type": kind} | wrong), said) for kind, wrong, said in (
+            ("gemma3", {"hidden_activation": "silu"}, "hidden_activation 'silu', expected"),
+            ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn', expected"),
+            ("gemma2", {"rope_parameters": {"factor": 8.0}}, "RoPE scaling is supported on"),
+            ("gemma3", {"attention_bias": True}, "attention_bias and bidirectional attention"),
+            ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention are not"),
+            ("gemma3", {"layer_types": ["sliding_attention"]}, "do not describe 26 layers"),
+            ("gemma3", {"num_key_value_heads": 3}, "a multiple of cfg.num_key_value_heads=3"),
             ("gemma3", {"text_config": 3}, "text_config is 3, expected dict"),
             ("gemma2", {"num_hidden_layers": "3"}, "num_hidden_layers is '3', expected int"),
             ("gemma2", {"num_hidden_layers": 10**9}, "is 1000000000, expected int from 1 to 1024"),

@@ -227,17 +227,6 @@ def test_we_load_pefts(tmp_path, family, config):
     np.testing.assert_allclose(gemma.logits(params, cfg, TOKENS, lora=adapter), theirs, atol=2e-5)
 
 
-def test_merged_directory_opens_in_transformers(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    cfg, params = base()
-    merged = lora.merge(params, random_adapter(cfg), cfg)
-    gemma.save(tmp_path, cfg, merged)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ours = gemma.logits(params, cfg, TOKENS, lora=random_adapter(cfg))
-    np.testing.assert_allclose(peft_logits(model), ours, atol=3e-5)
-
-
 def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
     cfg, params = base()
     adapter = random_adapter(cfg, targets="gate")
@@ -299,6 +288,9 @@ def test_wrong_adapter_files_are_refused_by_tensor(tmp_path):
     assert "(4, 33)" in message and "(4, 32)" in message
     beyond = FIRST.replace("layers.0", "layers.3")
     assert beyond in edited(tmp_path, cfg, lambda t: t.update({beyond: t[FIRST]}))
+    for shape in ((), (0, 32), (4, 32, 1)):
+        message = edited(tmp_path, cfg, lambda t, s=shape: t.update({FIRST: np.zeros(s, "f4")}))
+        assert f"tensor {FIRST!r} has no place" in message
     message = edited(tmp_path, cfg, lambda t: [t.pop(k) for k in list(t) if "lora_A" in k])
     assert "has lora_A, lora_B of shapes (None, " in message
     assert "no LoRA matrices" in edited(tmp_path, cfg, lambda t: t.clear())
