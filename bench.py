@@ -243,7 +243,7 @@ class Cost(NamedTuple):
         """One token in each slot; caches of `length`, or of the window, are read whole.
 
         A logit is written or read six times. If the base is sharded, each device reads its part,
-        and the inputs or float32 outputs of all slots move instead, see gemma.travel.
+        and the inputs or float32 outputs of all slots move instead, see gemma.sharded_matmul.
         """
         cfg, n, V = self.cfg, self.n_devices, self.cfg.vocab_size
         held = [length if g else min(length, cfg.sliding_window) for g in cfg.is_global]

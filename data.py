@@ -30,7 +30,6 @@ import numpy as np
 import sentencepiece
 
 import hub
-import problems
 import runs
 
 # --- tokenizer and chat template ------------------------------------------------------------------
@@ -526,6 +525,8 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         raise ValueError(f"{flag} {source}: expected nothing, :train or :test after the name")
     split = split or "train"
     if name in ("problems", "solutions"):
+        import problems  # here: other sources do not need it
+
         for i in range(problems.N_PROBLEMS[split]):
             row = problems.word_problem(split, i)
             steps = {"reasoning": row["solution"]} if name == "solutions" else {}

@@ -19,12 +19,10 @@ Every problem is answered once greedily and `samples` times at a temperature. Wh
 5. Rows without an answer to check (rubrics, a reference) count for format, length, stops and
    --rewards: the mean score of what was scored; `missing` is the share that could not be.
 
-Rows: what data.parse_row reads, {"question", "answer"}, {"question", "choices", "answer"} (a letter,
-a text or a number from 0), {"prompt", "rubrics" | "reference"}; `task_type` or `domain` names the
-row of the table. The folder gets results.json (pass@1, format, n, ...) and samples.jsonl. The same
-command continues: a rollout's noise depends on (seed, problem, sample) alone, so what is finished
-stays, and the results are those of an uninterrupted run. Scores come last, in the order of the
-data; other --rewards sample nothing again.
+Rows are of any shape that data.parse_row reads; `task_type` or `domain` names the row of the table.
+The folder gets results.json (pass@1, format, n, ...) and samples.jsonl. The same command continues:
+a rollout's noise depends on (seed, problem, sample) alone, so finished completions stay, and the
+results are those of an uninterrupted run. Scores come last; other --rewards sample nothing again.
 """
 
 import dataclasses

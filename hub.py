@@ -49,11 +49,6 @@ def find_input(name: str, flag: str) -> Path | None:
 
 # ----------------------------------------------------------------------------------------- models
 
-OTHER_FORMATS = {  # what Kaggle calls frameworks -> files that show them
-    "Flax": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
-    "PyTorch": ("*.ckpt", "*.pth", "*.pt", "*.bin"),
-    "Keras": ("*.weights.h5",),
-}
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # what tells one Gemma from another
 
 
@@ -71,17 +66,6 @@ def hub_name(model: str) -> str:
     return name.removesuffix("-pt") if bare else name
 
 
-def other_format(path: Path) -> str | None:
-    """What a folder without safetensors holds: "Flax weights (…/gemma3-1b-it/_METADATA)" or so."""
-    if any(path.glob("*.safetensors*")):
-        return None
-    for name, patterns in OTHER_FORMATS.items():
-        found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
-        if found:
-            return f"{name} weights ({min(found)})"
-    return None
-
-
 def find_model(model: str, weights: str | Path | None = None, flags=("--model", "--weights")):
     """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
 
@@ -90,7 +74,7 @@ def find_model(model: str, weights: str | Path | None = None, flags=("--model", 
     """
     if weights is not None:
         folder = Path(weights)
-        if other := other_format(folder):
+        if other := gemma.other_format(folder):
             raise ValueError(f"{flags[1]} {folder}: holds {other}, which cannot be read; take the "
                              "Transformers version, a folder with config.json and safetensors")
         if not (folder / "config.json").exists():
@@ -123,11 +107,11 @@ def find_model(model: str, weights: str | Path | None = None, flags=("--model", 
         return downloaded
     flax = name.replace("-", "", 1)  # gemma3-1b-it
     inputs = [p for n in (flax, f"{flax}/*", name, f"{name}/*") for p in input_patterns(n)]
-    others = {other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
+    held = {gemma.other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)}
     raise ValueError("\n".join([
         f"{flags[0]} {model}: no folder of {name} found. Searched:", *(f"  {p}" for p in patterns),
         *(f"Found {other}, but only Transformers weights (safetensors) can be read"
-          for other in sorted(others)),
+          for other in sorted(held - {None})),
         f"Downloading: {why}.",
         "Accept the license on the model's page, then get it with one of these, or give its folder "
         f"as {flags[1]} DIR:",

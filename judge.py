@@ -489,7 +489,7 @@ def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) 
     def step(carry, xs):
         x_XUD, x_BCD = carry
         w, freq_H, window = xs
-        w = gemma.gather(w, gemma.specs(cfg)["layers"], fsdp)
+        w = gemma.all_gather_params(w, gemma.specs(cfg)["layers"], fsdp)
         mask_XUU = mask(u_XU, u_XU, valid_XU, window)
         x_XUD, (k_XKUH, v_XKUH) = gemma.layer(cfg, w, None, x_XUD, u_XU, freq_H, mask_XUU)
         past = k_XKUH[of_B], v_XKUH[of_B], mask(at_BC, u_XU[of_B], valid_XU[of_B], window)
@@ -498,10 +498,10 @@ def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) 
         return (x_XUD, x_BCD), None
 
     tokens_T = jnp.concatenate([tokens_XU.reshape(-1), tokens_BC.reshape(-1)])
-    x_TD = gemma._embed(params, cfg, tokens_T[None], fsdp)[0]
+    x_TD = gemma.embed(params, cfg, tokens_T[None], fsdp)[0]
     x_XUD, x_BCD = x_TD[: X * U].reshape(X, U, D), x_TD[X * U :].reshape(B, C, D)
-    freq_LH = jnp.asarray(np.stack([gemma._frequencies(cfg, g) for g in cfg.is_global]))
-    window_L = jnp.asarray([gemma._window(cfg, g) for g in cfg.is_global])
+    freq_LH = jnp.asarray(np.stack([gemma.rope_frequencies(cfg, g) for g in cfg.is_global]))
+    window_L = jnp.asarray([gemma.attention_window(cfg, g) for g in cfg.is_global])
     (_, x_BCD), _ = lax.scan(step, (x_XUD, x_BCD), (params["layers"], freq_LH, window_L))
     x_BD = x_BCD[jnp.arange(B), jnp.maximum(n_B - 1, 0)]
     return gemma.rms_norm(x_BD, params["norm"], cfg.rms_norm_eps)
@@ -517,7 +517,7 @@ def read_answers(params: dict, cfg: gemma.Config, mesh: Mesh, shard: bool, batch
     def body(params, batch, ids_A):  # sizes are per device
         x_BD = last_states(params, cfg, batch, fsdp)
         # Every device needs the same few rows: head_AD{D/devices} -> all-gather -> head_AD
-        head_AD = gemma.gather(params[name][ids_A], gemma.specs(cfg)[name], fsdp)
+        head_AD = gemma.all_gather_params(params[name][ids_A], gemma.specs(cfg)[name], fsdp)
         return gemma.read_logits(cfg, head_AD, x_BD)
 
     specs = gemma.pspecs(cfg, shard), P("data"), P()

@@ -9,12 +9,13 @@ An adapter is a nested dict of layer-stacked arrays, float32 even on a bfloat16 
 
     {"a": {"q_proj": a_LDR, ...}, "b": {"q_proj": b_LRNH, ...}, "scale": {"q_proj": s_L, ...}}
 
-"a" and "b" are trained, "scale" (alpha/r, or alpha/sqrt(r) with rsLoRA) is not. Masters in float32
-matter: bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A never moves at RL learning rates.
-gemma.linear applies it; this file makes, merges, loads and saves it.
+"a" and "b" are trained, "scale" (alpha/r, or alpha/sqrt(r) with rsLoRA) is not. float32 matters:
+bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A never moves at RL learning rates. gemma.linear
+applies an adapter; this file makes, merges, loads and saves one.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -30,11 +31,11 @@ from safetensors.numpy import load_file, save_file
 
 import gemma
 import hub
-from gemma import LINEARS, Config, Spec, _canonical, _sizes
+from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 
 
 def parse_targets(targets: str) -> list[str]:
-    """The matrices named by "q,v" or "q_proj,v_proj"; a name that matches none is an error."""
+    """"q,v" or "q_proj,v_proj" -> ["q_proj", "v_proj"]; an unknown name is an error."""
     names = {t.removesuffix("_proj") + "_proj" for t in re.split(r"[,\s]+", targets) if t}
     if unknown := [name.removesuffix("_proj") for name in names - LINEARS.keys()]:
         known = ",".join(name.removesuffix("_proj") for name in LINEARS)
@@ -47,12 +48,12 @@ def parse_targets(targets: str) -> list[str]:
 
 def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",".join(LINEARS),
          rslora: bool = False) -> dict:
-    """A fresh adapter: A uniform(+-1/sqrt(fan in)) as PEFT's, B zero, so it changes nothing yet."""
+    """A new adapter: A uniform(+-1/sqrt(fan in)) as PEFT's, B zero, so it changes nothing yet."""
     if rank < 1:
         raise ValueError(f"--lora-rank {rank}: an adapter needs a rank of 1 or more")
     adapter = {"a": {}, "b": {}, "scale": {}}
     for name in parse_targets(targets):
-        a_shape, b_shape = _shapes(LINEARS[name], cfg, rank)
+        a_shape, b_shape = shapes(LINEARS[name], cfg, rank)
         bound = math.prod(a_shape[1:-1]) ** -0.5
         key, sub = jax.random.split(key)
         adapter["a"][name] = jax.random.uniform(sub, a_shape, minval=-bound, maxval=bound)
@@ -62,15 +63,15 @@ def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",
     return adapter
 
 
-def _shapes(spec: Spec, cfg: Config, rank: int) -> tuple[tuple, tuple]:
+def shapes(spec: Spec, cfg: Config, rank: int) -> tuple[tuple, tuple]:
     """Shapes of A, [L, *inp, R], and B, [L, R, *out]."""
-    sizes = _sizes(cfg)
+    sizes = axis_sizes(cfg)
     L, inp, out = sizes["L"], [sizes[a] for a in spec.inp], [sizes[a] for a in spec.out]
     return (L, *inp, rank), (L, rank, *out)
 
 
 def split(adapter: dict) -> tuple[dict, dict]:
-    """(what is trained, what is not); join them again with `trained | fixed`."""
+    """(the trained part, the fixed part) of an adapter; `trained | fixed` joins them again."""
     return {k: adapter[k] for k in "ab"}, {"scale": adapter["scale"]}
 
 
@@ -79,7 +80,7 @@ def rank(adapter: dict) -> int:
 
 
 def describe(adapter: dict) -> str:
-    """What is adapted, counted: 'LoRA rank 16 on 182 matrices (q,k,v,...), 13,045,760 weights'."""
+    """The size of an adapter: 'LoRA rank 16 on 182 matrices (q,k,v,...), 13,045,760 weights'."""
     names = list(adapter["a"])
     n_matrices = sum(a.shape[0] for a in adapter["a"].values())
     n = sum(x.size for x in jax.tree.leaves(split(adapter)[0]))
@@ -88,7 +89,7 @@ def describe(adapter: dict) -> str:
 
 
 def with_dropout(adapter: dict, rate: float, key: jax.Array) -> dict:
-    """The adapter with dropout on its inputs, for one training forward; each layer its own key."""
+    """The adapter with dropout on its inputs, for one training forward; every layer has a key."""
     if rate == 0.0:
         return adapter
     L = next(iter(adapter["scale"].values())).shape[0]
@@ -108,13 +109,13 @@ def merge(params: dict, adapter: dict, cfg: Config) -> dict:
 
 
 def stack(first: dict, second: dict, cfg: Config) -> dict:
-    """One adapter that does what the two do together, of their ranks' sum; scales go into B."""
+    """One adapter that adds what two add: its rank is the sum of theirs, its B holds the scales."""
     names = [n for n in LINEARS if n in first["a"] or n in second["a"]]
     parts = {}
     for adapter in (first, second):
         r = rank(adapter)
         for name in names:
-            a_shape, b_shape = _shapes(LINEARS[name], cfg, r)
+            a_shape, b_shape = shapes(LINEARS[name], cfg, r)
             a = adapter["a"].get(name, np.zeros(a_shape, "f4"))
             b = adapter["b"].get(name, np.zeros(b_shape, "f4"))
             s_L = adapter["scale"].get(name, np.zeros(cfg.num_hidden_layers, "f4"))
@@ -127,21 +128,6 @@ def stack(first: dict, second: dict, cfg: Config) -> dict:
 
 
 # --------------------------------------------------------------------------- from stage to stage
-
-
-def continue_from(path: Path | None, params: dict, cfg: Config, new_rank: int,
-                  targets: list[str]) -> tuple[dict, dict | None, dict | None]:
-    """(parameters, the adapter to go on training, the adapter that was merged instead).
-
-    An adapter of another rank or on other matrices is merged into the base; `stack` brings it
-    back when the new one is saved, so that what is saved always belongs on the original base.
-    """
-    if path is None:
-        return params, None, None
-    adapter = load(path, cfg)
-    if rank(adapter) == new_rank and set(adapter["a"]) == set(targets):
-        return params, adapter, None
-    return merge(params, adapter, cfg), None, adapter
 
 
 def write_prompt(folder: Path, system: str) -> None:
@@ -170,8 +156,9 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
          multimodal: bool = False) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them, in float32.
 
-    base: what to call the base model in the config. multimodal: name the tensors for
-    Gemma3ForConditionalGeneration (4b and larger), not for the text-only class.
+    base: the name of the base model in the config. multimodal: gemma.is_multimodal(base folder).
+    PEFT opens such a base as Gemma3ForConditionalGeneration, whose matrices have other names. With
+    the text-only names it would warn about missing keys, and the adapter would do nothing.
     """
     path, r = Path(path), rank(adapter)
     adapter = jax.device_get(adapter)
@@ -195,12 +182,11 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         "r": r,
         "lora_alpha": common,
         "alpha_pattern": {m: alpha for m, alpha in alphas.items() if alpha != common},
-        # a list would name the matrices of the vision tower too
-        "target_modules": rf".*language_model.*\.({'|'.join(adapter['a'])})"
-        if multimodal
-        else list(adapter["a"]),
+        # In a multimodal model a list would name the matrices of the vision tower too.
+        "target_modules": (rf".*language_model.*\.({'|'.join(adapter['a'])})" if multimodal
+                           else list(adapter["a"])),
         "lora_dropout": dropout,
-        "use_rslora": False,  # folded into lora_alpha
+        "use_rslora": False,  # lora_alpha already holds the factor
         "inference_mode": True,
     }
     try:
@@ -211,55 +197,88 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         raise ValueError(f"{path}: cannot write the adapter there ({e})") from None
 
 
-_KEY = re.compile(r"model\.layers\.(\d+)\.[a-z_]+\.(\w+_proj)\.lora_([AB])(?:\.default)?\.weight")
+PLAIN = {  # settings of adapter_config.json that must have one of these values, if any
+    "peft_type": ("LORA",), "bias": ("none",),
+    # The other ways to initialise (pissa, olora, ...) also subtract s A B from the base's weights.
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}
+HARMLESS = {  # settings that change nothing in what the tensors mean, or that are read below
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}
+KEY = re.compile(r"model\.layers\.(\d+)\.[a-z_]+\.(\w+_proj)\.lora_([AB])(?:\.default)?\.weight")
+# alpha_pattern's keys are regular expressions of strangers, some of which would run for ever: only
+# names and the simplest patterns are accepted.
+ALPHA_KEY = re.compile(r"\^?(\w|\||\\?\.|\.\*){1,200}")
+
+
+def read_settings(file: Path) -> tuple[float, dict[str, float], bool]:
+    """(lora_alpha, alpha_pattern, use_rslora) of an adapter_config.json that is plain LoRA.
+
+    ValueError names any other setting, such as modules_to_save or use_dora: without it only a part
+    of what was trained would be loaded.
+    """
+    config = gemma.read_json(file)
+    for key, value in config.items():  # null, false and empty mean "not used"
+        if value and key not in HARMLESS and value not in PLAIN.get(key, ()):
+            raise ValueError(f"{file}: {key!r:.60} is {value!r:.60}, only plain LoRA can be read")
+    read = functools.partial(gemma.json_value, source=file, low=-(2**24))
+    alpha = read(config, "lora_alpha", float, 8)
+    alphas = read(config, "alpha_pattern", dict, {})
+    for key in alphas:
+        if not ALPHA_KEY.fullmatch(key) or key.count("*") > 2:
+            raise ValueError(f"{file}: alpha_pattern {key!r:.60}, expected names of modules")
+    alphas = {key: read(alphas, key, float, alpha) for key in alphas}
+    return alpha, alphas, read(config, "use_rslora", bool, False)
 
 
 def load(path: str | Path, cfg: Config) -> dict:
-    """A PEFT adapter directory -> adapter; text-only and multimodal names, rank/alpha patterns.
+    """A PEFT adapter directory -> adapter; text-only and multimodal names, rank and alpha patterns.
 
     Matrices of unequal rank are zero-padded to the largest. A tensor that this model cannot take
     raises ValueError: PEFT itself only warns, and the adapter would do nothing.
     """
-    config_file, file = (
-        Path(path) / f for f in ("adapter_config.json", "adapter_model.safetensors")
-    )
+    file = Path(path) / "adapter_model.safetensors"
+    alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
+    if not file.exists() and (pickled := file.with_suffix(".bin")).exists():
+        raise ValueError(f"{pickled}: a pickle, which is never opened because it could run code; "
+                         "expected adapter_model.safetensors, as PEFT writes by default")
     try:
-        config = json.loads(config_file.read_text())
         tensors = load_file(file)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ValueError(f"{path}: not a readable PEFT adapter ({e})") from None
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
-        raise ValueError(f"{config_file}: expected plain LoRA (no DoRA, no fan_in_fan_out)")
-    found = {}  # (matrix, layer) -> (A [r, in], B [out, r], alpha / r)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
+    found = {}  # (matrix, layer) -> {"module": name, "A": [r, in], "B": [out, r]}
     for key, tensor in tensors.items():
-        m = _KEY.fullmatch(_canonical(key.removeprefix("base_model.model.")) or "")
-        if not m or m[2] not in LINEARS or int(m[1]) >= cfg.num_hidden_layers:
-            raise ValueError(f"{file}: tensor {key} has no place in this model")
+        m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
+        known = m and m[2] in LINEARS and int(m[1]) < cfg.num_hidden_layers
+        if not known or tensor.ndim != 2 or not tensor.size:
+            raise ValueError(f"{file}: tensor {key!r:.200} has no place in this model")
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
         found.setdefault((m[2], int(m[1])), {"module": module})[m[3]] = np.float32(tensor)
     if not found:
         raise ValueError(f"{file}: holds no LoRA matrices")
     R = max(len(pair.get("A", ())) for pair in found.values())
     names = [n for n in LINEARS if n in {name for name, _ in found}]
-    shapes = {n: _shapes(LINEARS[n], cfg, R) for n in names}
-    adapter = {"a": {n: np.zeros(a_shape, "f4") for n, (a_shape, _) in shapes.items()},
-               "b": {n: np.zeros(b_shape, "f4") for n, (_, b_shape) in shapes.items()},
-               "scale": {n: np.zeros(cfg.num_hidden_layers, "f4") for n in names}}
+    adapter = {"a": {}, "b": {}, "scale": {n: np.zeros(cfg.num_hidden_layers, "f4") for n in names}}
+    for n in names:
+        a_shape, b_shape = shapes(LINEARS[n], cfg, R)
+        adapter["a"][n], adapter["b"][n] = np.zeros(a_shape, "f4"), np.zeros(b_shape, "f4")
     for name, i in sorted(found, key=lambda at: names.index(at[0])):
-        (a_shape, b_shape), pair = shapes[name], found[name, i]
+        pair, a, b = found[name, i], adapter["a"][name], adapter["b"][name]
         r = len(pair.get("A", ()))
-        expected = (r, math.prod(a_shape[1:-1])), (math.prod(b_shape[2:]), r)
+        expected = (r, math.prod(a.shape[1:-1])), (math.prod(b.shape[2:]), r)
         its = tuple(pair[k].shape if k in pair else None for k in "AB")
         if its != expected:
             raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {its}, "
                              f"expected {expected} for this model")
-        adapter["a"][name][i, ..., :r] = pair["A"].T.reshape(*a_shape[1:-1], r)
-        adapter["b"][name][i, :r] = pair["B"].T.reshape(r, *b_shape[2:])
+        a[i, ..., :r] = pair["A"].T.reshape(*a.shape[1:-1], r)
+        b[i, :r] = pair["B"].T.reshape(r, *b.shape[2:])
         # PEFT's rule: the first key that, as a regular expression, matches the end of the name.
-        alphas = (value for key, value in (config.get("alpha_pattern") or {}).items()
-                  if re.match(rf"(.*\.)?({key})$", pair["module"]))
-        alpha = next(alphas, config.get("lora_alpha", 8))
-        adapter["scale"][name][i] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        own = (value for key, value in alphas.items()
+               if re.match(rf"(.*\.)?({key})$", pair["module"]))
+        adapter["scale"][name][i] = next(own, alpha) / (math.sqrt(r) if rslora else r)
     return jax.tree.map(jnp.asarray, adapter)
 
 
@@ -269,19 +288,19 @@ def load(path: str | Path, cfg: Config) -> dict:
 def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
          tokenizer: str | None = None,
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-    """Merges an adapter into its base: a whole Hugging Face model, as vLLM and llama.cpp take it.
+    """Merges an adapter into its base and writes a whole Hugging Face model, for vLLM or llama.cpp.
 
-    Of the larger Gemma 3 it is the text part, without the vision tower.
+    For gemma3-4b and larger it is the text model, without the vision tower.
 
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
         out: Folder to write.
         model: Which Gemma the adapter belongs on, as in training.
-        weights: Folder of its weights; default: looked for by name.
-        tokenizer: Folder or file of the tokenizer, where the weights folder holds none.
-        dtype: Of the merged weights; the sum itself is made in float32.
+        weights: Folder of the base's weights; default: looked for by the model's name.
+        tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
+        dtype: Of the merged weights; the sum itself is computed in float32.
     """
-    import data  # text is data.py's; only a merge copies the tokenizer
+    import data  # only a merge needs the tokenizer
 
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
@@ -294,8 +313,8 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
     gemma.save(out, dataclasses.replace(cfg, eos_token_id=stops), params)
     tok.save(out)
-    file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, and no list
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": tok.eos}, indent=2))
+    file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, not a list
+    file.write_text(json.dumps(gemma.read_json(file) | {"eos_token_id": tok.eos}, indent=2))
     if system := read_prompt(adapter, None):
         write_prompt(Path(out), system)
     print(f"{out}: {path} merged into {base}, {dtype}")

@@ -1,16 +1,16 @@
-"""Rollouts: every prompt is prefilled once, its G rollouts decode in slots that refill themselves.
+"""Continuous batching: prompts are prefilled once, their rollouts decode in slots that refill.
 
     sampler = Sampler(cfg, mesh, slots=64, max_prompt=256, max_new=768)
     for r in sampler.sample(params, prompts, n=8, lora=adapter, seed=0, step=17):
         r.prompt, r.index, r.ids, r.logps, r.stop   # as they finish, while the devices decode on
 
-One round of the loop in `_run`, on each device of the mesh by itself:
+One round of the loop in `_run`; each device of the mesh does its own work:
 
-1. the host shares out what is waiting: enough for the free slots, and as much again to refill from;
-2. `_prefill` puts prompts that are new to a device on its *shelf*, a small cache of prompts;
-3. `_decode` runs up to `chunk` steps in one loop on the device. Where a rollout has ended, `_admit`
-   copies the keys and values of the next one's prompt from the shelf before the next step;
-4. the host hands out what has ended while the next round is on its way.
+1. the host gives every device a queue of rollouts: enough for its free slots, and as many again;
+2. `_prefill` computes the keys and values of new prompts into the device's prompt cache;
+3. `_decode` runs up to `chunk` steps in one loop on the device. When a rollout ends, `_refill`
+   copies the prompt of the next rollout in the queue into the free slot, before the next step;
+4. the host yields the rollouts that have ended while the devices work on the next round.
 
 What to know when comparing with other implementations:
 
@@ -20,14 +20,14 @@ What to know when comparing with other implementations:
    the order of the queue change a rollout. Gumbel's argmax is taken in two levels, over blocks and
    inside the winner: the same distribution from V/128 + 128 random numbers instead of V.
 3. top-k, top-p and min-p, applied in this order as in transformers, each keep the tokens above
-   some logit, ties included. It is found exactly and without sorting the vocabulary.
+   some logit, ties included. The threshold is found exactly, without sorting the vocabulary.
 4. The stop token is part of a rollout, with its log-prob: it is what teaches a model to stop.
-5. All rows write into the same slot of a cache, the step's number modulo the ring: see `_admit`.
-6. A sharded base is gathered once a call, or, with `shard`, never: prefill then gathers it layer by
-   layer, a decode step moves the rows instead (gemma.travel), and devices go step by step together.
+5. The KV cache of a slot is a ring buffer, and all slots write at the same index: see `_refill`.
+6. A sharded base is gathered once a call, or never (`shard=True`): then prefill gathers it layer by
+   layer, decoding exchanges activations (gemma.sharded_matmul), and the devices step together.
 
-Beyond the axes of gemma.py: W rollouts in hand of a device (decoding or waiting), X prompts on its
-shelf, I words in a block of the vocabulary, J blocks, E periods that a repetition may have.
+Beyond the axes of gemma.py: W rollouts that a device holds (decoding or queued), X prompts in its
+prompt cache, I words in a block of the vocabulary, J blocks, E periods that a repetition may have.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Rollout:
 
 
 class Rules(NamedTuple):
-    """What is compiled in. Everything else about a call is data: no value of it recompiles."""
+    """The settings that are compiled in. All others are arrays: a new value compiles nothing."""
 
     top_k: int = 0
     top_p: bool = False
@@ -73,10 +73,10 @@ class Rules(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One rollout to do, on its way to a slot: five integers, on the host and on the device."""
+    """One rollout in the queue of a device, as five integers."""
 
-    row: int  # of ids_WC, where its tokens go
-    place: int  # of its prompt on the shelf
+    row: int  # of ids_WC, which its tokens are written to
+    cached: int  # index of its prompt in the prompt cache
     prompt: int
     rollout: int
     limit: int  # of completion tokens
@@ -93,7 +93,7 @@ def blocks(x_BV: jax.Array) -> jax.Array:
 
 
 def largest(x_BV: jax.Array, k: int) -> jax.Array:
-    """The k largest values of each row, in order. They lie in the k blocks of largest maxima."""
+    """The k largest values of each row, in order, from the k blocks with the largest maxima."""
     x_BJI = blocks(x_BV)
     B, J, _ = x_BJI.shape
     if k < J:
@@ -103,15 +103,15 @@ def largest(x_BV: jax.Array, k: int) -> jax.Array:
 
 
 def nucleus(p_BV: jax.Array, need_B: jax.Array) -> jax.Array:
-    """The largest t of which {p >= t} still adds up to `need`: exact and without a sort.
+    """The largest t for which all p >= t together add up to `need`: exact, and without a sort.
 
-    p [1 .5 .5 .2], need 1.2 -> .5 (which keeps three: ties stay together). p is between 0 and 1,
-    where floats are ordered like their bits: 30 halvings of [0, bits of 1] leave one number.
+    p [1 .5 .5 .2], need 1.2 -> .5 (which keeps three: ties stay together). Between 0 and 1 floats
+    are ordered like their bits, so 30 halvings of [0, bits of 1] leave one number.
     """
     as_float = lambda i_B: lax.bitcast_convert_type(i_B, jnp.float32)
 
     def halve(_, bounds):
-        low_B, high_B = bounds  # enough at low, not enough at high
+        low_B, high_B = bounds  # the sum reaches `need` at low, and does not at high
         middle_B = (low_B + high_B) // 2
         keep_BV = p_BV >= as_float(middle_B)[:, None]
         enough_B = jnp.sum(jnp.where(keep_BV, p_BV, 0.0), axis=-1) >= need_B
@@ -122,36 +122,36 @@ def nucleus(p_BV: jax.Array, need_B: jax.Array) -> jax.Array:
     return as_float(lax.fori_loop(0, 30, halve, (low_B, high_B))[0])
 
 
-def truncate(x_BV: jax.Array, rules: Rules, how: dict) -> jax.Array:
-    """Logits with -inf where top-k, then top-p, then min-p rule a token out.
+def truncate(x_BV: jax.Array, rules: Rules, settings: dict) -> jax.Array:
+    """Logits with -inf where top-k, then top-p, then min-p exclude a token.
 
-    Each rule keeps what is not below some logit t; ties are kept.
+    Each rule keeps the logits that are not below some threshold t, ties included.
     """
     top_B = jnp.max(x_BV, axis=-1)
     t_B, candidates_BA = jnp.full_like(top_B, -jnp.inf), x_BV
     if rules.top_k:
         candidates_BA = largest(x_BV, min(rules.top_k, x_BV.shape[1]))
-        t_B = jnp.min(candidates_BA, axis=-1)  # not [:, -1]: XLA on a CPU would sort them all
+        t_B = jnp.min(candidates_BA, axis=-1)  # with [:, -1] XLA on a CPU would sort them all
     if rules.top_p:
-        p_BA = jnp.exp(candidates_BA - top_B[:, None])  # 1 = the likeliest
-        p_B = nucleus(p_BA, how["top_p"] * jnp.sum(p_BA, axis=-1))
+        p_BA = jnp.exp(candidates_BA - top_B[:, None])  # relative to the likeliest token
+        p_B = nucleus(p_BA, settings["top_p"] * jnp.sum(p_BA, axis=-1))
         t_B = jnp.min(candidates_BA, axis=-1, where=p_BA >= p_B[:, None], initial=jnp.inf)
     if rules.min_p:
-        t_B = jnp.maximum(t_B, top_B + jnp.log(how["min_p"]))
+        t_B = jnp.maximum(t_B, top_B + jnp.log(settings["min_p"]))
     return jnp.where(x_BV >= t_B[:, None], x_BV, -jnp.inf)
 
 
-def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, how: dict) -> tuple:
-    """One token a row -> token_B, and its log-prob before truncation.
+def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, settings: dict) -> tuple:
+    """Samples one token for each row -> token_B, and its log-prob before truncation.
 
-    argmax(x + Gumbel noise) has the distribution softmax(x). A block of words has the weight
-    logsumexp(x in the block), so: draw a block by Gumbel's argmax, then a word in it by another.
+    argmax(x + Gumbel noise) has the distribution softmax(x). The logit of a block of words is the
+    logsumexp of its words', so one Gumbel argmax samples a block and another a word inside it.
     """
-    greedy = how["temperature"] == 0
-    logits_BV = logits_BV / jnp.where(greedy, 1.0, how["temperature"])
-    x_BV = jnp.where(how["forbidden_V"][None], -jnp.inf, logits_BV)
+    greedy = settings["temperature"] == 0
+    logits_BV = logits_BV / jnp.where(greedy, 1.0, settings["temperature"])
+    x_BV = jnp.where(settings["forbidden_V"][None], -jnp.inf, logits_BV)
     if rules.top_k or rules.top_p or rules.min_p:
-        x_BV = truncate(x_BV, rules, how)
+        x_BV = truncate(x_BV, rules, settings)
     x_BJI = blocks(x_BV)
     J = x_BJI.shape[1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (J + BLOCK,)))(key_B)
@@ -164,14 +164,14 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, how: dict) -> tup
     return token_B.astype(jnp.int32), logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
-# ----------------------------------------------------------------------------- what a device does
+# --------------------------------------------------------------------------------- on each device
 
 
 def _loop(more, step, carry, fsdp):
-    """lax.while_loop; with fsdp, `step` holds collectives and all devices go on while any has to.
+    """lax.while_loop; with fsdp, all devices go on as long as any of them has work.
 
-    A collective that one device skips would leave the others waiting for ever, so the devices agree
-    at the end of each step whether there is another one.
+    `step` then holds collectives. If a device skipped one, the others would wait for it for ever,
+    so the devices agree at the end of each step whether there is another.
     """
     if fsdp is None:
         return lax.while_loop(more, step, carry)
@@ -179,115 +179,117 @@ def _loop(more, step, carry, fsdp):
     return lax.while_loop(lambda c: c[0], lambda c: agree(step(c[1])), agree(carry))[1]
 
 
-def _prefill(cfg, buckets, fsdp, params, lora, prompts, shelf):
-    """Puts new prompts on the shelf of this device, one a pass, the shortest first."""
+def _prefill(cfg, buckets, fsdp, params, lora, prompts, prompt_cache):
+    """Writes new prompts into the prompt cache of this device, one at a time, shortest first."""
 
-    def here(U, carry):  # whether the next prompt is one for this bucket
+    def fits(U, carry):  # whether the next prompt belongs to the bucket of length U
         return (carry[0] < prompts["n"][0]) & (prompts["n_X"][carry[0]] <= U)
 
     def one(U, carry):
-        i, shelf = carry
-        mine = True if fsdp is None else here(U, carry)  # or only here for the collectives
-        tokens_1U, n, x = (prompts[k][i] for k in ("tokens_X1U", "n_X", "place_X"))
+        i, prompt_cache = carry
+        # A device without a prompt in this bucket takes part in the collectives only.
+        active = True if fsdp is None else fits(U, carry)
+        tokens_1U, n, x = (prompts[k][i] for k in ("tokens_X1U", "n_X", "index_X"))
         x_1UD, kv = gemma.prefill(params, cfg, tokens_1U[:, :U], n[None], lora=lora, fsdp=fsdp)
-        # A ring shorter than the shelf's has not wrapped yet.
+        # A ring buffer shorter than the cache's has not wrapped yet, so its indices are the same.
         new = {"x_XD": lax.dynamic_slice_in_dim(x_1UD[0], n - 1, 1), "n_X": n[None],
                "k": [k for k, _ in kv], "v": [v for _, v in kv]}
 
-        def put(old, row):
+        def write(old, row):
             at = (x,) + (0,) * (old.ndim - 1)
             if fsdp is not None:
-                row = jnp.where(mine, row, lax.dynamic_slice(old, at, row.shape))
+                row = jnp.where(active, row, lax.dynamic_slice(old, at, row.shape))
             return lax.dynamic_update_slice(old, row, at)
 
-        return i + mine, jax.tree.map(put, shelf, new)
+        return i + active, jax.tree.map(write, prompt_cache, new)
 
-    carry = jnp.zeros_like(prompts["n"][0]), shelf
-    for U in buckets:  # each goes on where the last one stopped
-        carry = _loop(functools.partial(here, U), functools.partial(one, U), carry, fsdp)
+    carry = jnp.zeros_like(prompts["n"][0]), prompt_cache
+    for U in buckets:  # prompts are sorted: each bucket goes on where the last one stopped
+        carry = _loop(functools.partial(fits, U), functools.partial(one, U), carry, fsdp)
     return carry[1]
 
 
 def _write(old, new, start, axis):
-    """A slice of a cache, replaced where it is.
+    """Replaces a slice of a cache in place.
 
-    Left to itself, XLA on a TPU may do so in another layout, and copy the caches there and back.
+    Without the constraint XLA on a TPU may choose another layout and copy the caches both ways.
     """
     old = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
     return layout.with_layout_constraint(old, layout.Layout(tuple(range(old.ndim))))
 
 
-def _admit(shelf, todo, state):
-    """Gives free slots what is waiting, one at a time; most steps have nothing to give.
+def _refill(prompt_cache, queue, state):
+    """Starts queued rollouts in free slots, one at a time; at most steps there is nothing to start.
 
-    All rows write their next token into the same slot of their caches, the number of the step
-    modulo the ring: a write is then one slice, where a slot of each row's own would be a scatter
-    (on a TPU, a copy of the cache). So a prompt is turned: its last token to the slot before.
+    All slots write their next token at the same index of their ring buffers, the number of the step
+    modulo the length. The write is then one slice; an index for each slot would make it a scatter,
+    for which XLA on a TPU copies the cache. So the cached prompt is rotated: its last token goes
+    just before the index that all slots write next.
     """
 
     def possible(state):
-        return (state["next"][0] < todo["n"][0]) & ~jnp.all(state["active_B"])
+        return (state["started"][0] < queue["n"][0]) & ~jnp.all(state["active_B"])
 
     def one(state):
-        b, job_5 = jnp.argmin(state["active_B"]), todo["jobs_W5"][state["next"][0]]
+        b, job_5 = jnp.argmin(state["active_B"]), queue["jobs_W5"][state["started"][0]]
         job = Job(*job_5)
-        x, n = job.place, shelf["n_X"][job.place]
+        x, n = job.cached, prompt_cache["n_X"][job.cached]
 
-        def turn(old_BKSH, shelf_XKSH):
-            S, n_held = old_BKSH.shape[2], shelf_XKSH.shape[2]
-            row_1KSH = lax.dynamic_slice_in_dim(shelf_XKSH, x, 1)[:, :, position(S) % n_held]
-            return _write(old_BKSH, row_1KSH, b, axis=0)
-
-        def position(S):  # that a slot holds; below 0: none
+        def position(S):  # of the prompt's token at each index of a ring of S; negative: none
             return n - 1 - (state["steps"][0] - 1 - jnp.arange(S)) % S
 
+        def rotate(old_BKSH, prompt_XKSH):
+            S, n_held = old_BKSH.shape[2], prompt_XKSH.shape[2]
+            row_1KSH = lax.dynamic_slice_in_dim(prompt_XKSH, x, 1)[:, :, position(S) % n_held]
+            return _write(old_BKSH, row_1KSH, b, axis=0)
+
         old = state["cache"]
-        cache = {k: jax.tree.map(turn, old[k], shelf[k]) for k in "kv"}
+        cache = {k: jax.tree.map(rotate, old[k], prompt_cache[k]) for k in "kv"}
         cache["pos"] = [
             pos_BS.at[b].set(jnp.maximum(position(pos_BS.shape[1]), -1)) for pos_BS in old["pos"]
         ]
-        new = {"job_B5": job_5, "active_B": True, "x_BD": shelf["x_XD"][x], "position_B": n,
-               "n_B": 0, "recent_BE": -1, "run_BE": 0}
+        new = {"job_B5": job_5, "active_B": True, "x_BD": prompt_cache["x_XD"][x],
+               "position_B": n, "n_B": 0, "recent_BE": -1, "run_BE": 0}
         new = {k: state[k].at[b].set(v) for k, v in new.items()}
         new["end_W2"] = state["end_W2"].at[job.row].set(0)
-        return state | new | {"cache": cache, "next": state["next"] + 1}
+        return state | new | {"cache": cache, "started": state["started"] + 1}
 
     return lax.while_loop(possible, one, state)
 
 
-def _feed(cfg, fsdp, params, lora, cache, token_B, position_B, active_B, now):
-    """One more token for every row: final hidden states and the grown caches.
+def _forward_token(cfg, fsdp, params, lora, cache, token_B, position_B, active_B, step):
+    """Feeds one more token of every slot to the model -> final hidden states, updated KV cache.
 
-    gemma.layer as in training, unrolled, each with caches of its own: a scan over stacked ones
-    slices every layer's weights and caches out of the stack, at every step.
+    gemma.layer as in training, but unrolled, with a cache for each layer: a scan over stacked
+    layers would copy every layer's weights and caches out of the stack at every step.
     """
-    x_B1D, new = gemma._embed(params, cfg, token_B[:, None], fsdp), []
+    x_B1D, new = gemma.embed(params, cfg, token_B[:, None], fsdp), []
     for i, is_global in enumerate(cfg.is_global):
         w, lora_l = (_layer(tree, i) for tree in (params["layers"], lora))
         pos_BS = cache["pos"][is_global]
         age_BS = position_B[:, None] - pos_BS
-        seen_BS = (pos_BS >= 0) & (age_BS < gemma._window(cfg, is_global))
-        freq_H = jnp.asarray(gemma._frequencies(cfg, is_global))
+        seen_BS = (pos_BS >= 0) & (age_BS < gemma.attention_window(cfg, is_global))
+        freq_H = jnp.asarray(gemma.rope_frequencies(cfg, is_global))
         x_B1D, kv = gemma.layer(
             cfg, w, lora_l, x_B1D, position_B[:, None], freq_H, active_B[:, None, None],
             past=[(cache["k"][i], cache["v"][i], seen_BS[:, None])], fsdp=fsdp,
         )
         new.append(kv)
-    # XLA on a CPU copies a cache whose write could overtake the last read, so the write waits for
-    # x: this minimum is always `now`.
-    now = jnp.minimum(now, 2**30 + jnp.isnan(x_B1D[0, 0, 0]))
-    put = lambda old, new, axis: _write(old, new, now % old.shape[axis], axis)
+    # XLA on a CPU copies a cache if it could be written before it has been read. This minimum is
+    # always `step`, but it depends on x, so the write has to wait for the reads.
+    step = jnp.minimum(step, 2**30 + jnp.isnan(x_B1D[0, 0, 0]))
+    append = lambda old, new, axis: _write(old, new, step % old.shape[axis], axis)
     pos_B1 = jnp.where(active_B, position_B, -1)[:, None]
     cache = {
-        "k": [put(old, k_BK1H, 2) for old, (k_BK1H, _) in zip(cache["k"], new, strict=True)],
-        "v": [put(old, v_BK1H, 2) for old, (_, v_BK1H) in zip(cache["v"], new, strict=True)],
-        "pos": [put(old, pos_B1, 1) for old in cache["pos"]],
+        "k": [append(old, k_BK1H, 2) for old, (k_BK1H, _) in zip(cache["k"], new, strict=True)],
+        "v": [append(old, v_BK1H, 2) for old, (_, v_BK1H) in zip(cache["v"], new, strict=True)],
+        "pos": [append(old, pos_B1, 1) for old in cache["pos"]],
     }
     return gemma.rms_norm(x_B1D[:, 0], params["norm"], cfg.rms_norm_eps), cache
 
 
 def _layer(tree, i):
-    """Layer i of what is stacked, or already a list of layers."""
+    """Layer i of stacked arrays, or of a list of layers."""
     return tree[i] if isinstance(tree, list) else jax.tree.map(lambda a: a[i], tree)
 
 
@@ -296,80 +298,81 @@ def _unstack(layers, n_layers):
     return [_layer(layers, i) for i in range(n_layers)]
 
 
-def _step(cfg, rules, fsdp, params, lora, how, state):
-    """Draws a token in every active slot, notes it, and feeds it to the model."""
+def _step(cfg, rules, fsdp, params, lora, settings, state):
+    """Samples a token in every active slot, records it, and feeds it to the model."""
     active_B, n_B, job_B = state["active_B"], state["n_B"], Job(*state["job_B5"].T)
-    fold = jax.vmap(lambda *ints: functools.reduce(jax.random.fold_in, ints, how["key"]))
+    fold = jax.vmap(lambda *ints: functools.reduce(jax.random.fold_in, ints, settings["key"]))
     key_B = fold(job_B.prompt, job_B.rollout, n_B)
     logits_BV = gemma.read_logits(cfg, gemma.head(params, cfg), state["x_BD"], fsdp)
-    token_B, logp_B = draw(logits_BV, key_B, rules, how)
+    token_B, logp_B = draw(logits_BV, key_B, rules, settings)
     new = {"n_B": n_B + 1, "position_B": state["position_B"] + 1, "steps": state["steps"] + 1}
     stop_B = jnp.where(n_B + 1 >= job_B.limit, STOPS.index("length"), 0)
     if rules.repetition:
         same_BE = state["recent_BE"] == token_B[:, None]
         new["run_BE"] = jnp.where(same_BE, state["run_BE"] + 1, 0)
         new["recent_BE"] = jnp.roll(state["recent_BE"], 1, axis=1).at[:, 0].set(token_B)
-        looping_B = jnp.max(new["run_BE"], axis=1) >= how["repetition"]
+        looping_B = jnp.max(new["run_BE"], axis=1) >= settings["repetition"]
         stop_B = jnp.where(looping_B, STOPS.index("repetition"), stop_B)
-    stop_B = jnp.where(how["stop_V"][token_B], STOPS.index("stop"), stop_B)
-    row_B = jnp.where(active_B, job_B.row, 2 * len(n_B))  # out of range: dropped
+    stop_B = jnp.where(settings["stop_V"][token_B], STOPS.index("stop"), stop_B)
+    row_B = jnp.where(active_B, job_B.row, 2 * len(n_B))  # out of range: not written
     for name, value_B in (("ids_WC", token_B), ("logp_WC", logp_B)):
         new[name] = state[name].at[row_B, n_B].set(value_B, mode="drop")
     end_B2 = jnp.stack([stop_B, n_B + 1], axis=1)
     new["end_W2"] = state["end_W2"].at[row_B].set(end_B2, mode="drop")
     new["active_B"] = active_B & (stop_B == 0)
-    new["x_BD"], new["cache"] = _feed(cfg, fsdp, params, lora, state["cache"], token_B,
-                                      state["position_B"], new["active_B"],
-                                      state["steps"][0])
+    new["x_BD"], new["cache"] = _forward_token(
+        cfg, fsdp, params, lora, state["cache"], token_B, state["position_B"], new["active_B"],
+        state["steps"][0])
     return state | new
 
 
-def _decode(cfg, rules, chunk, fsdp, params, lora, how, shelf, todo, state):
-    """Up to `chunk` steps; fewer when all is done or too many slots wait for the host.
+def _decode(cfg, rules, chunk, fsdp, params, lora, settings, prompt_cache, queue, state):
+    """Up to `chunk` steps; fewer when all rollouts have ended or `return_at` slots are idle.
 
     With fsdp always `chunk` steps, because a step holds collectives that every device must reach;
-    of those of free slots nothing is kept.
+    nothing is recorded for free slots.
     """
-    state |= {"next": jnp.zeros_like(state["next"])}
+    state |= {"started": jnp.zeros_like(state["started"])}
     end = state["steps"][0] + chunk
 
     def more(state):
-        waiting, active_B = state["next"][0] < todo["n"][0], state["active_B"]
-        starved = ~waiting & (jnp.sum(~active_B) >= todo["leave_at"][0])
-        useful = (waiting | jnp.any(active_B)) & ~starved
+        queued, active_B = state["started"][0] < queue["n"][0], state["active_B"]
+        starved = ~queued & (jnp.sum(~active_B) >= queue["return_at"][0])
+        useful = (queued | jnp.any(active_B)) & ~starved
         return (state["steps"][0] < end) & (useful if fsdp is None else True)
 
     def step(state):
-        return _step(cfg, rules, fsdp, params, lora, how, _admit(shelf, todo, state))
+        state = _refill(prompt_cache, queue, state)
+        return _step(cfg, rules, fsdp, params, lora, settings, state)
 
     return lax.while_loop(more, step, state)
 
 
-# ---------------------------------------------------------------------------- what the host does
+# ------------------------------------------------------------------------------------ on the host
 
 
 @dataclasses.dataclass
 class _Device:
-    """What the host knows of one device."""
+    """What the host knows of one device. `key` stands for a distinct prompt, see Sampler._run."""
 
-    rows: list[int]  # free rows of ids_WC
-    shelf: dict = dataclasses.field(default_factory=dict)  # text -> its place
-    given: list = dataclasses.field(default_factory=list)  # (text, job), waiting in this order
-    live: dict = dataclasses.field(default_factory=dict)  # row -> job that has a slot
+    free_rows: list[int]  # of ids_WC
+    cached: dict = dataclasses.field(default_factory=dict)  # key -> index in the prompt cache
+    queue: list = dataclasses.field(default_factory=list)  # (key, job), started in this order
+    running: dict = dataclasses.field(default_factory=dict)  # row -> job in a slot
 
     @property
     def n_jobs(self) -> int:
-        return len(self.given) + len(self.live)
+        return len(self.queue) + len(self.running)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The sizes that are compiled. Caches exist only while `sample` runs: training has the memory.
+    """The sizes that are compiled. Caches exist only while `sample` runs: training needs memory.
 
-    All sizes are of one device. Of several hosts each samples what it is given on its own devices
-    of the mesh; all must call `sample`, if only with no prompts. A smaller `shelf` saves memory;
-    with n=1 it is how many rollouts may start at a time. A shorter `chunk` hands rollouts out
-    sooner and talks more to the host.
+    All sizes are of one device. With several hosts, each samples its own prompts on its own devices
+    of the mesh; all must call `sample`, if only with no prompts. A smaller prompt cache saves
+    memory; with n=1 it limits how many rollouts can start in one round. A shorter `chunk` yields
+    rollouts sooner and synchronises with the host more often.
     """
 
     cfg: gemma.Config
@@ -377,13 +380,13 @@ class Sampler:
     slots: int = 64  # rollouts decoding at a time
     max_prompt: int = 512  # tokens
     max_new: int = 512  # tokens
-    shelf: int = 16  # prompts whose caches are kept while rollouts of theirs wait
+    cached_prompts: int = 16  # prompts in the prompt cache, whose rollouts are not all started
     chunk: int = 32  # decode steps before the host looks
     dtype: Any = jnp.bfloat16  # of the caches: the parameters' own
     shard: bool = False  # the base stays split over the mesh, instead of gathered by each `sample`
 
     def __post_init__(self):
-        for name in ("slots", "max_prompt", "max_new", "shelf", "chunk"):
+        for name in ("slots", "max_prompt", "max_new", "cached_prompts", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         object.__setattr__(self, "mesh", hosts.own(self.mesh))
@@ -392,28 +395,28 @@ class Sampler:
 
     @functools.partial(jax.jit, static_argnums=0)
     def empty(self) -> tuple[dict, dict]:
-        """The shelf and the state of all devices, with nothing in them."""
+        """An empty prompt cache and an empty state for every device."""
 
         def body():
-            B, W, X, cfg = self.slots, 2 * self.slots, self.shelf, self.cfg
+            B, W, X, cfg = self.slots, 2 * self.slots, self.cached_prompts, self.cfg
             ints = lambda *shape: jnp.zeros(shape, jnp.int32)
 
             def caches(n_rows, n_tokens):
-                """One [B, K, S, H] for each layer; local layers keep a ring of their window."""
+                """[B, K, S, H] for each layer; local layers hold a ring of their window."""
                 sizes = [min(cfg.sliding_window, n_tokens), n_tokens]
                 shape = lambda g: (n_rows, cfg.num_key_value_heads, sizes[g], cfg.head_dim)
                 kv = {k: [jnp.zeros(shape(g), self.dtype) for g in cfg.is_global] for k in "kv"}
                 return kv, [jnp.full((n_rows, S), -1, jnp.int32) for S in sizes]
 
             kv, _ = caches(X, self.max_prompt)
-            shelf = kv | {
+            prompt_cache = kv | {
                 "x_XD": jnp.zeros((X, cfg.hidden_size), self.dtype),  # of the last token
                 "n_X": ints(X),  # tokens
             }
             kv, pos = caches(B, self.max_prompt + self.max_new)
             state = {
-                "cache": kv | {"pos": pos},  # pos: the position in a slot, -1 = empty
-                "x_BD": jnp.zeros((B, cfg.hidden_size), self.dtype),  # the next token is drawn from
+                "cache": kv | {"pos": pos},  # pos: the position at each index, -1 = empty
+                "x_BD": jnp.zeros((B, cfg.hidden_size), self.dtype),  # gives the next token
                 "active_B": jnp.zeros(B, bool),
                 "position_B": ints(B),  # of the next token in its sequence
                 "n_B": ints(B),  # completion tokens so far
@@ -423,10 +426,10 @@ class Sampler:
                 "ids_WC": ints(W, self.max_new),
                 "logp_WC": jnp.zeros((W, self.max_new)),
                 "end_W2": ints(W, 2),  # index into STOPS (0 = decoding), tokens
-                "next": ints(1),  # how many jobs of this call have been given a slot
-                "steps": ints(1),  # since the start: the clock that says which slot is written
+                "started": ints(1),  # jobs of this round's queue that have been given a slot
+                "steps": ints(1),  # since the start; gives the index that all slots write next
             }
-            return shelf, state
+            return prompt_cache, state
 
         return jax.shard_map(body, mesh=self.mesh, in_specs=(), out_specs=P("data"))()
 
@@ -439,21 +442,21 @@ class Sampler:
         return gemma.pspecs(self.cfg, True) if self.shard else P()
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-    def prefill(self, params, lora, prompts, shelf) -> dict:
+    def prefill(self, params, lora, prompts, prompt_cache) -> dict:
         buckets = [n for n in (2**i for i in range(5, 30)) if n < self.max_prompt]
         body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt), self.fsdp)
         body = jax.shard_map(
             body, mesh=self.mesh, in_specs=(self.specs, P(), P("data"), P("data")),
             out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh),  # splash attention has none
         )
-        return body(params, lora, prompts, shelf)
+        return body(params, lora, prompts, prompt_cache)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
-    def decode(self, rules, params, lora, how, shelf, todo, state) -> dict:
+    def decode(self, rules, params, lora, settings, prompt_cache, queue, state) -> dict:
         body = functools.partial(_decode, self.cfg, rules, self.chunk, self.fsdp)
         specs = self.specs, P(), P(), P("data"), P("data"), P("data")
         body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
-        return body(params, lora, how, shelf, todo, state)
+        return body(params, lora, settings, prompt_cache, queue, state)
 
     def programs(self, params, lora=None, rules: Rules | None = None) -> dict[str, tuple]:
         """The jitted functions, each with arguments to compile it for: {name: (function, args)}.
@@ -462,27 +465,27 @@ class Sampler:
         """
 
         def shapes(tree, spec):
-            one = lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)
-            )
-            return jax.tree.map(one, tree)
+            sharding = NamedSharding(self.mesh, spec)
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-        given = self._pack([_Device([])] * self.mesh.size, [[]] * self.mesh.size, {})
-        prompts, todo, shelf, state = shapes((*given, *jax.eval_shape(self.empty)), P("data"))
+        inputs = self._inputs([_Device([])] * self.mesh.size, [[]] * self.mesh.size, {})
+        prompts, queue, prompt_cache, state = shapes(
+            (*inputs, *jax.eval_shape(self.empty)), P("data"))
         layered = jax.eval_shape(self._unstacked, params)
-        lora, how = shapes((lora, self._how()), P())
+        lora, settings = shapes((lora, self._settings()), P())
         params, layered = (
             jax.tree.map(shapes, p, self.specs) if self.shard else shapes(p, P())
             for p in (params, layered)
         )
-        decode = self, rules or Rules(), layered, lora, how, shelf, todo, state
+        decode = self, rules or Rules(), layered, lora, settings, prompt_cache, queue, state
         return {
-            "prefill": (Sampler.prefill, (self, params, lora, prompts, shelf)),
+            "prefill": (Sampler.prefill, (self, params, lora, prompts, prompt_cache)),
             "decode": (Sampler.decode, decode),
         }
 
     def _unstacked(self, params):
-        """XLA on a CPU copies each layer's weights out of the stack at every step: here, once."""
+        """On a CPU, XLA copies each layer's weights out of the stack at every step: do it once."""
         if self.shard or self.mesh.devices.flat[0].platform != "cpu":
             return params
         return params | {"layers": _unstack(params["layers"], self.cfg.num_hidden_layers)}
@@ -495,48 +498,49 @@ class Sampler:
                stop: Sequence[int] | None = None, forbidden: Sequence[int] = (),
                vocab_size: int | None = None, repetition: int = 0,
                stats: dict | None = None) -> Iterator[Rollout]:
-        """n rollouts of each prompt, yielded as they finish: in no order to rely on.
+        """n rollouts of each prompt, yielded as they finish, in no particular order.
 
-        prompts: token ids of each, or a dict from a number to token ids; they start in this order,
-        and the number is what the noise depends on. stop: ids that end a rollout (None: those of
-        the config). forbidden, vocab_size: ids, and all ids from vocab_size on, never drawn.
-        repetition: ends a rollout once so many tokens in a row each equal the one p before, for
-        any one p up to 64; 0 = off. Temperature 0 is greedy. stats, if given, counts prefills,
-        rounds, tokens and slot_steps (decode steps * slots, over all devices).
-        params may be sharded: without the sampler's `shard` they are gathered once, here.
+        prompts: a list of token ids each, or a dict from a number to token ids. They start in this
+        order; the noise depends on the number. stop: ids that end a rollout (None: those of the
+        config). forbidden: ids that are never sampled; nor are ids from vocab_size on. repetition:
+        a rollout ends when this many tokens in a row each equal the token p places before, for
+        some p up to 64; 0 = off. Temperature 0 is greedy. stats, if given, counts prefills, rounds,
+        tokens and slot_steps (decode steps * slots, over all devices).
+        params may be sharded: unless the sampler is (`shard`), they are gathered once, here.
         """
         prompts = dict(prompts if isinstance(prompts, Mapping) else enumerate(prompts))
         max_new = self.max_new if max_new is None else max_new
         self._check(prompts, n, max_new, params["norm"].dtype)
-        how = self._how(temperature, top_k, top_p, min_p, stop, forbidden, vocab_size, repetition,
-                        seed, step)
+        settings = self._settings(temperature, top_k, top_p, min_p, stop, forbidden, vocab_size,
+                                  repetition, seed, step)
         rules = Rules(top_k, top_p < 1, min_p > 0, repetition > 0)
         stats = {} if stats is None else stats
-        return self._run(params, lora, prompts, n, max_new, how, rules, stats)
+        return self._run(params, lora, prompts, n, max_new, settings, rules, stats)
 
-    def _run(self, params, lora, prompts, n, max_new, how, rules, stats):
+    def _run(self, params, lora, prompts, n, max_new, settings, rules, stats):
         stats.update(prefills=0, rounds=0, tokens=0, slot_steps=0)
         on_own = lambda tree, spec: hosts.on_own(tree, self.mesh, spec)
-        lora, how = on_own((lora, how), P())
+        lora, settings = on_own((lora, settings), P())
         params = jax.tree.map(on_own, params, self.specs) if self.shard else on_own(params, P())
         if not prompts:
             return
-        texts, waiting = {}, {}  # equal prompts are one text, prefilled once
+        distinct, waiting = {}, {}  # equal prompts have one key and are prefilled once
         for p, ids in prompts.items():
-            text = texts.setdefault(tuple(ids), len(texts))
+            key = distinct.setdefault(tuple(ids), len(distinct))
             limit = min(max_new, self.cfg.max_position_embeddings - len(ids))
-            waiting.setdefault(text, deque()).extend((p, g, limit) for g in range(n))
-        texts = list(texts)
+            waiting.setdefault(key, deque()).extend((p, g, limit) for g in range(n))
+        distinct = list(distinct)
         devices = [_Device(list(range(2 * self.slots))) for _ in range(self.mesh.size)]
-        layered, (shelf, state) = self._unstacked(params), self.empty()
+        layered, (prompt_cache, state) = self._unstacked(params), self.empty()
         finished = []
-        while waiting or any(device.live for device in devices):
-            new = self._share_out(devices, waiting)
-            given = self._pack(devices, [[(texts[t], x) for t, x in ts] for ts in new], waiting)
-            prompts, todo = jax.device_put(given, NamedSharding(self.mesh, P("data")))
+        while waiting or any(device.running for device in devices):
+            new = self._assign(devices, waiting)
+            inputs = self._inputs(devices, [[(distinct[k], x) for k, x in ks] for ks in new],
+                                  waiting)
+            prompts, queue = jax.device_put(inputs, NamedSharding(self.mesh, P("data")))
             if any(new):
-                shelf = self.prefill(params, lora, prompts, shelf)
-            state = self.decode(rules, layered, lora, how, shelf, todo, state)
+                prompt_cache = self.prefill(params, lora, prompts, prompt_cache)
+            state = self.decode(rules, layered, lora, settings, prompt_cache, queue, state)
             yield from finished  # of the round before, while the devices are at work
             finished = self._collect(devices, waiting, state)
             stats["prefills"] += sum(map(len, new))
@@ -545,80 +549,80 @@ class Sampler:
         stats["slot_steps"] = self.slots * int(np.sum(state["steps"]))
         yield from finished
 
-    def _share_out(self, devices, waiting) -> list[list[tuple[int, int]]]:
-        """Gives every device what its free slots need, then as much again in case more get free.
+    def _assign(self, devices, waiting) -> list[list[tuple[int, int]]]:
+        """Fills every device's queue: one rollout for each free slot, then as many again to refill.
 
-        A device goes on with prompts on its shelf, else starts one that no device has, else (only
-        for a slot that is free now) helps with one of another device. Returns, for each device,
-        the (text, place on the shelf) that it must prefill.
+        A device prefers prompts in its own prompt cache, then a prompt that no device has cached.
+        Only for a slot that is free now does it also prefill a prompt that another device has.
+        Returns, for each device, the (key, index in the prompt cache) of prompts to prefill.
         """
-        for device in devices:  # a prompt leaves the shelf when no rollout of it waits any more
-            device.shelf = {text: x for text, x in device.shelf.items() if text in waiting}
-        begun = set().union(*(device.shelf for device in devices))
-        fresh = deque(text for text in waiting if text not in begun)
+        for device in devices:  # drop prompts that have no waiting rollout any more
+            device.cached = {key: x for key, x in device.cached.items() if key in waiting}
+        begun = set().union(*(device.cached for device in devices))
+        fresh = deque(key for key in waiting if key not in begun)
         new = [[] for _ in devices]
         for n_jobs in (self.slots, 2 * self.slots):
             for d, device in list(enumerate(devices)) * n_jobs:
                 if device.n_jobs >= n_jobs or not waiting:
                     continue
-                text = next((text for text in device.shelf if text in waiting), None)
-                if text is None and len(device.shelf) < self.shelf:
+                key = next((key for key in device.cached if key in waiting), None)
+                if key is None and len(device.cached) < self.cached_prompts:
                     if fresh:
-                        text = fresh.popleft()
+                        key = fresh.popleft()
                     elif n_jobs == self.slots:
-                        text = max(waiting, key=lambda text: len(waiting[text]))
-                    if text is not None:
-                        place = min(set(range(self.shelf)) - set(device.shelf.values()))
-                        device.shelf[text] = place
-                        new[d].append((text, place))
-                if text is not None:
-                    job = Job(device.rows.pop(), device.shelf[text], *waiting[text].popleft())
-                    device.given.append((text, job))
-                    if not waiting[text]:
-                        del waiting[text]
+                        key = max(waiting, key=lambda key: len(waiting[key]))
+                    if key is not None:
+                        free = set(range(self.cached_prompts)) - set(device.cached.values())
+                        device.cached[key] = min(free)
+                        new[d].append((key, min(free)))
+                if key is not None:
+                    job = Job(device.free_rows.pop(), device.cached[key], *waiting[key].popleft())
+                    device.queue.append((key, job))
+                    if not waiting[key]:
+                        del waiting[key]
         return new
 
-    def _pack(self, devices, new, waiting) -> tuple[dict, dict]:
-        """What each device gets to prefill and to do, padded to a fixed size for all."""
-        D, X, W = len(devices), self.shelf, 2 * self.slots
+    def _inputs(self, devices, new, waiting) -> tuple[dict, dict]:
+        """The prompts to prefill and the queue of each device, padded to one size."""
+        D, X, W = len(devices), self.cached_prompts, 2 * self.slots
         tokens, n_new = np.zeros((D, X, 1, self.max_prompt), np.int32), np.zeros((D, X), np.int32)
-        place, jobs = np.zeros((D, X), np.int32), np.zeros((D, W, len(Job._fields)), np.int32)
+        index, jobs = np.zeros((D, X), np.int32), np.zeros((D, W, len(Job._fields)), np.int32)
         for d, device in enumerate(devices):
             for i, (ids, x) in enumerate(sorted(new[d], key=lambda prompt: len(prompt[0]))):
-                tokens[d, i, 0, : len(ids)], n_new[d, i], place[d, i] = ids, len(ids), x
-            for i, (_, job) in enumerate(device.given):
+                tokens[d, i, 0, : len(ids)], n_new[d, i], index[d, i] = ids, len(ids), x
+            for i, (_, job) in enumerate(device.queue):
                 jobs[d, i] = job
-        # Slots that are idle while others wait in the queue: so many and the device comes back.
-        leave_at = max(1, self.slots // 8) if waiting else self.slots + 1
+        # While rollouts wait on the host, a device returns as soon as this many slots are idle.
+        return_at = max(1, self.slots // 8) if waiting else self.slots + 1
         each = lambda values: np.broadcast_to(np.int32(values), D)
         flat = lambda z: z.reshape(-1, *z.shape[2:])
-        prompts = {"tokens_X1U": flat(tokens), "n_X": flat(n_new), "place_X": flat(place),
+        prompts = {"tokens_X1U": flat(tokens), "n_X": flat(n_new), "index_X": flat(index),
                    "n": each([len(prompts) for prompts in new])}
-        todo = {"jobs_W5": flat(jobs), "n": each([len(device.given) for device in devices]),
-                "leave_at": each(leave_at)}
-        return prompts, todo
+        queue = {"jobs_W5": flat(jobs), "n": each([len(device.queue) for device in devices]),
+                 "return_at": each(return_at)}
+        return prompts, queue
 
     def _collect(self, devices, waiting, state) -> list[Rollout]:
-        """Waits for the round to end; what got no slot goes back to the queue for any device."""
-        out = jax.device_get({k: state[k] for k in ("next", "end_W2", "ids_WC", "logp_WC")})
+        """Waits for the round to end. Jobs that got no slot return to `waiting`, for any device."""
+        out = jax.device_get({k: state[k] for k in ("started", "end_W2", "ids_WC", "logp_WC")})
         out = {k: v.reshape(len(devices), -1, *v.shape[1:]) for k, v in out.items()}
         finished = []
         for d, device in enumerate(devices):
-            n_begun = out["next"][d, 0]
-            device.live |= {job.row: job for _, job in device.given[:n_begun]}
-            for text, job in reversed(device.given[n_begun:]):
-                waiting.setdefault(text, deque()).appendleft(job[2:])
-                device.rows.append(job.row)
-            device.given = []
-            for row, job in list(device.live.items()):
+            n_started = out["started"][d, 0]
+            device.running |= {job.row: job for _, job in device.queue[:n_started]}
+            for key, job in reversed(device.queue[n_started:]):
+                waiting.setdefault(key, deque()).appendleft(job[2:])
+                device.free_rows.append(job.row)
+            device.queue = []
+            for row, job in list(device.running.items()):
                 stop, n = out["end_W2"][d, row]
                 if stop:
                     ids_C, logp_C = (out[k][d, row, :n].copy() for k in ("ids_WC", "logp_WC"))
                     if not np.isfinite(logp_C).all():
                         raise FloatingPointError(f"prompt {job.prompt}: the logits are not finite")
                     finished.append(Rollout(job.prompt, job.rollout, ids_C, logp_C, STOPS[stop]))
-                    device.rows.append(row)
-                    del device.live[row]
+                    device.free_rows.append(row)
+                    del device.running[row]
         return finished
 
     def _check(self, prompts, n, max_new, dtype) -> None:
@@ -638,9 +642,9 @@ class Sampler:
                 raise ValueError(f"prompt {p} has ids from {min(ids)} to {max(ids)}, expected 0 to "
                                  f"{self.cfg.vocab_size - 1}")
 
-    def _how(self, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=None, forbidden=(),
-             vocab_size=None, repetition=0, seed=0, step=0) -> dict:
-        """The values of one call that are data, not compiled in."""
+    def _settings(self, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=None, forbidden=(),
+                  vocab_size=None, repetition=0, seed=0, step=0) -> dict:
+        """The settings of one call that are arrays, not compiled in; ValueError for wrong ones."""
         V = self.cfg.vocab_size
         for name, value, ok, expected in (
             ("temperature", temperature, 0 <= temperature < np.inf, "0 (greedy) or more"),
@@ -660,8 +664,8 @@ class Sampler:
         masks["forbidden_V"][V if vocab_size is None else vocab_size :] = True
         if masks["forbidden_V"].all():
             raise ValueError("forbidden, vocab_size: no token is left to draw")
-        # The default generator is a user's setting (on a TPU often one whose numbers depend on
-        # the shape of the batch): this one gives a key the same numbers everywhere.
+        # Not the default generator, which users can change; on TPUs it is often one whose numbers
+        # depend on the shape of the batch.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
         numbers = {"temperature": np.float32(temperature), "top_p": np.float32(top_p),
                    "min_p": np.float32(min_p), "repetition": np.int32(repetition)}

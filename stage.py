@@ -171,11 +171,7 @@ def load_model(config, mesh: Mesh) -> Model:
         dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
         cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
         if start.adapter is not None:
-            adapter = lora.load(start.adapter, cfg)
-            same = lora.rank(adapter) == config.lora_rank
-            if not same or set(adapter["a"]) != set(lora.parse_targets(config.lora_targets)):
-                base, merged, adapter = lora.merge(base, adapter, cfg), adapter, None
-                runs.say(f"--adapter {start.adapter} merged into the base: {lora.describe(merged)}")
+            base, adapter, merged = continue_from(start.adapter, base, cfg, config)
     trained, fixed = base, {}
     if config.lora_rank:
         adapter = adapter or new_adapter(cfg, config)
@@ -191,6 +187,19 @@ def load_model(config, mesh: Mesh) -> Model:
     runs.say(f"{cfg.n_params:,} weights {where}")
     trained = put(trained, mesh, specs)
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
+
+
+def continue_from(path: Path, base: dict, cfg: gemma.Config,
+                  config) -> tuple[dict, dict | None, dict | None]:
+    """(base, the adapter to go on training or None, the adapter merged into the base or None).
+
+    An adapter of another rank or on other matrices than the config's is merged.
+    """
+    adapter, targets = lora.load(path, cfg), lora.parse_targets(config.lora_targets)
+    if config.lora_rank == lora.rank(adapter) and set(adapter["a"]) == set(targets):
+        return base, adapter, None
+    runs.say(f"--adapter {path} merged into the base: {lora.describe(adapter)}")
+    return lora.merge(base, adapter, cfg), None, adapter
 
 
 def new_adapter(cfg: gemma.Config, config) -> dict:
@@ -314,14 +323,15 @@ class HeldOut:
     """What SFT and SimPO measure at an evaluation: the loss of held-out rows, and answers.
 
     --eval-accuracy problems are answered greedily, --show of them are printed. A sampler takes
-    minutes to compile on a TPU, so there is none where neither is asked for or --eval-every is 0.
+    minutes to compile on a TPU, so there is none for --show alone where --eval-every is 0.
     """
 
     def __init__(self, config, mesh: Mesh, model: Model, items: list, eval_step):
         self.config, self.mesh, self.model, self.eval_step = config, mesh, model, eval_step
         self.batches = data.eval_batches(items, config.max_length, config.micro_rows * mesh.size)
-        self.sampler, n = None, max(config.eval_accuracy, config.show)
-        if n and items and config.eval_every:
+        n = max(config.eval_accuracy, config.show if config.eval_every else 0)
+        self.sampler = None
+        if n and items:
             import rollouts  # here: most of SFT needs no sampler
 
             problems = [rollouts.read_problem(item.fields, model.tok, config.system)
@@ -370,7 +380,8 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
     if config.lora_rank:
         adapter = jax.device_get(trained | {"scale": model.fixed["scale"]})
         adapter = adapter if model.merged is None else lora.stack(model.merged, adapter, cfg)
-        lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
+        lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0),
+                  gemma.is_multimodal(model.weights))
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)

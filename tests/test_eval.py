@@ -313,7 +313,7 @@ def folder(tmp_path_factory):
     params = jax.tree.map(lambda spec: noise(spec.shape(TINY)), gemma.specs(TINY))
     gemma.save(folder / "base", TINY, params)
     TOK.save(folder / "base")
-    a_shape, b_shape = lora._shapes(gemma.LINEARS["q_proj"], TINY, 2)
+    a_shape, b_shape = lora.shapes(gemma.LINEARS["q_proj"], TINY, 2)
     adapter = {"a": noise(a_shape), "b": noise(b_shape), "scale": np.full(2, 0.5, "f4")}
     adapter = {part: {"q_proj": array} for part, array in adapter.items()}
     lora.save(folder / "adapter", adapter, TINY)

@@ -1,7 +1,6 @@
-"""Model folders: what we write, what we read, what we refuse, where we look, and the self-check."""
+"""Model folders: what we write, what we read, what we refuse, and the self-check."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -10,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-import types
 from pathlib import Path
 
 import jax
@@ -25,7 +22,6 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import gemma
-import hub
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("gemma2", "gemma3")
@@ -392,9 +388,13 @@ WRONG_TENSORS = {  # the change, what the message must say beside the folder
         lambda t: t.update({NORM: t[NORM].astype(np.float64)}),
         [NORM, "F64", "expected BF16"],
     ),
-    "twice": (
-        lambda t: t.update({"language_model." + NORM: t[NORM]}),
-        ["model.safetensors", f"language_model.{NORM}", f"'{NORM}' is", "again"],
+    "quantised by bitsandbytes": (
+        lambda t: t.update({Q_PROJ: np.zeros((2048, 1), np.uint8), Q_PROJ + ".absmax": t[NORM]}),
+        [f"holds quantised weights (as {Q_PROJ}.absmax)", "bfloat16, float16 or float32"],
+    ),
+    "quantised by GPTQ": (
+        lambda t: t.update({Q_PROJ.replace("weight", "qweight"): np.zeros((8, 8), np.int32)}),
+        ["holds quantised weights", "qweight"],
     ),
     "none": (lambda t: t.clear(), ["expected 54", "found 0"]),
 }
@@ -421,13 +421,12 @@ def test_an_untied_config_needs_its_head(folder):
 @pytest.mark.parametrize(
     "index, said",
     [
-        ('{"weight_map": {"a": "b', "expected JSON with a weight_map"),
-        ("[]", "expected JSON with a weight_map"),
-        ("\0", "expected JSON with a weight_map"),
-        ('{"metadata": {}}', "expected JSON with a weight_map"),
-        ('{"weight_map": ["a"]}', "expected JSON with a weight_map"),
-        ('{"weight_map": {"a": 1}}', "expected JSON with a weight_map"),
-        ('{"weight_map": {"a": null, "b": "part.safetensors"}}', "expected JSON"),
+        ('{"weight_map": {"a": "b', "cannot be read as JSON"),
+        ("[]", "expected a JSON object, found a list"),
+        ('{"metadata": {}}', "expected 54 text tensors"),
+        ('{"weight_map": ["a"]}', "weight_map is list, expected dict"),
+        ('{"weight_map": {"a": 1}}', "'1', expected a file in"),
+        ('{"weight_map": {"a": null, "b": "part.safetensors"}}', "'None', expected a file in"),
         ('{"weight_map": {}}', "expected 54 text tensors"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors'"),
         ('{"weight_map": {"a": "../outside.safetensors"}}', "'../outside.safetensors'"),
@@ -451,17 +450,44 @@ def test_bad_index_files(folder, index, said):
     "config, said",
     [
         (None, "no such file"),
-        ("", "not JSON"),
-        ("{'model_type': 'gemma2'}", "not JSON"),
-        ("[]", "not the config of a model"),
-        ("3", "not the config of a model"),
-        ('"gemma2"', "not the config of a model"),
+        ("", "cannot be read as JSON"),
+        ("{'model_type': 'gemma2'}", "cannot be read as JSON"),
+        ("\0", "cannot be read as JSON"),
+        ('{"a":' * 100_000, "cannot be read as JSON (maximum recursion depth"),
+        ('{"model_type": "gemma2", "head_dim": 1' + "0" * 5000 + "}", "cannot be read as JSON"),
+        ("[]", "expected a JSON object, found a list"),
+        ('"gemma2"', "expected a JSON object, found a str"),
         ("{}", "model_type None, expected gemma2, gemma3 or gemma3_text"),
-        ('{"model_type": "llama"}', "model_type 'llama', expected gemma2, gemma3 or gemma3_text"),
-        ('{"model_type": "gemma"}', "model_type 'gemma', expected"),
-        ('{"model_type": "gemma3", "text_config": null}', "not the config of a model"),
-        ('{"model_type": "gemma2", "num_hidden_layers": "3"}', "not the config of a model"),
-        ('{"model_type": "gemma2", "num_key_value_heads": 0}', "not the config of a model"),
+        *((json.dumps({"model_type": kind}), f"model_type {kind!r}, expected gemma2")
+          for kind in ("llama", "gemma", "gemma3n", ["gemma2"])),
+        *((json.dumps({"model_type": kind} | wrong), said) for kind, wrong, said in (
+            ("gemma3", {"hidden_activation": "silu"}, "hidden_activation 'silu', expected"),
+            ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn', expected"),
+            ("gemma2", {"rope_parameters": {"factor": 8.0}}, "RoPE scaling is supported on"),
+            ("gemma3", {"attention_bias": True}, "attention_bias and bidirectional attention"),
+            ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention are not"),
+            ("gemma3", {"layer_types": ["sliding_attention"]}, "do not describe 26 layers"),
+            ("gemma3", {"num_key_value_heads": 3}, "a multiple of cfg.num_key_value_heads=3"),
+            ("gemma3", {"text_config": 3}, "text_config is 3, expected dict"),
+            ("gemma2", {"num_hidden_layers": "3"}, "num_hidden_layers is '3', expected int"),
+            ("gemma2", {"num_hidden_layers": 10**9}, "is 1000000000, expected int from 1 to 1024"),
+            ("gemma2", {"hidden_size": 64.0}, "hidden_size is 64.0, expected int"),
+            ("gemma2", {"hidden_size": 10**12}, "hidden_size is 1000000000000, expected int from"),
+            ("gemma2", {"num_key_value_heads": 0}, "num_key_value_heads is 0, expected int from 1"),
+            ("gemma2", {"sliding_window": True}, "sliding_window is True, expected int"),
+            ("gemma2", {"head_dim": 255}, "even cfg.head_dim=255"),
+            ("gemma2", {"rope_theta": float("nan")}, "rope_theta is nan, expected float"),
+            ("gemma2", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected float"),
+            ("gemma2", {"final_logit_softcapping": "30"}, "is '30', expected float"),
+            ("gemma2", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected bool"),
+            ("gemma2", {"layer_types": [[]] * 26}, "layer_types [[], []"),
+            ("gemma2", {"layer_types": {"a": 1}}, "layer_types is dict, expected list"),
+            ("gemma2", {"rope_parameters": {"factor": []}}, "factor is list, expected float"),
+            ("gemma3", {"rope_parameters": {"full_attention": 1}}, "full_attention is 1, expected"),
+            ("gemma3", {"rope_scaling": 8}, "rope_scaling is 8, expected dict"),
+            ("gemma3", {"eos_token_id": [1, "two\nlines"]}, r"eos_token_id is 'two\nlines'"),
+            ("gemma3", {"eos_token_id": -1}, "eos_token_id is -1, expected int from 0"),
+        )),
     ],
 )
 def test_bad_configs(folder, config, said):
@@ -473,8 +499,9 @@ def test_bad_configs(folder, config, said):
 
 def test_other_bad_folders(folder, tmp_path):
     assert "nowhere" in one_line(gemma.load, tmp_path / "nowhere")
-    (folder / "generation_config.json").write_text("[1]")
-    assert str(folder / "generation_config.json") in one_line(gemma.load, folder)
+    for content in ("[1]", '{"eos_token_id": 1.5}', "{"):
+        (folder / "generation_config.json").write_text(content)
+        assert str(folder / "generation_config.json") in one_line(gemma.load, folder)
     (folder / "generation_config.json").unlink()
     shutil.copy(folder / "model.safetensors", folder / "b.safetensors")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
@@ -485,6 +512,34 @@ def test_other_bad_folders(folder, tmp_path):
     (folder / "model.safetensors").symlink_to(tmp_path / "gone")  # a cache that was cleaned
     assert "model.safetensors: not a safetensors file" in one_line(gemma.load, folder)
     assert str(folder / "tokenizer.model") in one_line(data.Tokenizer, folder)
+
+
+@pytest.mark.parametrize("file, found", [
+    ("pytorch_model.bin", "PyTorch weights"), ("model.ckpt", "PyTorch weights"),
+    ("gemma-3-1b-it-q4_0.gguf", "GGUF weights"), ("gemma3-1b-it/_METADATA", "Flax weights"),
+    ("manifest.ocdbt", "Flax weights"), ("model.weights.h5", "Keras weights"),
+])
+def test_other_formats_are_named(folder, file, found):
+    (folder / "model.safetensors").unlink()
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"")
+    message = one_line(gemma.load, folder)
+    assert f"found {found} ({folder / file}); take the Transformers version" in message
+    (folder / "config.json").unlink()
+    assert f"the folder holds {found}" in one_line(gemma.load, folder)
+
+
+def test_an_adapter_is_not_a_model(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    assert "the folder holds a PEFT adapter without its base" in one_line(gemma.load, folder)
+
+
+def test_a_vision_tower_shows_in_the_config(folder, tmp_path):
+    assert not gemma.is_multimodal(folder)
+    write_as(tmp_path / "4b", TINY["gemma3"], random_params(TINY["gemma3"]), "hub")
+    assert gemma.is_multimodal(tmp_path / "4b")
 
 
 class Hostile:
@@ -502,8 +557,7 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     payload = pickle.dumps(Hostile(marker))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(payload)
-    message = one_line(gemma.load, folder)
-    assert "pytorch_model.bin), which are never opened" in message
+    assert "found PyTorch weights" in one_line(gemma.load, folder)
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}')
     assert "pytorch_model.bin: not a safetensors file" in one_line(gemma.load, folder)
@@ -529,191 +583,7 @@ def test_an_unwritable_place_is_named(tmp_path):
             assert str(place) in one_line(gemma.save, place, cfg, params)
 
 
-# ---------------------------------------------------------------------------------------- finding
-
-HUB = {  # name here -> name on the Hub and on Kaggle
-    "gemma2-2b": "gemma-2-2b-it",
-    "gemma2-2b-it": "gemma-2-2b-it",
-    "gemma2-9b-pt": "gemma-2-9b",
-    "gemma3-1b": "gemma-3-1b-it",
-    "gemma3-1b-pt": "gemma-3-1b-pt",
-    "gemma3-4b": "gemma-3-4b-it",
-    "gemma3-270m": "gemma-3-270m-it",
-    "gemma3-270m-pt": "gemma-3-270m",
-}
-
-
-@pytest.fixture
-def bare(tmp_path, monkeypatch):
-    """A machine with an empty home, an empty /kaggle/input (here `kaggle`) and no network."""
-    for name in ("GEMMA_WEIGHTS", "HF_HOME", "HF_HUB_CACHE", "KAGGLEHUB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(gemma, "_download", lambda *_: (None, "no network"))
-    real = gemma.glob.glob
-    there = lambda p: real(p.replace("/kaggle/input", str(tmp_path / "kaggle"), 1))
-    monkeypatch.setattr(gemma.glob, "glob", there)
-    return tmp_path
-
-
-def place(folder, model, weights="model.safetensors"):
-    """What `find` looks at: a config and the presence of weights."""
-    folder.mkdir(parents=True)
-    cfg = gemma.CONFIGS[model.removesuffix("-it").removesuffix("-pt")]
-    (folder / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
-    if weights:
-        (folder / weights).write_bytes(b"")
-    return folder
-
-
-def places(root, model):
-    """Every place searched, last first, with what makes it be searched."""
-    name = HUB[model]
-    handle = f"google/{name[:7]}/transformers/{name}"
-    hub = f"models--google--{name}/snapshots/0123abcd"
-    return [
-        (root / "home/.cache/kagglehub/models" / handle / "2", {}),
-        (root / "kagglehub/models" / handle / "1", {"KAGGLEHUB_CACHE": root / "kagglehub"}),
-        (root / "home/.cache/huggingface/hub" / hub, {}),
-        (root / "hf/hub" / hub, {"HF_HOME": root / "hf"}),
-        (root / "hub" / hub, {"HF_HUB_CACHE": root / "hub"}),
-        (root / "kaggle/models" / handle / "1", {}),
-        (root / "kaggle" / name[:7] / "transformers" / name / "1", {}),
-        (root / "kaggle/somebody" / name, {}),
-        (root / "kaggle" / name, {}),
-        (root / "mine" / name, {"GEMMA_WEIGHTS": root / "mine"}),
-        (root / "this one", {"GEMMA_WEIGHTS": root / "this one"}),
-    ]
-
-
-@pytest.mark.parametrize("model", HUB)
-def test_each_place_is_searched_and_goes_before_the_later_ones(bare, monkeypatch, model):
-    for folder, environment in places(bare, model):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, str(value))
-        place(folder, model)
-        assert hub.find_model(model) == folder
-    assert hub.find_model(model, bare / "kaggle" / HUB[model]) == bare / "kaggle" / HUB[model]
-
-
-def test_the_newest_version_is_taken(bare):
-    versions = [place(bare / f"kaggle/gemma-3-1b-it/{n}", "gemma3-1b") for n in (10, 9, 2)]
-    for newest in versions:
-        os.utime(newest, (2e9, 2e9))
-        assert hub.find_model("gemma3-1b") == newest
-        os.utime(newest, (1e9, 1e9))
-
-
-def test_wrong_shapes_and_half_filled_folders_are_passed_by(bare, monkeypatch):
-    monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
-    place(bare / "mine", "gemma3-4b")
-    place(bare / "mine/gemma-3-1b-it", "gemma3-1b", weights=None)
-    place(bare / "kaggle/gemma-3-1b-it", "gemma3-1b", weights="pytorch_model.bin")
-    place(bare / "kaggle/gemma-3-1b-it/1", "gemma2-2b")
-    (bare / "kaggle/gemma-3-1b-it/dangling").symlink_to(bare / "gone")
-    with pytest.raises(ValueError, match="no folder of gemma-3-1b-it found"):
-        hub.find_model("gemma3-1b")
-    hub_cache = bare / "home/.cache/huggingface/hub/models--google--gemma-3-1b-it/snapshots/a"
-    place(hub_cache, "gemma3-1b", weights="model-00001-of-00002.safetensors")
-    assert hub.find_model("gemma3-1b") == hub_cache
-
-
-@pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b-pt"])
-def test_not_found_lists_every_place_and_the_commands(bare, monkeypatch, model):
-    name = {"gemma3-1b": "gemma-3-1b-it", "gemma2-2b-pt": "gemma-2-2b"}[model]
-    handle = f"google/{name[:7]}/transformers/{name}"
-    monkeypatch.setenv("HF_HOME", str(bare / "hf"))
-    with pytest.raises(ValueError) as error:
-        hub.find_model(model)
-    message = str(error.value)
-    for words in (
-        f"--model {model}: no folder of {name} found",
-        "$GEMMA_WEIGHTS (not set)",
-        f"/kaggle/input/{name}",
-        f"/kaggle/input/*/*/*/*/{name}/*",
-        str(bare / f"hf/hub/models--google--{name}/snapshots"),
-        str(bare / f"home/.cache/kagglehub/models/{handle}"),
-        "no network",
-        "--weights DIR",
-        f"hf download google/{name}\n",
-        f"kagglehub.model_download('{handle}')",
-    ):
-        assert words in message, message
-    monkeypatch.setenv("GEMMA_WEIGHTS", str(bare / "mine"))
-    with pytest.raises(ValueError, match="Searched:\n  " + str(bare / "mine") + "\n"):
-        hub.find_model(model)
-
-
-FORMATS = [  # as Kaggle mounts them -> what the message says of each
-    ("gemma-3/flax/gemma3-1b-it/1", "gemma3-1b-it/_METADATA", "Flax"),
-    ("models/google/gemma-3/flax/gemma3-1b-it/1", "gemma3-1b-it/manifest.ocdbt", "Flax"),
-    ("gemma-3/flax/gemma-3-1b-it/1", "gemma-3-1b-it/checkpoint", "Flax"),
-    ("gemma-3/pytorch/gemma-3-1b-it/1", "model.ckpt", "PyTorch"),
-    ("somebody/gemma-3-1b-it", "pytorch_model.bin", "PyTorch"),
-    ("gemma-3/keras/gemma-3-1b-it/1", "model.weights.h5", "Keras"),
-]
-
-
-@pytest.mark.parametrize("folder, file, name", FORMATS)
-def test_other_formats_are_recognised_and_named(bare, folder, file, name):
-    folder = bare / "kaggle" / folder
-    (folder / file).parent.mkdir(parents=True)
-    for other in (file, "config.json", "tokenizer.model"):  # of Kaggle's own, not Hugging Face's
-        (folder / other).write_text("{}")
-    with pytest.raises(ValueError) as error:
-        hub.find_model("gemma3-1b")
-    found = f"Found {name} weights ({folder / file}), but only Transformers weights"
-    assert found in str(error.value)
-    assert "Add Input > Models > gemma-3 > Transformers > gemma-3-1b-it" in str(error.value)
-    for call, arguments in ((hub.find_model, ("gemma3-1b", folder)), (gemma.load, (folder,))):
-        message = one_line(call, *arguments)
-        assert f"{folder}: holds {name} weights ({folder / file}), which are never" in message
-        assert "take the Transformers ones" in message
-    best = place(bare / "kaggle/gemma-3/transformers/gemma-3-1b-it/1", "gemma3-1b")
-    assert hub.find_model("gemma3-1b") == best
-
-
-def test_unknown_names_and_wrong_flags(bare):
-    for model in ("gemma-3-1b", "gemma3-7b", "gemma3-1b-xx", ""):
-        message = one_line(hub.find_model, model)
-        assert f"--model {model}: unknown" in message
-        assert all(known in message for known in gemma.CONFIGS)
-    assert f"--weights {bare}: no config.json" in one_line(hub.find_model, "gemma3-1b", bare)
-
-
-def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypatch):
-    monkeypatch.undo()  # the real _download; conftest keeps huggingface_hub offline
-    start = time.perf_counter()
-    folder, why = gemma._download("no-such-gemma", "google/no/transformers/such")
-    assert folder is None and why.startswith("huggingface_hub: ")
-    assert "\n" not in why and time.perf_counter() - start < 5
-
-    asked = []
-    stub = types.ModuleType("kagglehub")
-    stub.model_download = lambda handle: asked.append(handle) or str(bare)
-    monkeypatch.setitem(sys.modules, "kagglehub", stub)
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    assert gemma._download("no-such-gemma", "handle")[0] is None and not asked
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    assert gemma._download("no-such-gemma", "handle") == (bare, "") and asked == ["handle"]
-
-    hub = types.ModuleType("huggingface_hub")
-    hub.snapshot_download = lambda name, allow_patterns: asked.append(name) or str(bare)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    stub.model_download = None
-    assert gemma._download("gemma-3-1b-it", "handle") == (bare, "")
-    assert asked == ["handle", "google/gemma-3-1b-it"]
-    monkeypatch.setitem(sys.modules, "kagglehub", None)  # not installed
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    folder, why = gemma._download("gemma-3-1b-it", "handle")
-    assert folder is None and "kagglehub: " in why and "huggingface_hub: " in why
-
-
 # ------------------------------------------------------------------------------------- self-check
-
-
-PARAGRAPH = [{"role": "user", "content": gemma.PARAGRAPH}]
 
 
 def save_both(path, cfg, params, tok):
@@ -722,18 +592,27 @@ def save_both(path, cfg, params, tok):
     return str(path)
 
 
-def overfitted(cfg, tok, steps=20):
-    """A model that knows gemma.PARAGRAPH, said by a user, by heart."""
-    ids_BT = jnp.asarray([tok.chat(PARAGRAPH, generate=False)])
-    opt = optax.adam(3e-3)
+def rows_of(tok):
+    """gemma.PARAGRAPH as a user's turn and as plain text: ids that end with the paragraph."""
+    turn = tok.chat([{"role": "user", "content": gemma.PARAGRAPH}], generate=False)
+    return {"a user's turn": turn[:-2], "plain text": [tok.bos, *tok.encode(gemma.PARAGRAPH)]}
 
-    def loss(params):
-        logits_BTV = gemma.logits(params, cfg, ids_BT)[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, ids_BT[:, 1:]).mean()
+
+def mean_loss(params, cfg, ids, n):
+    """Of the last n tokens."""
+    logits_BTV = gemma.logits(params, cfg, jnp.asarray([ids]))[:, :-1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.asarray([ids[1:]]))
+    return losses[0, -n:].mean()
+
+
+def overfitted(cfg, ids, steps=20):
+    """A model that knows one text by heart."""
+    opt = optax.adam(3e-3)
 
     @jax.jit
     def step(params, state):
-        updates, state = opt.update(jax.grad(loss)(params), state)
+        grads = jax.grad(mean_loss)(params, cfg, ids, len(ids) - 1)
+        updates, state = opt.update(grads, state)
         return optax.apply_updates(params, updates), state
 
     params = gemma.init(cfg, jax.random.key(0))
@@ -743,18 +622,42 @@ def overfitted(cfg, tok, steps=20):
     return params
 
 
-def test_a_model_that_reads_english_passes(tokenizers, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["a user's turn", "plain text"])
+def test_chat_models_and_base_models_that_read_english_pass(tokenizers, tmp_path, capsys, kind):
     cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
-    path = save_both(tmp_path, cfg, overfitted(cfg, tok), tok)
-    gemma.self_check(path)
-    perplexity = re.search(r"^PASS: perplexity ([\d.]+) on", capsys.readouterr().out, re.M)[1]
-    assert 1 <= float(perplexity) < 20
-    sha = hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest()
-    ids = tok.chat([USER])  # of a published tokenizer the ids are judged
-    monkeypatch.setattr(gemma, "TOKENIZERS", {sha: ("Ours", USER["content"], ids)})
-    gemma.self_check(path)
-    monkeypatch.setattr(gemma, "TOKENIZERS", {sha: ("Ours", USER["content"], ids[1:])})
-    assert one_line(gemma.self_check, path) == f"expected the ids {ids[1:]}"
+    gemma.self_check(save_both(tmp_path, cfg, overfitted(cfg, rows_of(tok)[kind]), tok))
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(r"PASS: perplexity ([\d.]+) on (\d+) tokens of English as (.*)", last)
+    assert 1 <= float(found[1]) < 20 and found[3] == kind
+    assert int(found[2]) == len(tok.encode(gemma.PARAGRAPH))
+
+
+def test_a_published_vocabulary_is_known_by_its_pieces(tokenizers, folder, monkeypatch, capsys):
+    """By its size and the id of <start_of_turn>, not by the bytes of the file."""
+    tok = tokenizers["gemma3"]
+    tok.save(folder)
+    golden = {text: tok.encode(text) for text in ("a  b", TEXT)}
+    monkeypatch.setattr(gemma, "VOCABULARIES", {tok.start_of_turn: ("Ours", golden)})
+
+    class AsLarge(data.Tokenizer):
+        def __init__(self, path):
+            super().__init__(path)
+            self.vocab_size = 262_144
+
+    monkeypatch.setattr(data, "Tokenizer", AsLarge)
+    assert "262144 pieces, but the embedding has only 512" in one_line(gemma.self_check, folder)
+    assert "tokenizer: Ours, 262,144 pieces" in capsys.readouterr().out
+    golden["a  b"] = golden["a  b"][1:]
+    assert f"expected {golden['a  b']}" in one_line(gemma.self_check, folder)
+
+
+def test_the_golden_ids_are_those_of_the_published_vocabulary(golden):
+    stored = golden.parent / "real" / "golden_tokens.json"
+    if not stored.exists():
+        pytest.skip("no published ids")
+    ids = {t["text"]: t["ids"] for t in json.loads(stored.read_text())["texts"]}
+    _, texts = gemma.VOCABULARIES[105]
+    assert texts and all(ids[text] == expected for text, expected in texts.items())
 
 
 def test_the_shipped_model_passes_and_opens_in_transformers(capsys):
@@ -785,17 +688,14 @@ def test_an_untrained_model_fails_by_its_perplexity(tokenizers, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=quick)
     assert done.returncode == 1 and "PASS" not in done.stdout
     found = re.fullmatch(r"FAIL: perplexity ([\d.]+) on .*, expected below 50\n", done.stderr)[1]
-    ids_BT = jnp.asarray([tok.chat(PARAGRAPH, generate=False)])
-    loss_BT = optax.softmax_cross_entropy_with_integer_labels(
-        logits(params, cfg, ids_BT)[:, :-1], ids_BT[:, 1:]
-    )
     n = len(tok.encode(gemma.PARAGRAPH))
-    assert tok.decode(ids_BT[0, -2 - n : -2]) == gemma.PARAGRAPH
-    expected = float(jnp.exp(loss_BT[0, -2 - n : -2].mean()))
+    for ids in (rows := rows_of(tok).values()):
+        assert tok.decode(ids[-n:]) == gemma.PARAGRAPH
+    expected = min(float(jnp.exp(mean_loss(params, cfg, ids, n))) for ids in rows)
     assert abs(float(found) - expected) < 0.02 and expected > 100
 
 
-def test_a_nan_and_a_short_vocabulary_fail(tokenizers, tmp_path):
+def test_a_nan_and_folders_that_cannot_be_checked_fail(tokenizers, folder, tmp_path):
     cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
     params = random_params(cfg)
     params["layers"]["q_norm"] = params["layers"]["q_norm"].at[1, 3].set(jnp.nan)
@@ -803,13 +703,6 @@ def test_a_nan_and_a_short_vocabulary_fail(tokenizers, tmp_path):
     assert one_line(gemma.self_check, path).startswith("perplexity nan on ")
     cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size - 1)
     path = save_both(tmp_path / "short", cfg, random_params(cfg), tok)
-    assert one_line(gemma.self_check, path).endswith("found 511")
-
-
-def test_help_and_folders_that_cannot_be_checked(folder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "gemma.py"), "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "--weights" in done.stdout
+    assert one_line(gemma.self_check, path).endswith("the embedding has only 511 rows")
     for path, missing in ((tmp_path / "nowhere", "config.json"), (folder, "tokenizer.model")):
         assert one_line(gemma.self_check, path).startswith(f"{path / missing}: no such file")

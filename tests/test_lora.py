@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 import warnings
 
 import jax
@@ -13,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import gemma
-import hub
 import lora
+import stage
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
 ALL = "q,k,v,o,gate,up,down"
@@ -167,7 +168,11 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     tokens = TOKENS % 90
     if own:
         adapter = random_adapter(cfg)
-        lora.save(tmp_path / "adapter", adapter, cfg, multimodal=True)
+        multimodal = gemma.is_multimodal(tmp_path / "base")
+        lora.save(tmp_path / "adapter", adapter, cfg, multimodal=multimodal)
+        # The text-only loader, as in the README, gives the same class as the container's own.
+        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        assert type(model) is hf.Gemma3ForConditionalGeneration
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys")
             model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
@@ -186,40 +191,19 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     np.testing.assert_allclose(gemma.logits(params, cfg, tokens, lora=adapter), theirs, atol=2e-5)
 
 
-def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path):
-    """Its base is that model, not the one --model or --weights names; gone, it is asked for."""
-    (cfg, params), tuned = base(), tmp_path / "sft" / "final"
-    for folder in (tuned, tmp_path / "original"):
-        gemma.save(folder, cfg, params)
-    lora.write_prompt(tuned, "")
-    for folder, on in (("simpo", tuned), ("other", tmp_path / "original"), ("hub", "google/gemma")):
-        lora.save(tmp_path / folder / "final", random_adapter(cfg), cfg, str(on))
-    original = str(tmp_path / "original")
-    for weights in (None, original):
-        start = hub.find_start("tiny", weights, str(tmp_path / "simpo"))
-        assert start == (tuned, tmp_path / "simpo" / "final")
-    start = hub.find_start("tiny", original, str(tmp_path / "other"))
-    assert start.weights == tmp_path / "original"
-    assert hub.find_start("tiny", None, str(tmp_path / "hub")).weights.name == "tiny"
-    tuned.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"sft/final.*--weights names it"):
-        hub.find_start("tiny", None, str(tmp_path / "simpo"))
-    moved = hub.find_start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
-    assert moved.weights == tmp_path / "moved"
-
-
 def test_the_same_rank_is_continued_and_another_merged(tmp_path):
     """Whatever order the matrices are named in; at its own rank nothing is stacked in final/."""
     cfg, params = base()
     adapter = random_adapter(cfg)
     lora.save(tmp_path, adapter, cfg)
-    for names in (lora.parse_targets(ALL), lora.parse_targets(ALL)[::-1]):
-        same, live, merged = lora.continue_from(tmp_path, params, cfg, 4, names)
+    stage_of = lambda rank, names: types.SimpleNamespace(lora_rank=rank, lora_targets=names)
+    for names in (ALL, ",".join(ALL.split(",")[::-1])):
+        same, live, merged = stage.continue_from(tmp_path, params, cfg, stage_of(4, names))
         assert same is params and merged is None
         for x, y in zip(jax.tree.leaves(live), jax.tree.leaves(adapter), strict=True):
             np.testing.assert_array_equal(x, y)
-    for rank, names in ((5, lora.parse_targets(ALL)), (4, ["q_proj"])):
-        other, live, merged = lora.continue_from(tmp_path, params, cfg, rank, names)
+    for rank, names in ((5, ALL), (4, "q")):
+        other, live, merged = stage.continue_from(tmp_path, params, cfg, stage_of(rank, names))
         assert live is None and lora.rank(merged) == 4
         assert (other["layers"]["q_proj"] != params["layers"]["q_proj"]).any()
 
@@ -228,7 +212,8 @@ PEFT_CONFIGS = [
     dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     dict(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
     dict(r=4, lora_alpha=8, target_modules=["k_proj", "o_proj", "up_proj", "down_proj"],
-         rank_pattern={"o_proj": 2, "layers.1.mlp.up_proj": 6}, alpha_pattern={"down_proj": 1}),
+         rank_pattern={"o_proj": 2, "layers.1.mlp.up_proj": 6},
+         alpha_pattern={"down_proj": 1, r"^model\.layers.*\.k_proj|up_proj": 3}),
     dict(r=2, lora_alpha=3, target_modules=["gate_proj"], layers_to_transform=[1]),
 ]
 
@@ -243,17 +228,6 @@ def test_we_load_pefts(tmp_path, family, config):
     theirs = peft_logits(model)
     assert np.abs(theirs - gemma.logits(params, cfg, TOKENS)).max() > 0.05
     np.testing.assert_allclose(gemma.logits(params, cfg, TOKENS, lora=adapter), theirs, atol=2e-5)
-
-
-def test_merged_directory_opens_in_transformers(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    cfg, params = base()
-    merged = lora.merge(params, random_adapter(cfg), cfg)
-    gemma.save(tmp_path, cfg, merged)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ours = gemma.logits(params, cfg, TOKENS, lora=random_adapter(cfg))
-    np.testing.assert_allclose(peft_logits(model), ours, atol=3e-5)
 
 
 def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
@@ -317,6 +291,9 @@ def test_wrong_adapter_files_are_refused_by_tensor(tmp_path):
     assert "(4, 33)" in message and "(4, 32)" in message
     beyond = FIRST.replace("layers.0", "layers.3")
     assert beyond in edited(tmp_path, cfg, lambda t: t.update({beyond: t[FIRST]}))
+    for shape in ((), (0, 32), (4, 32, 1)):
+        message = edited(tmp_path, cfg, lambda t, s=shape: t.update({FIRST: np.zeros(s, "f4")}))
+        assert f"tensor {FIRST!r} has no place" in message
     message = edited(tmp_path, cfg, lambda t: [t.pop(k) for k in list(t) if "lora_A" in k])
     assert "has lora_A, lora_B of shapes (None, " in message
     assert "no LoRA matrices" in edited(tmp_path, cfg, lambda t: t.clear())
@@ -326,14 +303,54 @@ def test_wrong_adapter_files_are_refused_by_tensor(tmp_path):
     assert str(tmp_path) in one_line(e)
 
 
-def test_adapter_of_another_kind_is_refused(tmp_path):
+def with_settings(tmp_path, cfg, change):
+    lora.save(tmp_path, random_adapter(cfg), cfg)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    return tmp_path
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"peft_type": "IA3"}, "'peft_type' is 'IA3'"),
+    ({"peft_type": ["LORA"]}, "'peft_type' is ['LORA']"),
+    *(({key: value}, f"'{key}' is ") for key, value in {
+        "bias": "lora_only", "use_dora": True, "fan_in_fan_out": True, "lora_bias": True,
+        "modules_to_save": ["embed_tokens"], "trainable_token_indices": {"embed_tokens": [6]},
+        "layer_replication": [[0, 2]], "megatron_config": {"a": 1}, "init_lora_weights": "pissa",
+        "alora_invocation_tokens": [1], "target_parameters": ["w"]}.items()),
+    ({"invented\nlater": 1}, r"'invented\nlater' is 1"),
+    ({"lora_alpha": "16"}, "lora_alpha is '16', expected float"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected float"),
+    ({"use_rslora": "no"}, "use_rslora is 'no', expected bool"),
+    ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is list, expected dict"),
+    ({"alpha_pattern": {"q_proj": [1]}}, "q_proj is list, expected float"),
+    *(({"alpha_pattern": {key: 1}}, f"alpha_pattern {key!r}") for key in (
+        "(", "[", "*", "a**", "", r"\1", "(a+)+x", r"([\w.]*)*!", ".*.*.*!", "(.|.)" * 8)),
+])
+def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_setting(tmp_path, change, named):
     cfg, _ = base()
-    for change in ({"peft_type": "IA3"}, {"use_dora": True}, {"fan_in_fan_out": True}):
-        lora.save(tmp_path, random_adapter(cfg), cfg)
-        file = tmp_path / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
-        with pytest.raises(ValueError, match="plain LoRA"):
+    with pytest.raises(ValueError) as e:
+        lora.load(with_settings(tmp_path, cfg, change), cfg)
+    assert named in one_line(e) and str(tmp_path / "adapter_config.json") in one_line(e)
+
+
+def test_settings_of_plain_lora_change_nothing(tmp_path):
+    cfg, _ = base()
+    expected = lora.load(with_settings(tmp_path, cfg, {}), cfg)
+    more = {"bias": "none", "use_dora": False, "modules_to_save": None, "layer_replication": None,
+            "init_lora_weights": "gaussian", "rank_pattern": {"(": 3}, "megatron_core": "megatron",
+            "loftq_config": {}, "layers_to_transform": [0], "peft_version": "0.99"}
+    found = lora.load(with_settings(tmp_path, cfg, more), cfg)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).rename(tmp_path / "away")
+        with pytest.raises(ValueError) as e:
             lora.load(tmp_path, cfg)
+        assert str(tmp_path / file) in one_line(e)
+        (tmp_path / "away").rename(tmp_path / file)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter_model.bin: a pickle, which is never opened"):
+        lora.load(tmp_path, cfg)
 
 
 # ------------------------------------------------------------------------------- other programs

@@ -36,7 +36,7 @@ def mesh(n_devices):
 
 def sampler(family="gemma3", n_devices=1, slots=4, **sizes):
     """Equal samplers share what is compiled: the tests use few different ones."""
-    sizes = {"max_prompt": 40, "max_new": 64, "shelf": 3, "chunk": 8} | sizes
+    sizes = {"max_prompt": 40, "max_new": 64, "cached_prompts": 3, "chunk": 8} | sizes
     return Sampler(CFG[family], mesh(n_devices), slots, dtype=jnp.float32, **sizes)
 
 
@@ -126,13 +126,14 @@ def test_frequencies_of_100k_draws_match_the_softmax(rules, n=100_000, V=300):
     expected_V = n * reference_distribution(logits_V, **rules)
     forbidden_V = np.zeros(V, bool)
     forbidden_V[list(rules.pop("forbidden", ()))] = True
-    how = {"top_p": 1.0, "min_p": 0.0, "forbidden_V": forbidden_V} | rules
+    settings = {"top_p": 1.0, "min_p": 0.0, "forbidden_V": forbidden_V} | rules
     compiled = Rules(rules.get("top_k", 0), "top_p" in rules, "min_p" in rules)
     keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), n).reshape(10, -1)
     rows = jnp.broadcast_to(logits_V, (n // 10, V))
-    how = {k: jnp.float32(v) if np.ndim(v) == 0 else v for k, v in how.items()}
-    one = jax.jit(lambda rows, key_B, how: draw(rows, key_B, compiled, how))  # no constants to fold
-    drawn = [one(rows, key_B, how) for key_B in keys]
+    settings = {k: jnp.float32(v) if np.ndim(v) == 0 else v for k, v in settings.items()}
+    # Settings as arguments: as constants they would be folded at compile time.
+    one = jax.jit(lambda rows, key_B, settings: draw(rows, key_B, compiled, settings))
+    drawn = [one(rows, key_B, settings) for key_B in keys]
     token_B, logp_B = (np.concatenate(z) for z in zip(*drawn, strict=True))
     counts_V = np.bincount(token_B, minlength=V)
     assert not counts_V[expected_V == 0].any(), "drew a token that was ruled out"
@@ -198,15 +199,15 @@ def test_a_base_that_stays_sharded_gives_the_rollouts_of_a_replicated_one(family
     """Eight devices that have 15, 3 and 1 rollouts to share: each waits for all at every step."""
     cfg, params = CFG[family], params_of(family)
     adapter = live_adapter(cfg)
-    how = {"lora": adapter, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "min_p": 0.01,
+    settings = {"lora": adapter, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "min_p": 0.01,
            "stop": range(3, 8)}
     split = sampler(family, n_devices=8, slots=2, shard=True)
     compiled = split.programs(params, adapter, Rules(20, True, True))["decode"][1][2]["layers"]
     assert compiled["q_proj"].sharding.spec == P(None, "data", None, None)  # never unstacked
     for prompts, n in ((random_prompts(5, 40, 33), 5), (random_prompts(40), 3), ([[7]], 1)):
-        expected = by_number(sampler(family).sample(params, prompts, n, **how))
+        expected = by_number(sampler(family).sample(params, prompts, n, **settings))
         stats = {}
-        found = by_number(split.sample(params, prompts, n, stats=stats, **how))
+        found = by_number(split.sample(params, prompts, n, stats=stats, **settings))
         assert found.keys() == expected.keys()
         for k, r in found.items():
             assert (r.ids.tolist(), r.stop) == (expected[k].ids.tolist(), expected[k].stop)
@@ -314,11 +315,11 @@ def test_repetition_is_a_stop_reason_of_its_own_and_off_by_default():
 def test_slots_refill(n_devices, slots, n, chunk):
     """Long-tailed lengths (mean 34 of at most 64), a queue of ten times the slots.
 
-    In the last case the shelf holds fewer prompts than slots get free while the host is away.
+    In the last case fewer prompts are cached than slots get free while the host is away.
     """
     n_prompts, stats = 10 * slots * n_devices // n, {}
     prompts = random_prompts(*[1 + i % 30 for i in range(n_prompts)])
-    s = sampler(n_devices=n_devices, slots=slots, shelf=4, chunk=chunk)
+    s = sampler(n_devices=n_devices, slots=slots, cached_prompts=4, chunk=chunk)
     rollouts = list(s.sample(params_of("gemma3"), prompts, n, stats=stats, **long_tailed()))
     lengths = np.array([len(r.ids) for r in rollouts])
     assert len(rollouts) == n_prompts * n and stats["tokens"] == lengths.sum()
@@ -393,8 +394,8 @@ def test_prefill_makes_no_logits_and_local_layers_keep_a_ring():
     headless = {k: v for k, v in params_of("gemma3").items() if k != "lm_head"}
     function, args = s.programs(headless)["prefill"]
     assert "while" in function.lower(*args).as_text()
-    shelf, state = jax.eval_shape(s.empty)
-    for held, longest in ((shelf, 40), (state["cache"], 40 + 64)):
+    prompt_cache, state = jax.eval_shape(s.empty)
+    for held, longest in ((prompt_cache, 40), (state["cache"], 40 + 64)):
         sizes = [k.shape[2] for k in held["k"]]
         assert sizes == [longest if g else cfg.sliding_window for g in cfg.is_global]
 

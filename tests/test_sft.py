@@ -215,9 +215,13 @@ def test_all_weights_are_trained_in_float32_and_left_in_bfloat16(small, tmp_path
 
 
 def test_learning_rate_warms_up_and_ends_at_its_share():
-    config = dataclasses.replace(CONFIG, learning_rate=1.0, warmup=0.1, final_lr=0.1)
+    """By the clock at a step's beginning; with --steps at its end, so that the first step moves."""
+    config = dataclasses.replace(CONFIG, learning_rate=1.0, warmup=0.1, final_lr=0.1, steps=None)
     rates = [stage.schedule(p, config) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
     np.testing.assert_allclose(rates, [0.0, 0.5, 1.0, 0.55, 0.1], atol=1e-9)
+    config = dataclasses.replace(config, steps=20)
+    rates = [stage.schedule(p, config) for p in (0.0, 0.05, 0.95)]
+    np.testing.assert_allclose(rates, [0.5, 1.0, 0.1], atol=1e-9)
 
 
 def test_programs_are_the_jitted_functions_with_their_shapes():
