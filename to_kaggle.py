@@ -50,21 +50,16 @@ class Config:
     """The file to write; default: train_grpo.ipynb, with --one-file train_grpo_kaggle.py."""
 
 
-def needed(script: str, before: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Our files that a script imports, at once or later, each after those it needs, itself last.
-
-    A circle (bench.py measures the script that hands over to it) is entered once.
-    """
-    modules, before = [], (script, *before)
-    for node in ast.walk(ast.parse((HERE / script).read_text())):
-        if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules.append(node.module)
-    for file in (f"{module}.py" for module in modules):
-        if file not in before and (HERE / file).is_file():
-            before = needed(file, before)
-    return (*(file for file in before if file != script), script)
+def needed(script: str) -> list[str]:
+    """Our files that a script imports, at once or later, directly or not; itself first."""
+    files = [script]
+    for file in files:
+        for node in ast.walk(ast.parse((HERE / file).read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            names = [f"{module}.py" for module in modules]
+            files += [n for n in names if n not in files and (HERE / n).is_file()]
+    return files
 
 
 def given(config: Any) -> dict:
@@ -237,7 +232,7 @@ def evaluation_cell(config: Any) -> str:
     same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows",
             "system")
     same = {name: value for name, value in given(config).items() if name in same}
-    source = config.eval_data or data.test_split(config.data)
+    source = config.eval_data or (data.test_split(config.data) if config.data else None)
     own = source is None and config.data is not None
     rows = getattr(config, "eval_rows", None)
     same |= {"data": "held_out" if own else source, "rows": rows}

@@ -135,12 +135,12 @@ def test_choices_are_shown():
     "row, complaint",
     [
         ({"text": "?"}, "expected messages, prompt or question"),
-        ({"question": ""}, "expected a text"),
-        ({"question": "?", "answer": " "}, "the answer is empty"),
+        ({"question": ""}, "expected messages, prompt or question"),
+        ({"question": "?", "answer": " "}, "expected a text, a number or a list"),
         ({"question": "?", "choices": ["a", "b"], "answer": "Z"}, "none of the 2 choices"),
-        ({"question": "?", "choices": "ab", "answer": "a"}, "expected a list of choices"),
-        ({"messages": []}, "list of messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a text as content"),
+        ({"question": "?", "choices": "ab", "answer": "a"}, "expected a list of .*choices"),
+        ({"messages": []}, "expected messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text as content"),
         ({"question": "?", "answer": "1", "kind": "maths"}, "kind 'maths'"),
         ({"question": "many " * 99, "answer": "1"}, "more than --max-prompt 64"),
     ],
@@ -386,9 +386,9 @@ def test_an_adapter_brings_its_system_text_and_can_be_compared(config, folder, t
     with pytest.raises(ValueError, match="trained under"):
         evaluation.main(dataclasses.replace(tuned, system="Be long."))
     # the folder belongs to what it was begun with
-    with pytest.raises(ValueError, match="checksum of the weights was"):
+    with pytest.raises(SystemExit, match="checksum of the .* was"):
         evaluation.main(dataclasses.replace(config, adapter=tuned.adapter))
-    with pytest.raises(ValueError, match="--max-new was 8 .* now it is 4"):
+    with pytest.raises(SystemExit, match="--max-new was 8 .* now it is 4"):
         evaluation.main(dataclasses.replace(config, max_new=4))
     with pytest.raises(ValueError, match="no samples.jsonl"):
         evaluation.main(dataclasses.replace(config, compare=str(tmp_path)))

@@ -27,7 +27,11 @@ def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
     if name == "resolve" or value in seen or not ours:
         return found
     seen.add(value)
-    for node in ast.walk(ast.parse(inspect.getsource(value))):
+    tree = ast.parse(inspect.getsource(value))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+             for alias in node.names]
+    lazy = {name: importlib.import_module(name) for name in names if (ROOT / f"{name}.py").exists()}
+    for node in ast.walk(tree):
         match node:
             case ast.Attribute(ast.Name("config" | "quiet"), field):
                 found.add(field)
@@ -36,7 +40,7 @@ def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
             case ast.Call(ast.Name("getattr"), [ast.Name("config"), ast.Constant(field), *_]):
                 found.add(field)
             case ast.Attribute(ast.Name(owner), function):
-                owner = getattr(home, owner, None)
+                owner = lazy.get(owner) or getattr(home, owner, None)
                 if inspect.ismodule(owner) and callable(getattr(owner, function, None)):
                     reads(owner, function, seen, found)
             case ast.Name(function) if callable(getattr(home, function, None)):
