@@ -609,6 +609,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
         out |= judge.programs(config, mesh)
     return out
 
+
 # ------------------------------------------------------------------------------------ one update
 
 
@@ -679,6 +680,7 @@ def main(config: Config) -> Path | dict:
         return bench.plan("grpo", config)
     config = resolve(config)
     hosts.connect(config)
+    runs.claim(Path(config.out))  # a wrong --out is better said before anything is loaded
     runs.compilation_cache()
     stage.show_config(config)
     if config.group == 2 and config.scale == "group":
@@ -696,8 +698,8 @@ def main(config: Config) -> Path | dict:
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
 
     # compile
-    steps, sampler = make_steps(model.cfg, config, mesh, model.sharded), make_sampler(
-        model.cfg, config, mesh)
+    steps = make_steps(model.cfg, config, mesh, model.sharded)
+    sampler = make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     with (runs.Run(config, LABELS, every_s=0.0) as run,

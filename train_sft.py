@@ -324,6 +324,7 @@ def main(config: Config) -> Path | dict:
         return bench.plan("sft", config)
     config = resolve(config)
     hosts.connect(config)
+    runs.claim(Path(config.out))  # a wrong --out is better said before anything is loaded
     runs.compilation_cache()
     stage.show_config(config)
     mesh = gemma.all_devices()

@@ -437,6 +437,7 @@ def main(config: Config) -> Path | dict:
         raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
                          '"4", "rejected": "5"} lines')
     hosts.connect(config)
+    runs.claim(Path(config.out))  # a wrong --out is better said before anything is loaded
     runs.compilation_cache()
     stage.show_config(config)
     mesh = gemma.all_devices()
