@@ -19,8 +19,10 @@ from safetensors.numpy import load_file
 import data
 import gemma
 import lora
+import rollouts
 import stage
 import train_sft
+from sampler import Rollout
 
 CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
@@ -246,6 +248,43 @@ def test_what_is_split_and_what_rollouts_gather_follows_from_the_sizes(model, ra
     assert (stage.base_is_sharded(*args), stage.rollouts_are_sharded(*args)) == expected
     whole = dataclasses.replace(config, shard="no")
     assert not stage.rollouts_are_sharded(args[0], whole, args[2])
+
+
+@pytest.mark.parametrize("rank, dtype", [(4, "float32"), (0, "bfloat16")])
+def test_a_reference_is_kept_in_the_precision_it_is_read_in(rank, dtype):
+    """By GRPO and DPO alike: an adapter in float32, all weights in the compute dtype."""
+    config = dataclasses.replace(CONFIG, lora_rank=rank, dtype="bfloat16")
+    copy = stage.reference_copy(weights(config)[0], config)
+    assert {x.dtype for x in jax.tree.leaves(copy)} == {jnp.dtype(dtype)}
+
+
+def test_answers_to_equal_prompts_are_counted_apart():
+    """Two held-out rows of one prompt, and a row with nothing to check, are three answers."""
+    tok = data.Tokenizer(ROOT / "tiny")
+    rows = [{"question": "1 + 1?", "reasoning": "So.", "answer": "2"}] * 2
+    rows += [{"prompt": "Hi", "completion": "Ho"}]
+    problems = [rollouts.read_problem(row, tok) for row in rows]
+    ids = tok.encode(data.format_completion("So.", "2")) + [tok.end_of_turn]
+
+    class Parrot:
+        def sample(self, params, prompts, **_):
+            for p in prompts:
+                yield Rollout(p, 0, np.array(ids), np.zeros(len(ids)), "stop")
+
+    metrics, answers = rollouts.evaluate(Parrot(), (None, None), tok, problems)
+    assert [row["correct"] for row in answers] == [True, True, None]
+    assert metrics["eval_accuracy"] == 1.0 and metrics["eval_format"] == 1.0
+
+
+def test_no_sampler_is_compiled_where_nothing_is_to_be_answered(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts, "Sampler", None)  # calling it would fail
+    config = train_sft.Config(
+        weights=str(small), out=str(tmp_path), data=str(small / "rows.jsonl"), steps=1,
+        batch_rows=8, micro_rows=1, max_length=176, eval_every=0, show=2)
+    train_sft.main(config)
+    assert (tmp_path / "held_out.jsonl").read_text().count("question") == 1
+    with pytest.raises(TypeError, match="NoneType"):
+        train_sft.main(dataclasses.replace(config, out=str(tmp_path / "b"), eval_accuracy=1))
 
 
 # --------------------------------------------------------------------------------- whole runs
