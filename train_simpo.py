@@ -419,7 +419,7 @@ def log_step(run: runs.Run, pending: Pending, began: float) -> float:
     now = time.perf_counter()
     n_tokens = int((pending.batch["segments"] > 0).sum())
     run.log(pending.step, metrics | {
-        "lr": pending.lr, "p": pending.p, "tokens_per_s": n_tokens / (now - began),
+        "learning_rate": pending.lr, "p": pending.p, "tokens_per_s": n_tokens / (now - began),
         "step_s": now - began})
     return now
 

@@ -364,7 +364,8 @@ def test_ends_before_the_time_limit_with_checkpoint_and_evaluation(small, tmp_pa
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = max(m["step"] for m in metrics)
     assert "eval_loss" in metrics[-1] and metrics[-1]["step"] == last > 6
-    assert metrics[-2]["p"] > 0.8 and metrics[-2]["lr"] < 0.5 * max(m.get("lr", 0) for m in metrics)
+    rates = [m["learning_rate"] for m in metrics if "learning_rate" in m]
+    assert metrics[-2]["p"] > 0.8 and rates[-1] < 0.5 * max(rates)
     assert (tmp_path / "checkpoints" / f"step_{last}" / "manifest.json").exists()
     assert (tmp_path / "final" / "adapter_model.safetensors").exists()
 

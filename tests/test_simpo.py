@@ -485,7 +485,8 @@ def test_a_stage_learns_the_pairs_and_the_next_one_starts_there(small, tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert told == [*range(1, 13), 12, "closed"]  # the steps and the evaluation at the end
     steps = [m for m in lines if "loss" in m]
-    assert {"loss", "grad_norm", "lr", "n_pairs", *train_simpo.METRICS} <= steps[0].keys()
+    logged = {"loss", "grad_norm", "learning_rate", "n_pairs", *train_simpo.METRICS}
+    assert logged <= steps[0].keys()
     held_out = [m for m in lines if "eval_loss" in m]
     assert held_out[-1]["eval_margin"] > steps[0]["margin"] and {
         "eval_pair_accuracy", "eval_accuracy", "eval_accuracy_low",
