@@ -42,7 +42,7 @@ def is_address(name: str) -> bool:
 
 
 def read_address(address: str, flag: str, key_variable: str) -> urllib.parse.SplitResult:
-    """The parts of an endpoint's address. The error does not repeat it, as it may hold a key."""
+    """The parts of an endpoint's address; the error does not repeat it, as it may hold a key."""
     if importlib.util.find_spec("openai") is None:
         raise ValueError(f"{flag}: an address needs one more package: pip install openai")
     with suppress(ValueError):  # a port that is no number
@@ -154,8 +154,16 @@ class Endpoint:
         try:
             async with self.slots, asyncio.timeout(self.total_s):
                 text = await self._readable(asked, read)
-        except (TimeoutError, self.openai.APIError) as e:
-            raise Unavailable(f"{self.url}: {self._clean(self._why(e))[:300]}") from None
+        except TimeoutError:
+            raise Unavailable(f"{self.url}: no reply within {self.total_s:g} s") from None
+        except self.openai.APIStatusError as e:
+            why = f"HTTP {e.status_code} {e.response.text}"
+            raise Unavailable(f"{self.url}: {self._clean(why)[:300]}") from None
+        except self.openai.APIError as e:
+            cause = e
+            while deeper := cause.__cause__ or cause.__context__:
+                cause = deeper
+            raise Unavailable(f"{self.url}: {self._clean(f'{e} ({cause!r})')[:300]}") from None
         self.replies[digest] = text
         self.append({"key": digest, "model": self.model, "text": text})
         return text
@@ -224,17 +232,6 @@ class Endpoint:
         """A server's text without the key, in case the server repeats it."""
         key = self.key()  # a short one is no secret ("EMPTY") but may well be a word
         return text.replace(key, "***") if len(key) > 11 else text
-
-    def _why(self, e: Exception) -> str:
-        """What an error says, and what caused it."""
-        if isinstance(e, TimeoutError):
-            return f"no reply within {self.total_s:g} s"
-        if isinstance(e, self.openai.APIStatusError):
-            return f"HTTP {e.status_code} {e.response.text}"
-        cause = e
-        while deeper := cause.__cause__ or cause.__context__:
-            cause = deeper
-        return f"{e} ({cause!r})"
 
     def close(self) -> None:
         """Cancels what waits or is under way."""

@@ -10,21 +10,18 @@
 It reads the data that eval.py reads; the README shows rows of several domains.
 
 1. Completions are what costs. Each is written to disk as soon as it arrives and never asked for
-   again, even after a kill. Everything else is derived from them in the order of the data, so
-   another --margin or --max-length costs nothing. What got no reply is a reject, and the next run
-   asks for it again.
-2. traces: a completion becomes a row unless it meets one of the faults of `fault`, is a
-   near-duplicate, or scores below --min-reward. rejects.jsonl has the first of these reasons.
-3. A near-duplicate shares more than OVERLAP of its word triples (Jaccard) with a kept trace of the
-   same question. Traces of two questions are never compared: those of a template differ in their
-   numbers alone.
-4. pairs: chosen is the completion with the highest score among those that ended by themselves,
+   again. The rest is derived from them in the order of the data, so another --margin or
+   --max-length costs nothing. What got no reply is a reject; the next run asks for it again.
+2. traces: a near-duplicate shares more than OVERLAP of its word triples (Jaccard) with a kept trace
+   of the same question. Traces of two questions are never compared: those of a template differ in
+   their numbers alone. rejects.jsonl has the first reason to leave a completion out.
+3. pairs: chosen is the completion with the highest score among those that ended by themselves,
    rejected the one with the lowest score of all. They become a pair if their scores differ, by at
    least --margin; a completion without a score is neither. --reference adds a pair of the row's own
    trace and the worst completion that is not right.
-5. --limit and --budget count every request that was ever sent for the folder, failed ones included.
-   Up to --teacher-threads requests that are under way when a limit is reached are still paid for.
-   The key is in $TEACHER_API_KEY.
+4. --limit and --budget count every request ever sent for the folder, failed ones included. Up to
+   --teacher-threads requests under way when one is reached are paid for. The key is in
+   $TEACHER_API_KEY.
 """
 
 import dataclasses
@@ -32,7 +29,8 @@ import json
 import math
 import sys
 from collections import Counter
-from concurrent.futures import Future, as_completed
+from concurrent.futures import as_completed
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -110,12 +108,9 @@ class Pairs(Sampling):
 Config = Traces | Pairs
 REAL = dict(dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, max_prompt=512,
             max_new=768, slots=64)
-DEFAULTS = {
-    "tiny": dict(dtype="float32", data="problems", rows=200, system="", max_prompt=88,
-                 max_new=168, slots=32),
-    "gemma2": REAL,
-    "gemma3": REAL,
-}
+TINY = dict(dtype="float32", data="problems", rows=200, system="", max_prompt=88, max_new=168,
+            slots=32)
+DEFAULTS = {"tiny": TINY, "gemma2": REAL, "gemma3": REAL}
 TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
 MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "min_p", "repetition", "slots")
 HTTP_ONLY = ("teacher_model", "limit", "budget")
@@ -180,34 +175,27 @@ class Teacher(Endpoint):
 def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]:
     """A row for each completion: {"problem", "sample"} and {"completion", "stop"} or {"error"}."""
     futures, rows, failed = {}, {}, 0
-    try:
-        for i, problem in enumerate(problems):
-            chat = data.with_system(data.parse_row(problem.fields).chat, config.system)
-            for sample in range(config.samples):
-                future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
-                                     temperature=config.temperature)
-                futures[future] = i, sample
-        every_s = evaluation.EVERY_S
-        for future in tqdm(as_completed(futures), "replies", len(futures), mininterval=every_s):
-            row = rows[futures[future]] = completion_of(future)
-            failed = failed + 1 if "error" in row else 0
-            if failed == GIVE_UP:  # no more requests; replies in the cache still come
-                teacher.stopped = f"not asked for, as {failed} others had no reply: {row['error']}"
-    finally:
-        teacher.close()
+    for i, problem in enumerate(problems):
+        chat = data.with_system(data.parse_row(problem.fields).chat, config.system)
+        for sample in range(config.samples):
+            future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
+                                 temperature=config.temperature)
+            futures[future] = i, sample
+    for future in tqdm(as_completed(futures), "replies", len(futures),
+                       mininterval=evaluation.EVERY_S):
+        try:
+            text = future.result().rpartition("</think>")[2].strip()  # some servers leave it in
+            # The halves of a surrogate pair cannot be trained on.
+            row = {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
+            failed = 0
+        except OSError:  # the reply cannot be kept
+            raise
+        except Exception as e:
+            row, failed = {"error": f"{type(e).__name__}: {e}"}, failed + 1
+        rows[futures[future]] = row
+        if failed == GIVE_UP:  # no more requests; replies in the cache still come
+            teacher.stopped = f"not asked for, as {failed} others had no reply: {row['error']}"
     return [{"problem": i, "sample": sample} | row for (i, sample), row in sorted(rows.items())]
-
-
-def completion_of(reply: Future) -> dict:
-    """What one reply of the teacher adds to its row."""
-    try:
-        text = reply.result().rpartition("</think>")[2].strip()  # some servers leave it in
-    except OSError:  # the reply cannot be kept
-        raise
-    except Exception as e:
-        return {"error": f"{type(e).__name__}: {e}"}
-    # The halves of a surrogate pair cannot be trained on.
-    return {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
 
 
 def prompt_of(problem: Problem) -> str | list[dict]:
@@ -289,8 +277,7 @@ def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 def training_row(problem: Problem, completion: str) -> dict:
     """A completion as train_sft.py reads it, with the other fields of the row that it answers.
 
-    Where the row has a right answer, it replaces the completion's. The question text holds the
-    choices already.
+    A right answer of the row replaces the completion's. The question text holds the choices.
     """
     reasoning, answer, _ = rewards.parse(completion)
     answer, prompt = problem.gold or answer, prompt_of(problem)
@@ -388,7 +375,7 @@ def main(config: Config) -> Path:
                 config.teacher, config.teacher_model, threads=config.teacher_threads,
                 limit=config.limit, price=config.price, budget=config.budget,
                 cache=out / "teacher" / "replies.jsonl")
-            with runs.writing(out):
+            with runs.writing(out), closing(teacher):
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:

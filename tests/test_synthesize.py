@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
-from test_judge import scores, serving
+from test_judge import serving
 
 import data
 import problems
@@ -234,25 +235,6 @@ def test_missing_judgements_are_no_pair(tmp_path):
     assert "HTTP 400" in reject["errors"]["judge"]
 
 
-def test_a_judge_on_the_mesh_picks_the_pairs(tmp_path):
-    """The best and the worst by the scores that the judge gives one completion at a time."""
-    problems = problems_of([{"question": q, "rubrics": ["It is true."]} for q in ("Why?", "How?")])
-    said = ["It is so.", "2 + 2 = 4, so 4.", "no", "<answer>7</answer>", ""]
-    rows = [{"problem": i, "sample": j, "completion": text, "stop": "stop"}
-            for i in range(2) for j, text in enumerate(said)]
-    config = Pairs(judge="tiny", rewards="judge", margin=1e-4, out=str(tmp_path), max_new=32)
-    made, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
-    judge = synthesize.judge.open(config)
-    for pair, problem in zip(made, problems, strict=True):
-        alone = [scores(judge, [(text, problem.fields)])[0] for text in said]
-        best = max(range(4), key=lambda j: alone[j])  # nothing to train on in the empty one
-        worst = min(range(4), key=lambda j: alone[j])
-        assert (pair["chosen_sample"], pair["rejected_sample"]) == (best, worst)
-        assert pair["chosen_reward"] == pytest.approx(alone[best], abs=1e-5)
-        assert pair["rejected_reward"] == pytest.approx(alone[worst], abs=1e-5)
-    assert len(made) == 2 and not rejects
-
-
 def test_all_completions_of_a_prompt_are_judged_by_one_request(tmp_path):
     """The row's own trace among them; of a prompt without a verdict nothing becomes a pair."""
 
@@ -300,14 +282,15 @@ CARDS = [{"question": f"What is the value of card {i}?", "answer": str(2 * i), "
 
 
 def teacher_of(server, folder, **more):
-    fast = {"threads": 8, "retries": 2, "request_s": 1.5}
+    fast = {"threads": 8, "retries": 2, "request_s": 0.4}
     return Teacher(server.url, "m", cache=folder / "replies", **fast | more)
 
 
 def traces_of(teacher, config=None, rows=CARDS):
     config = synthesize.resolve(config or Traces(teacher=teacher.url, data="rows.jsonl"))
     problems = problems_of(rows)
-    replies = synthesize.ask(teacher, problems, config)
+    with closing(teacher):
+        replies = synthesize.ask(teacher, problems, config)
     return synthesize.traces(problems, replies, TOK["gemma3"], config)
 
 
@@ -323,7 +306,7 @@ def test_every_fault_of_a_server_and_every_row_once(tmp_path):
         i = question(body)
         asked[i] += 1
         fault = always.get(i) or (once[i % 8] if asked[i] == 1 or i % 8 == 7 else None)
-        return fault or reply(i) | {"slow": 0.02 * (i % 5)}  # out of order, and slowly
+        return fault or reply(i) | {"slow": 0.01 * (i % 5)}  # out of order, and slowly
 
     with serving(answer) as server:
         rows, rejects = traces_of(teacher_of(server, tmp_path))
@@ -415,32 +398,6 @@ def test_limits_hold_over_sessions(tmp_path):
                 file.write(b'{"doll')
 
 
-@pytest.mark.parametrize("usage", ['{"total_tokens": 1e999}', '{"prompt_tokens": -1000000000, '
-                                   '"completion_tokens": -1}', '{"total_tokens": "9"}', "7"])
-def test_a_budget_never_grows_back(tmp_path, usage):
-    """A count that is none is estimated: 4 characters a token."""
-
-    def answer(n, body):
-        message = json.dumps({"message": {"content": reply(question(body))["content"]}})
-        return {"text": f'{{"choices": [{message}], "usage": {usage}}}'}
-
-    with serving(answer) as server:
-        teacher = teacher_of(server, tmp_path, price=(1e6, 1e6), budget=50.0, threads=1)
-        rows, rejects = traces_of(teacher)
-        assert len(rows) == len(server.bodies) == 1 and 50 < teacher.dollars < 1000
-        again = teacher_of(server, tmp_path, price=(1e6, 1e6), budget=50.0)
-        assert again.dollars == teacher.dollars and again.n_sent == 1
-        again.close()
-
-
-@pytest.mark.parametrize("content", [None, 7, [{"type": "text", "text": "15"}], {"text": "15"}])
-def test_a_reply_that_is_no_text_is_a_reject(tmp_path, content):
-    text = json.dumps({"choices": [{"message": {"content": content}}]})
-    with serving(lambda n, body: {"text": text}) as server:
-        rows, (reject,) = traces_of(teacher_of(server, tmp_path), rows=CARDS[:1])
-    assert not rows and reject["reason"] == "no reply" and "expected a text" in reject["detail"]
-
-
 def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(synthesize, "GIVE_UP", 4)
     with serving(lambda n, body: {"status": 500} if n >= 6 else reply(question(body))) as server:
@@ -448,16 +405,6 @@ def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
         assert len(rows) == 6 and len(rejects) == N - 6
         assert len(server.bodies) <= 6 + 2 * 6  # four, and what was under way then
         assert "not asked for, as 4 others had no reply" in rejects[-1]["detail"]
-
-
-def test_where_nobody_listens_every_row_is_a_reject(tmp_path):
-    with serving(lambda n, body: reply(question(body))) as server:
-        pass  # its port is closed from here on
-    rows, rejects = traces_of(teacher_of(server, tmp_path, retries=1))
-    assert not rows and [row["problem"] for row in rejects] == [*range(N)]
-    assert {row["reason"] for row in rejects} == {"no reply"}
-    assert "ConnectionRefusedError" in rejects[0]["detail"]
-    assert runs.good_rows(tmp_path / "replies") == [{"requests": 1}] * 2 * N
 
 
 def test_every_reason_to_leave_a_trace_out(tmp_path):
