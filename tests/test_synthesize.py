@@ -89,14 +89,9 @@ def test_a_reference_goes_against_what_is_not_right():
     rows[0]["right"] = True
     assert samples_of(choose(rows, 0.5)) == [(1, 0), (-1, 1)]
     assert samples_of(choose(rows, 1)) == [(1, 0)]  # the margin is of both
-    for row in rows:
-        row["right"] = True
-    assert samples_of(choose(rows, 0)) == [(1, 0)]
-    rows[-1]["reward"] = None
-    assert samples_of(choose(rows, 0)) == [(1, 0)]
-    rows[-1] |= {"reward": 0}
-    rows[0]["right"] = False
-    assert samples_of(choose(rows, 0)) == [(1, 0)]  # a tie here too
+    for reward in (None, 0, 1):  # missing; worse; a tie
+        rows[-1]["reward"] = reward
+        assert samples_of(choose(rows, 0)) == [(1, 0)]
 
 
 ROWS = [
@@ -151,15 +146,8 @@ def test_a_prompt_without_a_pair_says_why(tmp_path):
 def mesh_config(tmp_path, name, **more):
     rows = [problems.word_problem("train", i) for i in range(6)]
     fields = dict(
-        data=write(tmp_path / "rows.jsonl", rows),
-        out=str(tmp_path / name),
-        samples=4,
-        system="Think.",
-        temperature=1.4,
-        slots=3,
-        max_prompt=120,
-        max_new=64,
-        seed=1,
+        data=write(tmp_path / "rows.jsonl", rows), out=str(tmp_path / name), samples=4,
+        system="Think.", temperature=1.4, slots=3, max_prompt=120, max_new=64, seed=1,
     )
     return fields | more
 
@@ -170,13 +158,11 @@ def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tm
                             rewards="format:0.5,answer:1,length:0.3") | more))
     file = made("whole")
     pairs, journal = file.read_bytes(), (file.parent / "samples.jsonl").read_bytes()
-    assert made("again").read_bytes() == pairs
     lines = journal.splitlines(keepends=True)
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "config.json").write_bytes((file.parent / "config.json").read_bytes())
     (tmp_path / "killed" / "samples.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:30])
     assert made("killed").read_bytes() == pairs
-
     rows, rejects = read(file), read(file.parent / "rejects.jsonl")
     assert {row["chosen_sample"] for row in rows} > {-1} and len(rows) > 6
     config = Pairs(**mesh_config(tmp_path, "whole", rows=0))
@@ -189,9 +175,7 @@ def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tm
         for example in pair[:2]:
             assert example.prompt == np.array(problems[row["id"]].prompt, np.int32).tobytes()
     # another margin samples nothing; another seed is refused rather than mixed in
-    before = (file.parent / "samples.jsonl").stat().st_mtime_ns
     assert len(read(made("whole", margin=1.4))) < len(rows)
-    assert (file.parent / "samples.jsonl").stat().st_mtime_ns >= before
     assert (file.parent / "samples.jsonl").read_bytes() == journal
     with pytest.raises(SystemExit, match="--seed was 1"):
         made("whole", seed=2)
@@ -208,31 +192,6 @@ def test_traces_of_the_model_itself(tmp_path):
         assert row["difficulty"] == source[row["question"]]["difficulty"] and row["reward"] >= 0.1
     assert {row["reason"] for row in rejects} <= {"cut", "format", "wrong", "near-duplicate",
                                                   "reward", "length", "repetition"}
-
-
-def test_missing_judgements_are_no_pair(tmp_path):
-    """A judge that scores by a number in the completion and has none for 9."""
-
-    def answer(n, body):
-        said = body["messages"][0]["content"].split("It says ")[1][0]
-        return {"status": 400} if said == "9" else {"content": json.dumps({"score": int(said)})}
-
-    problems = problems_of([{"question": "Why?", "rubrics": ["It is true."]}] * 2)
-    said = [["3", "9", "1", "5"], ["9", "2", "9", "9"]]
-    rows = [{"problem": i, "sample": j, "completion": f"It says {d}, {j}", "stop": "stop"}
-            for i, digits in enumerate(said) for j, d in enumerate(digits)]
-    with serving(answer) as server:
-        config = Pairs(judge=server.url, rewards="judge", margin=0.5, out=str(tmp_path), max_new=9)
-        (pair,), (reject,) = synthesize.pairs(problems, rows, TOK["gemma3"], config)
-        n = len(server.bodies)
-        assert synthesize.pairs(problems, rows, TOK["gemma3"], config)[0] == [pair]
-        assert len(server.bodies) - n == 8  # none of those that had a verdict: 2 each, of 4
-        with pytest.raises(ValueError, match="--rewards judge: needs --judge"):
-            synthesize.pairs(problems, rows, TOK["gemma3"], dataclasses.replace(config, judge=None))
-    assert (pair["chosen"], pair["rejected"]) == ("It says 5, 3", "It says 1, 2")
-    assert (pair["chosen_reward"], pair["rejected_reward"]) == (1.0, 0.0)
-    assert reject["rewards"] == [None, 0.25, None, None] and reject["reason"] == "no score"
-    assert "HTTP 400" in reject["errors"]["judge"]
 
 
 def test_all_completions_of_a_prompt_are_judged_by_one_request(tmp_path):
@@ -319,8 +278,6 @@ def test_every_fault_of_a_server_and_every_row_once(tmp_path):
         assert "timed out" in details[13] and "I will not" in details[7]
         expected = {i: 3 if i in always else 1 if i % 8 in (0, 7) else 2 for i in range(N)}
         assert asked == expected
-        sent = [row for row in runs.good_rows(tmp_path / "replies") if "requests" in row]
-        assert len(sent) == sum(asked.values())
         # again: the same rows, and requests for what had no reply alone
         before = dict(asked)
         always.clear()
@@ -328,8 +285,6 @@ def test_every_fault_of_a_server_and_every_row_once(tmp_path):
         assert [row["problem"] for row in rejects] == [7, 15, 23]
         assert [row for row in again if row["source"] not in lost] == rows
         assert {i for i in asked if asked[i] > before[i]} == {*lost}
-        system = [body["messages"][0]["content"].split("\n\n")[0] for body in server.bodies]
-        assert {*system} == {data.SYSTEM}
     file = write(tmp_path / "rows.jsonl", again)
     (examples,), _ = data.load(file, lambda row: data.read_example(row, TOK["gemma3"], data.SYSTEM))
     assert len(examples) == N - 3
@@ -445,7 +400,6 @@ def test_every_reason_to_leave_a_trace_out(tmp_path):
                 judge_threads=1, out=str(tmp_path))
             best, rejects = traces_of(teacher_of(server, tmp_path, threads=1), config, [row])
         assert [row["reasoning"] for row in best] == [row["reasoning"] for row in made[1:]]
-        assert best[0]["reward"] == pytest.approx(8 / 9)
         assert rejects[0]["reason"] == "reward" and rejects[0]["sample"] == 0
         trace = "Here, to be clear, the result of it all must be nothing but: fifteen."
         (problem,) = problems_of([row | {"answer": trace, "kind": "text"}])
