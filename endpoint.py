@@ -125,10 +125,9 @@ class Endpoint:
     def ask(self, messages: list[dict], *, max_tokens: int, temperature: float = 0.0,
             schema: dict | None = None, key: str = "",
             read: Callable[[str], Any] = str) -> Future:
-        """The future of what `read` makes of the reply; Unavailable where none can be had.
+        """The future of what `read` makes of the reply; where `read` raises, another is asked for.
 
-        Where `read` raises, another reply is asked for. schema: JSON schema of the reply. key:
-        tells apart questions asked more than once on purpose (the samples of one prompt).
+        schema: of a reply in JSON. key: tells apart the samples of one prompt.
         """
         asked = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
         asked |= {"model": self.model} if self.model else {}
@@ -156,14 +155,13 @@ class Endpoint:
                 text = await self._readable(asked, read)
         except TimeoutError:
             raise Unavailable(f"{self.url}: no reply within {self.total_s:g} s") from None
-        except self.openai.APIStatusError as e:
-            why = f"HTTP {e.status_code} {e.response.text}"
-            raise Unavailable(f"{self.url}: {self._clean(why)[:300]}") from None
         except self.openai.APIError as e:
             cause = e
             while deeper := cause.__cause__ or cause.__context__:
                 cause = deeper
-            raise Unavailable(f"{self.url}: {self._clean(f'{e} ({cause!r})')[:300]}") from None
+            is_reply = isinstance(e, self.openai.APIStatusError)
+            why = f"HTTP {e.status_code} {e.response.text}" if is_reply else f"{e} ({cause!r})"
+            raise Unavailable(f"{self.url}: {self._clean(why)[:300]}") from None
         self.replies[digest] = text
         self.append({"key": digest, "model": self.model, "text": text})
         return text

@@ -15,8 +15,8 @@
    one layer only: there is no KV cache.
 4. A completion is data: it stands between two lines of a code word that it cannot contain, and turn
    markers in it are plain text (data.py).
-5. Whatever goes wrong costs one judgement (with --judge-calls group, those of a group): its parts
-   are None, never zero, and "judge_error" says why. `trouble` says when too many are missing.
+5. Whatever goes wrong costs one judgement (with --judge-calls group, a group's): its parts are
+   None, never zero, and "judge_error" says why. `trouble` says when too many are missing.
 
 Letters beyond those of gemma.py: X shared beginnings of U tokens; B rows that continue them with C
 tokens each; A allowed answers.
@@ -510,11 +510,9 @@ def batch_shapes(mesh: Mesh, X: int, B: int, U: int, C: int) -> dict[str, jax.Sh
 
 
 class _Prompt(NamedTuple):
-    """One prompt of a verdict, cut in two; other prompts may share its beginning."""
-
-    beginning: tuple[int, ...]
+    beginning: tuple[int, ...]  # other prompts may share it
     rest: tuple[int, ...]
-    place: int  # index in `values`
+    place: int  # in `values`
     values: list  # of the verdict, one for each of its prompts
     items: list  # of the rubric
     future: Future
@@ -528,10 +526,9 @@ def power_of_two(n: int) -> int:
 class OnMesh(Judge):
     """A Gemma on the devices of a mesh; a batch has up to `rows` prompts on each device.
 
-    `submit` only tokenizes prompts; `pump` runs the batches. Both belong to the main thread:
-    programs over several devices that are launched by two threads can wait for each other forever.
-    The order of submissions and pumps alone decides which prompts share a batch, so a run that
-    repeats this order repeats its scores to the bit.
+    `submit` only tokenizes; `pump` runs the batches. Both belong to the main thread: programs over
+    several devices that two threads launch can wait for each other forever. The order of these
+    calls alone decides which prompts share a batch, so a run that repeats it repeats its scores.
     """
 
     def __init__(self, cfg: gemma.Config, params: dict, tok: data.Tokenizer, mesh: Mesh,
@@ -564,8 +561,8 @@ class OnMesh(Judge):
 
         So the cut is exact even where the tokenizer merges across the border of the two texts.
         """
-        turn = lambda text: self.tok.chat([{"role": "user", "content": text}])
-        ids, head = turn(shared + rest), turn(shared)
+        ids, head = (self.tok.chat([{"role": "user", "content": text}])
+                     for text in (shared + rest, shared))
         if (n := len(ids)) > self.max_tokens:
             raise ValueError(f"the judge's prompt has {n} tokens, more than {self.max_tokens}")
         n = next(i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b)
@@ -625,11 +622,7 @@ class OnMesh(Judge):
 
 
 def last_json(text: str) -> Any:
-    """The last JSON object of a text, or None where that one is cut.
-
-    The last, because a judge may quote another before its own; so where the last is cut, no earlier
-    one is taken. Words and fences around it do not matter.
-    """
+    """The last JSON object of a text, or None where that one is cut: a judge may quote another."""
     found, end = None, 0
     for match in [*re.finditer(r'\{\s*"', text)][-100:]:  # no server makes us read for ever
         if match.start() >= end:  # not inside the object before
@@ -640,10 +633,7 @@ def last_json(text: str) -> Any:
 
 
 def verdicts(style: str, text: str, items: list[tuple[str, float]], n: int) -> list[dict]:
-    """The parts that a judge's reply gives n completions; ValueError for an unusable reply.
-
-    Of several completions each needs an object with the number of its "response", in any order.
-    """
+    """The parts that a judge's reply gives n completions; ValueError for an unusable reply."""
     try:
         reply = last_json(text[-(2**18) :])
         replies = [reply] if n == 1 else sorted(reply["responses"], key=lambda r: r["response"])
@@ -658,9 +648,8 @@ def verdicts(style: str, text: str, items: list[tuple[str, float]], n: int) -> l
 class OverHTTP(Judge):
     """A model behind an endpoint, with one request for each completion or (`calls`) each group.
 
-    A group is sent when its last completion has come, or incomplete at a flush. Its prompt lists
-    the completions by index, so a resumed run, where they finish in another order, asks the same
-    question and finds the reply in the cache.
+    A group is sent when it is whole, or at a flush. Its prompt lists the completions by index, so a
+    resumed run, where they finish in another order, finds the reply in the cache.
     """
 
     def __init__(self, endpoint: Endpoint, style: str = "grar", missing: float = 0.2,

@@ -898,9 +898,8 @@ def run_config(tmp_path, **more):
     return train_grpo.Config(**fields | more)
 
 
-def watch_rollouts(monkeypatch, wait, first=1):
-    """Notes the rounds of decoding of each training call; `wait` runs when `first` rollouts of one
-    prompt have come."""
+def watch_rollouts(monkeypatch, wait):
+    """Notes the rounds of decoding of each training call; `wait` runs when a group has come."""
     calls, sample = [], Sampler.sample
 
     def watched(self, *args, **more):
@@ -908,12 +907,11 @@ def watch_rollouts(monkeypatch, wait, first=1):
             yield from sample(self, *args, **more)
             return
         calls.append(stats := {})
-        n_of, waited = Counter(), False
+        n_of = Counter()
         for rollout in sample(self, *args, stats=stats, **more):
             yield rollout
             n_of[rollout.prompt] += 1
-            if not waited and n_of[rollout.prompt] == first:
-                waited = True
+            if "rounds when judged" not in stats and n_of[rollout.prompt] == 2:
                 wait()
                 stats["rounds when judged"] = stats["rounds"]
 
@@ -927,17 +925,15 @@ def responses_in(body):
     return [text for _, text in re.findall(r"\n([a-p]{10})\n(.*?)\n\1\n", prompt, re.S)]
 
 
-@pytest.mark.parametrize("calls, prompts, group", [("completion", 2, 8), ("group", 16, 2)])
-def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts, group):
+def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
     """Judged while it decodes; stopped and saved when the judge fails; the key is in no file."""
-    healthy, n_each = False, group if calls == "group" else 1  # completions in a request
+    healthy = False
 
     def answer(n, body):
         if not healthy and n % 4:
             return {"status": 404, "text": f"bad key {SECRET}"}
-        verdicts = [{"response": i + 1, "score": 1 + (n + i) % 10, "why": SECRET}
-                    for i in range(n_each)]
-        return {"content": json.dumps({"responses": verdicts} if n_each > 1 else verdicts[0])}
+        verdicts = [{"response": i + 1, "score": 1 + (n + i) % 10, "why": SECRET} for i in (0, 1)]
+        return {"content": json.dumps({"responses": verdicts})}
 
     def a_request_comes():
         deadline = time.monotonic() + 60
@@ -947,11 +943,11 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts, gr
         before.append(16 * len(before))
 
     before = [0]
-    monkeypatch.setattr(judge, "ENOUGH", 20 * n_each)  # more than a step has
-    watched = watch_rollouts(monkeypatch, a_request_comes, first=n_each)
+    monkeypatch.setattr(judge, "ENOUGH", 40)  # more than a step has
+    watched = watch_rollouts(monkeypatch, a_request_comes)
     with serving(answer) as server:
         config = run_config(tmp_path, judge=server.url, judge_style="implicit", judge_missing=0.5,
-                            judge_calls=calls, max_missing=1.0, prompts=prompts, group=group)
+                            judge_calls="group", max_missing=1.0, prompts=16, group=2)
         with pytest.raises(SystemExit, match="step 2: 75% of the last .* judgements.*HTTP 404"):
             train_grpo.main(config)
         run = tmp_path / "run"
@@ -961,7 +957,7 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts, gr
         train_grpo.main(config)  # the same command goes on
         assert len(server.bodies) == 48 and (run / "final").is_dir()
     shown = [responses_in(body) for body in server.bodies]
-    assert {*map(len, shown)} == {n_each}
+    assert {*map(len, shown)} == {2}
     assert len(watched) == 3 and all(c["rounds when judged"] < c["rounds"] for c in watched)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in metrics if "frac_reward_missing" in m]
@@ -969,7 +965,7 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd, calls, prompts, gr
     assert [m["frac_reward_missing"] for m in steps] == [0.75, 0.75, 0]
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     lost = [row for row in rows if row["errors"]]
-    assert len(lost) == 24 * n_each and "***" in lost[0]["errors"]["judge"]
+    assert len(lost) == 48 and "***" in lost[0]["errors"]["judge"]
     assert all(row["reward"] is None and row["advantage"] == 0 for row in lost)
     said = {(text, (n + i) % 10 / 9) for n, of in enumerate(shown) for i, text in enumerate(of)}
     judged = [(row["completion"], row["rewards"]["judge"]) for row in rows if not row["errors"]]
