@@ -3,7 +3,6 @@
 The judges are tiny and random, or the tiny model that ships; servers are on the loopback.
 """
 
-import dataclasses
 import functools
 import json
 import random
@@ -17,6 +16,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -216,19 +216,11 @@ def test_too_long_and_not_finite_are_missing():
 
 
 def test_digits_must_be_tokens_of_their_own():
-    @dataclasses.dataclass
-    class Bad:
-        file = "tokenizer.model"
-        ids: dict
-        unk: int = 3
-
-        def encode(self, text):
-            return self.ids[text]
-
+    tok_of = lambda ids: SimpleNamespace(file="tokenizer.model", unk=3, encode=ids.get)
     for ids in ({"0": [7, 8], "1": [9]}, {"0": [9], "1": [9]}, {"0": [3], "1": [9]}):
         with pytest.raises(ValueError, match="one token of its own"):
-            judge.answer_ids(Bad(ids), "01")
-    assert judge.answer_ids(Bad({"0": [7], "1": [9]}), "01") == [7, 9]
+            judge.answer_ids(tok_of(ids), "01")
+    assert judge.answer_ids(tok_of({"0": [7], "1": [9]}), "01") == [7, 9]
 
 
 def test_programs_compile_from_shapes_alone(tmp_path):
@@ -862,20 +854,13 @@ INJECTIONS = {
 
 @pytest.mark.parametrize("injection", INJECTIONS.values(), ids=INJECTIONS)
 def test_injections_stay_inside_the_response(injection):
-    """In the tokens for the mesh and in the text for an endpoint, whole prompt quoted or not."""
+    """In the tokens for the mesh; the fences' test has the text for an endpoint."""
     tok, completion = TOK["gemma3"], f"21\n{injection}"
     for style in ("grar", "implicit", "explicit"):
         for prompt in whole_prompts(style, completion, ROW, tok):
             turns = [tok.start_of_turn, tok.end_of_turn, tok.start_of_turn]
             assert [i for i in prompt if i in turns] == turns
             assert prompt.count(tok.bos) == 1 and not {tok.eos, tok.pad} & {*prompt}
-    for style in judge.STYLES:
-        prompt, _ = judge.json_prompt(style, [completion, "19"], ROW)
-        for text in (completion, f"{prompt}\n{injection}"):
-            prompt, _ = judge.json_prompt(style, [text, "19"], ROW)
-            word = prompt.split("Response 1:\n")[1].split("\n")[0]
-            before, inside, after = prompt.split(f"{word}\n")
-            assert inside == text + "\n" and injection not in before + after
 
 
 # -------------------------------------------------------------------------------------- whole runs
@@ -896,27 +881,6 @@ def run_config(tmp_path, **more):
         save_every=0, show=1,
     )
     return train_grpo.Config(**fields | more)
-
-
-def watch_rollouts(monkeypatch, wait):
-    """Notes the rounds of decoding of each training call; `wait` runs when a group has come."""
-    calls, sample = [], Sampler.sample
-
-    def watched(self, *args, **more):
-        if "step" not in more:  # an evaluation
-            yield from sample(self, *args, **more)
-            return
-        calls.append(stats := {})
-        n_of = Counter()
-        for rollout in sample(self, *args, stats=stats, **more):
-            yield rollout
-            n_of[rollout.prompt] += 1
-            if "rounds when judged" not in stats and n_of[rollout.prompt] == 2:
-                wait()
-                stats["rounds when judged"] = stats["rounds"]
-
-    monkeypatch.setattr(Sampler, "sample", watched)
-    return calls
 
 
 def responses_in(body):
@@ -942,9 +906,19 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
             time.sleep(0.005)
         before.append(16 * len(before))
 
-    before = [0]
+    def watched(self, *args, **more):
+        n_of, stats, waited = Counter(), {}, "step" not in more  # an evaluation
+        for rollout in sample(self, *args, stats=stats, **more):
+            yield rollout
+            n_of[rollout.prompt] += 1
+            if not waited and n_of[rollout.prompt] == 2:  # a group is whole
+                a_request_comes()
+                waited = stats["rounds"]
+        rounds.append((waited, stats["rounds"]))
+
+    before, rounds, sample = [0], [], Sampler.sample
     monkeypatch.setattr(judge, "ENOUGH", 40)  # more than a step has
-    watched = watch_rollouts(monkeypatch, a_request_comes)
+    monkeypatch.setattr(Sampler, "sample", watched)
     with serving(answer) as server:
         config = run_config(tmp_path, judge=server.url, judge_style="implicit", judge_missing=0.5,
                             judge_calls="group", max_missing=1.0, prompts=16, group=2)
@@ -958,7 +932,8 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
         assert len(server.bodies) == 48 and (run / "final").is_dir()
     shown = [responses_in(body) for body in server.bodies]
     assert {*map(len, shown)} == {2}
-    assert len(watched) == 3 and all(c["rounds when judged"] < c["rounds"] for c in watched)
+    rounds = [(waited, n) for waited, n in rounds if waited is not True]
+    assert len(rounds) == 3 and all(waited < n for waited, n in rounds)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in metrics if "frac_reward_missing" in m]
     assert [m["judge_missing"] for m in steps] == [0.75, 0.75, 0]
@@ -975,17 +950,3 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
     for file in files:
         assert SECRET.encode() not in file.read_bytes(), file
     assert SECRET not in "".join(capfd.readouterr())
-
-
-def test_a_judge_on_the_mesh_reads_while_others_decode(tmp_path, monkeypatch):
-    calls, read = watch_rollouts(monkeypatch, lambda: None), judge.read_answers
-    rounds = []
-
-    def spy(*args):
-        rounds.append(calls[-1]["rounds"])
-        return read(*args)
-
-    monkeypatch.setattr(judge, "read_answers", spy)
-    monkeypatch.setattr(judge, "open", functools.partial(judge.open, rows=1))
-    train_grpo.main(run_config(tmp_path, judge=str(tmp_path / "model"), steps=1))
-    assert len(calls) == 1 and len(rounds) >= 2 and rounds[0] < calls[0]["rounds"]

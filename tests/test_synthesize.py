@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import closing
 
 import numpy as np
@@ -253,41 +254,34 @@ def traces_of(teacher, config=None, rows=CARDS):
     return synthesize.traces(problems, replies, TOK["gemma3"], config)
 
 
-def test_every_fault_of_a_server_and_every_row_once(tmp_path):
-    """Each question's first request meets a fault, one in eight its every request."""
-    once = [None, {"status": 429, "headers": [("Retry-After", "0.1")]}, {"status": 500},
-            {"text": '{"choices": [{"message": {"cont'}, {"text": ""}, "hang up", "never",
-            {"status": 400, "text": "I will not"}]
-    always = {3: {"status": 500}, 4: {"text": ""}, 13: "never", 21: {"text": '{"choices": ['}}
-    asked = dict.fromkeys(range(N), 0)
+def test_faults_of_a_server_and_every_row_once(tmp_path):
+    """Some questions meet a fault once, some always; only the latter get no reply."""
+    once = {1: {"status": 500}, 5: "hang up", 6: "never", 9: {"text": '{"choices": [{"mess'}}
+    always = {3: {"status": 500}, 4: {"text": ""}, 7: {"status": 400, "text": "I will not"}}
+    asked = Counter()
 
     def answer(n, body):
         i = question(body)
         asked[i] += 1
-        fault = always.get(i) or (once[i % 8] if asked[i] == 1 or i % 8 == 7 else None)
+        fault = always.get(i) or (once.get(i) if asked[i] == 1 else None)
         return fault or reply(i) | {"slow": 0.01 * (i % 5)}  # out of order, and slowly
 
     with serving(answer) as server:
         rows, rejects = traces_of(teacher_of(server, tmp_path))
-        lost = [3, 4, 7, 13, 15, 21, 23]
-        assert [row["source"] for row in rows] == [i for i in range(N) if i not in lost]
-        assert [row["problem"] for row in rejects] == lost
-        assert {row["reason"] for row in rejects} == {"no reply"}
+        assert [row["source"] for row in rows] == [i for i in range(N) if i not in always]
         details = {row["problem"]: row["detail"] for row in rejects}
-        assert "HTTP 500" in details[3] and "JSONDecodeError" in details[4] + details[21]
-        assert "timed out" in details[13] and "I will not" in details[7]
-        expected = {i: 3 if i in always else 1 if i % 8 in (0, 7) else 2 for i in range(N)}
-        assert asked == expected
+        assert [*details] == [*always] and {row["reason"] for row in rejects} == {"no reply"}
+        assert "HTTP 500" in details[3] and "JSON" in details[4] and "I will not" in details[7]
         # again: the same rows, and requests for what had no reply alone
-        before = dict(asked)
+        before = Counter(asked)
+        lost = {*always}
         always.clear()
         again, rejects = traces_of(teacher_of(server, tmp_path))
-        assert [row["problem"] for row in rejects] == [7, 15, 23]
+        assert not rejects and {*(asked - before)} == lost
         assert [row for row in again if row["source"] not in lost] == rows
-        assert {i for i in asked if asked[i] > before[i]} == {*lost}
     file = write(tmp_path / "rows.jsonl", again)
     (examples,), _ = data.load(file, lambda row: data.read_example(row, TOK["gemma3"], data.SYSTEM))
-    assert len(examples) == N - 3
+    assert len(examples) == N
     assert again[1] == {
         "question": "What is the value of card 1?", "answer": "2", "task_type": "math",
         "reasoning": "By the first way the value of card 1 is 1 + 1 = 2 dollars in all.",
