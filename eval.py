@@ -140,7 +140,8 @@ DEFAULTS = {
 MAY_CHANGE = (  # in a folder that is continued: what the checksums cover, and what comes last
     "model", "weights", "tokenizer", "adapter", "data", "rows", "system", "max_prompt", "compare",
     "rewards", "reward_file", "reward_timeout", "judge", "judge_model", "judge_weights",
-    "judge_style", "judge_calls", "skip_bad_rows",
+    "judge_style", "judge_calls", "skip_bad_rows", "margin", "reference", "min_length",
+    "max_length", "max_repetition", "min_reward",
 )
 EVERY_S = 10.0  # between two lines of progress
 N_RESAMPLES = 2_000

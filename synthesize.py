@@ -9,26 +9,19 @@
 
 It reads the data that eval.py reads; the README shows rows of several domains.
 
-1. Completions are what costs. Each is written to disk as soon as it arrives (teacher/replies.jsonl,
-   or samples.jsonl for the mesh) and never asked for again, even after a kill. Everything else is
-   derived from them in the order of the data, so another --margin or --max-length costs nothing. A
-   completion that got no reply is a reject, and the next run asks for it again.
-2. traces: a completion becomes a row unless it got no reply, is cut, is not in the format, is wrong
-   (where the row has a right answer), is too short, long or repetitive, says no more than its
-   answer, is a near-duplicate, or scores below --min-reward. rejects.jsonl has the first of these
-   reasons.
-3. A near-duplicate shares more than OVERLAP of its word triples (Jaccard) with a kept trace of the
-   same question, ignoring case and white space. The comparison is exact, and linear in the number
-   of questions. Traces of two questions are never compared: a template's traces differ in their
-   numbers alone.
-4. pairs: chosen is the completion with the highest score among those that ended by themselves,
-   rejected the one with the lowest score of all; the first one wins a tie. They become a pair if
-   their scores differ, by at least --margin. A completion without a score is neither. --reference
-   adds a pair of the row's own trace and the worst completion that is not right.
-5. "question" and "prompt" hold no system text, because the trainer adds --system again.
-6. --limit and --budget count every request that was ever sent for the folder, failed ones included.
-   Up to --teacher-threads requests that are under way when a limit is reached are still paid for.
-   The key is in $TEACHER_API_KEY.
+1. Completions are what costs. Each is written to disk as soon as it arrives and never asked for
+   again. The rest is derived from them in the order of the data, so another --margin or
+   --max-length costs nothing. What got no reply is a reject; the next run asks for it again.
+2. traces: a near-duplicate shares more than OVERLAP of its word triples (Jaccard) with a kept trace
+   of the same question. Traces of two questions are never compared: those of a template differ in
+   their numbers alone. rejects.jsonl has the first reason to leave a completion out.
+3. pairs: chosen is the completion with the highest score among those that ended by themselves,
+   rejected the one with the lowest score of all. They become a pair if their scores differ, by at
+   least --margin; a completion without a score is neither. --reference adds a pair of the row's own
+   trace and the worst completion that is not right.
+4. --limit and --budget count every request ever sent for the folder, failed ones included. Up to
+   --teacher-threads requests under way when one is reached are paid for. The key is in
+   $TEACHER_API_KEY.
 """
 
 import dataclasses
@@ -36,7 +29,8 @@ import json
 import math
 import sys
 from collections import Counter
-from concurrent.futures import Future, as_completed
+from concurrent.futures import as_completed
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,6 +43,7 @@ import rewards
 import rollouts
 import runs
 import stage
+from endpoint import Endpoint, Unavailable, read_address
 from eval import Sampling
 from rollouts import Problem, check
 
@@ -69,8 +64,6 @@ class Traces(Sampling):
     """The model's name at the endpoint."""
     teacher_threads: int = 16
     """Requests in flight at the endpoint."""
-    rate: float = 0.0
-    """Requests a minute at most; 0: no limit."""
     limit: int = 0
     """Requests that may ever be sent for this folder; 0: no limit."""
     price: tuple[float, float] = (0.0, 0.0)
@@ -115,15 +108,12 @@ class Pairs(Sampling):
 Config = Traces | Pairs
 REAL = dict(dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, max_prompt=512,
             max_new=768, slots=64)
-DEFAULTS = {
-    "tiny": dict(dtype="float32", data="problems", rows=200, system="", max_prompt=88,
-                 max_new=168, slots=32),
-    "gemma2": REAL,
-    "gemma3": REAL,
-}
+TINY = dict(dtype="float32", data="problems", rows=200, system="", max_prompt=88, max_new=168,
+            slots=32)
+DEFAULTS = {"tiny": TINY, "gemma2": REAL, "gemma3": REAL}
 TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
 MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "min_p", "repetition", "slots")
-HTTP_ONLY = ("teacher_model", "rate", "limit", "budget")
+HTTP_ONLY = ("teacher_model", "limit", "budget")
 KEY_VARIABLE = "TEACHER_API_KEY"
 GIVE_UP = 32  # so many completions in a row without a reply mean that the server is gone
 OVERLAP = 0.8  # share of common word triples above which two traces are near-duplicates
@@ -131,27 +121,24 @@ OVERLAP = 0.8  # share of common word triples above which two traces are near-du
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's or the teacher's defaults; checks the rest."""
-    teacher = getattr(config, "teacher", None)
+    teacher, asks = getattr(config, "teacher", None), isinstance(config, Traces)
     if teacher:
-        judge.read_address(teacher, "--teacher", KEY_VARIABLE)
+        read_address(teacher, "--teacher", KEY_VARIABLE)
     if config.judge is not None:
         judge.check(config)
-    for name in MESH_ONLY if teacher else HTTP_ONLY if isinstance(config, Traces) else ():
+    for name in MESH_ONLY if teacher else HTTP_ONLY if asks else ():
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
             raise ValueError(f"--{name.replace('_', '-')} {value} {where}")
     config = stage.resolve(config, {config.model: TEACHER} if teacher else DEFAULTS)
     if config.data is None:
         raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
-    if config.samples < (least := 1 if isinstance(config, Traces) else 2):
-        raise ValueError(f"--samples {config.samples}: expected {least} or more")
-    if teacher and config.teacher_threads < 1:
-        raise ValueError(f"--teacher-threads {config.teacher_threads}: expected 1 or more")
-    for name in ("rate", "limit", "price", "budget") if teacher else ():
-        values = getattr(config, name)
-        values = values if isinstance(values, tuple) else (values,)
-        if not all(0 <= value < math.inf for value in values):
-            raise ValueError(f"--{name} {' '.join(f'{v:g}' for v in values)}: expected 0 or more")
+    least = {"samples": 1 if asks else 2}
+    least |= {"teacher_threads": 1, "limit": 0, "budget": 0, "price": 0} if asks else {}
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not all(low <= x < math.inf for x in (value if name == "price" else [value])):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {low} or more")
     if teacher and config.budget and not any(config.price):
         raise ValueError(f"--budget {config.budget:g} needs --price, as in --price 0.30 2.50")
     return config
@@ -160,7 +147,7 @@ def resolve(config: Config) -> Config:
 # ----------------------------------------------------------------------------------- completions
 
 
-class Teacher(judge.Endpoint):
+class Teacher(Endpoint):
     """An endpoint that costs money. Its cache also has a line with the cost of every reply."""
 
     flag, limit_flag, key_variable = "--teacher", "--limit", KEY_VARIABLE
@@ -172,17 +159,14 @@ class Teacher(judge.Endpoint):
 
     def load(self, entry: dict) -> None:
         super().load(entry)
-        dollars = entry.get("dollars")
-        if type(dollars) in (int, float) and 0 < dollars < 1e12:  # the sum never shrinks
-            self.dollars += dollars
+        self.dollars += entry.get("dollars", 0.0)
 
     def admit(self) -> None:
-        if self.budget and self.dollars >= self.budget:
-            raise judge.Unavailable(f"all {self.budget:g} dollars of --budget are spent")
         super().admit()
+        if self.budget and self.dollars >= self.budget:
+            raise Unavailable(f"all {self.budget:g} dollars of --budget are spent")
 
     def paid(self, n_prompt: int, n_completion: int) -> None:
-        super().paid(n_prompt, n_completion)
         dollars = (n_prompt * self.price[0] + n_completion * self.price[1]) / 1e6
         self.dollars += dollars
         self.append({"tokens": [n_prompt, n_completion], "dollars": dollars})
@@ -191,37 +175,27 @@ class Teacher(judge.Endpoint):
 def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]:
     """A row for each completion: {"problem", "sample"} and {"completion", "stop"} or {"error"}."""
     futures, rows, failed = {}, {}, 0
-    try:
-        for i, problem in enumerate(problems):
-            chat = data.with_system(data.parse_row(problem.fields).chat, config.system)
-            for sample in range(config.samples):
-                future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
-                                     temperature=config.temperature)
-                futures[future] = i, sample
-        every_s = evaluation.EVERY_S
-        for future in tqdm(as_completed(futures), "replies", len(futures), mininterval=every_s):
-            row = rows[futures[future]] = completion_of(future)
-            failed = failed + 1 if "error" in row else 0
-            if failed == GIVE_UP:  # no more requests; replies in the cache still come
-                teacher.stopped = f"not asked for, as {failed} others had no reply: {row['error']}"
-    finally:
-        teacher.close()
+    for i, problem in enumerate(problems):
+        chat = data.with_system(data.parse_row(problem.fields).chat, config.system)
+        for sample in range(config.samples):
+            future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
+                                 temperature=config.temperature)
+            futures[future] = i, sample
+    for future in tqdm(as_completed(futures), "replies", len(futures),
+                       mininterval=evaluation.EVERY_S):
+        try:
+            text = future.result().rpartition("</think>")[2].strip()  # some servers leave it in
+            # The halves of a surrogate pair cannot be trained on.
+            row = {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
+            failed = 0
+        except OSError:  # the reply cannot be kept
+            raise
+        except Exception as e:
+            row, failed = {"error": f"{type(e).__name__}: {e}"}, failed + 1
+        rows[futures[future]] = row
+        if failed == GIVE_UP:  # no more requests; replies in the cache still come
+            teacher.stopped = f"not asked for, as {failed} others had no reply: {row['error']}"
     return [{"problem": i, "sample": sample} | row for (i, sample), row in sorted(rows.items())]
-
-
-def completion_of(reply: Future) -> dict:
-    """What one reply of the teacher adds to its row."""
-    try:
-        text = reply.result().rpartition("</think>")[2].strip()  # some servers leave it in
-    except OSError:  # the reply cannot be kept
-        raise
-    except Exception as e:
-        return {"error": judge.reason(e)}
-    # The halves of a surrogate pair cannot be trained on.
-    return {"completion": text.encode(errors="replace").decode(), "stop": "stop"}
-
-
-# -------------------------------------------------------------------------------------- problems
 
 
 def prompt_of(problem: Problem) -> str | list[dict]:
@@ -303,8 +277,7 @@ def traces(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 def training_row(problem: Problem, completion: str) -> dict:
     """A completion as train_sft.py reads it, with the other fields of the row that it answers.
 
-    Where the row has a right answer, it replaces the completion's. The question text holds the
-    choices already.
+    A right answer of the row replaces the completion's. The question text holds the choices.
     """
     reasoning, answer, _ = rewards.parse(completion)
     answer, prompt = problem.gold or answer, prompt_of(problem)
@@ -372,8 +345,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
             line = dict(about)
             for name, row in zip(("chosen", "rejected"), pair, strict=True):
                 line |= {name: row["completion"], f"{name}_reward": row["reward"],
-                         f"{name}_rewards": row["parts"],
-                         f"{name}_sample": row["sample"]}
+                         f"{name}_rewards": row["parts"], f"{name}_sample": row["sample"]}
             out.append(line)
     return out, rejects
 
@@ -401,10 +373,9 @@ def main(config: Config) -> Path:
                 (out / "teacher").mkdir(exist_ok=True)
             teacher = Teacher(
                 config.teacher, config.teacher_model, threads=config.teacher_threads,
-                limit=config.limit, rate=config.rate, price=config.price, budget=config.budget,
-                cache=out / "teacher" / "replies.jsonl",
-            )
-            with runs.writing(out):
+                limit=config.limit, price=config.price, budget=config.budget,
+                cache=out / "teacher" / "replies.jsonl")
+            with runs.writing(out), closing(teacher):
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:

@@ -457,7 +457,7 @@ def test_judge_down_from_the_start(world, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, retries=0))
     with serving(None) as server:
         change, port = dict(judge=server.url, rewards="judge:1"), server.http.server_port
-    world.ends("train_grpo", tmp_path, "no completion of the first step could be scored",
+    world.ends("train_grpo", tmp_path, "have no reward", "--max-missing",
                "ConnectionRefused", **change)
     with serving(lambda n, body: {"content": '{"score": 3}'}, port):
         world.run("train_grpo", tmp_path, **change)
@@ -481,6 +481,7 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
     monkeypatch.setattr(judge, "Endpoint", functools.partial(judge.Endpoint, retries=0))
     with serving(answer) as server:
         change = dict(judge=server.url, rewards="judge:1", judge_threads=1)
+        change |= dict(max_missing=1.0) if name == "train_grpo" else {}
         line = world.ends(name, tmp_path, "judgements could not be had", "--judge-missing",
                           **change)
         assert "Remote" in line

@@ -10,7 +10,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.smoke
 FILES = {file.stem: ast.parse(file.read_text()) for file in sorted(ROOT.glob("*.py"))}
 SCRIPTS = {name for name in FILES if name.startswith("train_")}
-AROUND = {"eval", "judge", "synthesize", "bench", "report", "to_kaggle", "chat"}
+AROUND = {"eval", "endpoint", "judge", "synthesize", "bench", "report", "to_kaggle", "chat"}
 
 
 def imports(name: str) -> set[str]:

@@ -1,24 +1,26 @@
 """synthesize.py: pairs by rule, rows through every fault of a server, nothing paid for twice."""
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import closing
 
+import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
-from test_judge import scores, serving
+from test_judge import serving
 
 import data
-import eval as evaluation
 import problems
+import rollouts
+import runs
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
@@ -29,7 +31,7 @@ N = 24
 
 
 def write(path, rows):
-    path.write_bytes(evaluation.to_lines(rows))
+    path.write_bytes(runs.to_jsonl(rows))
     return str(path)
 
 
@@ -38,7 +40,7 @@ def read(path):
 
 
 def problems_of(rows, system="", family="gemma3"):
-    return [evaluation.read_problem(row, TOK[family], system, "file") for row in rows]
+    return [rollouts.read_problem(row, TOK[family], system, "file") for row in rows]
 
 
 # ----------------------------------------------------------------------------------------- pairs
@@ -88,14 +90,9 @@ def test_a_reference_goes_against_what_is_not_right():
     rows[0]["right"] = True
     assert samples_of(choose(rows, 0.5)) == [(1, 0), (-1, 1)]
     assert samples_of(choose(rows, 1)) == [(1, 0)]  # the margin is of both
-    for row in rows:
-        row["right"] = True
-    assert samples_of(choose(rows, 0)) == [(1, 0)]
-    rows[-1]["reward"] = None
-    assert samples_of(choose(rows, 0)) == [(1, 0)]
-    rows[-1] |= {"reward": 0}
-    rows[0]["right"] = False
-    assert samples_of(choose(rows, 0)) == [(1, 0)]  # a tie here too
+    for reward in (None, 0, 1):  # missing; worse; a tie
+        rows[-1]["reward"] = reward
+        assert samples_of(choose(rows, 0)) == [(1, 0)]
 
 
 ROWS = [
@@ -117,12 +114,12 @@ def test_the_trainers_rebuild_the_prompt_that_was_sampled(system, family):
         prompt = synthesize.prompt_of(problem)
         assert not system or system not in json.dumps(prompt)
         pair = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
-        for ids, mask in data.read_pair(pair, TOK[family], system):
-            assert tuple(ids[: mask.argmax()]) == problem.prompt
+        for example in data.read_pair(pair, TOK[family], system)[:2]:
+            assert example.prompt == np.array(problem.prompt, np.int32).tobytes()
         row = synthesize.training_row(problem, data.format_completion("It is so.", "4"))
-        ids, mask = data.read_example(row, TOK[family], system)
+        ids, mask, _ = data.read_example(row, TOK[family], system)
         first = len(problem.prompt)
-        assert evaluation.read_problem(row, TOK[family], system).prompt == problem.prompt
+        assert rollouts.read_problem(row, TOK[family], system).prompt == problem.prompt
         assert tuple(ids[:first]) == problem.prompt and mask[first:].all()
         text = TOK[family].decode(ids[first:])
         assert text == data.format_completion("It is so.", problem.gold or "4")
@@ -150,15 +147,8 @@ def test_a_prompt_without_a_pair_says_why(tmp_path):
 def mesh_config(tmp_path, name, **more):
     rows = [problems.word_problem("train", i) for i in range(6)]
     fields = dict(
-        data=write(tmp_path / "rows.jsonl", rows),
-        out=str(tmp_path / name),
-        samples=4,
-        system="Think.",
-        temperature=1.4,
-        slots=3,
-        max_prompt=120,
-        max_new=64,
-        seed=1,
+        data=write(tmp_path / "rows.jsonl", rows), out=str(tmp_path / name), samples=4,
+        system="Think.", temperature=1.4, slots=3, max_prompt=120, max_new=64, seed=1,
     )
     return fields | more
 
@@ -169,30 +159,26 @@ def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tm
                             rewards="format:0.5,answer:1,length:0.3") | more))
     file = made("whole")
     pairs, journal = file.read_bytes(), (file.parent / "samples.jsonl").read_bytes()
-    assert made("again").read_bytes() == pairs
     lines = journal.splitlines(keepends=True)
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "config.json").write_bytes((file.parent / "config.json").read_bytes())
     (tmp_path / "killed" / "samples.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:30])
     assert made("killed").read_bytes() == pairs
-
     rows, rejects = read(file), read(file.parent / "rejects.jsonl")
     assert {row["chosen_sample"] for row in rows} > {-1} and len(rows) > 6
-    problems = {p.id: p for p in evaluation.load_problems(str(tmp_path / "rows.jsonl"),
-                                                          TOK["gemma3"], "Think.")[0]}
+    config = Pairs(**mesh_config(tmp_path, "whole", rows=0))
+    problems = {p.id: p for p in rollouts.load_problems(config, TOK["gemma3"])[0]}
     assert {row["id"] for row in rows} | {row["id"] for row in rejects} == {*problems}
-    examples, _ = data.load_examples(str(file), TOK["gemma3"], 512, "Think.", read=data.read_pair)
+    (examples,), _ = data.load(str(file), lambda row: data.read_pair(row, TOK["gemma3"], "Think."))
     for row, pair in zip(rows, examples, strict=True):
         assert row["chosen_reward"] - row["rejected_reward"] >= 0.1 - 1e-9
         assert row["chosen_rewards"].keys() == {"format", "answer", "length"}
-        for ids, mask in pair:
-            assert tuple(ids[: mask.argmax()]) == problems[row["id"]].prompt
+        for example in pair[:2]:
+            assert example.prompt == np.array(problems[row["id"]].prompt, np.int32).tobytes()
     # another margin samples nothing; another seed is refused rather than mixed in
-    before = (file.parent / "samples.jsonl").stat().st_mtime_ns
     assert len(read(made("whole", margin=1.4))) < len(rows)
-    assert (file.parent / "samples.jsonl").stat().st_mtime_ns >= before
     assert (file.parent / "samples.jsonl").read_bytes() == journal
-    with pytest.raises(ValueError, match="--seed was 1"):
+    with pytest.raises(SystemExit, match="--seed was 1"):
         made("whole", seed=2)
 
 
@@ -207,50 +193,6 @@ def test_traces_of_the_model_itself(tmp_path):
         assert row["difficulty"] == source[row["question"]]["difficulty"] and row["reward"] >= 0.1
     assert {row["reason"] for row in rejects} <= {"cut", "format", "wrong", "near-duplicate",
                                                   "reward", "length", "repetition"}
-
-
-def test_missing_judgements_are_no_pair(tmp_path):
-    """A judge that scores by a number in the completion and has none for 9."""
-
-    def answer(n, body):
-        said = body["messages"][0]["content"].split("It says ")[1][0]
-        return {"status": 400} if said == "9" else {"content": json.dumps({"score": int(said)})}
-
-    problems = problems_of([{"question": "Why?", "rubrics": ["It is true."]}] * 2)
-    said = [["3", "9", "1", "5"], ["9", "2", "9", "9"]]
-    rows = [{"problem": i, "sample": j, "completion": f"It says {d}, {j}", "stop": "stop"}
-            for i, digits in enumerate(said) for j, d in enumerate(digits)]
-    with serving(answer) as server:
-        config = Pairs(judge=server.url, rewards="judge", margin=0.5, out=str(tmp_path), max_new=9)
-        (pair,), (reject,) = synthesize.pairs(problems, rows, TOK["gemma3"], config)
-        n = len(server.bodies)
-        assert synthesize.pairs(problems, rows, TOK["gemma3"], config)[0] == [pair]
-        assert len(server.bodies) - n == 8  # none of those that had a verdict: 2 each, of 4
-        with pytest.raises(ValueError, match="--rewards judge: needs --judge"):
-            synthesize.pairs(problems, rows, TOK["gemma3"], dataclasses.replace(config, judge=None))
-    assert (pair["chosen"], pair["rejected"]) == ("It says 5, 3", "It says 1, 2")
-    assert (pair["chosen_reward"], pair["rejected_reward"]) == (1.0, 0.0)
-    assert reject["rewards"] == [None, 0.25, None, None] and reject["reason"] == "no score"
-    assert "HTTP 400" in reject["errors"]["judge"]
-
-
-def test_a_judge_on_the_mesh_picks_the_pairs(tmp_path):
-    """The best and the worst by the scores that the judge gives one completion at a time."""
-    problems = problems_of([{"question": q, "rubrics": ["It is true."]} for q in ("Why?", "How?")])
-    said = ["It is so.", "2 + 2 = 4, so 4.", "no", "<answer>7</answer>", ""]
-    rows = [{"problem": i, "sample": j, "completion": text, "stop": "stop"}
-            for i in range(2) for j, text in enumerate(said)]
-    config = Pairs(judge="tiny", rewards="judge", margin=1e-4, out=str(tmp_path), max_new=32)
-    made, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
-    judge = synthesize.judge.open(config)
-    for pair, problem in zip(made, problems, strict=True):
-        alone = [scores(judge, [(text, problem.row)])[0] for text in said]
-        best = max(range(4), key=lambda j: alone[j])  # nothing to train on in the empty one
-        worst = min(range(4), key=lambda j: alone[j])
-        assert (pair["chosen_sample"], pair["rejected_sample"]) == (best, worst)
-        assert pair["chosen_reward"] == pytest.approx(alone[best], abs=1e-5)
-        assert pair["rejected_reward"] == pytest.approx(alone[worst], abs=1e-5)
-    assert len(made) == 2 and not rejects
 
 
 def test_all_completions_of_a_prompt_are_judged_by_one_request(tmp_path):
@@ -300,56 +242,46 @@ CARDS = [{"question": f"What is the value of card {i}?", "answer": str(2 * i), "
 
 
 def teacher_of(server, folder, **more):
-    fast = {"threads": 8, "retries": 2, "request_s": 1.5}
+    fast = {"threads": 8, "retries": 2, "request_s": 0.4}
     return Teacher(server.url, "m", cache=folder / "replies", **fast | more)
 
 
 def traces_of(teacher, config=None, rows=CARDS):
     config = synthesize.resolve(config or Traces(teacher=teacher.url, data="rows.jsonl"))
     problems = problems_of(rows)
-    replies = synthesize.ask(teacher, problems, config)
+    with closing(teacher):
+        replies = synthesize.ask(teacher, problems, config)
     return synthesize.traces(problems, replies, TOK["gemma3"], config)
 
 
-def test_every_fault_of_a_server_and_every_row_once(tmp_path):
-    """Each question's first request meets a fault, one in eight its every request."""
-    once = [None, {"status": 429, "headers": [("Retry-After", "0.1")]}, {"status": 500},
-            {"text": '{"choices": [{"message": {"cont'}, {"text": ""}, "hang up", "never",
-            {"status": 400, "text": "I will not"}]
-    always = {3: {"status": 500}, 4: {"text": ""}, 13: "never", 21: {"text": '{"choices": ['}}
-    asked = dict.fromkeys(range(N), 0)
+def test_faults_of_a_server_and_every_row_once(tmp_path):
+    """Some questions meet a fault once, some always; only the latter get no reply."""
+    once = {1: {"status": 500}, 5: "hang up", 6: "never", 9: {"text": '{"choices": [{"mess'}}
+    always = {3: {"status": 500}, 4: {"text": ""}, 7: {"status": 400, "text": "I will not"}}
+    asked = Counter()
 
     def answer(n, body):
         i = question(body)
         asked[i] += 1
-        fault = always.get(i) or (once[i % 8] if asked[i] == 1 or i % 8 == 7 else None)
-        return fault or reply(i) | {"slow": 0.02 * (i % 5)}  # out of order, and slowly
+        fault = always.get(i) or (once.get(i) if asked[i] == 1 else None)
+        return fault or reply(i) | {"slow": 0.01 * (i % 5)}  # out of order, and slowly
 
     with serving(answer) as server:
         rows, rejects = traces_of(teacher_of(server, tmp_path))
-        lost = [3, 4, 7, 13, 15, 21, 23]
-        assert [row["source"] for row in rows] == [i for i in range(N) if i not in lost]
-        assert [row["problem"] for row in rejects] == lost
-        assert {row["reason"] for row in rejects} == {"no reply"}
+        assert [row["source"] for row in rows] == [i for i in range(N) if i not in always]
         details = {row["problem"]: row["detail"] for row in rejects}
-        assert "HTTP 500" in details[3] and "JSONDecodeError" in details[4] + details[21]
-        assert "timed out" in details[13] and "I will not" in details[7]
-        expected = {i: 3 if i in always else 1 if i % 8 in (0, 7) else 2 for i in range(N)}
-        assert asked == expected
-        sent = [row for row in evaluation.read_lines(tmp_path / "replies") if "requests" in row]
-        assert len(sent) == sum(asked.values())
+        assert [*details] == [*always] and {row["reason"] for row in rejects} == {"no reply"}
+        assert "HTTP 500" in details[3] and "JSON" in details[4] and "I will not" in details[7]
         # again: the same rows, and requests for what had no reply alone
-        before = dict(asked)
+        before = Counter(asked)
+        lost = {*always}
         always.clear()
         again, rejects = traces_of(teacher_of(server, tmp_path))
-        assert [row["problem"] for row in rejects] == [7, 15, 23]
+        assert not rejects and {*(asked - before)} == lost
         assert [row for row in again if row["source"] not in lost] == rows
-        assert {i for i in asked if asked[i] > before[i]} == {*lost}
-        system = [body["messages"][0]["content"].split("\n\n")[0] for body in server.bodies]
-        assert {*system} == {data.SYSTEM}
     file = write(tmp_path / "rows.jsonl", again)
-    examples, _ = data.load_examples(file, TOK["gemma3"], 1024, data.SYSTEM)
-    assert len(examples) == N - 3
+    (examples,), _ = data.load(file, lambda row: data.read_example(row, TOK["gemma3"], data.SYSTEM))
+    assert len(examples) == N
     assert again[1] == {
         "question": "What is the value of card 1?", "answer": "2", "task_type": "math",
         "reasoning": "By the first way the value of card 1 is 1 + 1 = 2 dollars in all.",
@@ -411,38 +343,8 @@ def test_limits_hold_over_sessions(tmp_path):
             rows, rejects = run("budget", budget=budget, price=(1.0, 2.0), threads=1)
             assert len(rows) == len(server.bodies) - before == n_rows
             assert f"all {budget} dollars of --budget are spent" in rejects[-1]["detail"]
-            with (tmp_path / "budget" / "replies").open("ab") as file:  # costs nothing but itself
-                file.write(b'{"dollars": -5}\n{"dollars": NaN}\n{"dollars": "1"}\n7\n')
-                file.write(b'{"dollars": 1' + b"0" * 400 + b'}\n{"doll')
-        rows, _ = run("rate", rate=1200)
-        pauses = [b - a for a, b in itertools.pairwise(server.times[-N:])]
-        assert len(rows) == N and sum(pauses) > 0.95 * (N - 1) * 0.05
-
-
-@pytest.mark.parametrize("usage", ['{"total_tokens": 1e999}', '{"prompt_tokens": -1000000000, '
-                                   '"completion_tokens": -1}', '{"total_tokens": "9"}', "7"])
-def test_a_budget_never_grows_back(tmp_path, usage):
-    """A count that is none is estimated: 4 characters a token."""
-
-    def answer(n, body):
-        message = json.dumps({"message": {"content": reply(question(body))["content"]}})
-        return {"text": f'{{"choices": [{message}], "usage": {usage}}}'}
-
-    with serving(answer) as server:
-        teacher = teacher_of(server, tmp_path, price=(1e6, 1e6), budget=50.0, threads=1)
-        rows, rejects = traces_of(teacher)
-        assert len(rows) == len(server.bodies) == 1 and 50 < teacher.dollars < 1000
-        again = teacher_of(server, tmp_path, price=(1e6, 1e6), budget=50.0)
-        assert again.dollars == teacher.dollars and again.n_sent == 1
-        again.close()
-
-
-@pytest.mark.parametrize("content", [None, 7, [{"type": "text", "text": "15"}], {"text": "15"}])
-def test_a_reply_that_is_no_text_is_a_reject(tmp_path, content):
-    text = json.dumps({"choices": [{"message": {"content": content}}]})
-    with serving(lambda n, body: {"text": text}) as server:
-        rows, (reject,) = traces_of(teacher_of(server, tmp_path), rows=CARDS[:1])
-    assert not rows and reject["reason"] == "no reply" and "expected a text" in reject["detail"]
+            with (tmp_path / "budget" / "replies").open("ab") as file:  # a torn line
+                file.write(b'{"doll')
 
 
 def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
@@ -452,16 +354,6 @@ def test_a_server_that_is_gone_is_left_alone(tmp_path, monkeypatch):
         assert len(rows) == 6 and len(rejects) == N - 6
         assert len(server.bodies) <= 6 + 2 * 6  # four, and what was under way then
         assert "not asked for, as 4 others had no reply" in rejects[-1]["detail"]
-
-
-def test_where_nobody_listens_every_row_is_a_reject(tmp_path):
-    with serving(lambda n, body: reply(question(body))) as server:
-        pass  # its port is closed from here on
-    rows, rejects = traces_of(teacher_of(server, tmp_path, retries=1))
-    assert not rows and [row["problem"] for row in rejects] == [*range(N)]
-    assert {row["reason"] for row in rejects} == {"no reply"}
-    assert "ConnectionRefusedError" in rejects[0]["detail"]
-    assert evaluation.read_lines(tmp_path / "replies") == [{"requests": 1}] * 2 * N
 
 
 def test_every_reason_to_leave_a_trace_out(tmp_path):
@@ -502,7 +394,6 @@ def test_every_reason_to_leave_a_trace_out(tmp_path):
                 judge_threads=1, out=str(tmp_path))
             best, rejects = traces_of(teacher_of(server, tmp_path, threads=1), config, [row])
         assert [row["reasoning"] for row in best] == [row["reasoning"] for row in made[1:]]
-        assert best[0]["reward"] == pytest.approx(8 / 9)
         assert rejects[0]["reason"] == "reward" and rejects[0]["sample"] == 0
         trace = "Here, to be clear, the result of it all must be nothing but: fifteen."
         (problem,) = problems_of([row | {"answer": trace, "kind": "text"}])
@@ -526,9 +417,8 @@ def test_flags():
         (Traces(teacher="http://h/v1", data="x", top_k=5), "--top-k 5 is not for a --teacher"),
         (Traces(limit=5), "--limit 5 needs a --teacher"),
         (Traces(teacher="http://h/v1", data="x", budget=5.0), "--budget 5 needs --price"),
-        (Traces(teacher="http://h/v1", data="x", budget=math.nan), "--budget nan: expected 0"),
-        (Traces(teacher="http://h/v1", data="x", price=(1.0, -1.0)), "--price 1 -1: expected 0"),
-        (Traces(teacher="http://h/v1", data="x", rate=-1.0), "--rate -1: expected 0"),
+        (Traces(teacher="http://h/v1", data="x", budget=np.nan), "--budget nan: expected 0"),
+        (Traces(teacher="http://h/v1", data="x", price=(1.0, -1.0)), "--price .*-1.0.: expected 0"),
         (Traces(teacher="http://h/v1", data="x", limit=-1), "--limit -1: expected 0"),
         (Traces(teacher="http://h/v1", data="x", teacher_threads=0), "--teacher-threads 0: exp"),
         (Traces(teacher="http://me:sk@h/v1", data="x"), "--teacher: expected http.*TEACHER_API"),
