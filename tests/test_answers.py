@@ -221,7 +221,6 @@ def test_without_math_verify_formulas_are_compared_by_notation(verifier, capsys)
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
 def test_with_math_verify(verifier):
     """A formula that takes for ever is wrong, in any thread, and the next one is checked."""
-    verifier.setattr(formulas, "WORKER", formulas.WORKER.replace("alarm(5)", "alarm(1)"))
     for guess, gold, right in [
         ("(x + 1)^2", "x^2 + 2x + 1", True), (r"\sqrt{8}", r"2\sqrt{2}", True),
         (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", True), ("sin x", r"\sin(x)", True),
@@ -230,6 +229,8 @@ def test_with_math_verify(verifier):
         ("not x^2", "x^2", False), ("[0,1]", "(0,1)", False), ("e^x", "e^{-x}", False),
     ]:
         assert correct(guess, gold, "math") == right, guess
+    verifier.setattr(formulas, "WORKER", formulas.WORKER.replace("alarm(5)", "alarm(2)"))
+    formulas._verifier.cache_clear()
     guesses, found = ["9^{9^{9^{9}}}", r"\sqrt{8}", "9^{9^{9^{9}}}", r"\sqrt{8}"], {}
 
     def check(i):

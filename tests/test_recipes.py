@@ -214,13 +214,9 @@ def steps_of(folder) -> list[dict]:
     return [m for m in map(json.loads, lines) if "step_s" in m]
 
 
-def stages_in(printed) -> list[str]:
-    return [line.split("|")[1].strip() for line in printed]
-
-
 def test_the_shortest_end_to_end(tmp_path):
     out, printed = whole(tmp_path, "tunix")
-    assert stages_in(printed) == ["start", "grpo"]
+    assert [line.split("|")[1].strip() for line in printed] == ["start", "grpo"]
     (step,) = steps_of(out / "grpo")
     assert {"kl", "rewards/answer_tunix/mean"} <= step.keys()
     results = [json.loads((out / f"eval-{name}/results.json").read_text())
@@ -237,15 +233,11 @@ def loaded(folder, module):
     return config, train_sft.load_model(config, mesh_of(8))
 
 
-def same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
 @pytest.mark.slow
 def test_three_acts_end_to_end(tmp_path):
     """On weights: what an act leaves is what the next one starts from, and its reference."""
     out, printed = whole(tmp_path, "pinocchio")
-    assert stages_in(printed) == ["start", "sft", "simpo", "grpo"]
+    assert [line.split("|")[1].strip() for line in printed] == ["start", "sft", "simpo", "grpo"]
     steps = {name: steps_of(out / name) for name in ("sft", "simpo", "grpo")}
     assert [len(lines) for lines in steps.values()] == [2, 2, 1]
 
@@ -254,13 +246,14 @@ def test_three_acts_end_to_end(tmp_path):
     moved = jax.tree.map(lambda x, y: bool((x != y).any()), tuned, shipped)
     assert all(jax.tree.leaves(moved))
     _, act2 = loaded(out / "simpo", "train_simpo")
-    same(act2.fixed["base"], tuned)
+    np.testing.assert_equal(act2.fixed["base"], tuned)
     assert not any(b.any() for b in act2.trained["b"].values())
     left = lora.load(out / "simpo" / "final", cfg)
     assert all(b.any() for b in left["b"].values())
     config, act3 = loaded(out / "grpo", "train_grpo")
-    same(act3.fixed["base"], tuned)
-    same(act3.trained, {k: left[k] for k in "ab"})  # of which train_grpo.py makes its reference
+    np.testing.assert_equal(act3.fixed["base"], tuned)
+    # of which train_grpo.py makes its reference
+    np.testing.assert_equal(act3.trained, {k: left[k] for k in "ab"})
     assert config.kl_coef == 0.07 and "kl" in steps["grpo"][0]
     end = lora.load(out / "grpo" / "final", cfg)
     assert all((end["b"][n] != left["b"][n]).any() for n in left["b"])
@@ -271,7 +264,7 @@ def test_three_acts_end_to_end(tmp_path):
 def test_the_others_end_to_end_and_again(name, tmp_path):
     out, printed = whole(tmp_path, name)
     trained = [stage for stage in PUBLISHED[name] if stage in ("sft", "grpo")]
-    assert stages_in(printed) == ["start", *trained]
+    assert [line.split("|")[1].strip() for line in printed] == ["start", *trained]
 
     def read():
         return {stage: (steps_of(out / stage), (out / f"eval-{stage}/results.json").read_text())
