@@ -19,6 +19,8 @@ What to know when comparing with other graders:
    installed, it decides about all others (formulas.py).
 """
 
+import contextlib
+import datetime
 import math
 import re
 import unicodedata
@@ -166,9 +168,10 @@ _ONES = ("zero one two three four five six seven eight nine ten eleven twelve th
          "fifteen sixteen seventeen eighteen nineteen").split()
 _TENS = ["zero", "ten", *"twenty thirty forty fifty sixty seventy eighty ninety".split()]
 _WORDS = re.compile(
-    rf"\b(?:({'|'.join(_TENS[2:])})(?:[- ]({'|'.join(_ONES)}))?|({'|'.join(_ONES)}))\b")
+    rf"\b(?:({'|'.join(_TENS[2:])})(?:[- ]({'|'.join(_ONES[1:10])})\b)?|({'|'.join(_ONES)}))\b")
 _FIGURES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\b(?:a |1 )?half\b", "1/2"), (r"(?<=\d) and 1/2", " 1/2"),
+    (r"\b(?:a|1) quarter\b", "1/4"),
     (rf"\ba (?={'|'.join(_SCALES)})", "1 "),
     (r"\b(?:minus|negative) (?=[$€£¥]?\d)", "-"), (r"\bper ?cent\b", "%"), (r" per (?=[a-z])", "/"),
     # any operator will do for "twice 42": its operand is no answer
@@ -286,7 +289,7 @@ def bare(text: str) -> Quantity | None:
 # Text before or after a number that makes it say something else: an operator, a bound, a second
 # number beside it, a doubt.
 _NOT_AFTER = re.compile(
-    r"(?:[-+*/^√±<>≤≥≠~_]\(?|\w\(|(?:\d|hundred)[)\]\s,:;-]*(?:\b(?:and|to|through|of|over))?[\s(]*"
+    r"(?:[-+*/^√±<>≤≥≠~_]\(?|\w\(|(?:\d|hundred|thousand|illion)[)\]\s,:;-]*(?:\b(?:and|to|through|of|over))?[\s(]*"
     r"|\b(?:than|over|under|above|below|at least|at most|up to|almost|nearly|exceed\w*"
     r"|log|ln|sin|cos|tan)\b[ a-z]{0,15})$")
 _NOT_BEFORE = re.compile(
@@ -308,11 +311,9 @@ def _pick(side: str, first: bool) -> Quantity | None:
     if not allowed or (chosen := allowed[0 if first else -1]).value is None:
         return None
     before = side[max(0, chosen.start - 40) : chosen.start].rstrip()
-    sign = side[chosen.start : chosen.start + 2]
-    operator = sign[0] in "+-" and re.search(r"(?:\d|\)|\b[a-z])$", before)
-    dash = sign == "- " and before
+    operator = side[chosen.start] in "+-" and re.search(r"(?:\d|\)|\b[a-z])$", before)
     changed = _NOT_AFTER.search(before) or _NOT_BEFORE.match(side[chosen.end :])
-    return None if operator or dash or changed else chosen
+    return None if operator or changed else chosen
 
 
 def quantity(text: str) -> Quantity | None:
@@ -374,6 +375,16 @@ def words(text: str, hyphen: str = " ") -> str:
     text = _RANGE.sub(r"\1\2 to ", text)
     text = re.sub(r"(?<=\w)-(?=[^\W\d])", hyphen, text)
     return " ".join(_DROP.sub(" ", text).split())
+
+
+def same_day(guess: str, gold: str) -> bool:
+    """Whether a text names the day of an ISO date: January 15th, 2024 is 2024-01-15."""
+    said = sorted(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", words(guess)).split())
+    with contextlib.suppress(ValueError):
+        day = datetime.date.fromisoformat(gold)
+        dates = [f"{day.day} {day:{month}} {day.year}".casefold() for month in ("%B", "%b")]
+        return said in [sorted(date.split()) for date in dates]
+    return False
 
 
 def formula(text: str) -> str:
@@ -485,7 +496,7 @@ def kind_of(gold: str, choices: tuple[str, ...] = ()) -> str:
         return "boolean"
     if bare(gold):
         return "number"
-    if len(parts := _PARTS.split(text)) > 1 and text[0] not in "([" and all(map(words, parts)):
+    if text[:1] not in ("(", "[") and len(items(text)[1]) > 1:
         return "list"
     date = re.fullmatch(r"[\d\s.:/-]*", text)
     return "math" if _MATHEMATICS.search(text) and not date else "text"
@@ -503,8 +514,7 @@ def vote(answer: str | None, kind: str, choices: tuple[str, ...] = ()) -> str | 
         return _boolean(answer)
     if kind == "list":
         *_, one = spans(answer)
-        doubted = _DENIED.search(one) or re.search(r"\bor\b", one)
-        return None if doubted else " | ".join(sorted(items(one)[1])) or None
+        return None if _doubted(one) else " | ".join(sorted(items(one)[1])) or None
     if kind == "math":
         return formula(line(answer)) or None
     return words(line(answer)) or line(answer) or None
@@ -529,7 +539,7 @@ def correct(guess: str | None, gold: Any, kind: str = "auto",
         return any(same_formula(span, gold) for span in spans(guess)) or _proved(guess, gold)
     if kind == "text":
         hyphens = (" ", "") if "-" in gold else (" ",)  # non-profit is non profit and nonprofit
-        return any(words(span, hyphen) == words(gold, hyphen) != ""
+        return any(words(span, hyphen) == words(gold, hyphen) != "" or same_day(span, gold)
                    for span in (guess, *spans(guess)) for hyphen in hyphens)
     said = vote(guess, kind, choices)
     return said is not None and said == vote(gold, kind, choices)
