@@ -159,8 +159,8 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
     if reward_file:
         rewards, own, _ = read_file(reward_file)
         known |= rewards.keys()
-        clipped = own if math.isfinite(own.low) or math.isfinite(own.high) else mix
-        mix = Mix(mix.weights | own.weights, clipped.low, clipped.high, mix.preset)
+        low, high = own[1:3] if own[1:3] != (-math.inf, math.inf) else mix[1:3]
+        mix = Mix(mix.weights | own.weights, low, high, mix.preset)
     named = {}
     for item in items:
         name, colon, weight = (part.strip() for part in item.partition(":"))
@@ -180,15 +180,10 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
 # ------------------------------------------------------------------------------- files of rewards
 
 
-def _first_file(places: list[Path], flag: str) -> Path:
-    if found := [path for path in places if path.is_file()]:
-        return found[0]
-    raise ValueError(f"{flag}: no file '{places[0]}'")
-
-
 def preset_file(name: str) -> Path:
     """The file of a recipe: in recipes/, or beside this one, as in an exported notebook."""
-    return _first_file([HERE / "recipes" / f"{name}.py", HERE / f"{name}.py"], f"--rewards {name}")
+    places = [HERE / "recipes" / f"{name}.py", HERE / f"{name}.py"]
+    return _first_file(places, f"--rewards {name}")
 
 
 def own_file(given: str) -> tuple[Path, str]:
@@ -196,6 +191,12 @@ def own_file(given: str) -> tuple[Path, str]:
     where an exported notebook writes it."""
     path, name = (given, "") if given.endswith(".py") else given.rpartition(":")[::2]
     return _first_file([Path(path), HERE / path], f"--reward-file {given}"), name
+
+
+def _first_file(places: list[Path], flag: str) -> Path:
+    if found := [path for path in places if path.is_file()]:
+        return found[0]
+    raise ValueError(f"{flag}: no file '{places[0]}'")
 
 
 def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]], None] | None]:

@@ -38,27 +38,15 @@ def tagged(answer, trace="I see"):
 
 R, A = "<reasoning>", "<answer>"
 R_, A_ = "</reasoning>", "</answer>"
-COMPLETIONS = [  # (completion, format, answer), where 42 is right
+COMPLETIONS = [  # (completion, format, answer), where 42 is right; more in test_answers.py
     *((tagged(text), 1, 1) for text in ["42", "42.0", "4.2e1", "\n42\n", "The answer is 42"]),
     *((tagged(text), 1, 0) for text in [
         "1,042", "-42", "nan", "1e999", "1/0", "9" * 10_000, "四十二", "\ud800", "\x00"]),
-    (f"{R}I see{R_}{A}42", 0, 1),  # unclosed
-    (f"{R}I see{A}42{A_}", 0, 1),
-    (f"{R}I see{R_}42{A_}", 0, 1),  # missing
-    (f"{R}I see, 42", 0, 1), ("42", 0, 1), ("It is 42.", 0, 1),
-    (f"{A}42{A_}{R}so{R_}", 0, 1),  # reversed
-    (f"{R_}I see{R}{A_}42{A}", 0, 0),
-    (f"{R}I {R}see{R_}{R_}{A}42{A_}", 0, 1),  # nested
-    (f"{R}I see{A}42{A_}{R_}", 0, 1),
-    (f"{R}{A}41{A_}{R_}{A}42{A_}", 0, 1),
-    (tagged(f"{A}42{A_}"), 0, 1),
-    (tagged("42") * 2, 0, 1),  # repeated
+    (f"{R_}I see{R}{A_}42{A}", 0, 0), (f"{R}I {R}see{R_}{R_}{A}42{A_}", 0, 1),
+    (tagged(f"{A}42{A_}"), 0, 1), (tagged("42") * 2, 0, 1),
     (tagged("41") + tagged("42"), 0, 1), (tagged("42") + tagged("41"), 0, 0),
-    (tagged("42") + A * 1000, 0, 1), (A * 1000 + "42", 0, 1),
-    (tagged("42") + "!", 0, 1), ("So: " + tagged("42"), 0, 1),
-    (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 0),
-    (tagged("42", ""), 0, 1), (tagged(""), 0, 0), (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0),
-    ("", 0, 0), (" \n", 0, 0), ("\x00", 0, 0), ("nan", 0, 0), ("<", 0, 0), (A_, 0, 0),
+    (A * 1000 + "42", 0, 1), (tagged("42").replace("<", "< "), 0, 0),
+    (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0), ("", 0, 0), ("<", 0, 0), (A_, 0, 0),
 ]
 
 
