@@ -17,14 +17,8 @@ A file of rewards (--reward-file my.py, and recipes/NAME.py for --rewards NAME) 
 
 and --reward-file my.py:short takes one function of any file.
 
-What to know when comparing with other trainers:
-
-1. Format and accuracy are separate rewards. `format` asks for the tags alone, `answer` reads the
-   answer with or without them (answers.py), and only weights combine the two.
-2. Missing is not zero. A reward that raises, or returns NaN or None, is None, and so is the total.
-   A reward that does not apply to a row (no right answer, no reference trace) is left out of the
-   row's sum.
-3. The recipes' own rewards are in recipes/, with what each of them pays for nothing.
+Missing is not zero: a reward that raises, or returns NaN or None, is None, and so is the total. A
+reward that does not apply to a row (no right answer, no reference trace) is left out of the sum.
 """
 
 import ast
@@ -45,11 +39,13 @@ from answers import TAG, TAGS, correct, kind_of, parse, words
 from answers import vote as vote
 
 HERE = Path(__file__).resolve().parent
+OURS = {*"answers data formulas gemma hosts hub judge lora problems report rewards rollouts runs "
+        "sampler stage".split()}
 # A word, a sign, or a character of a script that writes no spaces. Words are cut after 20 letters,
 # so that an endless word counts as a repetition.
 WORDS = re.compile(
-    r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{1,20}+|\S"
-)
+    r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{1,20}+|\S")
+
 
 # ------------------------------------------------------------------------------- built-in rewards
 
@@ -72,7 +68,6 @@ def told(row: dict) -> tuple[str, str, tuple]:
 
 
 def answer(completion: str, row: dict) -> float:
-    """1 if `correct` finds the answer right, else 0."""
     return float(correct(parse(completion)[1], *told(row)))
 
 
@@ -102,9 +97,8 @@ def repetition(completion: str, row: dict) -> float:
 def language(completion: str, row: dict) -> float:
     """Share of the letters that are in the row's "script" ("LATIN"; several: "CJK HIRAGANA").
 
-    Scripts are words of Unicode's character names, so this tells scripts apart, not languages:
-    French and gibberish score as English does, and π lowers the score of a proof. Without letters
-    the share is 1.
+    Scripts are words of Unicode's character names: French and gibberish score as English does, and
+    π lowers the score of a proof. Without letters the share is 1.
     """
     scripts = set((row.get("script") or "LATIN").upper().split())
     letters = Counter(filter(str.isalpha, TAG.sub("", completion)))
@@ -123,10 +117,8 @@ def reasoning(completion: str, row: dict) -> float:
 
 
 class Reward(NamedTuple):
-    """A function, and the field without which a row has no such reward ("": every row has it)."""
-
     function: Callable[[str, dict], float | None]
-    needs: str = ""
+    needs: str = ""  # the field without which a row has no such reward
 
 
 class Mix(NamedTuple):
@@ -144,23 +136,10 @@ class Scored(NamedTuple):
     errors: dict[str, str]
 
 
-class File(NamedTuple):
-    """What a file of rewards defines."""
-
-    rewards: dict[str, Reward]
-    mix: Mix
-    fit: Callable[[list[str]], None] | None
-
-
 REWARDS = {
-    "format": Reward(strict_format),
-    "tags": Reward(tags),
-    "answer": Reward(answer, "answer"),
-    "overlong": Reward(overlong),
-    "length": Reward(length),
-    "repetition": Reward(repetition),
-    "language": Reward(language),
-    "reasoning": Reward(reasoning),
+    "format": Reward(strict_format), "tags": Reward(tags), "answer": Reward(answer, "answer"),
+    "overlong": Reward(overlong), "length": Reward(length), "repetition": Reward(repetition),
+    "language": Reward(language), "reasoning": Reward(reasoning),
 }
 JUDGED = ("judge", "judge_correctness", "judge_reasoning", "judge_penalty")  # by another model
 PRESETS = ("tunix", "ideae", "pinocchio", "grar")  # recipes/NAME.py
@@ -180,24 +159,19 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
     if reward_file:
         rewards, own, _ = read_file(reward_file)
         known |= rewards.keys()
-        clipped = own if math.isfinite(own.low) or math.isfinite(own.high) else mix
-        mix = Mix(mix.weights | own.weights, clipped.low, clipped.high, mix.preset)
+        low, high = own[1:3] if own[1:3] != (-math.inf, math.inf) else mix[1:3]
+        mix = Mix(mix.weights | own.weights, low, high, mix.preset)
     named = {}
     for item in items:
         name, colon, weight = (part.strip() for part in item.partition(":"))
-        wrong = f"--rewards {item!r}: "
-        if name in PRESETS:
-            raise ValueError(wrong + "a preset comes first, once and without a weight")
-        if name not in known:
-            raise ValueError(wrong + f"expected one of {', '.join([*PRESETS, *sorted(known)])}")
-        if name in named:
-            raise ValueError(wrong + f"{name} has its weight already")
         try:
-            named[name] = float(weight) if colon else 1.0
+            value = float(weight) if colon else 1.0
         except ValueError:
-            named[name] = math.nan
-        if not math.isfinite(named[name]):
-            raise ValueError(wrong + "the weight must be a number")
+            value = math.nan
+        if name not in known or name in named or not math.isfinite(value):
+            raise ValueError(f"--rewards {item!r}: expected NAME:WEIGHT, each name once, of "
+                             f"{', '.join(sorted(known))}; or first one of {', '.join(PRESETS)}")
+        named[name] = value
     if not (weights := mix.weights | named):
         raise ValueError("--rewards is empty: expected something like format:0.5,answer:1")
     return mix._replace(weights=weights)
@@ -209,28 +183,33 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
 def preset_file(name: str) -> Path:
     """The file of a recipe: in recipes/, or beside this one, as in an exported notebook."""
     places = [HERE / "recipes" / f"{name}.py", HERE / f"{name}.py"]
-    found = [path for path in places if path.is_file()]
-    if not found:
-        raise ValueError(f"--rewards {name}: no file {places[0]} or {places[1]}")
-    return found[0]
+    return _first_file(places, f"--rewards {name}")
 
 
-def read_file(given: str) -> File:
-    """The rewards of my.py, or the one function of my.py:score."""
-    wrong = f"--reward-file {given}: "
+def own_file(given: str) -> tuple[Path, str]:
+    """(path, function or "") of my.py or my.py:score, in the working directory or beside this file,
+    where an exported notebook writes it."""
     path, name = (given, "") if given.endswith(".py") else given.rpartition(":")[::2]
-    if not path.endswith(".py") or not (path == given or name.isidentifier()):
-        raise ValueError(wrong + "expected my.py, or my.py:score for one function")
-    if not Path(path).is_file():
-        raise ValueError(wrong + f"no file {path!r}")
+    return _first_file([Path(path), HERE / path], f"--reward-file {given}"), name
+
+
+def _first_file(places: list[Path], flag: str) -> Path:
+    if found := [path for path in places if path.is_file()]:
+        return found[0]
+    raise ValueError(f"{flag}: no file '{places[0]}'")
+
+
+def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]], None] | None]:
+    """(rewards, mix, fit) of my.py, or of the one function of my.py:score."""
+    path, name = own_file(given)
+    wrong = f"--reward-file {given}: "
     try:
-        module = _run(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
+        module = _run(str(path.resolve()), path.stat().st_mtime_ns)
     except Exception as e:
         raise ValueError(wrong + f"{type(e).__name__}: {e}") from e
-    get = lambda field, default: getattr(module, field, default)
-    functions, weights = get("REWARDS", {}), get("WEIGHTS", None)
+    functions, weights = getattr(module, "REWARDS", {}), getattr(module, "WEIGHTS", None)
     if name:
-        functions, weights = {name: functions.get(name) or get(name, None)}, None
+        functions, weights = {name: functions.get(name) or getattr(module, name, None)}, None
     for reward, function in functions.items():
         if not callable(getattr(function, "function", function)):
             raise ValueError(wrong + f"the file has no function {reward}")
@@ -238,17 +217,14 @@ def read_file(given: str) -> File:
             raise ValueError(wrong + f"rename {reward}, a reward of that name is built in")
     weights = dict.fromkeys(functions, 1.0) if weights is None else dict(weights)
     if not weights:
-        raise ValueError(wrong + "the file has no REWARDS = {name: function}; for one "
-                         "function expected my.py:score")
-    if unknown := [name for name in weights if name not in {*functions, *REWARDS, *JUDGED}]:
-        raise ValueError(wrong + f"WEIGHTS names {unknown[0]}, which is no reward")
+        raise ValueError(wrong + "expected REWARDS = {name: function} in it, or my.py:score")
     rewards = {name: f if isinstance(f, Reward) else Reward(f) for name, f in functions.items()}
-    return File(rewards, Mix(weights, *get("RANGE", ())), get("fit", None))
+    mix = Mix(weights, *getattr(module, "RANGE", ()))
+    return rewards, mix, getattr(module, "fit", None)
 
 
 @functools.cache  # a file runs once, and again when it changed
 def _run(path: str, changed: int) -> ModuleType:
-    """The module of a file, which may import the modules beside it."""
     if (folder := str(Path(path).parent)) not in sys.path:
         sys.path.append(folder)  # last: a helper.py of the user's must not replace one of ours
     spec = importlib.util.spec_from_file_location(f"rewards_of_{Path(path).stem}", path)
@@ -261,14 +237,12 @@ def files(text: str | None, reward_file: str | None = None) -> list[Path]:
     """The files that --rewards and --reward-file need, with the helpers beside them."""
     first = (text or "").partition(",")[0].strip()
     wanted = [preset_file(first)] if first in PRESETS else []
-    if reward_file:
-        path = reward_file if reward_file.endswith(".py") else reward_file.rpartition(":")[0]
-        wanted.append(Path(path))
+    wanted += [own_file(reward_file)[0]] if reward_file else []
     for path in wanted:  # the loop appends to this list
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
                 [node.module] if isinstance(node, ast.ImportFrom) else [])
-            beside = [path.with_name(f"{n}.py") for n in names if n not in ("rewards", "answers")]
+            beside = [path.with_name(f"{name}.py") for name in names if name not in OURS]
             wanted += [file for file in beside if file.is_file() and file not in wanted]
     return wanted
 
@@ -282,20 +256,19 @@ def prepare(mix: Mix, traces: Iterable[str], reward_file: str | None = None,
     functions = REWARDS | dict(judge or {})
     chosen = [str(preset_file(mix.preset))] if mix.preset else []
     for path in [*chosen, reward_file] if reward_file else chosen:
-        file = read_file(path)
-        functions |= file.rewards
-        if file.fit and not file.rewards.keys().isdisjoint(mix.weights):
-            file.fit(list(traces))
+        rewards, _, fit = read_file(path)
+        functions |= rewards
+        if fit and not rewards.keys().isdisjoint(mix.weights):
+            fit(list(traces))
     if missing := [name for name in mix.weights if name not in functions]:
-        raise ValueError(f"--rewards {missing[0]}: needs --judge")
+        raise ValueError(f"--rewards {missing[0]}: needs --judge, or a file that defines it")
     return {name: functions[name] for name in mix.weights}
 
 
 def score(mix: Mix, functions: Mapping[str, Reward], completion: str, row: dict) -> Scored:
     """(total, the rewards that apply to the row, why some of them are None).
 
-    The total is None if a reward with a weight is None, and if no reward with a weight applies: the
-    0 of such a row would be compared with the scores of others.
+    Where no reward with a weight applies the total is None: a 0 would be compared with other rows.
     """
     parts, errors = {}, {}
     for name, (function, needs) in functions.items():
@@ -308,8 +281,8 @@ def score(mix: Mix, functions: Mapping[str, Reward], completion: str, row: dict)
                 raise ValueError(f"returned {value}")
             parts[name] = float(value)
         except Exception as e:
-            line = " ".join(f"{type(e).__name__}: {e}"[:200].split())
-            parts[name], errors[name] = None, printable(line)
+            parts[name] = None
+            errors[name] = printable(" ".join(f"{type(e).__name__}: {e}"[:200].split()))
     total, terms = None, {name: part for name, part in parts.items() if mix.weights[name]}
     if not terms:
         errors["total"] = "no reward with a weight applies to the row"
@@ -323,10 +296,10 @@ def score(mix: Mix, functions: Mapping[str, Reward], completion: str, row: dict)
 
 # --------------------------------------------------------------------------------------- terminal
 
+
 # Control characters but \n and \t, marks that reorder or hide text, and halves of surrogate pairs.
 _UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _COLOURS = {"<reasoning>": "\033[36m", "<answer>": "\033[1;32m"}  # cyan; bold green
 
 

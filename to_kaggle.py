@@ -353,8 +353,6 @@ def reward_files(config: Any) -> tuple[dict[str, str], Any]:
     """The files that --rewards and --reward-file name, and the Config that finds them by name."""
     files, own = {}, getattr(config, "reward_file", None)
     for path in rewards.files(getattr(config, "rewards", None) or "", own):
-        if not path.is_file():
-            raise ValueError(f"--reward-file {own}: no file '{path}'")
         files[path.name] = path.read_text(encoding="utf-8")
     if own:
         config = dataclasses.replace(config, reward_file=own.rpartition("/")[2])

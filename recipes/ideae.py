@@ -2,13 +2,11 @@
 
 0.75 for the strict format, four tags at +-0.0625, five markers at 0.1 in the scaffold phase, 2.25 *
 the TF-IDF cosine of trace and reference trace, the answer 0 to 4. `contrast` is the other reading
-of their summary, a trace unlike its own answer: --rewards ideae,tfidf:0,contrast:2.25. All read the
-text between both of its tags.
+of their summary, a trace unlike its own answer: --rewards ideae,tfidf:0,contrast:2.25.
 
 What it pays for nothing: "the right answer is among the words of the answer" pays 2.5 for a list of
-likely answers, and the markers and common words pay without a thought. One constant line gets about
-4.2, more than an honest trace with a wrong answer. Repaired, with only a right answer paid, and no
-markers:
+likely answers. With the markers and common words, one constant line gets about 4.2, more than an
+honest trace with a wrong answer. Repaired, with only a right answer paid, and no markers:
 
     --rewards ideae,answer_ideae:0,answer:4,markers:0
 """
@@ -51,19 +49,13 @@ def tfidf(completion: str, row: dict) -> float:
 
 
 def contrast(completion: str, row: dict) -> float:
-    """1 - cosine of the trace and the answer: 1 for a trace that does not just say the answer.
-
-    0 without both parts, or where the trace has none of the words fitted on.
-    """
+    """1 - cosine of the trace and the answer; 0 without both, or with no word that was fitted."""
     trace, said = between(completion, "reasoning"), between(completion, "answer")
     return 1.0 - cosine(trace, said) if said and vectorizer.transform([trace]).nnz else 0.0
 
 
 def markers(completion: str, row: dict) -> float:
-    """How many of the markers [I] [D] [E] [A] [E] the trace has, in any order: 0 to 5.
-
-    0 once the share SCAFFOLD of the run is over.
-    """
+    """How many of the markers [I] [D] [E] [A] [E] the trace has: 0 to 5; 0 after the scaffold."""
     trace = between(completion, "reasoning") if row.get("progress", 0.0) < SCAFFOLD else ""
     return float(sum(min(trace.count(f"[{m}]"), n) for m, n in Counter("IDEAE").items()))
 

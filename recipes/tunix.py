@@ -1,7 +1,7 @@
 """Tunix's rewards of GSM8K: --rewards tunix, -2 to 9.5.
 
-format 3, four tags at +-0.5, the answer -1 to 3, its first number 1.5. They read the text between
-both answer tags, not what `answer` would find elsewhere.
+format 3, four tags at +-0.5, the answer -1 to 3, its first number 1.5, of the text between both
+answer tags.
 
 What it pays for nothing: one constant line in the right tags gets the 5 of the format. With an
 answer that is no number it gets 4.5, more than the 4 of an honest wrong number. Repaired, with the
@@ -12,15 +12,14 @@ format as 0.9 of 5.4 and only a right answer paid:
 
 from recipe_text import between, off
 
-from answers import TAG, numbers, parse, same_quantity
+from answers import TAG, bare, figured, found_in, parse, same_quantity
 from rewards import Reward
 
 
 def answer_tunix(completion: str, row: dict) -> float:
     """The same text 3, but for white space 1.5; within 10 % 0.5, 20 % 0.25, else -1; unread -0.5.
 
-    Unread: no number in the guess or in the right answer. Outside the strict format it is 0: Tunix
-    finds no answer there, and its published range begins at -2, not at -3.
+    Outside the strict format it is 0: Tunix finds no answer there, and its range begins at -2.
     """
     if not parse(completion)[2]:
         return 0.0
@@ -35,8 +34,10 @@ def answer_tunix(completion: str, row: dict) -> float:
 
 def first_number(completion: str, row: dict) -> float:
     """1 if the first number of the answer is the right one, else 0."""
-    said, wanted = numbers(between(completion, "answer")), numbers(str(row["answer"]))
-    return float(bool(said and wanted) and same_quantity(said[0], wanted[-1]))
+    wanted = bare(str(row["answer"]))
+    said = figured(between(completion, "answer")[:1000])
+    found = [one for one in found_in(said) if one.value is not None]
+    return float(bool(wanted and found) and same_quantity(found[0], wanted))
 
 
 REWARDS = {"answer_tunix": Reward(answer_tunix, "answer"),

@@ -1,4 +1,4 @@
-"""answers.py: what a person would say of an answer, for kind and for hostile text."""
+"""answers.py: what a person would say of an answer, for each kind and for hostile text."""
 
 import importlib.util
 import json
@@ -18,12 +18,16 @@ from answers import correct, kind_of, number, parse, vote
 GOOD = "<reasoning>12 + 7 = 19</reasoning>\n<answer>19</answer>"
 
 
-# ------------------------------------------------------------------------------------------ parse
+@pytest.fixture(scope="module", autouse=True)
+def no_formulas():
+    """No second process, but for the tests of formulas.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formulas, "equal", lambda guess, gold: False)
+        yield
 
 
-@pytest.mark.parametrize(
-    "completion, strict, answer",
-    [
+def test_strict_is_the_format_alone_and_the_answer_needs_none():
+    for completion, strict, answer in [
         (GOOD, True, "19"),
         (f"\n {GOOD} \n", True, "19"),
         ("<reasoning>a\nb</reasoning><answer>\nParis\n</answer>", True, "Paris"),
@@ -47,21 +51,14 @@ GOOD = "<reasoning>12 + 7 = 19</reasoning>\n<answer>19</answer>"
         ("It is 19.", False, "It is 19."),
         ("", False, None),
         (" \n", False, None),
-    ],
-)
-def test_strict_is_the_format_alone_and_the_answer_needs_none(completion, strict, answer):
-    _, found, was_strict = parse(completion)
-    assert (found, was_strict) == (answer, strict)
-
-
-def test_reasoning_is_returned_without_its_tags():
+    ]:
+        assert parse(completion)[1:] == (answer, strict), completion
     assert parse(GOOD)[0] == "12 + 7 = 19"
     assert parse("<reasoning>cut off")[0] == "cut off"
     assert parse("<answer>19</answer>")[0] is None
 
 
-# ----------------------------------------------------------------------------------------- number
-
+# --------------------------------------------------------------------------------------- verdicts
 
 NUMBERS = [
     ("42", 42), ("42.", 42), ("42.0", 42), ("1,042", 1042), ("1,234,567.5", 1234567.5),
@@ -78,14 +75,6 @@ NUMBERS = [
     ("1e999", None), ("1e-99999", None),
     ("9" * 10_000, None), ("1" + ",000" * 9_999, None), ("-", None), ("$", None), ("1e", None),
 ]
-
-
-@pytest.mark.parametrize("text, expected", NUMBERS)
-def test_numbers_are_what_a_person_reads(text, expected):
-    assert number(text) == expected
-
-
-# ---------------------------------------------------------------------------------------- correct
 
 RIGHT = [
     ("42", "42"), ("42.0", "42"), ("1,042", "1042"), ("$1,042.00", "1042"), ("42%", "42"),
@@ -105,6 +94,7 @@ RIGHT = [
     ("red, green", ["green", "red"]), ("1,042, 7", "7, 1042"),
 ]
 
+
 WRONG = [
     ("", "42"), (" ", "42"), (".", "42"), ("", ""), ("...", "..!"), ("x", ""), (None, "42"),
     ("4", "42"), ("142", "42"), ("42 or 43", "42"), ("42.001", "42"), ("1234567", "1234568"),
@@ -120,29 +110,65 @@ WRONG = [
     ("a", "a, b"), ("a, b, c", "a, b"), ("a, b, b", "a, b"), ("ab", "a, b"),
 ]
 
+CHOICES = ("Rome", "Oslo", "A. thaliana")
+CHOSEN = {"right": ["B", "b)", "Oslo", "oslo.", "B) Oslo", "(B) Vitamin C", "The answer is Oslo"],
+          "wrong": ["A", "Rome", "B) Rome", "Osl", "Z", "", "C. Oslo", "Rome, Oslo"]}
+LATEX = [
+    (r"-\frac{3}{4}", ["-3/4", r"\frac{-3}{4}", "-0.75"], [r"\frac34", "3/4"]),
+    ("-$5", ["-5", "$-5", r"-\$5"], ["$5", "5"]),
+    (r"\$18.90", ["18.90", "$18.9"], ["$18", "18.90 euros"]),
+    (r"4\sqrt{2}", [r"$4\sqrt2$", "4√2", r"It is $4\sqrt{2}$."], [r"4\sqrt3", "4", "2"]),
+    (r"\frac{\pi}{2}", [r"$\frac{\pi}{2}$", r"\dfrac\pi2", "π/2"], [r"\pi", "1/2", r"-\pi/2"]),
+    (r"90^\circ", ["90", "90°", "90 degrees"], [r"45^\circ", "90 km"]),
+    ("10000", ["10{,}000", r"10\,000", r"10,\!000", "10 000"], ["10", "0", "1000"]),
+    ("(0,1)", ["(0, 1)", r"\left(0, 1\right)"], ["[0,1]", "(1,0)", "1"]),
+    ("[0,1)", ["$[0, 1)$"], ["(0,1]", "[0,1]"]),
+    (r"e^{-x}", ["e^(-x)", "$e^{-x}$"], ["e^x", "e"]),
+    ("x=5", ["5", "x = 5"], ["x = 6", "y > 5"]),
+    ("5!", ["5!"], ["5"]), ("3x", ["3 x", "y = 3x"], ["3"]), ("3", ["3.0"], [r"\pm 3", "3x"]),
+    (r"\text{(B)}", ["B", "(b)"], ["A", "BC"]), ("Monday", [r"\text{Monday}"], ["Sunday"]),
+    ("7/2", [r"3\frac{1}{2}", "3½"], ["31/2"]),
+]
 
-@pytest.mark.parametrize("guess, gold", RIGHT)
-def test_right_answers(guess, gold):
-    assert correct(guess, gold)
+
+def test_numbers_are_what_a_person_reads():
+    assert [(text, number(text)) for text, value in NUMBERS if number(text) != value] == []
 
 
-@pytest.mark.parametrize("guess, gold", WRONG)
-def test_wrong_answers(guess, gold):
-    assert not correct(guess, gold)
+def test_answers_that_must_be_right_or_wrong():
+    assert [pair for pair in RIGHT if not correct(*pair)] == []
+    assert [pair for pair in WRONG if correct(*pair)] == []
+    for gold, kind in (("B", "auto"), ("Oslo", "choice")):
+        assert all(correct(guess, gold, kind, CHOICES) for guess in CHOSEN["right"])
+        assert not any(correct(guess, gold, kind, CHOICES) for guess in CHOSEN["wrong"])
+    assert correct("A. thaliana", "C", "choice", CHOICES)
+    for gold, right, wrong in LATEX:
+        assert [guess for guess in right if not correct(guess, gold)] == []
+        assert [guess for guess in wrong if correct(guess, gold)] == []
 
 
-@pytest.mark.parametrize(
-    "guess, right",
-    [("B", True), ("b)", True), ("Oslo", True), ("oslo.", True), ("B) Oslo", True),
-     ("(B) Vitamin C", True), ("The answer is Oslo", True), ("A", False), ("Rome", False),
-     ("B) Rome", False), ("Osl", False), ("Z", False), ("", False), ("C. Oslo", False),
-     ("Rome, Oslo", False)],
-)
-def test_choices_are_named_by_letter_or_text(guess, right):
-    choices = ("Rome", "Oslo", "A. thaliana")
-    assert correct(guess, "B", "auto", choices) == right
-    assert correct(guess, "Oslo", "choice", choices) == right
-    assert correct("A. thaliana", "C", "choice", choices)
+HERE = Path(__file__).parent
+PUBLIC = [(v["gold"], v["kind"], tuple(v["choices"]), v["guess"], v["right"])
+          for v in map(json.loads, (HERE / "verdicts.jsonl").read_text().splitlines())]
+CITIES = ("Rome", "Oslo", "Bern", "Paris")
+OWN = [(gold, "auto", CITIES if gold == "B" else (), guess, side == "right")
+       for gold, sides in json.loads((HERE / "answers.json").read_text()).items()
+       for side, guesses in sides.items() for guess in guesses]
+
+
+@pytest.mark.parametrize("table", [PUBLIC, OWN], ids=["public", "own"])
+def test_the_rates_of_false_and_missed_rewards(table):
+    """Below 2 % of the wrong answers are paid, and below 5 % of the right ones refused.
+
+    Refused of the public table: "1.042 (German)" for 1042, as "1.042" alone is wrong there;
+    "Paris, France" for Paris, as "Paris, Rome" must be; and dates and times in another notation.
+    """
+    verdicts = [(v, correct(v[3], v[0], v[1], v[2])) for v in table]
+    paid = [v for v, found in verdicts if found and not v[4]]
+    refused = [v for v, found in verdicts if not found and v[4]]
+    n_right = sum(v[4] for v in table)
+    assert len(paid) < 0.02 * (len(table) - n_right), paid
+    assert len(refused) < 0.05 * n_right, refused
 
 
 def test_kinds():
@@ -160,144 +186,73 @@ def test_kinds():
 
 
 def test_equal_votes_are_equal_answers():
-    same = [
-        ("number", "42", "It is 42.0"),
-        ("number", "½", "1/2"),
-        ("choice", "(B)", "B. Oslo"),
-        ("boolean", "Yes.", "true"),
-        ("list", "a, b", "b and a"),
+    for kind, a, b in [
+        ("number", "42", "It is 42.0"), ("number", "½", "1/2"), ("choice", "(B)", "B. Oslo"),
+        ("boolean", "Yes.", "true"), ("list", "a, b", "b and a"), ("text", "Oslo!", "oslo"),
         ("math", "$1 + x^2$", "y = x² + 1"),
-        ("text", "Oslo!", "oslo"),
-    ]
-    for kind, a, b in same:
+    ]:
         assert vote(a, kind) == vote(b, kind) is not None
     for kind in answers.KINDS[1:]:
         assert vote(None, kind) is vote("", kind) is vote(" \n", kind) is None
     assert vote("no number", "number") is None
 
 
-# --------------------------------------------------------------------------------------- verdicts
-
-HERE = Path(__file__).parent
-PUBLIC = [(v["gold"], v["kind"], tuple(v["choices"]), v["guess"], v["right"])
-          for v in map(json.loads, (HERE / "verdicts.jsonl").read_text().splitlines())]
-CITIES = ("Rome", "Oslo", "Bern", "Paris")
-OWN = [(gold, "auto", CITIES if gold == "B" else (), guess, side == "right")
-       for gold, sides in json.loads((HERE / "answers.json").read_text()).items()
-       for side, guesses in sides.items() for guess in guesses]
-
-
-@pytest.mark.parametrize("table", [PUBLIC, OWN], ids=["public", "own"])
-def test_the_rates_of_false_and_missed_rewards(table):
-    """Below 2 % of the wrong answers are paid, and below 5 % of the right ones refused.
-
-    Refused of the public table, and meant to be: "1.042 (German)" for 1042, as "1.042" alone is
-    wrong there, and "Paris, France" for Paris, as "Paris, Rome" must be.
-    """
-    verdicts = [(v, correct(v[3], v[0], v[1], v[2])) for v in table]
-    paid = [v for v, found in verdicts if found and not v[4]]
-    refused = [v for v, found in verdicts if not found and v[4]]
-    n_right = sum(v[4] for v in table)
-    assert len(paid) < 0.02 * (len(table) - n_right), paid
-    assert len(refused) < 0.05 * n_right, refused
-
-
-@pytest.mark.parametrize(
-    "gold, right, wrong",
-    [
-        (r"-\frac{3}{4}", ["-3/4", r"\frac{-3}{4}", "-0.75"], [r"\frac34", "3/4"]),
-        ("-$5", ["-5", "$-5", r"-\$5"], ["$5", "5"]),
-        (r"\$18.90", ["18.90", "$18.9"], ["$18", "18.90 euros"]),
-        (r"4\sqrt{2}", [r"$4\sqrt2$", "4√2", r"It is $4\sqrt{2}$."], [r"4\sqrt3", "4", "2"]),
-        (r"\frac{\pi}{2}", [r"$\frac{\pi}{2}$", r"\dfrac\pi2", "π/2"], [r"\pi", "1/2", r"-\pi/2"]),
-        (r"90^\circ", ["90", "90°", "90 degrees"], [r"45^\circ", "90 km"]),
-        ("10000", ["10{,}000", r"10\,000", r"10,\!000", "10 000"], ["10", "0", "1000"]),
-        ("(0,1)", ["(0, 1)", r"\left(0, 1\right)"], ["[0,1]", "(1,0)", "1"]),
-        ("[0,1)", ["$[0, 1)$"], ["(0,1]", "[0,1]"]),
-        (r"e^{-x}", ["e^(-x)", "$e^{-x}$"], ["e^x", "e"]),
-        ("x=5", ["5", "x = 5"], ["x = 6", "y > 5"]),
-        ("5!", ["5!"], ["5"]), ("3x", ["3 x", "y = 3x"], ["3"]), ("3", ["3.0"], [r"\pm 3", "3x"]),
-        (r"\text{(B)}", ["B", "(b)"], ["A", "BC"]), ("Monday", [r"\text{Monday}"], ["Sunday"]),
-        ("7/2", [r"3\frac{1}{2}", "3½"], ["31/2"]),
-    ],
-)
-def test_latex(gold, right, wrong):
-    assert [guess for guess in right if not correct(guess, gold)] == []
-    assert [guess for guess in wrong if correct(guess, gold)] == []
-
-
 # ------------------------------------------------------------------------------------ math-verify
+
+EQUAL = formulas.equal
 
 
 @pytest.fixture
-def no_verifier(monkeypatch):
-    """formulas.py in a Python without math-verify."""
-    monkeypatch.setattr(formulas, "WORKER", "import no_such_package")
+def verifier(monkeypatch):
+    """formulas.py as it is, with a process of its own."""
+    monkeypatch.setattr(formulas, "equal", EQUAL)
     formulas._verifier.cache_clear()
-    yield
+    yield monkeypatch
     formulas._verifier.cache_clear()
 
 
-def test_without_math_verify_formulas_are_compared_by_notation(no_verifier, capsys):
+def test_without_math_verify_formulas_are_compared_by_notation(verifier, capsys):
+    verifier.setattr(formulas, "WORKER", "import no_such_package")
     assert correct("1 + x^2", "x^2 + 1") and not correct("(x + 1)^2", "x^2 + 2x + 1")
     assert not correct("(x + 1)^2", "x^2 + 2x + 1")
     assert capsys.readouterr().err.count("pip install math-verify") == 1  # said once
 
 
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
-class TestWithMathVerify:
-    @pytest.mark.parametrize(
-        "guess, gold, right",
-        [
-            ("(x + 1)^2", "x^2 + 2x + 1", True), (r"\sqrt{8}", r"2\sqrt{2}", True),
-            (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", True), ("sin x", r"\sin(x)", True),
-            ("3 < x", "x > 3", True), ("x < 3", "x > 3", False), ("120", "5!", True),
-            ("5", "5!", False), ("24", r"24\pi", False), ("x^2+1 or x^2", "x^2", False),
-            ("not x^2", "x^2", False), ("[0,1]", "(0,1)", False), ("e^x", "e^{-x}", False),
-        ],
-    )
-    def test_formulas(self, guess, gold, right):
-        assert correct(guess, gold, "math") == right
+def test_with_math_verify(verifier):
+    """A formula that takes for ever is wrong, in any thread, and the next one is checked."""
+    for guess, gold, right in [
+        ("(x + 1)^2", "x^2 + 2x + 1", True), (r"\sqrt{8}", r"2\sqrt{2}", True),
+        (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", True), ("sin x", r"\sin(x)", True),
+        ("3 < x", "x > 3", True), ("x < 3", "x > 3", False), ("120", "5!", True),
+        ("5", "5!", False), ("24", r"24\pi", False), ("x^2+1 or x^2", "x^2", False),
+        ("not x^2", "x^2", False), ("[0,1]", "(0,1)", False), ("e^x", "e^{-x}", False),
+    ]:
+        assert correct(guess, gold, "math") == right, guess
+    verifier.setattr(formulas, "WORKER", formulas.WORKER.replace("alarm(5)", "alarm(2)"))
+    formulas._verifier.cache_clear()
+    guesses, found = ["9^{9^{9^{9}}}", r"\sqrt{8}", "9^{9^{9^{9}}}", r"\sqrt{8}"], {}
 
-    def test_a_formula_that_takes_for_ever_is_wrong_in_any_thread(self, monkeypatch):
-        monkeypatch.setattr(formulas, "WORKER", formulas.WORKER.replace("alarm(5)", "alarm(1)"))
-        formulas._verifier.cache_clear()
-        guesses, found = ["9^{9^{9^{9}}}", r"\sqrt{8}", "9^{9^{9^{9}}}", r"\sqrt{8}"], {}
+    def check(i):
+        found[i] = correct(guesses[i], r"2\sqrt{2}")
 
-        def check(i):
-            found[i] = correct(guesses[i], r"2\sqrt{2}")
-
-        threads = [threading.Thread(target=check, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        formulas._verifier.cache_clear()
-        assert found == {0: False, 1: True, 2: False, 3: True}
+    threads = [threading.Thread(target=check, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {0: False, 1: True, 2: False, 3: True}
 
 
 # ----------------------------------------------------------------------------------- hostile text
 
 HARD = st.text(
-    st.one_of(
-        st.sampled_from(list("0123456789.,-−$/^e%()[]{}<>:;=\n \\½⅓²⁸٤４ABanswerπ√!")),
-        st.characters(),
-    ),
-    max_size=80,
-)
+    st.one_of(st.sampled_from(list("0123456789.,-−$/^e%()[]{}<>:;=\n \\½⅓²⁸٤４ABanswerπ√!")),
+              st.characters()), max_size=80)
 COMPLETION = st.lists(st.one_of(HARD, st.sampled_from(answers.TAGS)), max_size=8).map("".join)
 
 
-@pytest.fixture(scope="module")
-def no_formulas():
-    """Random text asks no second process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formulas, "equal", lambda guess, gold: False)
-        yield
-
-
-@pytest.mark.usefixtures("no_formulas")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(COMPLETION, HARD, st.sampled_from(answers.KINDS))
 @example("<answer>" + "9" * 10_000, "9" * 10_000, "number")
 @example("\ud800<answer>\ud800", "\ud800", "auto")
@@ -311,16 +266,10 @@ def test_any_text_gets_an_answer_of_the_right_type(completion, gold, kind):
     first = correct(answer, gold, kind)
     assert first is correct(answer, gold, kind) and isinstance(first, bool)
     assert correct("", gold, kind) is correct(None, gold, kind) is False
+    assert correct(gold, gold) == bool(gold.strip())
     for k in answers.KINDS[1:]:
         said = vote(answer, k)
         assert said is None or isinstance(said, str) and said
-
-
-@pytest.mark.usefixtures("no_formulas")
-@settings(max_examples=200, deadline=None)
-@given(HARD)
-def test_an_answer_is_right_when_it_is_the_gold_itself(text):
-    assert correct(text, text) == bool(text.strip())
 
 
 @given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "${}", "{}.", "{} pies"]))
@@ -329,22 +278,19 @@ def test_whole_numbers_survive_their_spellings(n, spelling):
     assert correct(spelling.format(n), str(n)) and not correct(spelling.format(n), str(n + 1))
 
 
-HOSTILE = ["9", ",000", "1,", "1 ", "1/", "1e", "1.", "-", "$", "1^", "3 x 10^", " ", "\n", "a",
-           "<answer>", "<reasoning>", "answer is ", "answer", "####", "½", "²", "٤", "A) ", "(",
-           "B,", "yes ", "\\frac{1}{", "and ", "1 1/", "\u0301\u0323", "\\boxed{", "word ", "哈",
-           "<", "</answer>", "<reasoning></answer>", GOOD, "\x1b[", "İ", "_", "\\text{", "^{", "√(",
-           "one and a ", "hundred and ", "n't ", "x = ", "1 km ", "$a", "because ", " (a", "1:"]
+HOSTILE = ["9", ",000", "1 ", "1/", "1e", "1.", "-", "$", "3 x 10^", " ", "\n", "<answer>",
+           "answer is ", "½", "²", "٤", "A) ", "(", "yes ", "\\frac{1}{", "and ", "1 1/",
+           "\u0301\u0323", "\\boxed{", "word ", "<reasoning></answer>", GOOD, "İ", "_", "\\text{",
+           "^{", "√(", "one and a ", "n't ", "x = ", "1 km ", "$a", "because ", " (a"]
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-@pytest.mark.usefixtures("no_formulas")
 def test_time_grows_with_the_text_and_no_faster(piece):
     """Eight times the text in less than 24 times the CPU time; what is quadratic takes 64."""
 
     def cost(n):
-        text = piece * (n // len(piece))
-        best = math.inf
-        for _ in range(3):
+        text, best = piece * (n // len(piece)), math.inf
+        for _ in range(2):
             began = time.process_time()
             _, answer, _ = parse(text)
             answers.words(text)

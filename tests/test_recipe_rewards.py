@@ -24,7 +24,7 @@ def scored(text, completion, row=None, traces=("apples pears",), recipe=None, ju
 def part(name, completion, row=None, traces=("apples pears",)):
     """One reward of the recipe that has it."""
     recipe = next(p for p in rewards.PRESETS
-                  if name in rewards.read_file(str(rewards.preset_file(p))).rewards)
+                  if name in rewards.read_file(str(rewards.preset_file(p)))[0])
     return scored("", completion, row, traces, (recipe, name)).parts[name]
 
 
@@ -33,62 +33,40 @@ def tagged(answer, trace="I see"):
 
 
 def test_tags_of_pinocchio():
-    for n in range(16):
-        there = [tag for i, tag in enumerate(rewards.TAGS) if n >> i & 1]
-        shares = dict(zip(rewards.TAGS, (0.3, 0.3, 0.2, 0.2), strict=True))
-        expected = pytest.approx(sum(shares[tag] for tag in there))
-        assert part("tags_pinocchio", " x ".join(there)) == expected
-    assert 5 * part("tags_pinocchio", tagged("42")) == 5
+    assert part("tags_pinocchio", tagged("42")) == 1 and part("tags_pinocchio", "") == 0
+    for tag, share in zip(rewards.TAGS, (0.3, 0.3, 0.2, 0.2), strict=True):
+        assert part("tags_pinocchio", f"x{tag}x") == share
+        assert part("tags_pinocchio", tagged("42") + tag) == pytest.approx(1 - share)
 
 
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
+def test_tunix_answers():
+    for completion, expected in [
         (tagged("100"), 3), (tagged("\n100 "), 1.5), (tagged("100.0"), 0.5), (tagged("110"), 0.5),
-        (tagged("90"), 0.5), (tagged("111"), 0.25), (tagged("120"), 0.25), (tagged("80"), 0.25),
-        (tagged("121"), -1), (tagged("-100"), -1), (tagged("1"), -1), (tagged("1e999"), -0.5),
-        (tagged("many"), -0.5), (tagged("nan"), -0.5), ("100", 0), (f"{A}100{A_}", 0), ("", 0),
+        (tagged("111"), 0.25), (tagged("80"), 0.25), (tagged("121"), -1), (tagged("-100"), -1),
+        (tagged("1e999"), -0.5), (tagged("many"), -0.5), ("100", 0), (f"{A}100{A_}", 0), ("", 0),
         (tagged("100") + "!", 0),
-    ],
-)
-def test_tunix_answers(completion, expected):
-    assert part("answer_tunix", completion, {"answer": "100"}) == expected
+    ]:
+        assert part("answer_tunix", completion, {"answer": "100"}) == expected, completion
+    for said, gold, expected in [("-9", "-10", 0.5), ("0.0", "0", 0.5), ("1", "0", -1),
+                                 ("1", "Oslo", -0.5)]:
+        assert part("answer_tunix", tagged(said), {"answer": gold}) == expected
+    for completion, right in [
+        (tagged("It is 42, not 43"), 1), (tagged("$42.00"), 1), (tagged("43, not 42"), 0),
+        (tagged("Oslo"), 0), (tagged(""), 0), ("42", 0), (f"{A}42{A_}", 1),
+        (tagged("1" * 10_000), 0),
+    ]:
+        assert part("first_number", completion, {"answer": "42"}) == right, completion
 
 
-def test_tunix_answers_without_a_number_to_divide_by():
-    assert part("answer_tunix", tagged("-9"), {"answer": "-10"}) == 0.5
-    assert part("answer_tunix", tagged("0.0"), {"answer": "0"}) == 0.5
-    assert part("answer_tunix", tagged("1"), {"answer": "0"}) == -1
-    assert part("answer_tunix", tagged("1"), {"answer": "Oslo"}) == -0.5
-
-
-@pytest.mark.parametrize(
-    "completion, right",
-    [
-        (tagged("42"), 1), (tagged("It is 42, not 43"), 1), (tagged("$42.00"), 1),
-        (tagged("84/2"), 1), (tagged("43, not 42"), 0), (tagged("Oslo"), 0), (tagged(""), 0),
-        ("42", 0), (f"{R}42{R_}", 0), (f"{A}42{A_}", 1), (tagged("1" * 10_000), 0),
-    ],
-)
-def test_first_number(completion, right):
-    assert part("first_number", completion, {"answer": "42"}) == right
-    assert part("first_number", tagged("10000000000001"), {"answer": "10000000000000"}) == 0
-
-
-@pytest.mark.parametrize(
-    "said, gold, expected",
-    [
-        ("100", "100", 4), ("100.0", "100", 3.5), ("$100", "100", 3.5), ("105", "100", 2.5),
-        ("95", "100", 2.5), ("106", "100", 1.25), ("110", "100", 1.25), ("111", "100", 0),
-        ("100 or 200", "100", 2.5), ("many", "100", 0), ("", "100", 0), ("1000", "100", 0),
+def test_ideae_answers():
+    for said, gold, expected in [
+        ("100", "100", 4), ("$100", "100", 3.5), ("95", "100", 2.5), ("106", "100", 1.25),
+        ("111", "100", 0), ("100 or 200", "100", 2.5), ("many", "100", 0), ("", "100", 0),
         ("(b)", "B", 3.5), ("A", "B", 0), ("True", "yes", 3.5), ("no", "yes", 0),
-        ("Oslo", "Oslo", 4), ("It is Oslo.", "Oslo", 2.5), ("oslo", "Oslo", 2.5), ("Os", "Oslo", 0),
-        ("Oslomet", "Oslo", 0),
-    ],
-)
-def test_ideae_answers(said, gold, expected):
-    assert part("answer_ideae", tagged(said), {"answer": gold}) == expected
-    assert part("answer_ideae", said, {"answer": gold}) == 0  # a recipe reads its own tags
+        ("Oslo", "Oslo", 4), ("It is Oslo.", "Oslo", 2.5), ("Oslomet", "Oslo", 0),
+    ]:
+        assert part("answer_ideae", tagged(said), {"answer": gold}) == expected, (said, gold)
+        assert part("answer_ideae", said, {"answer": gold}) == 0  # a recipe reads its own tags
 
 
 def test_markers_are_paid_in_the_scaffold_phase():
@@ -102,8 +80,6 @@ def test_markers_are_paid_in_the_scaffold_phase():
 
 TRACES = [
     "First we add 12 and 7, which makes 19 apples.",
-    "The train covers 120 km in 2 hours, so its speed is 60 km per hour.",
-    "Straße, straße, ÉTÉ été: naïve İstanbul, it's x_1 and x_1 don't",
     "We divide the apples among the children; the the the of apples.",
 ]
 
@@ -113,13 +89,7 @@ def test_both_readings_of_tfidf():
     get = lambda name, completion: part(name, completion, row, traces=TRACES)
     same, other = tagged("19", TRACES[0]), tagged("19", "we divide the apples")
     assert get("tfidf", same) == pytest.approx(1) and 0 < get("tfidf", other) < 0.5
-    for text in (
-        TRACES[0],
-        R + TRACES[0],
-        TRACES[0] + R_,
-        tagged(TRACES[0]),
-        tagged("19", "zebra"),
-    ):
+    for text in (TRACES[0], R + TRACES[0], TRACES[0] + R_, tagged("19", "zebra")):
         assert get("tfidf", text) == 0
     without = scored("", same, {"reasoning": None}, TRACES, ("ideae", "tfidf"))
     assert "tfidf" not in without.parts  # the row has no trace to be like
@@ -147,52 +117,37 @@ def judged(**values):
 GOLD = {"answer": "42", "reasoning": "apples and pears", "progress": 0.1}
 
 
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
-        (tagged("42"), 3 + 2 + 3 + 1.5), (tagged(" 42 "), 3 + 2 + 1.5 + 1.5),
-        (tagged("42 or 45"), 3 + 2 - 0.5 + 1.5), (tagged("45"), 3 + 2 + 0.5),
-        (tagged("50"), 3 + 2 + 0.25), (tagged("99"), 3 + 2 - 1), (tagged("many"), 3 + 2 - 0.5),
-        (tagged("42") + "!", 2 + 1.5), ("42", -2), ("", -2), (f"{A}42{A_}", 2 - 2 * 1 + 1.5),
-        (f"{R}I see{R_}{A}42", 1.5 - 0.5), ((R + R_ + A + A_) * 2, -2),
-    ],
-)
-def test_the_sum_of_tunix(completion, expected):
+def test_the_sum_of_tunix():
     """Its range is -2 (no tag once) to 9.5: what has no format has no answer that could cost -1."""
-    assert scored("tunix", completion, GOLD).total == pytest.approx(expected)
+    for completion, expected in [
+        (tagged("42"), 3 + 2 + 3 + 1.5), (tagged("42 or 45"), 3 + 2 - 0.5 + 1.5),
+        (tagged("45"), 3 + 2 + 0.5), (tagged("99"), 3 + 2 - 1), (tagged("many"), 3 + 2 - 0.5),
+        (tagged("42") + "!", 2 + 1.5), ("42", -2), (f"{R}I see{R_}{A}42", 1.5 - 0.5),
+    ]:
+        assert scored("tunix", completion, GOLD).total == pytest.approx(expected), completion
 
 
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
+def test_the_sum_of_ideae():
+    for completion, expected in [
         (tagged("42", "apples pears [I] [D] [E] [A] [E]"), 0.75 + 0.25 + 0.5 + 2.25 + 4),
-        (tagged("42", "apples pears [I]"), 0.75 + 0.25 + 0.1 + 2.25 + 4),
         (tagged("$42", "apples"), 0.75 + 0.25 + 2.25 / math.sqrt(2) + 3.5),
-        (tagged("43", "zebra"), 0.75 + 0.25 + 2.5), (tagged("46", "zebra"), 0.75 + 0.25 + 1.25),
-        (f"{A}42{A_}", 4), ("42", -0.25),
-    ],
-)
-def test_the_sum_of_ideae(completion, expected):
-    assert scored("ideae", completion, GOLD, ["apples pears"]).total == pytest.approx(expected)
+        (tagged("43", "zebra"), 0.75 + 0.25 + 2.5), (f"{A}42{A_}", 4), ("42", -0.25),
+    ]:
+        assert scored("ideae", completion, GOLD, ["apples pears"]).total == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "completion, correctness, quality, penalty, expected",
-    [
+def test_the_sum_of_pinocchio():
+    for completion, correctness, quality, penalty, expected in [
         (tagged("42"), 1, 5, 0, 5 + 5 + 5), (tagged("42"), 0.5, 3, 2, 2.5 + 3 + 5 - 2),
-        (f"{R}a{R_}{A}42", 1, 4, 3, 5 + 4 + 5 * 0.8 - 3), (R_ + R, 0, 0, 5, 5 * 0.6 - 5),
-        ("", 0, 0, 6, -6), ("", 0, 0, 17, -10),
-    ],
-)
-def test_the_sum_of_pinocchio(completion, correctness, quality, penalty, expected):
-    judge = judged(judge_correctness=correctness, judge_reasoning=quality, judge_penalty=penalty)
-    assert scored("pinocchio", completion, {}, judge=judge).total == pytest.approx(expected)
+        (f"{R}a{R_}{A}42", 1, 4, 3, 5 + 4 + 5 * 0.8 - 3), ("", 0, 0, 6, -6), ("", 0, 0, 17, -10),
+    ]:
+        judge = judged(judge_correctness=correctness, judge_reasoning=quality,
+                       judge_penalty=penalty)
+        assert scored("pinocchio", completion, {}, judge=judge).total == pytest.approx(expected)
 
 
 def test_the_sum_of_grar():
-    total = lambda completion, judge: (
-        scored("grar", completion, GOLD, judge=judged(judge=judge)).total
-    )
+    total = lambda text, judge: scored("grar", text, GOLD, judge=judged(judge=judge)).total
     assert total(tagged("42"), 1) == 1 and total("", 0) == 0
     assert total(tagged("42"), 0.25) == pytest.approx(0.2 + 0.2 + 0.6 * 0.25)
     assert total(tagged("41"), 0.25) == pytest.approx(0.2 + 0.6 * 0.25)

@@ -162,11 +162,9 @@ def test_a_recipe_says_what_it_lacks_and_stops_where_a_stage_does(tmp_path):
     noted = (tmp_path / "out" / "seconds").read_text().splitlines()
     assert [line.split()[0] for line in noted] == ["sft", "pairs", "simpo"]
     # some of the stages, with another value of the table
+    (tmp_path / "out" / "sft" / "final").mkdir(parents=True)  # made earlier
     only = stages(tmp_path, "pinocchio", "--model", "tiny", ACTS="pairs simpo", simpo_time="3m")
     assert [*only] == ["pairs", "simpo", "eval-simpo"] and only["simpo"][1].time_limit == "3m"
-    assert "--adapter" not in only["pairs"][0]
-    (tmp_path / "out" / "sft" / "final").mkdir(parents=True)  # made earlier
-    only = stages(tmp_path, "pinocchio", "--model", "tiny", ACTS="pairs simpo")
     assert flags_of(only["pairs"][0])["adapter"] == str(tmp_path / "out" / "sft")
     assert flags_of(only["eval-simpo"][0])["adapter"] == str(tmp_path / "out" / "simpo")
 
@@ -193,11 +191,11 @@ SHORT = dict(sft_time="20m", simpo_time="20m", grpo_time="20m", time="20m", sft_
              test_rows="4")
 
 
-def whole(folder, name):
+def whole(folder, name, **more):
     """A recipe on the tiny model from end to end -> its folder, and the rows of its table."""
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(problems.word_problem("train", i)) for i in range(48)))
-    env = os.environ | SHORT | {"OUT": str(folder / "out"), "data": str(rows)}
+    env = os.environ | SHORT | more | {"OUT": str(folder / "out"), "data": str(rows)}
     if name in ("ideae", "gemmatron"):  # which have no steps: the clock ends them
         env |= {"sft_time": "40s", "grpo_time": "40s"}
     env |= {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
@@ -214,38 +212,28 @@ def steps_of(folder) -> list[dict]:
     return [m for m in map(json.loads, lines) if "step_s" in m]
 
 
-def stages_in(printed) -> list[str]:
-    return [line.split("|")[1].strip() for line in printed]
-
-
 def test_the_shortest_end_to_end(tmp_path):
-    out, printed = whole(tmp_path, "tunix")
-    assert stages_in(printed) == ["start", "grpo"]
+    out, printed = whole(tmp_path, "tunix", ACTS="grpo", max_new="24")
+    assert len(printed) == 1 and printed[0].startswith("| grpo |")
     (step,) = steps_of(out / "grpo")
     assert {"kl", "rewards/answer_tunix/mean"} <= step.keys()
-    results = [json.loads((out / f"eval-{name}/results.json").read_text())
-               for name in ("start", "grpo")]
-    assert all(r["n"] == 4 and "maj@8" in r for r in results)
-    assert float(printed[1].split("|")[2]) > 0
+    results = json.loads((out / "eval-grpo/results.json").read_text())
+    assert results["n"] == 4 and "maj@8" in results
 
 
 def loaded(folder, module):
     """(config, Model) as the stage of a run folder began with it."""
-    config = json.loads((folder / "config.json").read_text())
-    del config["code"]
-    config = importlib.import_module(module).Config(**config)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["code"]
+    config = importlib.import_module(module).Config(**fields)
     return config, train_sft.load_model(config, mesh_of(8))
-
-
-def same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.slow
 def test_three_acts_end_to_end(tmp_path):
     """On weights: what an act leaves is what the next one starts from, and its reference."""
     out, printed = whole(tmp_path, "pinocchio")
-    assert stages_in(printed) == ["start", "sft", "simpo", "grpo"]
+    assert [line.split("|")[1].strip() for line in printed] == ["start", "sft", "simpo", "grpo"]
     steps = {name: steps_of(out / name) for name in ("sft", "simpo", "grpo")}
     assert [len(lines) for lines in steps.values()] == [2, 2, 1]
 
@@ -254,13 +242,14 @@ def test_three_acts_end_to_end(tmp_path):
     moved = jax.tree.map(lambda x, y: bool((x != y).any()), tuned, shipped)
     assert all(jax.tree.leaves(moved))
     _, act2 = loaded(out / "simpo", "train_simpo")
-    same(act2.fixed["base"], tuned)
+    np.testing.assert_equal(act2.fixed["base"], tuned)
     assert not any(b.any() for b in act2.trained["b"].values())
     left = lora.load(out / "simpo" / "final", cfg)
     assert all(b.any() for b in left["b"].values())
     config, act3 = loaded(out / "grpo", "train_grpo")
-    same(act3.fixed["base"], tuned)
-    same(act3.trained, {k: left[k] for k in "ab"})  # of which train_grpo.py makes its reference
+    np.testing.assert_equal(act3.fixed["base"], tuned)
+    # of which train_grpo.py makes its reference
+    np.testing.assert_equal(act3.trained, {k: left[k] for k in "ab"})
     assert config.kl_coef == 0.07 and "kl" in steps["grpo"][0]
     end = lora.load(out / "grpo" / "final", cfg)
     assert all((end["b"][n] != left["b"][n]).any() for n in left["b"])
@@ -271,7 +260,7 @@ def test_three_acts_end_to_end(tmp_path):
 def test_the_others_end_to_end_and_again(name, tmp_path):
     out, printed = whole(tmp_path, name)
     trained = [stage for stage in PUBLISHED[name] if stage in ("sft", "grpo")]
-    assert stages_in(printed) == ["start", *trained]
+    assert [line.split("|")[1].strip() for line in printed] == ["start", *trained]
 
     def read():
         return {stage: (steps_of(out / stage), (out / f"eval-{stage}/results.json").read_text())

@@ -38,70 +38,36 @@ def tagged(answer, trace="I see"):
 
 R, A = "<reasoning>", "<answer>"
 R_, A_ = "</reasoning>", "</answer>"
-COMPLETIONS = [  # (completion, format, answer), where 42 is right
-    *((tagged(text), 1, 1) for text in [
-        "42", "42.", "42.0", "+42", "$42", "42€", "42%", "42 apples", "4.2e1", "4.2E+1", "0.42e2",
-        "420e-1", "84/2", "84 / 2", "41 2/2", "\\frac{84}{2}", "٤٢", "４２", "四: 42", "**42**",
-        "\\boxed{42}", "x = 42", "The answer is 42", "\n42\n", "42km", "\\$42",
-        "6 * 7 = 42", "forty-two",
-        "Answer: 42.\nI am sure!", "0.042 thousand", "4.2 × 10^1", "4.2 x 10¹"]),
+COMPLETIONS = [  # (completion, format, answer), where 42 is right; more in test_answers.py
+    *((tagged(text), 1, 1) for text in ["42", "42.0", "4.2e1", "\n42\n", "The answer is 42"]),
     *((tagged(text), 1, 0) for text in [
-        "1,042", "-42", "−42", "-$42", "42.001", "4", "2", "½", "42½", "0", "nan", "inf", "-inf",
-        "NaN", "1e999", "1/0", "42/0", "9" * 10_000, "42" + "0" * 10_000, "42" * 200,
-        "四十二", "сорок два", "...", "?", "42^2", "2^42", "42 or 43",
-        "41 or rather 42", "4 2", "\ud800", "\x00"]),
-    (f"{R}I see{R_}{A}42", 0, 1),  # unclosed
-    (f"{R}I see{A}42{A_}", 0, 1),
-    (f"{R}I see{R_}42{A_}", 0, 1),  # missing
-    (f"{R}I see, 42", 0, 1), ("42", 0, 1), ("It is 42.", 0, 1),
-    (f"{A}42{A_}{R}so{R_}", 0, 1),  # reversed
-    (f"{R_}I see{R}{A_}42{A}", 0, 0),
-    (f"{R}I {R}see{R_}{R_}{A}42{A_}", 0, 1),  # nested
-    (f"{R}I see{A}42{A_}{R_}", 0, 1),
-    (f"{R}{A}41{A_}{R_}{A}42{A_}", 0, 1),
-    (tagged(f"{A}42{A_}"), 0, 1),
-    (tagged("42") * 2, 0, 1),  # repeated
+        "1,042", "-42", "nan", "1e999", "1/0", "9" * 10_000, "四十二", "\ud800", "\x00"]),
+    (f"{R_}I see{R}{A_}42{A}", 0, 0), (f"{R}I {R}see{R_}{R_}{A}42{A_}", 0, 1),
+    (tagged(f"{A}42{A_}"), 0, 1), (tagged("42") * 2, 0, 1),
     (tagged("41") + tagged("42"), 0, 1), (tagged("42") + tagged("41"), 0, 0),
-    (tagged("42") + A * 1000, 0, 1), (A * 1000 + "42", 0, 1),
-    (tagged("42") + "!", 0, 1), ("So: " + tagged("42"), 0, 1),
-    (tagged("42").upper(), 0, 1), (tagged("42").replace("<", "< "), 0, 0),
-    (tagged("42", ""), 0, 1), (tagged(""), 0, 0), (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0),
-    ("", 0, 0), (" \n", 0, 0), ("\x00", 0, 0), ("nan", 0, 0), ("<", 0, 0), (A_, 0, 0),
+    (A * 1000 + "42", 0, 1), (tagged("42").replace("<", "< "), 0, 0),
+    (tagged(" "), 0, 0), (R + R_ + A + A_, 0, 0), ("", 0, 0), ("<", 0, 0), (A_, 0, 0),
 ]
 
 
-def test_the_table_is_long_enough():
-    assert len({completion for completion, *_ in COMPLETIONS}) == len(COMPLETIONS) >= 60
-
-
-@pytest.mark.parametrize("completion, strict, right", COMPLETIONS)
-def test_format_and_answer_of_a_completion(completion, strict, right):
+def test_format_and_answer_of_a_completion():
     row = {"answer": "42", "kind": "number"}
-    assert scored("format:1,answer:3", completion, row) == (
-        strict + 3 * right, {"format": strict, "answer": right}, {})
-
-
-@pytest.mark.parametrize(
-    "said, gold, kind, choices, right",
-    [
+    for completion, strict, right in COMPLETIONS:
+        assert scored("format:1,answer:3", completion, row) == (
+            strict + 3 * right, {"format": strict, "answer": right}, {}), completion
+    for said, gold, kind, choices, right in [
         ("(B)", "B", "choice", (), 1), ("Oslo", "B", "choice", ("Rome", "Oslo"), 1),
         ("A or B", "B", "choice", (), 0), ("True", "yes", "boolean", (), 1),
-        ("yes and no", "yes", "boolean", (), 0), ("b, a", "a, b", "list", (), 1),
-        ("a, b, b", "a, b", "list", (), 0), (" paris.", "Paris", "text", (), 1),
-        ("Paris, France", "Paris", "text", (), 0), ("42", "Paris", "text", (), 0),
+        ("b, a", "a, b", "list", (), 1), (" paris.", "Paris", "text", (), 1),
         ("0.333333333", "1/3", None, None, 1), ("0.333", "1/3", None, None, 0),
-    ],
-)
-def test_an_answer_of_any_kind(said, gold, kind, choices, right):
-    row = {"answer": gold, "kind": kind, "choices": choices}
-    assert part("answer", tagged(said), row) == right
+    ]:
+        row = {"answer": gold, "kind": kind, "choices": choices}
+        assert part("answer", tagged(said), row) == right
 
 
 def test_tags_are_graded_one_by_one():
-    for n in range(16):
-        there = [tag for i, tag in enumerate(rewards.TAGS) if n >> i & 1]
-        text = " x ".join(there)
-        assert part("tags", text) == pytest.approx((2 * len(there) - 4) / 4)
+    for n in range(5):
+        assert part("tags", " x ".join(rewards.TAGS[:n])) == (2 * n - 4) / 4
     assert part("tags", tagged("42") + A) == 0.5  # twice is not once
     assert part("tags", tagged("42").upper()) == -1
 
@@ -169,11 +135,11 @@ def test_read_mix(tmp_path):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("", "empty"), (" ", "empty"), (",", "expected one of"), ("format,", "expected one of"),
-        ("formt:1", "'formt:1'.*tunix.*format.*judge"), ("format:1,format:2", "already"),
-        ("format:", "number"), ("format:x", "'format:x'.*number"), ("format:nan", "number"),
-        ("answer:inf", "number"), ("format:1:2", "number"), ("tunix,tunix", "preset"),
-        ("format,tunix", "preset"), ("tunix:2", "preset"), ("mine", "expected one of"),
+        ("", "empty"), (" ", "empty"), (",", "''"), ("format,", "''"),
+        ("formt:1", "'formt:1'.*format.*judge.*tunix"), ("format:1,format:2", "'format:2'.*once"),
+        ("format:", "NAME:WEIGHT"), ("format:x", "'format:x'"), ("format:nan", "'format:nan'"),
+        ("answer:inf", "inf"), ("format:1:2", "1:2"), ("tunix,tunix", "'tunix'"),
+        ("format,tunix", "'tunix'"), ("tunix:2", "'tunix:2'"), ("mine", "'mine'"),
     ],
 )
 def test_a_mix_that_cannot_be_read_says_so_in_a_line(text, reason):
@@ -187,10 +153,6 @@ def test_prepare_gives_what_the_mix_names():
     for preset, name in {"grar": "judge", "pinocchio": "judge_correctness"}.items():
         with pytest.raises(ValueError, match=f"--rewards {name}: needs --judge"):
             prepare(read_mix(preset), [])
-
-
-def judged(**values):
-    return {name: Reward(lambda c, r, v=v: v, "") for name, v in values.items()}
 
 
 GOLD = {"answer": "42", "reasoning": "apples and pears", "progress": 0.1}
@@ -212,10 +174,8 @@ def fails(_, row):
 
 @pytest.mark.parametrize(
     "value, reason",
-    [(None, "returned None"), (math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"),
-     ("1", "str"),
-     (np.float32("nan"), "nan"), (10**400, "Overflow"), ([1.0], "list"), ({}, "dict"),
-     (1j, "complex"), (lambda: 1, "function")],
+    [(None, "returned None"), (math.nan, "nan"), (-math.inf, "-inf"), ("1", "str"),
+     (np.float32("nan"), "nan"), (10**400, "Overflow"), ([1.0], "list"), (1j, "complex")],
 )
 def test_what_is_no_number_is_missing_and_says_why(value, reason):
     functions = {"format": rewards.REWARDS["format"], "odd": Reward(lambda c, r: value)}
@@ -227,10 +187,10 @@ def test_what_is_no_number_is_missing_and_says_why(value, reason):
     assert total == 1 and again == errors
 
 
-@pytest.mark.parametrize("value", [True, 1, 1.0, np.float32(1), np.int64(1), np.array(1.0)])
-def test_any_kind_of_number_is_a_score(value):
-    total, parts, errors = score(Mix({"a": 2}), {"a": Reward(lambda c, r: value)}, "", {})
-    assert (total, parts, errors) == (2, {"a": 1}, {}) and type(parts["a"]) is float
+def test_any_kind_of_number_is_a_score():
+    for value in (True, 1, np.float32(1), np.int64(1), np.array(1.0)):
+        total, parts, errors = score(Mix({"a": 2}), {"a": Reward(lambda c, r, v=value: v)}, "", {})
+        assert (total, parts, errors) == (2, {"a": 1}, {}) and type(parts["a"]) is float
 
 
 def test_an_exception_is_a_short_line_with_the_sample():
@@ -255,14 +215,10 @@ def test_one_function_of_a_file(tmp_path):
     file.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass Limit:\n    n: int = 10\n"
-        "def brief(completion, row):\n    return len(completion) <= row.get('n', Limit().n)\n"
-        "def broken(completion, row):\n    return 1 / 0\nnumber = 3\n"
-    )
+        "def brief(completion, row):\n    return len(completion) <= row.get('n', Limit().n)\n")
     at = f"{file}:brief"
     assert scored("format:1", "short", reward_file=at) == (1, {"format": 0, "brief": 1}, {})
     assert scored("brief:-2", "short", {"n": 3}, reward_file=at).total == 0
-    total, parts, errors = scored("format:1", "x", reward_file=f"{file}:broken")
-    assert (total, parts["broken"]) == (None, None) and "ZeroDivisionError" in errors["broken"]
 
 
 SEVERAL = """
@@ -313,8 +269,23 @@ def test_the_files_that_a_mix_needs(several):
     assert rewards.files("format:1") == rewards.files(None) == []
     assert rewards.files("", f"{several}:cited") == rewards.files("", str(several)) == [
         several, helper]
+    several.with_name("data.py").write_text("")  # which `import data` does not mean
+    several.write_text("import data\nimport formulas\n" + SEVERAL)
     names = [path.name for path in rewards.files("ideae,tfidf:0", str(several))]
     assert names == ["ideae.py", "my.py", "recipe_text.py", helper.name]
+    modules = {path.stem for path in ROOT.glob("*.py") if "__main__" not in path.read_text()}
+    assert modules <= rewards.OURS
+
+
+def test_a_relative_file_is_also_found_beside_the_code(several, monkeypatch):
+    """As an exported notebook needs it, which writes its code into a folder of its own."""
+    monkeypatch.setattr(rewards, "HERE", several.parent)
+    (elsewhere := several.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert scored("", "short", reward_file="my.py:brief").total == 1
+    assert rewards.files("", "my.py")[0] == several
+    (elsewhere / "my.py").write_text("brief = lambda completion, row: 7\n")  # this one comes first
+    assert scored("", "short", reward_file="my.py:brief").total == 7
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -338,12 +309,11 @@ print(rewards.score(mix, rewards.prepare(mix, []), {tagged("4")!r}, {{"answer": 
 
 @pytest.mark.parametrize(
     "where, reason",
-    [("none.py:score", "no file .*none.py"), ("my.py:none", "no function none"),
+    [("none.py:score", "no file 'none.py'"), ("my.py:none", "no function none"),
      ("my.py:number", "no function number"), ("bad.py:score", "SyntaxError"),
-     ("my.py", "no REWARDS.*expected my.py:score"), ("my.py:", "expected"), ("", "expected"),
-     ("my.txt:score", "expected"), ("my.py:a b", "expected"), (":score", "expected"),
+     ("my.py", "expected REWARDS.*my.py:score"), ("", "no file"), ("my.txt:score", "no file"),
      ("my.py:format", "rename"), ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh"),
-     ("clash.py", "rename answer"), ("weights.py", "WEIGHTS names other"), ("none.py", "no file")],
+     ("clash.py", "rename answer")],
 )
 def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason):
     monkeypatch.chdir(tmp_path)
@@ -352,7 +322,6 @@ def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason)
     (tmp_path / "bad.py").write_text("def score(\n")
     (tmp_path / "raises.py").write_text("raise RuntimeError('oh')\n")
     (tmp_path / "clash.py").write_text("REWARDS = {'answer': len}\n")
-    (tmp_path / "weights.py").write_text("REWARDS = {'a': len}\nWEIGHTS = {'a': 1, 'other': 2}\n")
     with pytest.raises(ValueError, match=f"^--reward-file .*{reason}"):
         rewards.read_file(where)
 
@@ -383,7 +352,7 @@ FIELDS = {"max_new": 100, "overlong_buffer": 20, "progress": 0.1, "stop": "stop"
 KINDS = [kind for kind in rewards.KINDS if kind not in ("auto", "math")]  # no second process
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(COMPLETION, HARD, st.sampled_from(KINDS), st.integers(0, 200))
 @example("<answer>" + "9" * 10_000, "9" * 10_000, "number", 0)
 @example(f"{R}a{R_}{A}1e300{A_}", "1e-300", "number", 1)
@@ -403,14 +372,14 @@ def test_every_reward_of_any_text_is_a_finite_number(completion, gold, kind, n):
     )
 
 
-@pytest.mark.parametrize("piece", [*"9a-哈<İ", "word ", "\x1b[", *rewards.TAGS, GOOD])
+@pytest.mark.parametrize("piece", ["9", "哈", "İ", "word ", "\x1b[", "<answer>", GOOD])
 def test_time_grows_with_the_text_and_no_faster(piece):
     """Eight times the text in less than 24 times the CPU time; what is quadratic takes 64."""
 
     def cost(n):
         text = piece * (n // len(piece))
         best = math.inf
-        for _ in range(3):
+        for _ in range(2):
             began = time.process_time()
             for completion in (text, f"{R}{text}{R_}{A}{text}{A_}"):
                 row = FIELDS | {"answer": "1 apple", "n_tokens": 9}
