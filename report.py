@@ -43,7 +43,7 @@ CURVES = {  # metric -> (title, unit), in the page's order; other metrics are fo
     "reward": ("Reward", ""), "eval_pair_accuracy": ("Held-out pairs", "%"),
     "eval_margin": ("Held-out margin", ""), "accuracy": ("Accuracy", "%"),
     "eval_format": ("Held-out format", "%"), "format": ("Format", "%"),
-    "rewards/": ("Reward: ", ""), "completions/mean_length": ("Length", "tokens"),
+    "completions/mean_length": ("Length", "tokens"),
     "completions/clipped_ratio": ("Cut at --max-new", "%"), "entropy": ("Entropy", "nats"),
     "kl": ("KL to the start", "nats"), "frac_reward_zero_std": ("Groups of equal rewards", "%"),
     "loss": ("Loss", ""), "pair_accuracy": ("Pairs", "%"), "margin": ("Margin", ""),
@@ -156,7 +156,7 @@ def rates(run: Run) -> list[tuple]:
     out = [(f"step {step}", *(row.get("eval_accuracy" + end) for end in ("", "_low", "_high")))
            for step, row in rows[:1] + rows[1:][-1:]]
     intervals = run.results.get("intervals", {})
-    return out + [(name.replace("_", ", "), rate, *intervals.get(name, (None, None)))
+    return out + [(name.replace("_", ", "), rate, *(intervals.get(name) or (None, None)))
                   for name, rate in run.results.items()
                   if re.fullmatch(r"(pass|maj)@\d+(_sampled)?", name) and rate is not None]
 
@@ -295,13 +295,8 @@ def charts(runs: list[Run]) -> str:
     """All metrics: those of CURVES, and the others folded up."""
     names = sorted({k for run in runs for row in run.steps.values() for k in row
                     if not k.endswith(("_low", "_high"))})
-    cards = {}  # metric -> (title, unit)
-    for name, (title, unit) in CURVES.items():
-        if name == "rewards/":
-            cards |= {k: (title + k[len(name) : -len("/mean")], unit) for k in names
-                      if k.startswith(name) and k.endswith("/mean")}
-        else:
-            cards[name] = title, unit
+    cards = CURVES | {k: ("Reward: " + k[len("rewards/") : -len("/mean")], "") for k in names
+                      if k.startswith("rewards/") and k.endswith("/mean")}
     others = {k: (k, "") for k in names if k not in cards}
     steps = [step for run in runs for step in run.steps] or [0]
     span = min(steps), max(max(steps), min(steps) + 1)
@@ -404,9 +399,10 @@ body { background: Canvas; font: 15px/1.5 system-ui, sans-serif; overflow-wrap: 
   max-width: 1180px; margin: auto; padding: 24px 16px 80px }
 h1, h3 { font-size: 13px; color: var(--dim) } h2 { font-size: 19px; margin: 40px 0 10px }
 small, label { font-size: 12.5px; color: var(--dim); font-weight: 400 }
-.run, .verdict, summary { font-weight: 600 } .verdict { font-size: 20px; margin-bottom: 14px }
+.run, .verdict, summary { font-weight: 600 } .verdict { font-size: 20px }
 .run i { display: inline-block; width: 10px; height: 10px; margin-right: 6px; background: var(--c) }
-.good { color: var(--good) } .bad { color: var(--bad) } summary { margin: 18px 0 10px }
+.good { color: var(--good) } .bad { color: var(--bad) } ul { list-style: none; padding: 0 }
+li, summary { margin: 14px 0 }
 .legend, form, #chips { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: end;
   margin-bottom: 10px }
 table { border-collapse: collapse; font-size: 13.5px }
@@ -449,8 +445,6 @@ BROWSER = """
 <label>Reward from <input id=low type=number step=any></label>
 <label>to <input id=high type=number step=any></label>
 <label>Containing <input id=words type=search></label>
-</form>
-<form>
 <label class=slider><span id=at></span><input id=slider type=range min=0></label>
 <button type=button id=back aria-label="Previous completion">←</button>
 <button type=button id=next aria-label="Next completion">→</button>
@@ -518,8 +512,8 @@ const WHICH = {
   missing: s => Object.keys(s.errors).length > 0,
   disagree: s => judge(s) != null && s.correct != null && judge(s) >= 0.5 !== s.correct,
 };
-const brief = v => String(typeof v === "number" ? +v.toFixed(3) : v ?? "missing");
 const RIGHT = {true: "right", false: "wrong"};
+const brief = v => String(typeof v === "number" ? +v.toFixed(3) : v ?? "missing");
 function open() {
   run = data.runs[$("run").value];
   samples = run.rows;
@@ -528,12 +522,12 @@ function open() {
   filter(samples.findIndex(s => s.at === samples.at(-1).at));
 }
 function filter(from) {  // and go on from the sample of that number
-  const [low, high, words] = ["low", "high", "words"].map(id => $(id).value);
+  const [low, high, words] = ["low", "high", "words"].map(id => $(id).value.toLowerCase());
+  const text = s => (data.prompts[s.prompt] + "\n" + s.completion).toLowerCase();
   matches = [...samples.keys()].filter(i => {
     const s = samples[i];
-    return WHICH[$("which").value](s)
-      && (!low || s.reward >= +low) && (!high || s.reward <= +high) && (!words ||
-      (data.prompts[s.prompt] + "\n" + s.completion).toLowerCase().includes(words.toLowerCase()));
+    return WHICH[$("which").value](s) && (!low || s.reward >= +low) && (!high || s.reward <= +high)
+      && (!words || text(s).includes(words));
   });
   steps = [...new Set(matches.map(i => samples[i].at))];
   $("slider").max = steps.length - 1;
@@ -553,10 +547,10 @@ function show(position) {
   for (let i = Math.max(0, now - 40); i <= now + 40; i++) {
     const other = samples[matches[i]];
     if (other?.at !== s.at) continue;
-    const text = other.reward == null ? other.mode ?? "missing" : brief(other.reward);
+    const text = brief(other.reward ?? other.mode);
     const chip = make($("chips"), "button", RIGHT[other.correct], text);
     if (i === now) chip.ariaCurrent = "true";
-    chip.onclick = () => { show(i); document.querySelector("[aria-current]").focus(); };
+    chip.onclick = () => show(i);
   }
   put($("prompt"), data.prompts[s.prompt]);
   for (const [other, answer] of [[run, s], ...beside(s)]) {
@@ -564,25 +558,21 @@ function show(position) {
     put(make(column, "h3"), `${other.name}, ${other.unit} ${answer.at} ${right}`);
     putCompletion(make(column, "div", "text"), answer.completion ?? "");
   }
-  const apart = ["prompt", "completion", "rewards", "errors", "at"], facts = [
-    ...Object.entries(s).filter(([name]) => !apart.includes(name)),
-    ...Object.entries(s.rewards).map(([name, value]) => ["reward: " + name, value]),
-    ...Object.entries(s.errors).map(([name, why]) => [name + ", why", why])];
-  for (const [name, value] of facts) {
+  const {prompt, completion, at, rewards, errors, ...facts} = s;
+  for (const name in rewards) facts["reward: " + name] = rewards[name];
+  for (const name in errors) facts[name + ", why"] = errors[name];
+  for (const name in facts) {
     const row = $("facts").insertRow();
     put(row.insertCell(), name);
-    put(row.insertCell(), brief(value));
+    put(row.insertCell(), brief(facts[name]));
   }
 }
 function beside(s) {  // answers to the same prompt: of the other runs, else of an earlier step
-  const found = [];
-  for (const other of data.runs.filter(other => other !== run)) {
-    const rows = other.rows.filter(row => row.prompt === s.prompt);
-    const answer = rows.findLast(row => row.mode === s.mode) ?? rows.at(-1);
-    if (answer) found.push([other, answer]);
-  }
-  const earlier = run.rows.find(row => row.prompt === s.prompt && row.at < s.at);
-  return found.length || !earlier ? found : [[run, earlier]];
+  const same = run => run.rows.filter(row => row.prompt === s.prompt);
+  const best = rows => rows.findLast(row => row.mode === s.mode) ?? rows.at(-1);
+  const others = data.runs.filter(other => other !== run && same(other).length);
+  const earlier = same(run).find(row => row.at < s.at);
+  return others.length || !earlier ? others.map(r => [r, best(same(r))]) : [[run, earlier]];
 }
 const goTo = step => step in steps && show(matches.findIndex(i => samples[i].at === steps[step]));
 if (data.runs.length) {
@@ -590,7 +580,7 @@ if (data.runs.length) {
   $("run").onchange = open;
   for (const id of ["which", "low", "high", "words"])
     $(id).oninput = () => filter(matches[now] ?? 0);
-  for (const form of document.forms) form.onsubmit = () => false;
+  document.forms[0].onsubmit = () => false;
   $("slider").oninput = () => goTo(+$("slider").value);
   $("back").onclick = () => show(now - 1);
   $("next").onclick = () => show(now + 1);
@@ -598,7 +588,6 @@ if (data.runs.length) {
     const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
     if (!by || event.ctrlKey || event.altKey || event.metaKey) return;
     if (event.target.matches("input, select")) return;  // they have their own use for arrows
-    event.preventDefault();
     event.shiftKey ? goTo(+$("slider").value + by) : show(now + by);
   };
   open();
