@@ -14,9 +14,8 @@ geometric with that mean.
 Compiling needs the package libtpu but no TPU. Without libtpu (it has no wheel for macOS and
 Windows) arguments are added up from their shapes, and temporaries are unknown.
 
-1. "beside" is what the script keeps on a core besides a program's own arguments. Arguments plus
-   temporaries are more than a program needs ("at most"); the compiler's peak is a little less,
-   because gaps between arrays are not counted ("at least").
+1. "beside" is what the script keeps on a core besides a program's own arguments. "in all" is a
+   little more than a program needs, because some temporaries take the place of others.
 2. FLOPs and bytes are the formulas of `Cost`. They agree with a count of every operation of the
    traced programs: FLOPs to 0.1 %, bytes to 4 % (LOG.md, 2026-11-26).
 3. The roofline: a phase takes as long as the slowest of its FLOPs, its HBM traffic and its
@@ -494,17 +493,13 @@ def compiled_memory(function, args) -> dict:
         if not needed:
             raise
         n_bytes = float(needed[1]) * {"G": 2**30, "M": 2**20}[needed[2]]
-        return {"peak_bytes": n_bytes, "total_bytes": n_bytes}
-    m, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        return {"total_bytes": n_bytes}
+    m = compiled.memory_analysis()
     new = m.output_size_in_bytes - m.alias_size_in_bytes  # outputs in place of no argument
-    total = m.argument_size_in_bytes + m.temp_size_in_bytes + new
     return {
         "arguments_bytes": m.argument_size_in_bytes,
         "temporaries_bytes": m.temp_size_in_bytes,
-        "new_output_bytes": new,
-        "total_bytes": total,
-        "peak_bytes": m.peak_memory_in_bytes or total,
-        "compiler_flops": (cost or {}).get("flops"),  # with the body of every loop counted once
+        "total_bytes": m.argument_size_in_bytes + m.temp_size_in_bytes + new,
     }
 
 
@@ -554,9 +549,8 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
                 runs.say(f"compiling {phase}")
                 row |= compiled_memory(*programs[program])
             row["beside_bytes"] = bytes_beside(program, programs)
-            for name, part in (("least_bytes", "peak_bytes"), ("hbm_bytes", "total_bytes")):
-                row[name] = row.get(part, row["arguments_bytes"]) + row["beside_bytes"]
-            out["hbm_bytes"][phase] = row["hbm_bytes"] if compiles else row.pop("hbm_bytes")
+            row["hbm_bytes"] = row.get("total_bytes", row["arguments_bytes"]) + row["beside_bytes"]
+            out["hbm_bytes"][phase] = row["hbm_bytes"]
     peak = PEAKS.get(kind)
     for phase, work in step_work(script, config, cfg, mesh, programs).items():
         row = rows.setdefault(phase, {})
@@ -577,9 +571,8 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
 
 COLUMNS = {  # of the table: the field of a phase, and its unit
     "arguments": ("arguments_bytes", 2**30), "temporaries": ("temporaries_bytes", 2**30),
-    "beside": ("beside_bytes", 2**30), "at least": ("least_bytes", 2**30),
-    "at most": ("hbm_bytes", 2**30), "TFLOP": ("flops", 1e12), "HBM GB": ("bytes", 1e9),
-    "ICI GB": ("ici", 1e9), "roofline ms": ("roofline_s", 1e-3),
+    "beside": ("beside_bytes", 2**30), "in all": ("hbm_bytes", 2**30), "TFLOP": ("flops", 1e12),
+    "HBM GB": ("bytes", 1e9), "ICI GB": ("ici", 1e9), "roofline ms": ("roofline_s", 1e-3),
 }
 
 
@@ -592,16 +585,13 @@ def print_phases(phases: dict, limit: float, compiles: bool) -> None:
     for phase, row in phases.items():
         cells = (f"{row[k] / unit:,.2f}" if k in row else "" for k, unit in COLUMNS.values())
         print(f"{phase:<15}" + "".join(f"{x:>13}" for x in cells), "", row.get("bound", ""))
-    for phase, row in phases.items():
-        least = row.get("least_bytes", 0.0)
-        most = row.get("hbm_bytes", least)
-        if 0 < limit < most:
-            print(f"{phase} {'does' if least > limit else 'may'} not fit: it needs "
-                  f"{least / 2**30:.2f} to {most / 2**30:.2f} GiB, a core has "
-                  f"{limit / 2**30:.2f}; lower {PHASES[phase][1]}")
-    largest = max(row.get("hbm_bytes", 0) for row in phases.values())
-    if compiles and largest <= limit:
-        print(f"It fits: at most {largest / 2**30:.2f} of {limit / 2**30:.2f} GiB.")
+    needs = {phase: row["hbm_bytes"] for phase, row in phases.items() if "hbm_bytes" in row}
+    core = f"of a core's {limit / 2**30:.2f}"
+    for phase, n_bytes in needs.items():
+        if 0 < limit < n_bytes:
+            print(f"{phase} needs up to {n_bytes / 2**30:.2f} GiB {core}; lower {PHASES[phase][1]}")
+    if compiles and max(needs.values()) <= limit:
+        print(f"It fits: at most {max(needs.values()) / 2**30:.2f} GiB {core}.")
 
 
 def print_session(script: str, config, step_s: float, seconds: float) -> dict:

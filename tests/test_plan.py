@@ -176,33 +176,26 @@ def test_fields_reach_the_scripts_under_their_names():
     "(21.52G) exceeds available HBM (15.75G).",
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 21.52G of 15.75G hbm. Exceeded hbm capacity by 5.77G.",
+    "INTERNAL: something else",
 ])
 def test_too_large_a_program_is_reported(capsys, message):
     """The compiler's message in, one line with the numbers and the flag out; others are raised."""
 
     class Refused:
         def lower(self):
-            raise jax.errors.JaxRuntimeError(self.message)
+            raise jax.errors.JaxRuntimeError(message)
 
-    refused = Refused()
-    refused.message = message
-    row = bench.compiled_memory(refused, ())
-    assert row == {"peak_bytes": pytest.approx(21.52 * GIB), "total_bytes": row["peak_bytes"]}
-    phases = {
-        "sft": {"hbm_bytes": row["total_bytes"], "least_bytes": row["peak_bytes"]},
-        "sft_eval": {"hbm_bytes": 16 * GIB, "least_bytes": 14 * GIB},
-    }
+    if "hbm" not in message.lower():
+        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+            bench.compiled_memory(Refused(), ())
+        return
+    row = bench.compiled_memory(Refused(), ())
+    assert row == {"total_bytes": pytest.approx(21.52 * GIB)}
+    phases = {"sft": {"hbm_bytes": row["total_bytes"]}, "sft_eval": {"hbm_bytes": 14 * GIB}}
     bench.print_phases(phases, 15.75 * GIB, True)
     out = capsys.readouterr().out
-    for line in (
-        "sft does not fit: it needs 21.52 to 21.52 GiB, a core has 15.75; lower --micro-rows",
-        "sft_eval may not fit: it needs 14.00 to 16.00 GiB, a core has 15.75; lower --micro-rows",
-    ):
-        assert line in out
-    assert "It fits" not in out
-    refused.message = "INTERNAL: something else"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        bench.compiled_memory(refused, ())
+    assert "\nsft needs up to 21.52 GiB of a core's 15.75; lower --micro-rows or" in out
+    assert "fits" not in out
 
 
 # ------------------------------------------------------------------------------------ with libtpu
@@ -228,30 +221,22 @@ def libtpu():
 
 
 def test_the_default_grpo_run_of_gemma3_1b_fits(libtpu):
-    """Its update and decoding, on each core of a v5e-8; and their FLOPs are the compiler's."""
     out = compiled("--model", "gemma3-1b", "--phases", "grpo_update,grpo_decode")
     assert out["hbm_bytes"].keys() == {"grpo_update", "grpo_decode"}
     for phase, n_bytes in out["hbm_bytes"].items():
         assert n_bytes < 15 * GIB, f"{phase}: {n_bytes / GIB:.2f} GiB"
-        row = out["phases"][phase]
-        assert row["arguments_bytes"] < row["peak_bytes"] < row["total_bytes"]
-        assert row["aliased_bytes"] == pytest.approx(row["output_bytes"], rel=0.02)  # donated
-    decode = out["phases"]["grpo_decode"]
-    assert decode["flops"] / 768 == pytest.approx(decode["compiler_flops"], rel=0.03)  # one token
+        row = out["phases"][phase]  # the outputs take the place of donated arguments
+        assert row["total_bytes"] < 1.02 * (row["arguments_bytes"] + row["temporaries_bytes"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b"])
-@pytest.mark.parametrize("flags", [(), ("--lora-rank", "0", "--slots", "20")], ids=["lora", "full"])
-@pytest.mark.parametrize("script", ["sft", "simpo", "grpo"])
-def test_every_program_fits(libtpu, model, flags, script):
-    """By default and with all weights trained; the table is printed (pytest -s), for LOG.md."""
-    out = compiled("--model", model, "--phases", script, *flags)
-    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15 * GIB
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b"])
-def test_a_12b_judge_fits_beside_the_policy(libtpu, model):
-    out = compiled("--model", model, "--phases", "grpo", "--judge", "gemma3-12b")
-    assert "grpo_judge" in out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15.75 * GIB
+@pytest.mark.parametrize(("limit", "flags"), [
+    (15, ("--phases", "sft,simpo,grpo")),
+    (15, ("--phases", "sft,simpo,grpo", "--lora-rank", "0", "--slots", "20")),
+    (15.75, ("--phases", "grpo", "--judge", "gemma3-12b")),
+], ids=["lora", "full", "judged"])
+def test_every_program_fits(libtpu, model, limit, flags):
+    """The table is printed (pytest -s), for LOG.md."""
+    out = compiled("--model", model, *flags)
+    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < limit * GIB
