@@ -408,16 +408,15 @@ def measure(config: Config) -> dict:
 
 # ------------------------------------------------------------------------------------- compiling
 
-UPDATE = "--micro-rows or --max-length, or take --remat layer"
 PHASES = {  # SCRIPT or SCRIPT_PART: its program, and the flags to lower if that does not fit
-    "sft": ("train_step", UPDATE),
+    "sft": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
     "sft_eval": ("eval_step", "--micro-rows"),
-    "simpo": ("train_step", UPDATE),
+    "simpo": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
     "simpo_eval": ("eval_step", "--micro-rows"),
     "grpo_prefill": ("prefill", "--max-prompt"),
     "grpo_decode": ("decode", "--slots or --max-new"),
     "grpo_reference": ("reference", "--micro-rows"),
-    "grpo_update": ("train_step", UPDATE.replace("max-length", "pack-length")),
+    "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
     "grpo_judge": ("judge", "--judge, to a smaller one"),
 }
 KEPT = {  # arguments of a program that outlive its call

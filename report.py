@@ -256,11 +256,10 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
             out.append(f'<path class="{css} line" d="{path(smooth, x, y)}"/>')
         first, last = (show(v, unit) for v in ends(points, name))
         readout.append(f"<span class={css}>{first} → <b>{last}</b></span>")
-    spoken = esc(f"{title}: " + re.sub("<.*?>", "", "; ".join(readout)))
     axes = f"{span[0]} {span[1]} {low:.6g} {high:.6g}"
     return (f"<figure><figcaption><h3>{esc(title)} <small>{unit}</small></h3><span class=readout>"
             f'{"".join(readout)}</span></figcaption><svg viewBox="0 0 {W} {H}" data-axes="{axes}" '
-            f'role=img aria-label="{spoken}">{"".join(out)}</svg></figure>')
+            f'role=img aria-label="{esc(title)}">{"".join(out)}</svg></figure>')
 
 
 def header(runs: list[Run]) -> str:
@@ -330,20 +329,16 @@ def settings(runs: list[Run]) -> str:
     tables = [{k: v for k, v in run.config.items() if k != "code"}
               | {f"code: {k}": v for k, v in run.config.get("code", {}).items()} for run in runs]
     keys = list(dict.fromkeys(k for table in tables for k in table))
-    if not keys:
-        return ""
     differ = [k for k in keys if len({json.dumps(table.get(k)) for table in tables}) > 1]
-    text = lambda value: f"<bdi>{'' if value is None else esc(value)}</bdi>"
-    rows = "".join(f"<tr><th>{esc(k)}" + "".join(f"<td>{text(table.get(k))}" for table in tables)
-                   for k in differ)
     head = "<tr><th>" + "".join(f"<th>{tag(i, run.name)}" for i, run in enumerate(runs))
-    same = "".join(f"<span><small>{esc(k)}</small> {text(tables[0][k])}</span>" for k in keys
-                   if k not in differ and tables[0].get(k) not in (None, ""))
+    cells = lambda k: "".join(f"<td><bdi>{esc(table.get(k, ''))}</bdi>" for table in tables)
+    rows = lambda keys: "".join(f"<tr><th>{esc(k)}{cells(k)}" for k in keys)
     commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(command(run.config))}</pre>"
                        for i, run in enumerate(runs) if "code: script" in tables[i])
-    return ("<section><h2>Settings</h2>" + f"<table class=differs>{head}{rows}</table>" * bool(rows)
-            + "<details><summary>Settings that are equal, and the command that repeats the run"
-            f"</summary><p class=legend>{same}</p>{commands}</details></section>")
+    same = rows(k for k in keys if k not in differ)
+    return (f"<section><h2>Settings</h2><table>{head}{rows(differ)}</table><details><summary>"
+            "Settings that are equal, and the command that repeats the run</summary>"
+            f"<table>{same}</table>{commands}</details></section>")
 
 
 def page(runs: list[Run]) -> bytes:

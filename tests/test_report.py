@@ -5,12 +5,12 @@ import errno
 import json
 import os
 import re
-import select
 import shlex
 import shutil
 import signal
 import subprocess
 import time
+from html import unescape
 
 import numpy as np
 import pytest
@@ -119,12 +119,10 @@ def test_settings_that_differ_are_marked(tmp_path):
     config = dataclasses.replace(CONFIG, learning_rate=1e-3, adapter="<i>")
     seen, folded = re.search("Settings(.*?)<details>(.*?)</details>",
                              html(a, write(tmp_path / "b", config=config))).groups()
-    for row in ("learning_rate<td><bdi>0.0001</bdi><td><bdi>0.001</bdi>",
-                "adapter<td><bdi></bdi><td><bdi>&lt;i&gt;</bdi>"):
-        assert row in seen.split("<table class=differs>")[1]
+    assert "learning_rate<td><bdi>0.0001</bdi><td><bdi>0.001</bdi>" in seen
+    assert "adapter<td><bdi>None</bdi><td><bdi>&lt;i&gt;</bdi>" in seen
     assert "learning_rate" not in folded.split("<pre>")[0]
-    assert "<small>keep</small> <bdi>2</bdi>" in folded
-    assert "<table class=differs>" not in html(a)
+    assert "keep<td><bdi>2</bdi><td><bdi>2</bdi>" in folded
 
 
 @pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, evaluation])
@@ -220,14 +218,14 @@ def test_files_of_a_live_or_killed_run(tmp_path):
 
 def test_what_is_embedded_is_bounded_and_the_page_says_so(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
-    rows = [json.dumps({"step": i // 8 + 1} | sample()) for i in range(20_000)]
-    rows.append(json.dumps({"step": 2501} | sample("é" * 100_000)))
+    rows = [json.dumps({"step": i // 8 + 1} | sample()) for i in range(10_000)]
+    rows.append(json.dumps({"step": 1251} | sample("é" * 100_000)))
     (tmp_path / "x/samples.jsonl").write_text("\n".join(rows))
     run = embedded(html(tmp_path / "x"))["runs"][0]
     steps = sorted({row["at"] for row in run["rows"]})
     assert 3_000 < len(run["rows"]) <= report.N_SAMPLES
-    assert steps[0] == 1 and steps[-1] == 2501 and len(set(np.diff(steps)[1:])) == 1
-    assert f"Here are {len(run['rows']):,} of 20,001 completions" in run["note"]
+    assert steps[0] == 1 and steps[-1] == 1251 and len(set(np.diff(steps)[1:])) == 1
+    assert f"Here are {len(run['rows']):,} of 10,001 completions" in run["note"]
     assert "é\n[… 80,000 characters …]\né" in run["rows"][-1]["completion"]
     (tmp_path / "x/samples.jsonl").write_text("\n".join([rows[0]] * 6_000))  # all of one step
     assert len(embedded(html(tmp_path / "x"))["runs"][0]["rows"]) == 5_000
@@ -286,87 +284,37 @@ def test_a_run_that_ends_early_leaves_one(tmp_path, fault):
 
 # ------------------------------------------------------------------------------ in a real browser
 
+LISTEN = """<script>const faults = []; onerror = message => faults.push(message);
+addEventListener("securitypolicyviolation", event => faults.push(event.blockedURI));</script>"""
+DRIVE = """<script type=module>
+const $ = id => document.getElementById(id), all = query => [...document.querySelectorAll(query)];
+const press = (key, shiftKey = false, at = document.body) => at.dispatchEvent(
+  new KeyboardEvent("keydown", {key, shiftKey, bubbles: true}));
+const now = () => $("status").textContent;
+const choose = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); };
+let found = null;
+try { found = (() => { SCRIPT })(); } catch (error) { faults.push(String(error)); }
+const fetched = performance.getEntriesByType("resource").map(entry => entry.name);
+const text = JSON.stringify([found, [...faults, ...fetched], document.title]);
+document.documentElement.replaceChildren("RESULT" + text + "RESULT");
+</script>"""
 
-class Browser:
-    """Chromium, headless, by its DevTools protocol: JSON ended by NUL over two pipes."""
 
-    FLAGS = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-sync "
-             "--disable-background-networking --disable-component-update "
-             "--remote-debugging-pipe").split()
-
-    def __init__(self, profile):
-        (theirs, self.write), (self.read, back) = os.pipe(), os.pipe()
-        self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{theirs} 4>&{back}', "bash", CHROMIUM, *self.FLAGS,
-             f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(theirs, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs), os.close(back)
-        self.n, self.buffer, self.events, self.to = 0, b"", [], {}
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.to = {"sessionId": session}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self(f"{domain}.enable")
-
-    def __call__(self, method, **params):
-        self.n += 1
-        message = {"id": self.n, "method": method, "params": params} | self.to
-        os.write(self.write, json.dumps(message).encode() + b"\0")
-        while (reply := self.receive()).get("id") != self.n:
-            self.events.append(reply)
-        assert "error" not in reply, reply
-        return reply["result"]
-
-    def receive(self, patience_s=60):
-        while b"\0" not in self.buffer:
-            assert select.select([self.read], [], [], patience_s)[0], "the browser hangs"
-            assert (got := os.read(self.read, 1 << 16)), "the browser died"
-            self.buffer += got
-        message, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(message)
-
-    def js(self, code):
-        reply = self("Runtime.evaluate", expression=code, returnByValue=True)
-        assert "exceptionDetails" not in reply, reply
-        return reply["result"].get("value")
-
-    def open(self, path, width=1200, dark=False):
-        self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
-             mobile=width < 600)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self("Emulation.setEmulatedMedia", features=[scheme])
-        self.events.clear()
-        self("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.receive())
-
-    def press(self, key, shift=False):
-        number = {"ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}[key]
-        for kind in ("rawKeyDown", "keyUp"):
-            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=8 * shift,
-                 windowsVirtualKeyCode=number)
-
-    def check_quiet(self):
-        """Nothing was complained of, and nothing but the file itself was asked for."""
-        loud = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        assert not [event for event in self.events if event["method"] in loud]
-        sent = [e for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        urls = {event["params"]["request"]["url"] for event in sent}
-        assert len({url for url in urls if not url.startswith("data:")}) == 1, urls
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def drive(page, script, width=1200, dark=False):
+    """What the script returns in the page, where nothing fails and nothing is fetched."""
     if CHROMIUM is None:
         pytest.skip("no chromium here")
-    one = Browser(tmp_path_factory.mktemp("profile"))
-    yield one
-    one.process.kill()
-    one.process.wait()
-
-
-def status(browser):
-    return browser.js('document.getElementById("status").textContent')
+    driven = page.with_name("driven.html")
+    text = page.read_text().replace("<style>", LISTEN + "<style>", 1)
+    driven.write_text(text + DRIVE.replace("SCRIPT", script))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+         f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", driven.as_uri()],
+        capture_output=True, text=True, timeout=120)
+    found, faults, title = json.loads(unescape(done.stdout.split("RESULT")[1]))
+    assert not faults and title in (page.parent.name, "base, trained"), (faults, title)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -380,78 +328,55 @@ def three_steps(tmp_path_factory):
     return write(tmp_path_factory.mktemp("runs") / "x", samples=rows, steps=3) / "report.html"
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1200, 360])
-def test_it_opens_quietly_in_light_and_dark_and_on_a_phone(browser, three_steps, width, dark):
-    browser.open(three_steps, width, dark)
-    assert browser.js("document.documentElement.scrollWidth") <= width
-    assert browser.js("document.documentElement.clientWidth") <= width
-    background = browser.js("getComputedStyle(document.body).backgroundColor")
+@pytest.mark.parametrize("width, dark", [(1200, False), (500, True)])
+def test_it_opens_quietly_in_light_and_dark_and_on_a_phone(three_steps, width, dark):
+    wide, background, figures, nameless = drive(three_steps, """
+        const nameless = all("input, select, button").filter(e =>
+          !e.labels?.[0]?.textContent.trim() && !e.ariaLabel && !e.textContent.trim());
+        return [document.documentElement.scrollWidth, getComputedStyle(document.body)
+          .backgroundColor, all("figure").length, nameless.length];""", width, dark)
+    assert wide <= width and figures >= 5 and nameless == 0
     assert (max(map(int, re.findall(r"\d+", background))) < 60) == dark
-    assert browser.js('document.querySelector(".verdict").getBoundingClientRect().bottom') < 300
-    assert browser.js('document.querySelectorAll("figure").length') >= 5
-    nameless = """[...document.querySelectorAll("input, select, button")].filter(e =>
-        !e.labels?.[0]?.textContent.trim() && !e.ariaLabel && !e.textContent.trim()).length"""
-    assert browser.js(nameless) == 0
-    browser.check_quiet()
 
 
-def test_the_pointer_reads_the_curves(browser, three_steps):
-    browser.open(three_steps)
-    find = '[...document.querySelectorAll("figure")].find(f => f.innerText.startsWith("Reward"))'
-    browser.js(f'{find}.scrollIntoView({{block: "center"}})')
-    box = f'(b => [b.x, b.y, b.width])({find}.querySelector("svg").getBoundingClientRect())'
-    x, y, width = browser.js(box)
-    move = lambda x, y: browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    move(x + width * 0.98, y + 20)
-    assert browser.js(f'{find}.querySelector(".readout").innerText') == "step 3: 0.300"
-    move(2, 2)
-    assert browser.js(f'{find}.querySelector(".readout").innerText') == "0.1 → 0.3"
+def test_the_pointer_reads_the_curves(three_steps):
+    assert drive(three_steps, """
+        const svg = all("figure svg")[1], box = svg.getBoundingClientRect();
+        const readout = () => svg.parentNode.querySelector(".readout").textContent;
+        const found = [readout()];
+        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.x + 0.98 * box.width}));
+        found.push(readout());
+        svg.dispatchEvent(new PointerEvent("pointerleave"));
+        return [...found, readout()];""") == ["0.1 → 0.3", "step 3: 0.300", "0.1 → 0.3"]
 
 
-def test_the_keyboard_turns_the_pages(browser, three_steps):
-    browser.open(three_steps)
-    assert status(browser) == "5 of 5 completions"
-    for focus, key, shift, now in (
-        (None, "ArrowLeft", False, 4),
-        (None, "ArrowLeft", True, 1),  # the first of step 1
-        (None, "ArrowLeft", False, 1),
-        (None, "ArrowRight", False, 2),
-        ("slider", "ArrowRight", False, 3),  # its own arrows: a step
-        ("words", "ArrowRight", False, 3),  # the caret's own
-    ):
-        if focus:
-            browser.js(f'document.getElementById("{focus}").focus()')
-        browser.press(key, shift)
-        assert status(browser) == f"{now} of 5 completions"
-    assert browser.js('document.getElementById("slider").ariaValueText') == "step 2"
-    browser.press("Tab")
-    assert browser.js("document.activeElement.matches(':focus-visible')")
-    browser.check_quiet()
+def test_keys_and_slider_turn_the_pages(three_steps):
+    found = drive(three_steps, """
+        const found = [now()], then = () => found.push(now());
+        press("ArrowLeft"); then();
+        press("ArrowLeft", true); then();
+        press("ArrowLeft"); then();
+        press("ArrowRight"); then();
+        choose("slider", 1); then();
+        press("ArrowRight", false, $("words")); then();  // the caret's own
+        return [...found, $("slider").ariaValueText];""")
+    assert found == [f"{i} of 5 completions" for i in (5, 4, 1, 1, 2, 3, 3)] + ["step 2"]
 
 
-def test_filters(browser, three_steps):
-    browser.open(three_steps)
-
-    def choose(**values):
-        for name, value in values.items():
-            browser.js(f'(e => {{ e.value = "{value}"; e.dispatchEvent(new Event("input")) }})'
-                       f'(document.getElementById("{name}"))')
-        found = re.match(r"(no|\d+ of \d+) completions(?: that match, of 5)?$", status(browser))
-        return 0 if found[1] == "no" else int(found[1].split()[-1])
-
-    assert choose(which="disagree") == 2  # 0.8 but wrong, 0.1 but right; a missing one says nothing
-    assert choose(which="wrong") == 2 and choose(which="right") == 3
-    assert choose(which="missing") == 1
-    facts = browser.js('document.getElementById("facts").innerText')
-    assert "timed out" in facts and "judge\tmissing" in facts and "\nreward\t" not in facts
-    assert choose(which="all", low="0.7") == 3  # a missing reward is not in any range
-    assert choose(high="1") == 2 and choose(low="", high="") == 5
-    assert choose(which="cut") == 1 and choose(which="all") == 5
-    assert choose(words="2 + 2") == 5 and choose(words="nowhere") == 0
-    assert browser.js('document.getElementById("view").hidden')
-    assert choose(words="") == 5 and not browser.js('document.getElementById("view").hidden')
-    browser.check_quiet()
+def test_filters(three_steps):
+    rows = [  # a missing reward is in no range and says nothing of the judge
+        ("which", "disagree", 2), ("which", "wrong", 2), ("which", "right", 3), ("which", "cut", 1),
+        ("which", "missing", 1), ("which", "all", 5), ("low", "0.7", 3), ("high", "1", 2),
+        ("low", "", 3), ("high", "", 5), ("words", "2 + 2", 5), ("words", "nowhere", 0),
+    ]
+    facts, *found = drive(three_steps, f"""
+        const facts = all("#facts tr").map(row => [...row.cells].map(cell => cell.textContent));
+        return [facts, ...{json.dumps(rows)}.map(([id, value]) => (choose(id, value), now()))];""")
+    assert ["reward: judge", "missing"] in facts and ["judge, why", "timed out"] in facts
+    assert "reward" not in dict(facts)
+    for (name, value, n), status in zip(rows, found, strict=True):
+        wanted = f"1 of {n} " if n else "no "
+        assert re.sub(r"^\d+ of", "1 of", status).startswith(wanted), (name, value, status)
 
 
 @pytest.fixture(scope="module")
@@ -471,32 +396,30 @@ def base_and_trained(tmp_path_factory):
     return report.main(report.Config(tuple(folders)))
 
 
-@pytest.mark.parametrize("width", [1200, 360])
-def test_base_and_trained_answers_stand_side_by_side(browser, base_and_trained, width):
-    browser.open(base_and_trained, width)
-    browser.press("ArrowLeft")
-    columns = """[...document.querySelectorAll("#view h3 + .text")].map(text => {
-        const {x, height} = text.getBoundingClientRect();
-        return [text.previousSibling.textContent, text.textContent.slice(0, 9), x, height]; })"""
-    (left, base, x, height), (right, trained, x2, _) = browser.js(columns)
+@pytest.mark.parametrize("width", [1200, 500])
+def test_base_and_trained_answers_stand_side_by_side(base_and_trained, width):
+    (left, base, x, height), (right, trained, x2, _) = drive(base_and_trained, """
+        press("ArrowLeft");
+        return all("#view h3 + .text").map(text => {
+          const {x, height} = text.getBoundingClientRect();
+          return [text.previousSibling.textContent, text.textContent.slice(0, 9), x, height]; });
+        """, width)
     assert (left, right) == ("base, problem 1 wrong", "trained, problem 1 right")
     assert (base, trained) == ("base 1 hm", "trained 1")
     assert (x2 > x + 200) == (width == 1200) and height < 900  # a long text scrolls
-    assert browser.js("document.documentElement.scrollWidth") <= width
-    browser.check_quiet()
 
 
-def test_an_earlier_answer_of_the_same_run_is_shown_beside(browser, three_steps):
-    browser.open(three_steps)
-    titles = '[...document.querySelectorAll(".columns h3")].map(e => e.textContent)'
-    assert browser.js(titles) == ["x, step 3 right", "x, step 1 wrong"]
-    browser.press("ArrowLeft", shift=True)
-    browser.press("ArrowLeft", shift=True)
-    assert browser.js(titles) == ["x, step 1 wrong"]  # there is none before it
-    parts = """[...document.querySelector("#answers .text").querySelectorAll(".part")]
-        .map(e => [e.className, e.innerText])"""
-    assert browser.js(parts) == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
-                                 ["part answer", "<answer>4</answer>"]]
+def test_an_earlier_answer_of_the_same_run_is_shown_beside(three_steps):
+    late, early, parts = drive(three_steps, """
+        const titles = () => all(".columns h3").map(e => e.textContent), late = titles();
+        press("ArrowLeft", true);
+        press("ArrowLeft", true);
+        return [late, titles(), [...$("answers").querySelectorAll(".part")].map(
+          e => [e.className, e.innerText])];""")
+    assert late == ["x, step 3 right", "x, step 1 wrong"]
+    assert early == ["x, step 1 wrong"]  # there is none before it
+    assert parts == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
+                     ["part answer", "<answer>4</answer>"]]
 
 
 HOSTILE = [
@@ -504,54 +427,32 @@ HOSTILE = [
     "<!-- <script>", "]]> &lt;b&gt; &amp; &#0;", "a\u202eb\u2066c\u200fd\ufeff", "x\u2028y\u2029z",
     "\ud800 halves \udfff", "\0 NUL \x1b[31m \x85 \x7f", "\r\n\tx\r  ", "\\u003c \" ' ` ${1} {{}}",
     "<reasoning>a</reasoning><REASONING>b<answer></answer></answer> 7 <answer>\u202e8",
-    "\U0001f469\u200d\U0001f467",
-    "שלום 123 abc", "", " ", "<a href='https://example.com/'>x</a><style>*{display:none}</style>",
+    "\U0001f469\u200d\U0001f467", "שלום 123 abc", "", " ",
+    "<a href='https://example.com/'>x</a><style>*{display:none}</style>",
     "\u202e" * 3_000, "<answer>" * 2_000, "long" * 25_000,
 ]
 
 
-def test_hostile_completions_are_text(browser, tmp_path):
+def test_hostile_completions_are_text(tmp_path):
     rows = [sample(text, prompt=text, gold=text, stop=text or "stop", errors={"e": text[:99]})
             for text in HOSTILE]
     rows[0]["rewards"] = {"</script><b>": 1.0}
     config = Config(model="</title></script><script>document.title = 'taken'</script>\ud800")
     folder = write(tmp_path / "<b>&x", samples={1: rows}, steps=1, config=config)
-    browser.open(folder / "report.html")
-    browser.press("ArrowLeft", shift=True)
+    found = drive(folder / "report.html", r"""
+        return Array.from({length: N}, () => {
+          const texts = [$("prompt"), $("answers").querySelector(".text")].map(e => e.textContent);
+          const loose = all("#view *").some(e => e.className !== "hidden" && [...e.childNodes].some(
+            n => n.nodeType === 3 && /[\u202a-\u202e\u2066-\u2069]/.test(n.data)));
+          const made = all("#view img, #view a, #view style").length;
+          const wide = document.documentElement.scrollWidth;
+          press("ArrowRight");
+          return [...texts.map(t => [...Array(t.length).keys()].map(i => t.charCodeAt(i))),
+            loose, made, wide];
+        });""".replace("N}", f"{len(rows)}}}"))
     units = lambda text: np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2").tolist()
-    shown = """["#prompt", "#answers .text"].map(at => document.querySelector(at).textContent)
-        .map(text => [...Array(text.length).keys()].map(i => text.charCodeAt(i)))"""
-    loose = """[...document.querySelectorAll("#view *")].some(e => e.className !== "hidden" &&
-        [...e.childNodes].some(n => n.nodeType === 3 && /[\\u202a-\\u202e\\u2066-\\u2069]/
-        .test(n.data)))"""
-    for i, text in enumerate(HOSTILE):
-        assert status(browser).startswith(f"{i + 1} of {len(HOSTILE)}")
+    for text, (prompt, completion, loose, made, wide) in zip(HOSTILE, found, strict=True):
         if len(text) > report.N_CHARS:
             text = f"{text[:10_000]}\n[… {len(text) - 20_000:,} characters …]\n{text[-10_000:]}"
-        assert browser.js(shown) == [units(text)] * 2, text[:99]
-        assert browser.js("document.documentElement.scrollWidth") <= 1200
-        assert not browser.js(loose)  # an override stands in a box of its own, isolated
-        browser.press("ArrowRight")
-    assert browser.js("document.title") == "<b>&x"
-    assert not browser.js('document.querySelectorAll("#view img, #view a, #view style").length')
-    browser.check_quiet()
-
-
-def test_five_thousand_completions_stay_responsive(browser, tmp_path):
-    (tmp_path / "x").mkdir()
-    rows = [{"step": 1} | sample(f"<answer>1 {i}</answer>") for i in range(5_000)]
-    (tmp_path / "x/samples.jsonl").write_bytes(runs.to_jsonl(rows))
-    assert len(html(tmp_path / "x")) < 2.5e6
-    browser.open(tmp_path / "x/report.html")
-    assert status(browser) == "1 of 5000 completions"
-    assert browser.js('document.querySelectorAll("*").length') < 1_000
-    browser.js("""var n = 0; new MutationObserver(all => n += all.length).observe(document.body,
-        {childList: true, subtree: true}); document.getElementById("words").focus()""")
-    for typed in "1 7":
-        browser("Input.insertText", text=typed)
-        assert 0 < browser.js("n + (n = 0)") < 200
-    assert status(browser) == "1 of 111 completions that match, of 5000"
-    browser.js('document.getElementById("words").blur()')
-    browser.press("ArrowRight")
-    assert status(browser).startswith("2 of 111")
-    browser.check_quiet()
+        assert prompt == completion == units(text), text[:99]
+        assert not loose and not made and wide <= 1200  # an override stands in an isolated box
