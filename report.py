@@ -312,7 +312,7 @@ def charts(runs: list[Run]) -> str:
 
 def command(config: dict) -> str:
     """The command that repeats a run, with every setting that was not left empty."""
-    words = ["python", config["code"]["script"]]
+    words = ["python", config["code"]["script"] + ".py"]
     for name, value in config.items():
         flag = "--" + name.replace("_", "-")
         if name == "code" or " " in name or value is None:  # "checksum of the weights": no flag
@@ -334,7 +334,8 @@ def settings(runs: list[Run]) -> str:
     cells = lambda k: "".join(f"<td><bdi>{esc(table.get(k, ''))}</bdi>" for table in tables)
     rows = lambda keys: "".join(f"<tr><th>{esc(k)}{cells(k)}" for k in keys)
     commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(command(run.config))}</pre>"
-                       for i, run in enumerate(runs) if "code: script" in tables[i])
+                       for i, run in enumerate(runs)
+                       if tables[i].get("code: script", "notebook") != "notebook")
     same = rows(k for k in keys if k not in differ)
     return (f"<section><h2>Settings</h2><table>{head}{rows(differ)}</table><details><summary>"
             "Settings that are equal, and the command that repeats the run</summary>"
@@ -440,9 +441,9 @@ BROWSER = """
 <label>Reward from <input id=low type=number step=any></label>
 <label>to <input id=high type=number step=any></label>
 <label>Containing <input id=words type=search></label>
-<label class=slider><span id=at></span><input id=slider type=range min=0></label>
 <button type=button id=back aria-label="Previous completion">←</button>
 <button type=button id=next aria-label="Next completion">→</button>
+<label class=slider><span id=at></span><input id=slider type=range min=0></label>
 <small><span id=status role=status></span><br>Keys: ← and →, with Shift the next step</small>
 </form>
 <small id=note></small>

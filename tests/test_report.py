@@ -133,10 +133,10 @@ def test_the_command_repeats_the_run(module, tmp_path, monkeypatch):
     config = module.Config(model="tiny", out="runs/of mine", system="It's $HOME; `x`")
     if module is train_grpo:
         config = dataclasses.replace(config, reward_file="my rewards.py:score", mask_truncated=True)
-    config, name = module.resolve(config), f"{module.__name__}.py"
+    config, name = module.resolve(config), module.__name__
     stored = json.loads(json.dumps(dataclasses.asdict(config) | {"code": {"script": name}}))
     python, script, *flags = shlex.split(report.command(stored))
-    assert (python, script) == ("python", name)
+    assert (python, script) == ("python", f"{name}.py")
     assert module.resolve(tyro.cli(module.Config, args=flags)) == config
 
 
