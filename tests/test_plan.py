@@ -1,17 +1,15 @@
 """bench.py --target and --plan: the formulas are right, and the default runs fit a v5e-8."""
 
 import dataclasses
-import functools
 import json
+import math
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
 from conftest import ROOT
-from jax import lax
 from jax.sharding import AxisType
 
 import bench
@@ -43,63 +41,47 @@ def mesh_of(n: int):
 # -------------------------------------------------------------------------------------- formulas
 
 
-def sft_work(mesh, **fields):
-    """(config, program, its arguments, Work by the formulas) of an SFT step."""
-    config = train_sft.resolve(train_sft.Config(dtype="float32", max_length=128, **fields))
-    programs = train_sft.programs(config, mesh)
-    cfg = gemma.read_config(config.weights)
-    work = bench.step_work("sft", config, cfg, mesh, programs)["sft"]
-    return config, *programs["train_step"], work
-
-
-@pytest.mark.parametrize("shard, rank, remat", [
-    ("no", 16, "none"), ("no", 16, "attention"), ("no", 16, "layer"), ("no", 16, "auto"),
-    ("no", 0, "none"), ("yes", 16, "none"), ("yes", 16, "auto"), ("yes", 0, "auto"),
-])
-def test_the_formulas_flops_are_those_of_the_program(tmp_path, monkeypatch, shard, rank, remat):
-    """XLA counts a loop's body once, so the program's loops are unrolled."""
-    unrolled = types.SimpleNamespace(**vars(lax))
-    unrolled.scan = functools.partial(lax.scan, unroll=True)
-    monkeypatch.setattr(gemma, "lax", unrolled)
-    n = 8 if shard == "yes" else 1
-    _, function, arguments, work = sft_work(
-        mesh_of(n), weights=config_in(tmp_path), batch_rows=2 * n, micro_rows=2, remat=remat,
-        lora_rank=rank, shard=shard,
-    )
-    compiled = function.lower(*arguments).compile()
-    # XLA leaves out the gradient of the first layer's input if that is frozen, and some of what
-    # layers would compute again; a product more or less with each weight would be 20 %.
-    assert work.flops == pytest.approx(compiled.cost_analysis()["flops"], rel=0.07)
-
-
-def collective_bytes(jaxpr, n: int) -> float:
-    """Bytes that arrive at a device in the collectives of a traced program without while loops."""
-    total, share = 0.0, (n - 1) / n
+def counted(jaxpr, n: int) -> tuple[float, float]:
+    """(FLOPs, bytes that arrive in collectives) of a traced program; while loops run once."""
+    flops, arrived, share = 0.0, 0.0, (n - 1) / n
     size = lambda variables: sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
     for eqn in jaxpr.eqns:
         name, times = eqn.primitive.name, eqn.params.get("length", 1)
-        if name.startswith("psum") and "scatter" not in name:
-            total += 2 * share * size(eqn.invars)
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            flops += 2 * eqn.outvars[0].aval.size * depth
         elif name in ("reduce_scatter", "psum_scatter"):
-            total += share * size(eqn.invars)
+            arrived += share * size(eqn.invars)
+        elif name.startswith("psum"):
+            arrived += 2 * share * size(eqn.invars)
         elif name.startswith(("all_gather", "all_to_all")):
-            total += share * size(eqn.outvars)
+            arrived += share * size(eqn.outvars)
         for inner in jax.tree.leaves(list(eqn.params.values())):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                total += times * collective_bytes(inner, n)
-    return total
+                more = counted(inner, n)
+                flops, arrived = flops + times * more[0], arrived + times * more[1]
+    return flops, arrived
 
 
-@pytest.mark.parametrize("shard, rank", [("no", 16), ("yes", 16), ("no", 0), ("yes", 0)])
-def test_the_formulas_collectives_are_those_of_the_program(tmp_path, shard, rank):
-    """A split base is gathered for each pass over it; a gradient is summed once."""
-    _, function, arguments, work = sft_work(
-        mesh_of(8), weights=config_in(tmp_path), batch_rows=16, micro_rows=1, remat="auto",
-        shard=shard, lora_rank=rank,
-    )
-    found = collective_bytes(function.trace(*arguments).jaxpr.jaxpr, 8)
-    assert work.ici == pytest.approx(found, rel=0.03)  # of embedded tokens besides
+@pytest.mark.parametrize("shard, rank, remat", [
+    ("no", 16, "none"), ("no", 16, "attention"), ("no", 16, "layer"), ("no", 0, "none"),
+    ("yes", 16, "none"), ("yes", 16, "auto"), ("yes", 0, "auto"),
+])
+def test_the_formulas_are_those_of_the_program(tmp_path, shard, rank, remat):
+    """A product more or less with each weight would be 20 %."""
+    config = train_sft.resolve(train_sft.Config(
+        weights=config_in(tmp_path), dtype="float32", max_length=128, batch_rows=16, micro_rows=1,
+        remat=remat, lora_rank=rank, shard=shard,
+    ))
+    programs = train_sft.programs(config, mesh_of(8))
+    function, arguments = programs["train_step"]
+    cfg = gemma.read_config(config.weights)
+    work = bench.step_work("sft", config, cfg, mesh_of(8), programs)["sft"]
+    flops, arrived = counted(function.trace(*arguments).jaxpr.jaxpr, 8)
+    assert work.flops == pytest.approx(flops, rel=0.01)
+    assert work.ici == pytest.approx(arrived, rel=0.03)  # of embedded tokens besides
 
 
 def test_a_size_goes_before_its_family():
@@ -109,7 +91,6 @@ def test_a_size_goes_before_its_family():
 
 
 def test_a_decode_step_reads_the_weights_and_the_caches(tmp_path):
-    """And its FLOPs are the compiler's, which counts the loop's body once."""
     config = train_grpo.resolve(train_grpo.Config(
         weights=config_in(tmp_path), dtype="float32", slots=2, max_prompt=32, max_new=32,
         pack_length=64,
@@ -122,8 +103,8 @@ def test_a_decode_step_reads_the_weights_and_the_caches(tmp_path):
                              ).decode_step(config.slots, 64)
     held = bench.tree_bytes(arguments[2]) + bench.tree_bytes(arguments[-1]["cache"])
     assert held < step.bytes < 1.3 * held
-    compiled = function.lower(*arguments).compile()
-    assert step.flops == pytest.approx(compiled.cost_analysis()["flops"], rel=0.1)
+    flops, _ = counted(function.trace(*arguments).jaxpr.jaxpr, 1)
+    assert step.flops == pytest.approx(flops, rel=0.1)
 
 
 # --------------------------------------------------------------------------------- without libtpu
@@ -169,11 +150,13 @@ def test_flags_reach_the_plan(no_compiler, tmp_path, capsys):
 
 
 def test_json_and_phases(no_compiler, capsys):
-    config = bench.Config(model="tiny", target="v5e:2x4", phases="sft,grpo_update", json=True)
+    config = bench.Config(model="tiny", target="v5e:2x4", phases="sft,grpo_update", json=True,
+                          prompts=3, group=5, new_tokens=7)
     out = bench.main(config)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["hbm_bytes"] == out["hbm_bytes"]
     assert out["hbm_bytes"].keys() == {"sft", "sft_eval", "grpo_update"}
-    assert out["sessions"]["grpo"]["rollouts"] > 0
+    session = out["grpo"]["session"]
+    assert session["rollouts"] == 3 * 5 * session["steps"] == session["tokens"] / 7
     for wrong, name in (
         (dict(phases="speed"), "--phases speed"),
         (dict(target="h100"), "--target"),
@@ -182,50 +165,31 @@ def test_json_and_phases(no_compiler, capsys):
             bench.main(dataclasses.replace(config, **wrong))
 
 
-def test_fields_reach_the_scripts_under_their_names():
-    config = bench.Config(model="tiny", rows=5, length=6, prompt_length=7, new_tokens=9, slots=3)
-    sft, grpo = (bench.script_config(script, config) for script in ("sft", "grpo"))
-    assert (sft.model, sft.batch_rows, sft.max_length) == ("tiny", 5, 6)
-    assert (grpo.max_prompt, grpo.max_new, grpo.slots) == (7, 9, 3)
-    assert grpo.rows is None  # there a number of problems
-
-
 @pytest.mark.parametrize("message", [
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(21.52G) exceeds available HBM (15.75G).",
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 21.52G of 15.75G hbm. Exceeded hbm capacity by 5.77G.",
+    "INTERNAL: something else",
 ])
 def test_too_large_a_program_is_reported(capsys, message):
     """The compiler's message in, one line with the numbers and the flag out; others are raised."""
 
     class Refused:
         def lower(self):
-            raise jax.errors.JaxRuntimeError(self.message)
+            raise jax.errors.JaxRuntimeError(message)
 
-    refused = Refused()
-    refused.message = message
-    row = bench.compiled_memory(refused, ())
-    assert row["needs_bytes"] == pytest.approx(21.52 * GIB)
-    needs = row["needs_bytes"]
-    row |= {
-        "arguments_bytes": GIB,
-        "hbm_bytes": needs,
-        "least_bytes": needs,
-        "flags": "--micro-rows",
-    }
-    close = row | {"hbm_bytes": 16 * GIB, "least_bytes": 14 * GIB}
-    bench.print_fit({"sft": row, "sft_eval": close}, 15.75 * GIB, True)
+    if "hbm" not in message.lower():
+        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+            bench.compiled_memory(Refused(), ())
+        return
+    row = bench.compiled_memory(Refused(), ())
+    assert row == {"total_bytes": pytest.approx(21.52 * GIB)}
+    phases = {"sft": {"hbm_bytes": row["total_bytes"]}, "sft_eval": {"hbm_bytes": 14 * GIB}}
+    bench.print_phases(phases, 15.75 * GIB, True)
     out = capsys.readouterr().out
-    for line in (
-        "sft does not fit: needs 21.52 GiB or more, a core has 15.75; lower --micro-rows",
-        "sft_eval may not fit: needs 14.00 to 16.00 GiB, a core has 15.75; if so, lower --micro",
-    ):
-        assert line in out
-    assert "It fits" not in out
-    refused.message = "INTERNAL: something else"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        bench.compiled_memory(refused, ())
+    assert "\nsft needs up to 21.52 GiB of a core's 15.75; lower --micro-rows or" in out
+    assert "fits" not in out
 
 
 # ------------------------------------------------------------------------------------ with libtpu
@@ -251,30 +215,22 @@ def libtpu():
 
 
 def test_the_default_grpo_run_of_gemma3_1b_fits(libtpu):
-    """Its update and decoding, on each core of a v5e-8; and their FLOPs are the compiler's."""
     out = compiled("--model", "gemma3-1b", "--phases", "grpo_update,grpo_decode")
     assert out["hbm_bytes"].keys() == {"grpo_update", "grpo_decode"}
     for phase, n_bytes in out["hbm_bytes"].items():
         assert n_bytes < 15 * GIB, f"{phase}: {n_bytes / GIB:.2f} GiB"
-        row = out["phases"][phase]
-        assert row["arguments_bytes"] < row["peak_bytes"] < row["total_bytes"]
-        assert row["aliased_bytes"] == pytest.approx(row["output_bytes"], rel=0.02)  # donated
-    decode = out["phases"]["grpo_decode"]
-    assert decode["flops"] / 768 == pytest.approx(decode["compiler_flops"], rel=0.03)  # one token
+        row = out["phases"][phase]  # the outputs take the place of donated arguments
+        assert row["total_bytes"] < 1.02 * (row["arguments_bytes"] + row["temporaries_bytes"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b"])
-@pytest.mark.parametrize("flags", [(), ("--lora-rank", "0", "--slots", "20")], ids=["lora", "full"])
-@pytest.mark.parametrize("script", ["sft", "simpo", "grpo"])
-def test_every_program_fits(libtpu, model, flags, script):
-    """By default and with all weights trained; the table is printed (pytest -s), for LOG.md."""
-    out = compiled("--model", model, "--phases", script, *flags)
-    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15 * GIB
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["gemma3-1b", "gemma2-2b"])
-def test_a_12b_judge_fits_beside_the_policy(libtpu, model):
-    out = compiled("--model", model, "--phases", "grpo", "--judge", "gemma3-12b")
-    assert "grpo_judge" in out["hbm_bytes"] and max(out["hbm_bytes"].values()) < 15.75 * GIB
+@pytest.mark.parametrize(("limit", "flags"), [
+    (15, ("--phases", "sft,simpo,grpo")),
+    (15, ("--phases", "sft,simpo,grpo", "--lora-rank", "0", "--slots", "20")),
+    (15.75, ("--phases", "grpo", "--judge", "gemma3-12b")),
+], ids=["lora", "full", "judged"])
+def test_every_program_fits(libtpu, model, limit, flags):
+    """The table is printed (pytest -s), for LOG.md."""
+    out = compiled("--model", model, *flags)
+    assert out["hbm_bytes"] and max(out["hbm_bytes"].values()) < limit * GIB

@@ -1,23 +1,20 @@
 """The report: what it says, what it survives, and how it behaves in a real browser."""
 
-import contextlib
 import dataclasses
 import errno
 import json
 import os
 import re
-import select
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from html import unescape
 
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT
 
 import eval as evaluation
 import report
@@ -39,6 +36,8 @@ class Config:
     out: str = ""
     keep: int = 2
     report_to: str = ""
+    learning_rate: float = 1e-4
+    adapter: str | None = None
 
 
 CONFIG = Config()
@@ -106,20 +105,51 @@ def test_without_intervals_or_evaluations_it_claims_no_more_than_it_has(tmp_path
     assert "Rose:</b> reward 0.1 → 0.4" in html(write(tmp_path / "y", rates=()))
 
 
-def test_scripts_log_no_accuracy_where_nothing_could_be_checked():
-    results = {"pass@1": None, "format": 0.5, "length": 3.0, "intervals": {"format": (0.1, 0.9)}}
-    assert evaluation.eval_metrics(results) == {"eval_format": 0.5, "eval_length": 3.0}
+def test_runs_are_overlaid_with_an_evaluation(tmp_path, base_and_trained):
+    a, b = write(tmp_path / "a"), write(tmp_path / "deep" / "a", [(0, 30, 100), (4, 31, 100)])
+    page = html(a, b, base_and_trained.parent, out=str(tmp_path / "all.html"))
+    for text in (str(a), str(b), "Unclear:", "Learned:", "Measured:</b> pass@1 0.0 %"):
+        assert text in page, text
+    assert {"c0", "c1"} == set(re.findall('"(c.) raw"', page))
+    assert [run["unit"] for run in embedded(page)["runs"]] == ["step", "step", "problem"]
 
 
-def test_unknown_is_a_gap_and_not_zero():
-    row = lambda value: {"reward": value, "p": 0.5}
-    run = report.Run("x", {}, {1: row(1.0), 2: row(2.0), 3: row(None), 4: row(4.0)}, {}, {}, True)
-    drawn = report.chart([run], "reward", "Reward", "", (1, 4))
-    d = re.search('class="c0 raw" d="(.*?)"', drawn)[1]
-    assert d.count("M") == 2 and d.count("L") == 3  # two lines, the second a dot
-    assert report.ends(report.curve(run, "reward"), "reward") == (1.0, 4.0)
-    del run.steps[3]["reward"]
-    assert report.curve(run, "reward")[2] == (3, None)
+def test_settings_that_differ_are_marked(tmp_path):
+    a = write(tmp_path / "a")
+    config = dataclasses.replace(CONFIG, learning_rate=1e-3, adapter="<i>")
+    seen, folded = re.search("Settings(.*?)<details>(.*?)</details>",
+                             html(a, write(tmp_path / "b", config=config))).groups()
+    assert "learning_rate<td><bdi>0.0001</bdi><td><bdi>0.001</bdi>" in seen
+    assert "adapter<td><bdi>None</bdi><td><bdi>&lt;i&gt;</bdi>" in seen
+    assert "learning_rate" not in folded.split("<pre>")[0]
+    assert "keep<td><bdi>2</bdi><td><bdi>2</bdi>" in folded
+
+
+@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, evaluation])
+def test_the_command_repeats_the_run(module, tmp_path, monkeypatch):
+    """The settings come back from config.json, through a shell's own splitting of the command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my rewards.py").write_text("def score(completion, row):\n    return 1.0\n")
+    config = module.Config(model="tiny", out="runs/of mine", system="It's $HOME; `x`")
+    if module is train_grpo:
+        config = dataclasses.replace(config, reward_file="my rewards.py:score", mask_truncated=True)
+    config, name = module.resolve(config), module.__name__
+    stored = json.loads(json.dumps(dataclasses.asdict(config) | {"code": {"script": name}}))
+    python, script, *flags = shlex.split(report.command(stored))
+    assert (python, script) == ("python", f"{name}.py")
+    assert module.resolve(tyro.cli(module.Config, args=flags)) == config
+
+
+def test_without_arguments_it_takes_the_run_folders_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no run folder is given"):
+        report.main(report.Config())
+    with pytest.raises(ValueError, match="absent is no run folder"):
+        report.main(report.Config(("absent",)))
+    write(tmp_path / "runs/b"), write(tmp_path / "runs/a")
+    (tmp_path / "runs/notes").mkdir()
+    assert str(report.main(report.Config())) == "runs/report.html"
+    assert "<title>a, b</title>" in (tmp_path / "runs/report.html").read_text()
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.27, 0.71), (-3, 5), (0, 1e9), (1e-7, 3e-7), (7, 8)])
@@ -129,189 +159,79 @@ def test_ticks_are_few_round_and_inside(low, high):
     for value, text in ticks:
         assert low - 1e-9 <= value <= high + 1e-9
         assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01, abs=1e-12)
-
-
-def test_step_ticks_are_whole():
     assert [text for _, text in report.ticks(0, 3, least=1)] == ["0", "1", "2", "3"]
-    assert [text for _, text in report.ticks(1, 2, least=1)] == ["1", "2"]
+
+
+def drawn(values, unit=""):
+    steps = {step: {"kl": value, "p": 0.5} for step, value in enumerate(values)}
+    run = report.Run("x", {}, steps, {}, {}, True)
+    return report.chart([run], "kl", "KL", unit, (0, max(1, len(values) - 1)))
 
 
 @pytest.mark.parametrize("values", [
-    [0.3, 0.1 + 0.2], [0.0, 0.0], [1.0, 1.0], [-5.0, -5.0], [1e-9, 2e-9], [-1e12, 1e12], [0.5],
+    [0.3, 0.1 + 0.2], [0.0, 0.0], [-5.0, -5.0], [1e-9, 2e-9], [-1e12, 1e12], [0.5],
 ])
 @pytest.mark.parametrize("unit", ["", "%"])
 def test_every_curve_lies_within_its_frame(values, unit):
-    run = report.Run("x", {}, {s: {"kl": v, "p": 0} for s, v in enumerate(values)}, {}, {}, True)
-    drawn = report.chart([run], "kl", "KL", unit, (0, max(1, len(values) - 1)))
-    ys = [float(y) for y in re.findall(r"[ML][\d.]+,(-?[\d.]+)", drawn)]
+    ys = [float(y) for y in re.findall(r"[ML][\d.]+,(-?[\d.]+)", drawn(values, unit))]
     assert ys and all(report.TOP <= y <= report.H - report.BOTTOM for y in ys)
-    assert "nan" not in drawn and drawn.count("class=grid") >= 1
+    assert drawn(values, unit).count("class=grid") >= 1
+
+
+def test_unknown_is_a_gap_and_not_zero():
+    svg = drawn([1.0, 2.0, None, 4.0])
+    d = re.search('class="c0 raw" d="(.*?)"', svg)[1]
+    assert d.count("M") == 2 and d.count("L") == 3  # two lines, the second a dot
+    assert "1 → <b>4</b>" in svg
 
 
 def test_a_long_curve_is_averaged_and_a_noisy_one_gets_its_running_mean():
-    steps = {s: {"reward": float(s % 2), "p": 0.0} for s in range(1, 4001)}
-    run = report.Run("x", {}, steps, {}, {}, True)
-    drawn = report.chart([run], "reward", "Reward", "", (1, 4000))
-    assert re.search('raw faint" d="(.*?)"', drawn)[1].count("L") == report.N_POINTS
-    assert 'class="c0 line"' in drawn and "0.5 → <b>0.5" in drawn and len(drawn) < 20_000
-
-
-def test_runs_are_overlaid_with_an_evaluation(tmp_path):
-    a, b = write(tmp_path / "a"), write(tmp_path / "deep" / "a", [(0, 30, 100), (4, 31, 100)])
-    (tmp_path / "e").mkdir()
-    row = {"id": "q", "domain": "d", "correct": True, "format": True, "stop": "stop", "vote": "4",
-           "n_tokens": 3}
-    rows = [
-        {"problem": i, "mode": mode, "sample": j} | row | {"id": str(i), "completion": "4"}
-        for i in range(9)
-        for mode, n in (("greedy", 1), ("sampled", 2))
-        for j in range(n)
-    ]
-    (tmp_path / "e/samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    runs.write_json(tmp_path / "e/results.json", evaluation.summarize(rows))
-    page = html(a, b, tmp_path / "e", out=str(tmp_path / "all.html"))
-    for text in (str(a), str(b), "Unclear:", "Learned:", "Measured:</b> pass@1 100.0 %", "maj@2"):
-        assert text in page, text
-    assert {"c0", "c1"} == set(re.findall('"(c.) raw"', page))
-    assert [run["unit"] for run in embedded(page)["runs"]] == ["step", "step", "problem"]
-    assert len(embedded(page)["runs"][2]["rows"]) == 27
-
-
-def test_a_reward_that_is_the_accuracy_is_shown_once():
-    steps = {s: {"accuracy": s / 4, "rewards/answer/mean": s / 4, "rewards/judge/mean": s / 5}
-             for s in range(4)}
-    page = report.charts([report.Run("x", {}, steps, {}, {}, True)])
-    titles = re.findall("<h3>(.*?) <small>", page)
-    assert titles == ["Accuracy = Reward: answer", "Reward: judge"]
-
-
-def test_settings_that_differ_are_marked(tmp_path):
-    a = write(tmp_path / "a", config=CONFIG | {"learning_rate": 1e-4, "seed": 0, "adapter": None})
-    b = write(tmp_path / "b", config=CONFIG | {"learning_rate": 1e-3, "seed": 0, "adapter": "<i>",
-                                              "judge": None})  # absent in the other run
-    seen, folded = re.search("Settings(.*?)<details>(.*?)</details>", html(a, b)).groups()
-    rows = seen.split("<table class=differs>")[1].split("</table>")[0].split("<tr><th>")
-    assert rows[2:] == ["learning_rate<td><bdi>0.0001</bdi><td><bdi>0.001</bdi>",
-                      "adapter<td><bdi></bdi><td><bdi>&lt;i&gt;</bdi>"]
-    assert "learning_rate" not in folded.split("<pre>")[0]
-    assert "<small>seed</small> <bdi>0</bdi>" in folded
-    alone = html(a)
-    assert "All settings" in alone and "<table class=differs>" not in alone
-
-
-@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, evaluation])
-def test_the_command_repeats_the_run(module):
-    """The settings come back from config.json, through a shell's own splitting of the command."""
-    config = module.Config(model="tiny", out="runs/of mine", system="It's $HOME; `x`")
-    if module is train_grpo:
-        config = dataclasses.replace(config, reward_file="my rewards.py:score", mask_truncated=True)
-    config = module.resolve(config)
-    stored = json.loads(json.dumps(dataclasses.asdict(config) | {"code": {"jax": "0.10"}}))
-    python, script, *flags = shlex.split(report.command(stored))
-    assert (python, script) == ("python", f"{module.__name__}.py")
-    assert module.resolve(tyro.cli(module.Config, args=flags)) == config
-
-
-def test_without_arguments_it_takes_the_run_folders_of_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no run folder is given"):
-        report.main(report.Config())
-    write(tmp_path / "runs/b"), write(tmp_path / "runs/a")
-    (tmp_path / "runs/notes").mkdir()
-    assert str(report.main(report.Config())) == "runs/report.html"
-    assert "<title>a, b</title>" in (tmp_path / "runs/report.html").read_text()
+    svg = drawn([float(step % 2) for step in range(4000)])
+    assert re.search('raw faint" d="(.*?)"', svg)[1].count("L") == report.N_POINTS
+    assert 'class="c0 line"' in svg and "0.5 → <b>0.5" in svg and len(svg) < 20_000
 
 
 # -------------------------------------------------------------------------------- what it survives
 
 
-ODD = [None, float("nan"), float("inf"), -1e999, 1e308, 10**400, "x", "", [], [1], {"a": 1}, True]
-
-
-@pytest.mark.parametrize("value", ODD, ids=repr)
-def test_odd_values_never_break_it(tmp_path, value):
-    """Wherever a number, a list or a text is expected, in any of the four files."""
-    folder = write(tmp_path / "x")
-    line = json.dumps({k: value for k in (
-        "reward", "eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "kl", "step_s")})
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write("".join(f'{{"step": {step}, {line[1:]}\n' for step in (5, 6)))
-        file.write(json.dumps({"step": value, "reward": 1.0}) + "\n")
-    with open(folder / "samples.jsonl", "a") as file:
-        row = dict.fromkeys([*sample(), "mode", "domain"], value)
-        file.write(json.dumps({"step": 5} | row) + "\n" + json.dumps({"step": value}) + "\n")
-    for results in ({"pass@1": value}, {"pass@1": 0.5, "intervals": value},
-                    {"pass@1": 0.5, "intervals": {"pass@1": value}},
-                    {"pass@1": 0.5, "intervals": {"pass@1": [value, value]}}):
-        (folder / "results.json").write_text(json.dumps(results))
-        assert "Did it learn?" in html(folder)
-    config = dict.fromkeys(("steps", "model", "data", "group", "learning_rate", "code"), value)
-    (folder / "config.json").write_text(json.dumps(config))
-    page = html(folder)
-    assert "Did it learn?" in page and embedded(page)["runs"][0]["rows"][-1]["at"] == 5
-    texts = "<style>.*?</style>|<pre>.*?</pre>|<bdi>.*?</bdi>|<small>.*?</small>"
-    drawn = re.sub(texts, "", page.split("<script")[0], flags=re.DOTALL)
-    assert not re.search(r"(\b|\d)(nan|inf)\b", drawn)
-
-
-
-
 def test_files_of_a_live_or_killed_run(tmp_path):
-    whole = write(tmp_path / "x")
-    texts = {name: (whole / name).read_bytes() for name in report.FILES if (whole / name).exists()}
-    assert len(texts) == 3
-    for name, text in texts.items():
-        for cut in [*range(0, len(text), max(1, len(text) // 40)), None]:
-            if cut is None:
-                (whole / name).unlink()
-            else:
-                (whole / name).write_bytes(text[:cut])
-            assert "Did it learn?" in html(whole)
-        (whole / name).write_bytes(text)
-    shutil.rmtree(whole / "final")
-    assert "step 4 of 4 · not finished" in html(whole)
-    with open(whole / "samples.jsonl", "ab") as file:
-        file.write(b'[1]\n{"step": 5, "completion": {"a": 1}, "reward": NaN, "gold": 4}\n')
-        file.write(b"[" * 9**5)
-    row = embedded(html(whole))["runs"][0]["rows"][-1]
-    assert row["completion"] == '{"a": 1}' and "reward" not in row and row["at"] == 5
+    folder = write(tmp_path / "x")
+    assert "finished" in html(folder)
+    written = (folder / "report.html").read_bytes()  # the same files give the same bytes
+    assert html(folder).encode() == written
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        text = (folder / name).read_bytes()
+        for cut in range(0, len(text), len(text) // 10):
+            (folder / name).write_bytes(text[:cut])
+            assert "Did it learn?" in html(folder)
+        (folder / name).write_bytes(text)
+    shutil.rmtree(folder / "final")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "reward": NaN, "kl": null}\n')
+    with open(folder / "samples.jsonl", "a") as file:
+        file.write('[1]\n{"step": 5, "completion": "", "reward": null, "gold": null}\n{"st')
+    page = html(folder)
+    row = embedded(page)["runs"][0]["rows"][-1]
+    assert "step 5 of 4 · not finished" in page and "nan" not in page.split("<script")[0]
+    assert row["at"] == 5 and "reward" not in row  # missing is not zero
 
 
-def test_what_is_no_run_folder_ends_in_one_line(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for folder in ("empty", "absent"):
-        done = subprocess.run([sys.executable, ROOT / "report.py", tmp_path / folder],
-                              capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1
-        assert f"{folder} is no run folder" in done.stderr
-
-
-def test_the_same_files_give_the_same_bytes(tmp_path):
-    written = (write(tmp_path / "x") / "report.html").read_bytes()  # by the run itself, at its end
-    assert "finished" in html(tmp_path / "x")
-    assert (tmp_path / "x/report.html").read_bytes() == written
-
-
-def test_what_is_embedded_is_bounded_and_the_page_says_so(tmp_path):
+def test_what_is_embedded_is_bounded_and_the_page_says_so(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
-    rows = [json.dumps({"step": i // 8 + 1} | sample()) for i in range(20_000)]
-    rows.append(json.dumps({"step": 2501} | sample("é" * 100_000)))
+    rows = [json.dumps({"step": i // 8 + 1} | sample()) for i in range(10_000)]
+    rows.append(json.dumps({"step": 1251} | sample("é" * 100_000)))
     (tmp_path / "x/samples.jsonl").write_text("\n".join(rows))
-    page = html(tmp_path / "x")
-    run = embedded(page)["runs"][0]
+    run = embedded(html(tmp_path / "x"))["runs"][0]
     steps = sorted({row["at"] for row in run["rows"]})
-    assert len(page) < 3e6 and 4_000 < len(run["rows"]) <= report.N_SAMPLES
-    assert steps[0] == 1 and steps[-1] == 2501 and len(set(np.diff(steps)[1:])) == 1
-    assert f"Here are {len(run['rows']):,} of 20,001 completions" in run["note"]
-    assert f"({len(steps):,} of 2,501 steps)" in run["note"]
-    assert "1 have texts cut in the middle" in run["note"]
+    assert 3_000 < len(run["rows"]) <= report.N_SAMPLES
+    assert steps[0] == 1 and steps[-1] == 1251 and len(set(np.diff(steps)[1:])) == 1
+    assert f"Here are {len(run['rows']):,} of 10,001 completions" in run["note"]
     assert "é\n[… 80,000 characters …]\né" in run["rows"][-1]["completion"]
     (tmp_path / "x/samples.jsonl").write_text("\n".join([rows[0]] * 6_000))  # all of one step
-    run = embedded(html(tmp_path / "x"))["runs"][0]
-    assert len(run["rows"]) == 5_000 and "Here are 5,000 of 6,000" in run["note"]
-    texts = [json.dumps({"step": i} | sample("x" * 3_000)) for i in range(4_000)]
-    (tmp_path / "x/samples.jsonl").write_text("\n".join(texts))
-    assert 2e6 < len(html(tmp_path / "x")) < 4.2e6
+    assert len(embedded(html(tmp_path / "x"))["runs"][0]["rows"]) == 5_000
+    monkeypatch.setattr(report, "N_BYTES", 10_000)
+    (tmp_path / "x/samples.jsonl").write_text("\n".join(rows[:1600]))
+    assert len(embedded(html(tmp_path / "x"))["runs"][0]["rows"]) < 50
 
 
 def test_a_full_disk_keeps_the_old_page_and_no_piece_of_the_new(tmp_path, monkeypatch):
@@ -331,26 +251,20 @@ def test_a_full_disk_keeps_the_old_page_and_no_piece_of_the_new(tmp_path, monkey
 # ---------------------------------------------------------------------------------- who writes it
 
 
-def test_a_failing_report_stops_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "main", lambda config: 1 / 0)
-    write(tmp_path / "x")
-    assert (tmp_path / "x/final/adapter").exists() and not (tmp_path / "x/report.html").exists()
-    assert "no report of" in capsys.readouterr().err
-
-
-def test_it_is_written_now_and_then_in_one_percent_of_the_time(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(report, "main", lambda config: (written.append(1), time.sleep(0.05)))
+def test_a_failing_report_stops_nothing_and_takes_one_percent_of_the_time(
+        tmp_path, monkeypatch, capsys):
+    tried = []
+    monkeypatch.setattr(report, "main", lambda config: (tried.append(1), time.sleep(0.05), 1 / 0))
     with runs.Run(dataclasses.replace(CONFIG, out=str(tmp_path / "x"))) as run:
         run.restore({})
         run.log(1, {"loss": 1.0})
         run.save(1, {}, {})
-        assert not written  # a young run has nothing to tell
+        assert not tried  # a young run has nothing to tell
         run.report_due = 0.0
         for _ in range(3):
             run.save(1, {}, {})
-        assert len(written) == 1 and run.report_due - time.monotonic() > 4
-    assert len(written) == 2
+        assert len(tried) == 1 and run.report_due - time.monotonic() > 4
+    assert len(tried) == 2 and "no report of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["SIGTERM", "exception"])
@@ -370,96 +284,37 @@ def test_a_run_that_ends_early_leaves_one(tmp_path, fault):
 
 # ------------------------------------------------------------------------------ in a real browser
 
-
-class Browser:
-    """Chromium, headless, by its DevTools protocol: JSON ended by NUL over two pipes."""
-
-    FLAGS = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-sync "
-             "--disable-background-networking --disable-component-update "
-             "--remote-debugging-pipe").split()
-
-    def __init__(self, profile):
-        (theirs, self.write), (self.read, back) = os.pipe(), os.pipe()
-        self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{theirs} 4>&{back}', "bash", CHROMIUM, *self.FLAGS,
-             f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(theirs, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs), os.close(back)
-        self.n, self.buffer, self.events, self.to = 0, b"", [], {}
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.to = {
-            "sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        }
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self(f"{domain}.enable")
-
-    def __call__(self, method, **params):
-        self.n += 1
-        message = {"id": self.n, "method": method, "params": params} | self.to
-        os.write(self.write, json.dumps(message).encode() + b"\0")
-        while (reply := self.receive()).get("id") != self.n:
-            self.events.append(reply)
-        assert "error" not in reply, reply
-        return reply["result"]
-
-    def receive(self, patience_s=60):
-        while b"\0" not in self.buffer:
-            assert select.select([self.read], [], [], patience_s)[0], "the browser hangs"
-            assert (got := os.read(self.read, 1 << 16)), "the browser died"
-            self.buffer += got
-        message, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(message)
-
-    def js(self, code):
-        reply = self("Runtime.evaluate", expression=code, returnByValue=True)
-        assert "exceptionDetails" not in reply, reply
-        return reply["result"].get("value")
-
-    def open(self, path, width=1200, dark=False):
-        self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
-             mobile=width < 600)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self("Emulation.setEmulatedMedia", features=[scheme])
-        self.events.clear()
-        self("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.receive())
-
-    def press(self, key, shift=False):
-        number = {"ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}[key]
-        for kind in ("rawKeyDown", "keyUp"):
-            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=8 * shift,
-                 windowsVirtualKeyCode=number)
-
-    def check_quiet(self):
-        """Nothing was complained of, and nothing but the file itself was asked for."""
-        loud = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        assert not [event for event in self.events if event["method"] in loud]
-        sent = [e for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        urls = {event["params"]["request"]["url"] for event in sent}
-        assert len({url for url in urls if not url.startswith("data:")}) == 1, urls
-
-    def close(self):
-        with contextlib.suppress(AssertionError, OSError):
-            self("Browser.close")
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+LISTEN = """<script>const faults = []; onerror = message => faults.push(message);
+addEventListener("securitypolicyviolation", event => faults.push(event.blockedURI));</script>"""
+DRIVE = """<script type=module>
+const $ = id => document.getElementById(id), all = query => [...document.querySelectorAll(query)];
+const press = (key, shiftKey = false, at = document.body) => at.dispatchEvent(
+  new KeyboardEvent("keydown", {key, shiftKey, bubbles: true}));
+const now = () => $("status").textContent;
+const choose = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); };
+let found = null;
+try { found = (() => { SCRIPT })(); } catch (error) { faults.push(String(error)); }
+const fetched = performance.getEntriesByType("resource").map(entry => entry.name);
+const text = JSON.stringify([found, [...faults, ...fetched], document.title]);
+document.documentElement.replaceChildren("RESULT" + text + "RESULT");
+</script>"""
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def drive(page, script, width=1200, dark=False):
+    """What the script returns in the page, where nothing fails and nothing is fetched."""
     if CHROMIUM is None:
         pytest.skip("no chromium here")
-    one = Browser(tmp_path_factory.mktemp("profile"))
-    yield one
-    one.close()
-
-
-def status(browser):
-    return browser.js('document.getElementById("status").textContent')
+    driven = page.with_name("driven.html")
+    text = page.read_text().replace("<style>", LISTEN + "<style>", 1)
+    driven.write_text(text + DRIVE.replace("SCRIPT", script))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+         f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", driven.as_uri()],
+        capture_output=True, text=True, timeout=120)
+    found, faults, title = json.loads(unescape(done.stdout.split("RESULT")[1]))
+    assert not faults and title in (page.parent.name, "base, trained"), (faults, title)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -473,91 +328,55 @@ def three_steps(tmp_path_factory):
     return write(tmp_path_factory.mktemp("runs") / "x", samples=rows, steps=3) / "report.html"
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1200, 360])
-def test_it_opens_quietly_in_light_and_dark_and_on_a_phone(browser, three_steps, width, dark):
-    browser.open(three_steps, width, dark)
-    assert browser.js("document.documentElement.scrollWidth") <= width
-    assert browser.js("document.documentElement.clientWidth") <= width
-    background = browser.js("getComputedStyle(document.body).backgroundColor")
+@pytest.mark.parametrize("width, dark", [(1200, False), (500, True)])
+def test_it_opens_quietly_in_light_and_dark_and_on_a_phone(three_steps, width, dark):
+    wide, background, figures, nameless = drive(three_steps, """
+        const nameless = all("input, select, button").filter(e =>
+          !e.labels?.[0]?.textContent.trim() && !e.ariaLabel && !e.textContent.trim());
+        return [document.documentElement.scrollWidth, getComputedStyle(document.body)
+          .backgroundColor, all("figure").length, nameless.length];""", width, dark)
+    assert wide <= width and figures >= 5 and nameless == 0
     assert (max(map(int, re.findall(r"\d+", background))) < 60) == dark
-    assert browser.js('document.querySelector(".verdict").getBoundingClientRect().bottom') < 300
-    assert browser.js('document.querySelectorAll("figure").length') >= 5
-    nameless = """[...document.querySelectorAll("input, select, button")].filter(e =>
-        !e.labels?.[0]?.textContent.trim() && !e.ariaLabel && !e.textContent.trim()).length"""
-    assert browser.js(nameless) == 0
-    browser.check_quiet()
 
 
-def test_the_pointer_reads_the_curves(browser, three_steps):
-    browser.open(three_steps)
-    find = '[...document.querySelectorAll("figure")].find(f => f.innerText.startsWith("Reward"))'
-    browser.js(f'{find}.scrollIntoView({{block: "center"}})')
-    x, y, width = browser.js(
-        f'(b => [b.x, b.y, b.width])({find}.querySelector("svg").getBoundingClientRect())'
-    )
-    move = lambda x, y: browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    move(x + width * 0.98, y + 20)
-    assert browser.js(f'{find}.querySelector(".readout").innerText') == "step 3: 0.300"
-    move(2, 2)
-    assert browser.js(f'{find}.querySelector(".readout").innerText') == "0.1 → 0.3"
+def test_the_pointer_reads_the_curves(three_steps):
+    assert drive(three_steps, """
+        const svg = all("figure svg")[1], box = svg.getBoundingClientRect();
+        const readout = () => svg.parentNode.querySelector(".readout").textContent;
+        const found = [readout()];
+        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.x + 0.98 * box.width}));
+        found.push(readout());
+        svg.dispatchEvent(new PointerEvent("pointerleave"));
+        return [...found, readout()];""") == ["0.1 → 0.3", "step 3: 0.300", "0.1 → 0.3"]
 
 
-def test_the_keyboard_turns_the_pages(browser, three_steps):
-    browser.open(three_steps)
-    assert status(browser) == "5 of 5 completions"
-    browser.press("ArrowLeft")
-    assert status(browser) == "4 of 5 completions"
-    browser.press("ArrowLeft", shift=True)
-    assert status(browser) == "1 of 5 completions"  # the first of step 1
-    browser.press("ArrowLeft")
-    assert status(browser) == "1 of 5 completions"
-    browser.press("ArrowRight")
-    assert status(browser) == "2 of 5 completions"
-    browser.js('document.getElementById("slider").focus()')
-    browser.press("ArrowRight")  # the slider's own: a step
-    assert status(browser) == "3 of 5 completions"
-    assert browser.js('document.getElementById("slider").ariaValueText') == "step 2"
-    browser.js('document.getElementById("words").focus()')
-    browser.press("ArrowRight")  # the caret's own
-    assert status(browser) == "3 of 5 completions"
-    for _ in range(3):
-        browser.press("Tab")
-        focus = "(e => e.matches(':focus-visible') && getComputedStyle(e).outlineStyle)"
-        assert browser.js(f"{focus}(document.activeElement)") == "solid"
-    browser.check_quiet()
+def test_keys_and_slider_turn_the_pages(three_steps):
+    found = drive(three_steps, """
+        const found = [now()], then = () => found.push(now());
+        press("ArrowLeft"); then();
+        press("ArrowLeft", true); then();
+        press("ArrowLeft"); then();
+        press("ArrowRight"); then();
+        choose("slider", 1); then();
+        press("ArrowRight", false, $("words")); then();  // the caret's own
+        return [...found, $("slider").ariaValueText];""")
+    assert found == [f"{i} of 5 completions" for i in (5, 4, 1, 1, 2, 3, 3)] + ["step 2"]
 
 
-def test_filters(browser, three_steps):
-    browser.open(three_steps)
-
-    def choose(**values):
-        for name, value in values.items():
-            browser.js(f'(e => {{ e.value = "{value}"; e.dispatchEvent(new Event("input")) }})'
-                       f'(document.getElementById("{name}"))')
-        found = re.match(r"(no|\d+ of \d+) completions(?: that match, of 5)?$", status(browser))
-        return 0 if found[1] == "no" else int(found[1].split()[-1])
-
-    assert choose(which="disagree") == 2  # 0.8 but wrong, 0.1 but right; a missing one says nothing
-    assert choose(which="wrong") == 2 and choose(which="right") == 3
-    assert choose(which="missing") == 1
-    facts = browser.js('document.getElementById("facts").innerText')
-    assert "reward\tmissing" in facts and "timed out" in facts and "judge\tmissing" in facts
-    assert choose(which="all", low="0.7") == 3  # a missing reward is not in any range
-    assert choose(high="1") == 2 and choose(low="", high="") == 5
-    assert choose(stop="length") == 1 and choose(stop="") == 5
-    assert choose(words="2 + 2") == 5 and choose(words="nowhere") == 0
-    assert browser.js('document.getElementById("view").hidden')
-    assert choose(words="") == 5 and not browser.js('document.getElementById("view").hidden')
-    browser.check_quiet()
-
-
-def test_trace_and_answer_stand_apart(browser, three_steps):
-    browser.open(three_steps)
-    parts = """[...document.querySelector("#answers .text").querySelectorAll(".part")]
-        .map(e => [e.className, e.innerText])"""
-    assert browser.js(parts) == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
-                                 ["part answer", "<answer>4</answer>"]]
+def test_filters(three_steps):
+    rows = [  # a missing reward is in no range and says nothing of the judge
+        ("which", "disagree", 2), ("which", "wrong", 2), ("which", "right", 3), ("which", "cut", 1),
+        ("which", "missing", 1), ("which", "all", 5), ("low", "0.7", 3), ("high", "1", 2),
+        ("low", "", 3), ("high", "", 5), ("words", "2 + 2", 5), ("words", "nowhere", 0),
+    ]
+    facts, *found = drive(three_steps, f"""
+        const facts = all("#facts tr").map(row => [...row.cells].map(cell => cell.textContent));
+        return [facts, ...{json.dumps(rows)}.map(([id, value]) => (choose(id, value), now()))];""")
+    assert ["reward: judge", "missing"] in facts and ["judge, why", "timed out"] in facts
+    assert "reward" not in dict(facts)
+    for (name, value, n), status in zip(rows, found, strict=True):
+        wanted = f"1 of {n} " if n else "no "
+        assert re.sub(r"^\d+ of", "1 of", status).startswith(wanted), (name, value, status)
 
 
 @pytest.fixture(scope="module")
@@ -577,30 +396,30 @@ def base_and_trained(tmp_path_factory):
     return report.main(report.Config(tuple(folders)))
 
 
-@pytest.mark.parametrize("width", [1200, 360])
-def test_base_and_trained_answers_stand_side_by_side(browser, base_and_trained, width):
-    browser.open(base_and_trained, width)
-    browser.press("ArrowLeft")
-    columns = """[...document.querySelectorAll("#view h3 + .text")].map(text => {
-        const {x, height} = text.getBoundingClientRect();
-        return [text.previousSibling.textContent, text.textContent.slice(0, 9), x, height]; })"""
-    (left, base, x, height), (right, trained, x2, _) = browser.js(columns)
-    assert (left, right) == ("base, problem 1: wrong", "trained, problem 1: right")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_base_and_trained_answers_stand_side_by_side(base_and_trained, width):
+    (left, base, x, height), (right, trained, x2, _) = drive(base_and_trained, """
+        press("ArrowLeft");
+        return all("#view h3 + .text").map(text => {
+          const {x, height} = text.getBoundingClientRect();
+          return [text.previousSibling.textContent, text.textContent.slice(0, 9), x, height]; });
+        """, width)
+    assert (left, right) == ("base, problem 1 wrong", "trained, problem 1 right")
     assert (base, trained) == ("base 1 hm", "trained 1")
     assert (x2 > x + 200) == (width == 1200) and height < 900  # a long text scrolls
-    rows = '[...document.querySelectorAll("#facts tr")].map(e => e.getBoundingClientRect().height)'
-    assert max(browser.js(rows)) < 60  # and the table beside it keeps its rows together
-    assert browser.js("document.documentElement.scrollWidth") <= width
-    browser.check_quiet()
 
 
-def test_an_earlier_answer_of_the_same_run_is_shown_beside(browser, three_steps):
-    browser.open(three_steps)
-    titles = '[...document.querySelectorAll(".columns h3")].map(e => e.textContent)'
-    assert browser.js(titles) == ["x, step 3: right", "x, step 1: wrong"]
-    browser.press("ArrowLeft", shift=True)
-    browser.press("ArrowLeft", shift=True)
-    assert browser.js(titles) == ["x, step 1: wrong"]  # there is none before it
+def test_an_earlier_answer_of_the_same_run_is_shown_beside(three_steps):
+    late, early, parts = drive(three_steps, """
+        const titles = () => all(".columns h3").map(e => e.textContent), late = titles();
+        press("ArrowLeft", true);
+        press("ArrowLeft", true);
+        return [late, titles(), [...$("answers").querySelectorAll(".part")].map(
+          e => [e.className, e.innerText])];""")
+    assert late == ["x, step 3 right", "x, step 1 wrong"]
+    assert early == ["x, step 1 wrong"]  # there is none before it
+    assert parts == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
+                     ["part answer", "<answer>4</answer>"]]
 
 
 HOSTILE = [
@@ -608,62 +427,32 @@ HOSTILE = [
     "<!-- <script>", "]]> &lt;b&gt; &amp; &#0;", "a\u202eb\u2066c\u200fd\ufeff", "x\u2028y\u2029z",
     "\ud800 halves \udfff", "\0 NUL \x1b[31m \x85 \x7f", "\r\n\tx\r  ", "\\u003c \" ' ` ${1} {{}}",
     "<reasoning>a</reasoning><REASONING>b<answer></answer></answer> 7 <answer>\u202e8",
-    "\U0001f469\u200d\U0001f467",
-    "שלום 123 abc", "", " ", "<a href='https://example.com/'>x</a><style>*{display:none}</style>",
+    "\U0001f469\u200d\U0001f467", "שלום 123 abc", "", " ",
+    "<a href='https://example.com/'>x</a><style>*{display:none}</style>",
     "\u202e" * 3_000, "<answer>" * 2_000, "long" * 25_000,
 ]
 
 
-def test_hostile_completions_are_text(browser, tmp_path):
+def test_hostile_completions_are_text(tmp_path):
     rows = [sample(text, prompt=text, gold=text, stop=text or "stop", errors={"e": text[:99]})
             for text in HOSTILE]
     rows[0]["rewards"] = {"</script><b>": 1.0}
     config = Config(model="</title></script><script>document.title = 'taken'</script>\ud800")
     folder = write(tmp_path / "<b>&x", samples={1: rows}, steps=1, config=config)
-    browser.open(folder / "report.html")
-    browser.press("ArrowLeft", shift=True)
+    found = drive(folder / "report.html", r"""
+        return Array.from({length: N}, () => {
+          const texts = [$("prompt"), $("answers").querySelector(".text")].map(e => e.textContent);
+          const loose = all("#view *").some(e => e.className !== "hidden" && [...e.childNodes].some(
+            n => n.nodeType === 3 && /[\u202a-\u202e\u2066-\u2069]/.test(n.data)));
+          const made = all("#view img, #view a, #view style").length;
+          const wide = document.documentElement.scrollWidth;
+          press("ArrowRight");
+          return [...texts.map(t => [...Array(t.length).keys()].map(i => t.charCodeAt(i))),
+            loose, made, wide];
+        });""".replace("N}", f"{len(rows)}}}"))
     units = lambda text: np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2").tolist()
-    shown = """["#prompt", "#answers .text"].map(at => document.querySelector(at).textContent)
-        .map(text => Array.from(text, (_, i) => i).length && [...Array(text.length).keys()]
-        .map(i => text.charCodeAt(i)))"""
-    for i, text in enumerate(HOSTILE):
-        assert status(browser).startswith(f"{i + 1} of {len(HOSTILE)}")
+    for text, (prompt, completion, loose, made, wide) in zip(HOSTILE, found, strict=True):
         if len(text) > report.N_CHARS:
             text = f"{text[:10_000]}\n[… {len(text) - 20_000:,} characters …]\n{text[-10_000:]}"
-        assert browser.js(shown) == [units(text) or 0] * 2, text[:99]
-        assert browser.js("document.documentElement.scrollWidth") <= 1200
-        loose = """[...document.querySelectorAll("#view *")].some(e => e.className !== "hidden" &&
-            [...e.childNodes].some(n => n.nodeType === 3 && /[\\u202a-\\u202e\\u2066-\\u2069]/
-            .test(n.data)))"""
-        assert not browser.js(loose)  # an override stands in a box of its own, isolated
-        browser.press("ArrowRight")
-    assert (
-        browser.js('getComputedStyle(document.querySelector("#prompt")).unicodeBidi') == "isolate"
-    )
-    assert browser.js("document.title") == "<b>&x"
-    assert not browser.js('document.querySelectorAll("#view img, #view a, #view style").length')
-    browser.check_quiet()
-
-
-@pytest.mark.parametrize(("n_steps", "first", "found"), [
-    (625, "4993 of 5000", "63 of 63"), (1, "1 of 5000", "1 of 111"),
-])
-def test_five_thousand_completions_stay_responsive(browser, tmp_path, n_steps, first, found):
-    rows = {step: [sample(f"<answer>{step} {i}</answer>") for i in range(5_000 // n_steps)]
-            for step in range(1, n_steps + 1)}
-    folder = write(tmp_path / "x", samples=rows, steps=n_steps)
-    assert (folder / "report.html").stat().st_size < 2.5e6
-    browser.open(folder / "report.html")
-    assert status(browser) == f"{first} completions"
-    assert browser.js('document.querySelectorAll("*").length') < 1_000
-    browser.js("""var n = 0; new MutationObserver(all => all.forEach(m => m.addedNodes.forEach(
-        a => n += 1 + (a.querySelectorAll?.("*").length ?? 0)))).observe(document.body,
-        {childList: true, subtree: true}); document.getElementById("words").focus()""")
-    for typed in "1 7":
-        browser("Input.insertText", text=typed)
-        assert 10 < browser.js("n + (n = 0)") < 200
-    assert status(browser) == f"{found} completions that match, of 5000"
-    browser.js('document.getElementById("words").blur()')
-    browser.press("ArrowLeft" if n_steps > 1 else "ArrowRight")
-    assert not status(browser).startswith(found) and 10 < browser.js("n") < 200
-    browser.check_quiet()
+        assert prompt == completion == units(text), text[:99]
+        assert not loose and not made and wide <= 1200  # an override stands in an isolated box
