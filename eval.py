@@ -134,6 +134,8 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
+    "gemma2-9b": REAL | dict(slots=8),
+    "gemma3-12b": REAL | dict(slots=8),
 }
 MAY_CHANGE = (  # flags that may change in a continued folder: checksummed, or used after sampling
     "model", "weights", "tokenizer", "adapter", "data", "rows", "system", "max_prompt", "compare",
@@ -152,16 +154,10 @@ def resolve(config: Config) -> Config:
                          "0 without --no-greedy")
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"--temperature {config.temperature}: expected 0 (greedy) or more")
-    judged = []  # rewards that need a judge; report mistakes before sampling
-    if config.rewards or config.reward_file:
-        mix = rewards.read_mix(config.rewards, config.reward_file)
-        judged = [name for name in mix.weights if name in rewards.JUDGED]
-    if judged and config.judge is None:
-        raise ValueError(f"--rewards {judged[0]}: needs --judge")
-    if config.judge is not None:
-        judge.check(config)
-        if not judged:
-            raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
+    if config.rewards or config.reward_file:  # report mistakes before sampling
+        rollouts.check_rewards(config)
+    elif config.judge is not None:
+        raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
     return config
 
 
@@ -172,12 +168,14 @@ def answer(config, problems: list[Problem], tok: data.Tokenizer, start: hub.Star
            greedy: bool) -> list[dict]:
     """Loads the model and runs `complete`, with samples.jsonl in --out as the journal."""
     mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
-    cfg, params = gemma.load(start.weights, dtype, mesh)
+    cfg = gemma.read_config(start.weights)
+    shard = mesh.size > 1 and stage.copy_is_too_large(cfg, dtype.itemsize, mesh)
+    cfg, params = gemma.load(start.weights, dtype, mesh, shard)
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
     if adapter is not None:
         runs.say(lora.describe(adapter))
     sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                      max_new=config.max_new, dtype=dtype)
+                      max_new=config.max_new, dtype=dtype, shard=shard)
     journal = Path(config.out) / "samples.jsonl"
     return complete(sampler, (params, adapter), tok, problems, config, greedy, journal)
 
@@ -236,13 +234,14 @@ def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
     scored = []
     with rollouts.Scorer(config, problems) as scorer:
         places = rollouts.places([row["problem"] for row in rows])
-        futures = []
-        for row, place in zip(rows, places, strict=True):
-            n_tokens = row.get("n_tokens") or len(tok.encode(row["completion"]))
-            told = rollouts.reward_row(problems[row["problem"]], n_tokens, row["stop"], config)
-            futures.append(scorer.submit(row["completion"], told, place))
-        for i in tqdm(range(0, len(futures), 16), "scores", mininterval=EVERY_S):
-            scored += scorer.collect(futures[i : i + 16])
+        blocks = itertools.groupby(zip(rows, places, strict=True), lambda r: r[0]["problem"] // 16)
+        for _, block in tqdm(blocks, "scores of 16 problems", mininterval=EVERY_S):
+            futures = []
+            for row, place in block:
+                n_tokens = row.get("n_tokens") or len(tok.encode(row["completion"]))
+                told = rollouts.reward_row(problems[row["problem"]], n_tokens, row["stop"], config)
+                futures.append(scorer.submit(row["completion"], told, place))
+            scored += scorer.collect(futures)
             if scorer.judge and (trouble := scorer.judge.trouble()):
                 raise SystemExit(f"{trouble}; the same command continues from there")
     return scored
@@ -256,6 +255,8 @@ def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> l
     counts = Counter((row["mode"], row["problem"]) for row in rows)
     rows = [row for row in rows if counts[row["mode"], row["problem"]] == n_of[row["mode"]]]
     for row in rows:
+        for name in ("reward", "rewards", "errors"):  # of --rewards that may have changed
+            row.pop(name, None)
         if row["problem"] >= len(problems) or row["id"] != problems[row["problem"]].id:
             raise ValueError(f"{path}: problem {row['problem']} is no longer the one in --data")
     runs.replace_file(path, runs.to_jsonl(rows))
@@ -469,13 +470,16 @@ def main(config: Config) -> dict:
     others = None
     if config.compare is not None:
         file = hub.output(config.compare) / "samples.jsonl"
-        if not file.is_file():
-            raise ValueError(f"--compare {config.compare}: no samples.jsonl there")
+        if not file.with_name("results.json").is_file() or config.compare == config.out:
+            raise ValueError(f"--compare {config.compare}: expected the folder of another, "
+                             "finished evaluation, with results.json and samples.jsonl")
         others = runs.good_rows(file)
 
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     problems, _ = rollouts.load_problems(config, tok)
+    if others is not None and not {p.id for p in problems} & {row["id"] for row in others}:
+        raise ValueError(f"--compare {config.compare}: has none of these {len(problems)} problems")
     out = Path(config.out)
     runs.claim(out, "eval")
     with runs.lock(out):

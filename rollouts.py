@@ -48,15 +48,16 @@ class Problem:
     kind: str  # how to check it, one of rewards.KINDS
     choices: tuple[str, ...]
     domain: str
+    trace: str = ""  # the row's own reasoning
     fields: dict = dataclasses.field(default_factory=dict, compare=False)  # of the row itself
 
 
 def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str = "") -> Problem:
     """Parses a row of any known shape; its prompt is the one that SFT on the row would use."""
     chat, completion, gold, choices, fields = data.parse_row(row)
-    if gold is None and completion is not None:  # take it from the completion's tags
-        _, answer, strict = rewards.parse(completion)
-        gold = answer if strict else None
+    trace, answer, strict = rewards.parse(completion or "")
+    if gold is None and strict:  # take it from the completion's tags
+        gold = answer
     if (kind := fields.get("kind", "auto")) not in rewards.KINDS:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(rewards.KINDS)}")
     if gold is not None and kind == "auto":
@@ -66,7 +67,8 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         id=hashlib.sha256(identity.encode()).hexdigest()[:16],
         prompt=tuple(tok.chat(data.with_system(chat, system))),
         question=chat[-1]["content"], gold=gold, kind=kind, choices=choices,
-        domain=str(fields.get("task_type") or fields.get("domain") or source), fields=fields,
+        domain=str(fields.get("task_type") or fields.get("domain") or source),
+        trace=trace or "", fields=fields,
     )
 
 
@@ -108,6 +110,24 @@ def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, b
     return answer, right, strict
 
 
+def read_curriculum(curriculum: str) -> list[tuple[float, float, float]]:
+    """The phases (start, lowest difficulty, highest) of --curriculum; none if ordered or empty."""
+    phases = []
+    for part in curriculum.split(",") if curriculum not in ("", "ordered") else ():
+        try:
+            start, _, span = part.partition(":")
+            low, _, high = span.partition("-")
+            phases.append((float(start), float(low), float(high or low)))
+        except ValueError:
+            raise ValueError(f"--curriculum {part!r}: expected ordered, or a share of the run and "
+                             "difficulties, as 0.3:1-2") from None
+    starts = [start for start, _, _ in phases]
+    if phases and (starts[0] != 0 or starts != sorted(starts) or starts[-1] >= 1):
+        raise ValueError(f"--curriculum {curriculum}: the phases must start at 0, go up and stay "
+                         "below 1")
+    return phases
+
+
 class Order:
     """Which problems a step takes, from (seed, number drawn so far, progress)."""
 
@@ -116,31 +136,22 @@ class Order:
         self.phases = [(0.0, list(range(len(problems))))]
         if not curriculum:
             return
-        difficulty = []
-        for p in problems:
-            if not isinstance(p.fields.get("difficulty"), int | float):
-                raise ValueError(f"--curriculum: no difficulty in the row {p.question!r:.60}")
-            difficulty.append(p.fields["difficulty"])
+        difficulty = [p.fields.get("difficulty") for p in problems]
+        for p, d in zip(problems, difficulty, strict=True):
+            if not isinstance(d, int | float) or not math.isfinite(d):
+                raise ValueError(f"--curriculum: expected a number as difficulty, found {d!r} in "
+                                 f"the row {p.question!r:.60}")
         if self.ordered:
             order = np.random.default_rng((seed, 0, 0)).permutation(len(problems))
             self.phases = [(0.0, sorted(order.tolist(), key=lambda i: difficulty[i]))]
             return
         self.phases = []
-        for part in curriculum.split(","):
-            try:
-                start, _, span = part.partition(":")
-                low, _, high = span.partition("-")
-                start, low, high = float(start), float(low), float(high or low)
-            except ValueError:
-                raise ValueError(f"--curriculum {part!r}: expected ordered, or a share of the run "
-                                 "and difficulties, as in 0.3:1-2") from None
+        for start, low, high in read_curriculum(curriculum):
             rows = [i for i, d in enumerate(difficulty) if low <= d <= high]
             if not rows:
-                raise ValueError(f"--curriculum {part}: no problem has such a difficulty")
+                raise ValueError(f"--curriculum {start:g}:{low:g}-{high:g}: no problem has such a "
+                                 "difficulty")
             self.phases.append((start, rows))
-        starts = [start for start, _ in self.phases]
-        if starts[0] != 0 or starts != sorted(starts):
-            raise ValueError(f"--curriculum {curriculum}: the phases must start at 0 and increase")
 
     def take(self, drawn: int, n: int, p: float, in_step: int = 0) -> list[int]:
         """The next n problems at progress p, after `drawn` in all and `in_step` in this step."""
@@ -191,7 +202,21 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
         "question": problem.question, "answer": problem.gold, "kind": problem.kind,
         "choices": problem.choices, "n_tokens": n_tokens, "max_new": config.max_new,
         "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
-    }
+    } | ({"reasoning": problem.trace} if problem.trace else {})
+
+
+def check_rewards(config) -> None:
+    """Raises ValueError for --rewards, --reward-file and --judge that do not match."""
+    mix = rewards.read_mix(config.rewards, config.reward_file)
+    judged = [name for name in mix.weights if name in rewards.JUDGED]
+    if judged and config.judge is None:
+        raise ValueError(f"--rewards {judged[0]}: needs --judge")
+    if config.judge is not None:
+        import judge  # here: most runs have none
+
+        judge.check(config)
+        if not judged:
+            raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
 
 
 class Scorer:
@@ -204,16 +229,17 @@ class Scorer:
     def __init__(self, config, problems: list[Problem], mesh: Mesh | None = None):
         self.config, self.judge = config, None
         self.mix = rewards.read_mix(config.rewards, config.reward_file)
-        traces = [t for p in problems if isinstance(t := p.fields.get("reasoning"), str)]
+        traces = [p.trace for p in problems if p.trace]
         judged = {}
         if config.judge and not self.mix.weights.keys().isdisjoint(rewards.JUDGED):
             import judge  # here: most runs have none
 
             names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
             judged = {n: rewards.Reward(functools.partial(verdict, n)) for n in names}
+        self.functions = rewards.prepare(self.mix, traces, config.reward_file, judged)
+        if judged:
             cache = Path(config.out) / "judge" / "replies.jsonl"
             self.judge = judge.open(config, mesh, cache=cache)
-        self.functions = rewards.prepare(self.mix, traces, config.reward_file, judged)
         self.verdicts: list[Future] = []  # the judge's, since the last collect()
         self.tasks, self.progress_s = queue.SimpleQueue(), 0.0
         for _ in range(config.reward_threads):
@@ -228,10 +254,11 @@ class Scorer:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(rewards.score(self.mix, self.functions, completion, row))
-            except BaseException as error:  # a reward that fails costs its own sample only
-                future.set_exception(error)
+                scored, error = rewards.score(self.mix, self.functions, completion, row), None
+            except BaseException as e:  # a reward that fails costs its own sample only
+                scored, error = None, e
             self.progress_s = time.monotonic()
+            future.set_exception(error) if error else future.set_result(scored)
 
     def submit(self, completion: str, row: dict, place: tuple) -> Future:
         """Queues a completion -> future of rewards.Scored. place: see `places`."""
@@ -380,9 +407,9 @@ def _join(groups: list[list[Sample]], problems: list[Problem], first: int) -> li
     return [[sample(d) for d in group] for group in joined]
 
 
-def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
-             problems: list[Problem]) -> tuple[dict[str, float], list[dict]]:
-    """Answers held-out problems greedily -> (metrics, one row of samples.jsonl per problem)."""
+def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
+           problems: list[Problem]) -> list[dict]:
+    """Answers held-out problems greedily -> one row of samples.jsonl per problem."""
     params, adapter = weights
     mine = hosts.share(range(len(problems)))
     rows = {}
@@ -393,7 +420,11 @@ def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
         rows[r.prompt] = {"prompt": problem.question, "completion": text, "gold": problem.gold,
                           "correct": right, "format": strict, "n_tokens": len(r.ids),
                           "stop": r.stop}
-    rows = hosts.join([rows[i] for i in mine])
+    return hosts.join([rows[i] for i in mine])
+
+
+def accuracy(rows: list[dict]) -> dict[str, float]:
+    """The metrics of these answers; no accuracy if no row has an answer to check."""
     graded = [row["correct"] for row in rows if row["correct"] is not None]
     metrics = {"eval_format": float(np.mean([row["format"] for row in rows])),
                "eval_length": float(np.mean([row["n_tokens"] for row in rows]))}
@@ -401,7 +432,7 @@ def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
         low, high = wilson(sum(graded), len(graded))
         metrics = {"eval_accuracy": float(np.mean(graded)), "eval_accuracy_low": low,
                    "eval_accuracy_high": high} | metrics
-    return metrics, rows
+    return metrics
 
 
 Z = 1.959963984540054  # 95 % of a normal distribution lie within Z standard deviations

@@ -20,6 +20,7 @@ A stage trains `trained` and reads `fixed`, two pytrees:
 """
 
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,54 @@ def resolve(config, defaults: dict[str, dict]):
     unset = {k: v for k, v in table.items() if getattr(config, k) is None}
     if runs.parse_time(getattr(config, "time_limit", None)) is not None:
         unset.pop("steps", None)
-    return dataclasses.replace(config, **unset)
+    config = dataclasses.replace(config, **unset)
+    check_ranges(config)
+    check_name(config)
+    return config
+
+
+RANGES = {  # field -> lowest and highest allowed value
+    "lora_rank": (0, 4096), "steps": (0, math.inf), "batch_rows": (1, math.inf),
+    "micro_rows": (1, math.inf), "max_length": (2, math.inf), "max_prompt": (1, math.inf),
+    "max_new": (1, math.inf), "slots": (1, math.inf), "prompts": (1, math.inf),
+    "group": (1, math.inf), "inner_epochs": (1, math.inf), "learning_rate": (0, math.inf),
+    "warmup": (0, 1), "final_lr": (0, 1), "weight_decay": (0, math.inf), "adam_b2": (0, 1),
+    "clip_norm": (1e-9, math.inf), "lora_dropout": (0, 0.999), "prompt_loss": (0, 1),
+    "kl_coef": (0, math.inf), "clip_low": (0, 1), "clip_high": (0, math.inf),
+    "cispo_cap": (0, math.inf), "is_cap": (0, math.inf), "top_k": (0, math.inf),
+    "top_p": (1e-9, 1), "min_p": (0, 1), "repetition": (0, math.inf), "resample": (0, math.inf),
+    "rows": (0, math.inf), "eval_rows": (0, math.inf), "eval_every": (0, math.inf),
+    "eval_accuracy": (0, math.inf), "save_every": (0, math.inf), "keep": (0, math.inf),
+    "show": (0, math.inf), "show_every": (0, math.inf), "log_samples": (0, math.inf),
+    "reward_threads": (1, 1024), "reward_timeout": (0, math.inf), "max_missing": (0, 1),
+    "overlong_buffer": (0, 1), "max_drift": (0, math.inf),
+}
+
+
+def check_ranges(config) -> None:
+    """Raises ValueError for a number out of range, before anything is loaded."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {low:g} to {high:g}")
+    if hasattr(config, "lora_targets"):
+        lora.parse_targets(config.lora_targets)
+
+
+def check_name(config) -> None:
+    """Raises ValueError if --model names another size than that of the given folder.
+
+    The name picks the defaults: a Gemma of a billion weights must not get those of the tiny model.
+    """
+    folder = Path(config.weights) if config.weights else None
+    if folder is None and config.adapter:
+        folder = hub.find_adapter(config.adapter)
+    if folder is None or not (folder / "config.json").exists():
+        return
+    cfg, named = gemma.read_config(folder), gemma.CONFIGS[hub.base_name(config.model)]
+    if max(cfg.n_params, named.n_params) > max(10**8, 1.5 * min(cfg.n_params, named.n_params)):
+        raise ValueError(f"--model {config.model} has {named.n_params:,} weights, but {folder} "
+                         f"holds {cfg.n_params:,}: name its size with --model")
 
 
 def show_config(config) -> None:
@@ -102,16 +150,16 @@ def base_is_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
     per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    return _copy_is_too_large(cfg, per_weight, mesh)
+    return copy_is_too_large(cfg, per_weight, mesh)
 
 
 def rollouts_are_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
     """Whether decoding reads a sharded base in place instead of gathering a copy per phase."""
     itemsize = jnp.dtype(config.dtype).itemsize
-    return base_is_sharded(cfg, config, mesh) and _copy_is_too_large(cfg, itemsize, mesh)
+    return base_is_sharded(cfg, config, mesh) and copy_is_too_large(cfg, itemsize, mesh)
 
 
-def _copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
+def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
     """Whether a copy of all weights takes over 40 % of a device's memory."""
     device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
     is_here = device.platform != "cpu" and device in jax.local_devices()  # else compile-only
@@ -336,12 +384,12 @@ class HeldOut:
 
             problems = [rollouts.read_problem(item.fields, model.tok, config.system)
                         for item in items[:n]]
-            self.problems, self.answer = problems, rollouts.evaluate
+            self.problems, self.rollouts = problems, rollouts
+            in_place = rollouts_are_sharded(model.cfg, config, mesh)
             self.sampler = rollouts.Sampler(
-                model.cfg, mesh, slots=min(64, len(problems)),
+                model.cfg, mesh, slots=min(8 if in_place else 64, len(problems)),
                 max_prompt=max(len(problem.prompt) for problem in problems),
-                max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                shard=rollouts_are_sharded(model.cfg, config, mesh))
+                max_new=config.max_new, dtype=jnp.dtype(config.dtype), shard=in_place)
 
     def measure(self, trained: dict, step: int, run: runs.Run) -> float:
         """Logs and prints the metrics -> the checkpoint's score: accuracy, or minus the loss."""
@@ -354,8 +402,9 @@ class HeldOut:
             metrics = {f"eval_{k}": x / count for k, x in sums.items()}
             if self.sampler is not None:
                 weights = forward_weights(trained, model.fixed, jnp.dtype(self.config.dtype))
-                answers, rows = self.answer(self.sampler, weights, model.tok, self.problems)
-                metrics |= answers if self.config.eval_accuracy else {}
+                rows = self.rollouts.answer(self.sampler, weights, model.tok, self.problems)
+                if n := self.config.eval_accuracy:
+                    metrics |= self.rollouts.accuracy(rows[:n])
         run.log(step, metrics)
         runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         run.log_samples(step, rows[: self.config.show])

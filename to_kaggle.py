@@ -54,7 +54,7 @@ def needed(script: str) -> list[str]:
     """The script, and our files that it imports, directly or not, lazily or not."""
     files = [script]
     for file in files:
-        for node in ast.walk(ast.parse((HERE / file).read_text())):
+        for node in ast.walk(ast.parse((HERE / file).read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
                 [node.module] if isinstance(node, ast.ImportFrom) else [])
             names = [f"{module}.py" for module in modules]
@@ -77,7 +77,7 @@ def quoted(files: dict[str, str]) -> str:
     """Source that fills the dict FILES, with each text verbatim unless its quotes prevent that."""
     lines = []
     for name, text in files.items():
-        plain = "'''" not in text and not text.endswith("\\")
+        plain = "'''" not in text and not text.endswith(("\\", "'"))
         lines.append(f"FILES[{name!r}] = " + (f"r'''\n{text}'''" if plain else repr(f"\n{text}")))
     return "\n\n".join(lines)
 
@@ -97,7 +97,7 @@ def tiny(folder: str) -> str:
 
 def install() -> str:
     """Source that installs missing packages of requirements.txt and repairs JAX's version."""
-    names = (HERE / "requirements.txt").read_text().split("\n")
+    names = (HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")
     return INSTALL.format(wanted=[n for n in names if n.isidentifier() and n != "jax"])
 
 
@@ -169,7 +169,7 @@ FILES = {{}}
 
 for name, text in FILES.items():
     Path("code", name).parent.mkdir(parents=True, exist_ok=True)
-    Path("code", name).write_text(text[1:])
+    Path("code", name).write_text(text[1:], encoding="utf-8")
     sys.modules.pop(name.removesuffix(".py"), None)
 sys.path[:0] = ["code"] * ("code" not in sys.path)
 {tiny}"""
@@ -200,7 +200,7 @@ import hub
 
 folder = hub.output(config.out)
 subprocess.run([sys.executable, "code/report.py", folder], check=True, capture_output=True)
-page = html.escape((folder / "report.html").read_text())
+page = html.escape((folder / "report.html").read_text(encoding="utf-8"))
 HTML(f'<iframe srcdoc="{{page}}" width="100%" height="900"></iframe>')
 """
 COMPLETIONS = """\
@@ -218,32 +218,37 @@ model named in its `adapter_config.json`, or a whole model if all weights were t
 below merges an adapter into its base, for programs that take whole models.
 """
 MERGE = """\
+import os
 import subprocess
 import sys
 
+# The TPU belongs to this kernel, so the merge runs on the CPU.
 # subprocess.run([sys.executable, "code/lora.py", "--model", config.model, "--adapter", config.out,
-#                 "--out", "merged"], check=True)
+#                 "--out", "merged"], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 """
 
 
-def evaluation_cell(config: Any) -> str:
+def evaluation_cell(config: Any, resolved: Any) -> str:
     """Source that evaluates the models before and after training, and compares them."""
     evaluation = importlib.import_module("eval").Config
     same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows",
             "system")
     same = {name: value for name, value in given(config).items() if name in same}
-    source = config.eval_data or (data.test_split(config.data) if config.data else None)
-    own = source is None and config.data is not None
-    rows = getattr(config, "eval_rows", None)
-    same |= {"data": "held_out" if own else source, "rows": rows}
-    before = evaluation(**same, adapter=config.adapter, out=f"{config.out}-eval-before")
-    after = evaluation(**same, adapter=config.out, out=f"{config.out}-eval",
-                       compare=f"{config.out}-eval-before")
+    # What the run holds out, unless that is a built-in test split; half an hour at most: greedily
+    source = None if config.eval_data or not config.data else data.test_split(config.data)
+    own = bool(config.eval_data) or config.data is not None and source is None
+    same |= {"data": "held_out" if own else source, "rows": resolved.eval_rows, "samples": 0}
+    if "max_prompt" not in same and hasattr(resolved, "max_length"):
+        same["max_prompt"] = resolved.max_length
+    out = config.out.rstrip("/")
+    before = evaluation(**same, adapter=config.adapter, out=f"{out}-eval-before")
+    after = evaluation(**same, adapter=out, out=f"{out}-eval", compare=f"{out}-eval-before")
     text = EVALUATE.format(data=OWN_ROWS * own, before=call(before), after=call(after))
     return text.replace("data='held_out'", "data=held_out")
 
 
-def notebook(script: str, config: Any, files: dict[str, str], flags: list[str]) -> str:
+def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
+             flags: list[str]) -> str:
     """The .ipynb: setup, configuration and run; after training also evaluation and report."""
     module = script.removesuffix(".py")
     title, command = sys.modules[module].__doc__.split("\n")[0], shlex.join([script, *flags])
@@ -261,7 +266,7 @@ def notebook(script: str, config: Any, files: dict[str, str], flags: list[str]) 
         cells += [
             ("# evaluation", "## Before and after\n\nThe same held-out problems, answered by the "
              "model before training and by the trained model."),
-            ("eval", evaluation_cell(config)),
+            ("eval", evaluation_cell(config, resolved)),
             ("# report", "## Report\n\nCurves of every metric and a browser of completions."),
             ("report", REPORT),
             ("# completions", "## Three answers of the trained model"),
@@ -314,7 +319,7 @@ FILES = {{}}
 {files}
 FOLDER = tempfile.TemporaryDirectory(prefix="{module}-")
 for name, text in FILES.items():
-    Path(FOLDER.name, name).write_text(text[1:])
+    Path(FOLDER.name, name).write_text(text[1:], encoding="utf-8")
     sys.modules.pop(name.removesuffix(".py"), None)
 sys.path.insert(0, FOLDER.name)
 sys.modules["{module}"] = sys.modules[__name__]  # for a sibling that imports this script
@@ -350,7 +355,7 @@ def reward_files(config: Any) -> tuple[dict[str, str], Any]:
     for path in rewards.files(getattr(config, "rewards", None) or "", own):
         if not path.is_file():
             raise ValueError(f"--reward-file {own}: no file '{path}'")
-        files[path.name] = path.read_text()
+        files[path.name] = path.read_text(encoding="utf-8")
     if own:
         config = dataclasses.replace(config, reward_file=own.rpartition("/")[2])
     return files, config
@@ -359,16 +364,16 @@ def reward_files(config: Any) -> tuple[dict[str, str], Any]:
 def main(config: Config, flags: list[str]) -> Path:
     """Writes the notebook or the file, after the script's own parser has read the flags."""
     script, is_script = Path(config.script).name, "\ndef main(config: Config)"
-    scripts = sorted(f.name for f in HERE.glob("*.py") if is_script in f.read_text())
+    texts = {f.name: f.read_text(encoding="utf-8") for f in HERE.glob("*.py")}
+    scripts = sorted(name for name, text in texts.items() if is_script in text)
     if script not in scripts:
         raise ValueError(f"{config.script}: expected one of {', '.join(scripts)}")
     module = importlib.import_module(script.removesuffix(".py"))
     parsed = tyro.cli(module.Config, args=flags, prog=script)
-    if hasattr(module, "resolve"):
-        module.resolve(parsed)  # checks the values too
+    resolved = module.resolve(parsed) if hasattr(module, "resolve") else parsed  # checks values
     also = ("eval.py", "report.py") if script.startswith("train_") and not config.one_file else ()
     names = dict.fromkeys(name for one in (*also, script) for name in needed(one))
-    files = {name: (HERE / name).read_text() for name in names}
+    files = {name: (HERE / name).read_text(encoding="utf-8") for name in names}
     extra, parsed = reward_files(parsed)
     for name in extra.keys() & files.keys():
         raise ValueError(f"--reward-file {name}: rename it, one of ours has that name")
@@ -376,9 +381,9 @@ def main(config: Config, flags: list[str]) -> Path:
     if config.one_file:
         text, end = one_file(script, parsed, files), "_kaggle.py"
     else:
-        text, end = notebook(script, parsed, files, flags), ".ipynb"
+        text, end = notebook(script, parsed, resolved, files, flags), ".ipynb"
     to = Path(config.to or script.replace(".py", end))
-    to.write_text(text)
+    to.write_text(text, encoding="utf-8")
     print(f"{to}: {len(text):,} bytes, {len(files)} files: {', '.join(files)}")
     return to
 

@@ -290,22 +290,13 @@ def resolve(config: Config) -> Config:
     config = stage.resolve(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
-    longest = config.max_prompt + config.max_new
-    for flag, value, ok, expected in (
-        ("group", config.group, config.group > 1, "2 or more, to compare"),
-        ("prompts", config.prompts, config.prompts > 0, "1 or more"),
-        ("temperature", config.temperature, config.temperature > 0, "more than 0"),
-        ("pack-length", config.pack_length, config.pack_length >= longest,
-         f"--max-prompt + --max-new = {longest} or more"),
-        ("inner-epochs", config.inner_epochs, config.inner_epochs > 0, "1 or more"),
-    ):
-        if not ok:
-            raise ValueError(f"--{flag} {value}: expected {expected}")
-    rewards.read_mix(config.rewards, config.reward_file)  # report a mistake now
-    if config.judge:
-        import judge  # here: most runs have none
-
-        judge.check(config)
+    if config.group < 2:
+        raise ValueError(f"--group {config.group}: expected 2 or more, to compare")
+    if config.pack_length < (longest := config.max_prompt + config.max_new):
+        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
+                         f"{longest} or more")
+    rollouts.read_curriculum(config.curriculum)  # report mistakes before loading anything
+    rollouts.check_rewards(config)
     return config
 
 
@@ -398,7 +389,9 @@ def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | No
     if config.per_reward:  # arXiv 2601.05242
         parts = [normalise(parts_QGC[..., c], 1, True) for c in range(len(weights_C))]
         a_QG = sum(w * part for w, part in zip(weights_C, parts, strict=True))
-        return np.nan_to_num(normalise(a_QG, (0, 1), True))
+        a_QG[np.isnan(totals_QG)] = np.nan
+        # The batch's mean is 0 up to rounding: an advantage of exactly 0 stays 0.
+        return np.nan_to_num(np.where(a_QG == 0, 0.0, normalise(a_QG, (0, 1), True)))
     a_QG = normalise(totals_QG, 1, config.scale == "group")
     if config.scale == "batch":
         seen = totals_QG[~np.isnan(totals_QG)]
@@ -620,6 +613,8 @@ def update(setup: Setup, state: State, samples: list[Sample],
     train_step, reference_step = setup.steps
     trained, opt, metrics = state.trained, state.opt, {}
     host, n_micro, spans = rollouts.pack(samples, token_weights(samples, config), config, mesh.size)
+    if not n_micro:  # no completion has a gradient: Adam's momentum alone must not move weights
+        return state._replace(step=state.step + 1), {"update_s": 0.0}, host
     batch, n = stage.put(host, mesh, P(None, "data")), np.int32(n_micro)
     if config.kl_coef:
         ref = reference_step(setup.reference, model.fixed, batch, n)
@@ -649,7 +644,8 @@ def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
     dtype = jnp.dtype(setup.config.dtype)
     weights = stage.forward_weights(state.trained, setup.model.fixed, dtype)
     with run.budget.measure("eval"):
-        metrics, _ = rollouts.evaluate(setup.sampler, weights, setup.model.tok, setup.held_out)
+        metrics = rollouts.accuracy(
+            rollouts.answer(setup.sampler, weights, setup.model.tok, setup.held_out))
     run.log(state.step, metrics)
     runs.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return metrics.get("eval_accuracy", metrics["eval_format"])
@@ -662,7 +658,7 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
     run.log(step, rollouts.summarize(seen, setup.scorer.mix) | metrics | setup.scorer.stats())
     failed = [s for s in samples[config.log_samples :] if s.scored.errors]
     run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
-    if config.show and (step == 1 or step % config.show_every == 0):
+    if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
         rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
     drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
     if drift > config.max_drift:
@@ -680,7 +676,8 @@ def main(config: Config) -> Path | dict:
         return bench.plan("grpo", config)
     config = resolve(config)
     hosts.connect(config)
-    runs.claim(Path(config.out))  # reject a wrong --out before loading anything
+    if hosts.index == 0:
+        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
     runs.compilation_cache()
     stage.show_config(config)
     if config.group == 2 and config.scale == "group":
@@ -696,6 +693,7 @@ def main(config: Config) -> Path | dict:
     held_out = rollouts.numbered(held_out)
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
+    model = model._replace(trained=None)  # else a resumed run would hold these weights too
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)
@@ -711,7 +709,7 @@ def main(config: Config) -> Path | dict:
         saved = run.restore(state.arrays)
         if saved is not None:
             arrays = stage.put_like(saved.arrays, state.arrays)
-            state = State(**arrays, step=saved.step, **saved.state)
+            state, saved = State(**arrays, step=saved.step, **saved.state), None
         elif config.eval_every:
             evaluate(setup, state, run)
 

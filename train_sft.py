@@ -181,6 +181,8 @@ def resolve(config: Config) -> Config:
     config = stage.resolve(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
+    if config.from_scratch and config.adapter:
+        raise ValueError(f"--adapter {config.adapter}: --from-scratch starts from random weights")
     if config.from_scratch and config.lora_rank:
         raise ValueError(f"--lora-rank {config.lora_rank}: --from-scratch trains all weights, so "
                          "it takes no adapter")
@@ -324,7 +326,8 @@ def main(config: Config) -> Path | dict:
         return bench.plan("sft", config)
     config = resolve(config)
     hosts.connect(config)
-    runs.claim(Path(config.out))  # reject a wrong --out before loading anything
+    if hosts.index == 0:
+        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
     runs.compilation_cache()
     stage.show_config(config)
     mesh = gemma.all_devices()
@@ -338,6 +341,7 @@ def main(config: Config) -> Path | dict:
                           data.mix_weights(config.mix, sources))
     trained, fixed = model.trained, model.fixed
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
+    model = model._replace(trained=None)  # else a resumed run would hold these weights too
 
     # compile
     train_step, eval_step = make_steps(model.cfg, config, mesh, model.sharded)
@@ -350,7 +354,7 @@ def main(config: Config) -> Path | dict:
         if (saved := run.restore({"trained": trained, "opt": opt})) is not None:
             step = saved.step
             trained = stage.put_like(saved.arrays["trained"], trained)
-            opt = stage.put_like(saved.arrays["opt"], opt)
+            opt, saved = stage.put_like(saved.arrays["opt"], opt), None
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, trained)

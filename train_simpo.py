@@ -436,7 +436,8 @@ def main(config: Config) -> Path | dict:
         raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
                          '"4", "rejected": "5"} lines')
     hosts.connect(config)
-    runs.claim(Path(config.out))  # reject a wrong --out before loading anything
+    if hosts.index == 0:
+        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
     runs.compilation_cache()
     stage.show_config(config)
     mesh = gemma.all_devices()
@@ -450,6 +451,7 @@ def main(config: Config) -> Path | dict:
                           data.mix_weights(config.mix, sources))
     trained, fixed = model.trained, with_reference(model.trained, model.fixed, config)
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
+    model = model._replace(trained=None)  # else a resumed run would hold these weights too
 
     # compile
     train_step, eval_step = make_steps(model.cfg, config, mesh, model.sharded)
@@ -462,7 +464,7 @@ def main(config: Config) -> Path | dict:
         if (saved := run.restore({"trained": trained, "opt": opt})) is not None:
             step = saved.step
             trained = stage.put_like(saved.arrays["trained"], trained)
-            opt = stage.put_like(saved.arrays["opt"], opt)
+            opt, saved = stage.put_like(saved.arrays["opt"], opt), None
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, trained)

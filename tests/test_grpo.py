@@ -492,9 +492,12 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, tol
     monkeypatch.setattr(train_grpo, "make_steps", make_steps)
     rows = "".join(f'{{"question": "1 + {i}?", "answer": "{i + 1}"}}\n' for i in range(9))
     (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "own.py").write_text(
+        "def score(completion, row):\n    return sum(map(ord, completion)) % 97\n")
     train_grpo.main(train_grpo.Config(
         weights=str(small), out=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), steps=2,
-        group=2, prompts=2, max_prompt=24, max_new=8, pack_length=40, slots=1, rewards="repetition",
+        group=2, prompts=2, max_prompt=24, max_new=8, pack_length=40, slots=1,
+        rewards="score", reward_file=str(tmp_path / "own.py:score"),
         inner_epochs=inner_epochs, kl_coef=kl_coef, eval_every=0, eval_rows=1, max_drift=99.0,
         report_to="tensorboard",
     ))

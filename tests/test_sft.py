@@ -271,7 +271,8 @@ def test_answers_to_equal_prompts_are_counted_apart():
             for p in prompts:
                 yield Rollout(p, 0, np.array(ids), np.zeros(len(ids)), "stop")
 
-    metrics, answers = rollouts.evaluate(Parrot(), (None, None), tok, problems)
+    answers = rollouts.answer(Parrot(), (None, None), tok, problems)
+    metrics = rollouts.accuracy(answers)
     assert [row["correct"] for row in answers] == [True, True, None]
     assert metrics["eval_accuracy"] == 1.0 and metrics["eval_format"] == 1.0
 
