@@ -1,28 +1,28 @@
-"""Evaluation: pass@k, majority votes, format and length of a model, and two of them compared.
+"""Evaluation: pass@k, majority votes, format and length of a model, and two models compared.
 
     python eval.py                                                 # the tiny model, word problems
     python eval.py --model gemma3-1b --data gsm8k:test --samples 8 --adapter runs/sft
     python eval.py --adapter runs/grpo --out runs/eval-grpo --compare runs/eval-sft
     python eval.py --data mine.jsonl --rewards judge:0.6,format:0.2,answer:0.2 --judge gemma3-12b
 
-Every problem is answered once greedily and `samples` times at a temperature. What to know:
+Every problem is answered once greedily and --samples times at --temperature. What to know:
 
-1. pass@k is the unbiased estimator 1 - C(n-c, k) / C(n, k) of Chen et al. (arXiv 2107.03374), from
-   the c right ones of n samples. maj@k lets k samples vote; a tie counts as the share of the tied
-   answers that is right, what a fair draw scores on average. No answer, no vote.
+1. pass@k is the unbiased estimator 1 - C(n-c, k) / C(n, k) of Chen et al. (arXiv 2107.03374), for
+   c right ones among n samples. maj@k lets k samples vote; a tie scores the share of the tied
+   answers that are right, the mean of a fair draw. A sample without an answer has no vote.
 2. Answers are read as the reward reads them (rewards.py): `pass@1` with or without tags, so that
-   format and accuracy stay two numbers; `pass@1_tags` counts completions in strict format only.
-3. Intervals are for 95 %: Wilson's where a problem counts 0 or 1 (everything greedy), else
-   percentiles of 2,000 bootstrap resamples *of problems*: the samples of one are not independent.
-4. --compare pairs the same problems: the exact McNemar test where they count 0 or 1, and a paired
-   bootstrap interval of every difference.
-5. Rows without an answer to check (rubrics, a reference) count for format, length, stops and
-   --rewards: the mean score of what was scored; `missing` is the share that could not be.
+   format and accuracy stay separate; `pass@1_tags` counts completions in strict format only.
+3. Intervals are at 95 %: Wilson's where each problem scores 0 or 1 (rates of greedy answers), else
+   percentiles of 2,000 bootstrap resamples *of problems*: one problem's samples are dependent.
+4. --compare pairs the problems of two runs: McNemar's exact test where they score 0 or 1, and a
+   paired bootstrap interval of every difference.
+5. Rows without an answer to check (rubrics, a reference) still count for format, length, stops and
+   --rewards, a mean over the scored completions; `missing` is the share without a score.
 
-Rows are of any shape that data.parse_row reads; `task_type` or `domain` names the row of the table.
-The folder gets results.json (pass@1, format, n, ...) and samples.jsonl. The same command continues:
-a rollout's noise depends on (seed, problem, sample) alone, so finished completions stay, and the
-results are those of an uninterrupted run. Scores come last; other --rewards sample nothing again.
+Rows have any shape that data.parse_row reads; the table has a line per `task_type` or `domain`. The
+folder gets results.json (pass@1, format, n, ...) and samples.jsonl. The same command continues: a
+rollout's noise depends on (seed, problem, sample) alone, so finished completions are kept, and the
+results are those of an uninterrupted run. Scoring comes last: new --rewards sample nothing again.
 """
 
 import dataclasses
@@ -56,71 +56,71 @@ from sampler import Rollout, Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(judge.Config):
-    """What is answered, by whom and how; the flags that synthesize.py has too."""
+    """Model, data and sampling: the flags that synthesize.py has too."""
 
     # model
     model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
     weights: str | None = None
     """Folder of the weights (config.json, safetensors); default: looked for by name."""
     tokenizer: str | None = None
-    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    """Tokenizer folder or file, if the weights folder has no tokenizer.model."""
     adapter: str | None = None
-    """The final/ of a run, a PEFT adapter, or a fully fine-tuned model; default: the bare model."""
+    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights and the activations."""
+    """Precision of the weights and the activations."""
 
     # data
     data: str | None = None
-    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
     rows: int | None = None
-    """Problems from the start of each source; 0: all of them."""
+    """Problems to take from the start of each source; 0: all of them."""
     system: str | None = None
-    """System text put before every question; default: the one the adapter was trained under."""
+    """System text before every question; default: the one the adapter was trained under."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    """Skip and count rows that cannot be used, instead of stopping at the first."""
 
     # sampling
     temperature: float = 1.0
-    """Of the random completions."""
+    """Temperature of the sampled completions."""
     top_k: int = 0
-    """Draw from the k likeliest tokens; 0: from all."""
+    """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that add up to this probability."""
+    """Sample from the likeliest tokens that add up to this probability."""
     min_p: float = 0.0
-    """Draw from tokens at least this probable, as a share of the likeliest one's probability."""
+    """Sample from tokens at least this probable, relative to the likeliest token."""
     max_prompt: int | None = None
-    """Tokens of the longest prompt."""
+    """Longest prompt, in tokens; a row with a longer one is a bad row."""
     max_new: int | None = None
-    """Tokens after which a completion is cut; its stop reason is then "length"."""
+    """Longest completion, in tokens; a longer one is cut, with stop reason "length"."""
     repetition: int = 0
-    """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
+    """Stop a completion after this many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
-    """Completions that a device writes at a time; lower it when out of memory."""
+    """Completions decoded at once on each device; lower it when out of memory."""
     seed: int = 0
-    """Of the random completions."""
+    """Seed of the sampling."""
     reward_file: str | None = None
-    """Rewards of your own: my.py (README) or my.py:score, one function of (completion, row)."""
+    """Your own rewards: my.py (see README), or my.py:score, a function of (completion, row)."""
     reward_threads: int = 16
-    """Completions scored at a time."""
+    """Completions scored at once, in threads."""
     reward_timeout: float = 60.0
-    """Seconds without any score after which the scores still awaited are missing."""
+    """Seconds without a new score after which the pending scores count as missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Sampling):
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+    """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
     greedy: bool = True
-    """Answer every problem once with the likeliest tokens: pass@1."""
+    """Answer every problem once greedily, for pass@1."""
     samples: int | None = None
-    """Random completions of every problem, the k of pass@k and maj@k; 0: none."""
+    """Sampled completions per problem, the k of pass@k and maj@k; 0: none."""
     rewards: str = ""
-    """Weighted sum, as in judge:0.6,format:0.2, or a preset: tunix, ideae, pinocchio, grar."""
+    """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
     out: str = "runs/eval"
     """Folder of results.json and samples.jsonl; the same command continues what is there."""
     compare: str | None = None
-    """Folder of an earlier evaluation, to compare with on the problems both have."""
+    """Folder of an earlier evaluation to compare with, on the problems both share."""
 
 
 REAL = dict(
@@ -137,13 +137,13 @@ DEFAULTS = {
     "gemma2-9b": REAL | dict(slots=8),
     "gemma3-12b": REAL | dict(slots=8),
 }
-MAY_CHANGE = (  # in a folder that is continued: what the checksums cover, and what comes last
+MAY_CHANGE = (  # flags that may change in a continued folder: checksummed, or used after sampling
     "model", "weights", "tokenizer", "adapter", "data", "rows", "system", "max_prompt", "compare",
     "rewards", "reward_file", "reward_timeout", "judge", "judge_model", "judge_weights",
     "judge_style", "judge_calls", "skip_bad_rows", "margin", "reference", "min_length",
     "max_length", "max_repetition", "min_reward",
 )
-EVERY_S = 10.0  # between two lines of progress
+EVERY_S = 10.0  # between two progress lines
 N_RESAMPLES = 2_000
 
 
@@ -155,7 +155,7 @@ def resolve(config: Config) -> Config:
                          "0 without --no-greedy")
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"--temperature {config.temperature}: expected 0 (greedy) or more")
-    if config.rewards or config.reward_file:  # mistakes are better said before the sampling
+    if config.rewards or config.reward_file:  # report mistakes before sampling
         rollouts.check_rewards(config)
     elif config.judge is not None:
         raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
@@ -167,7 +167,7 @@ def resolve(config: Config) -> Config:
 
 def answer(config, problems: list[Problem], tok: data.Tokenizer, start: hub.Start,
            greedy: bool) -> list[dict]:
-    """`complete` with the model of a script's Config, and samples.jsonl of its folder."""
+    """Loads the model and runs `complete`, with samples.jsonl in --out as the journal."""
     mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
     cfg = gemma.read_config(start.weights)
     shard = mesh.size > 1 and stage.copy_is_too_large(cfg, dtype.itemsize, mesh)
@@ -183,10 +183,10 @@ def answer(config, problems: list[Problem], tok: data.Tokenizer, start: hub.Star
 
 def complete(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
              config, greedy: bool = True, journal: Path | None = None) -> list[dict]:
-    """Answers all problems -> a row for each completion, in the problems' order.
+    """Answers all problems -> one row per completion, in the problems' order.
 
-    journal: gets the rows of a problem as soon as all of them are there; problems that it has
-    already are not sampled again.
+    journal: a file that gets a problem's rows as soon as all of them are there; problems already in
+    it are not sampled again.
     """
     n_of = {"greedy": int(greedy), "sampled": config.samples}
     rows = [] if journal is None else read_journal(journal, problems, n_of)
@@ -196,8 +196,8 @@ def complete(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: li
     for mode, n in n_of.items():
         todo = {i: p.prompt for i, p in enumerate(problems) if n and (mode, i) not in finished}
         unfinished = {}
-        # Truncation keeps the likeliest token, so greedy decoding may have the same rules, and
-        # then both compile only once.
+        # Truncation keeps the likeliest token, so greedy decoding can use the same rules, and both
+        # modes share one compiled program.
         for rollout in sampler.sample(
                 weights[0], todo, max(1, n), lora=weights[1], seed=config.seed,
                 temperature=0.0 if mode == "greedy" else config.temperature, top_k=config.top_k,
@@ -231,7 +231,7 @@ def grade(rollout: Rollout, mode: str, problem: Problem, tok: data.Tokenizer) ->
 
 def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
           config) -> list[rewards.Scored]:
-    """What --rewards gives each row; judged in their order, so the same after a kill."""
+    """Scores each row by --rewards, in order, so that scores are the same after a kill."""
     scored = []
     with rollouts.Scorer(config, problems) as scorer:
         places = rollouts.places([row["problem"] for row in rows])
@@ -249,7 +249,7 @@ def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 
 
 def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> list[dict]:
-    """The rows of finished problems; cuts off a torn line and the rows of unfinished problems."""
+    """The rows of finished problems; drops a torn line and the rows of unfinished problems."""
     if not path.exists():
         return []
     rows = runs.good_rows(path)
@@ -259,7 +259,7 @@ def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> l
         for name in ("reward", "rewards", "errors"):  # of --rewards that may have changed
             row.pop(name, None)
         if row["problem"] >= len(problems) or row["id"] != problems[row["problem"]].id:
-            raise ValueError(f"{path}: problem {row['problem']} is not that of --data any more")
+            raise ValueError(f"{path}: problem {row['problem']} is no longer the one in --data")
     runs.replace_file(path, runs.to_jsonl(rows))
     return rows
 
@@ -268,7 +268,7 @@ def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> l
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of k drawn without replacement from n samples is among the c right ones.
+    """Chance that k of n samples, drawn without replacement, hold at least one of the c right ones.
 
     n 4, c 1, k 2 -> 1 - C(3, 2) / C(4, 2) = 0.5.
     """
@@ -278,7 +278,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority(votes: list[str | None], right: list[bool]) -> float:
-    """1 if the commonest answer is right; of tied ones, the share that is. None does not vote.
+    """1 if the most common answer is right; in a tie, the share that is. None does not vote.
 
     votes [a a b b c], right [1 1 0 0 1] -> 0.5.
     """
@@ -288,7 +288,7 @@ def majority(votes: list[str | None], right: list[bool]) -> float:
 
 
 def bootstrap(values: Iterable[float]) -> tuple[float, float]:
-    """Percentile interval of a mean over problems (Efron 1979); the same for the same values."""
+    """Percentile interval of a mean over problems (Efron 1979); deterministic."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
     n = len(values)
     means = [values[rng.integers(0, n, n)].mean() for _ in range(N_RESAMPLES)]
@@ -301,13 +301,13 @@ def is_binary(name: str, values: np.ndarray) -> bool:
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Exact two-sided p-value of McNemar's test: are wins and losses a fair coin's?"""
+    """Exact two-sided p-value of McNemar's test: are wins and losses equally likely?"""
     n, tail = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(tail + 1)) / 2**n)
 
 
 def measure(rows: list[dict]) -> dict[str, float]:
-    """What the completions of one problem add to each mean; no pass@ without a right answer."""
+    """The value of one problem in each mean; no pass@ without a right answer."""
     greedy, sampled = ([r for r in rows if r["mode"] == m] for m in ("greedy", "sampled"))
     graded, mean = rows[0]["correct"] is not None, lambda values: float(np.mean(values))
     out, k = {}, len(sampled)
@@ -331,7 +331,7 @@ def measure(rows: list[dict]) -> dict[str, float]:
 
 
 def measure_scores(rows: list[dict], suffix: str) -> dict[str, float]:
-    """Means of --rewards over the completions that have them; missing ones are in none, not 0."""
+    """Means of --rewards over the completions that have them; missing ones are left out, not 0."""
     if not rows:
         return {}
     columns = {"reward": [r["reward"] for r in rows]}
@@ -343,7 +343,7 @@ def measure_scores(rows: list[dict], suffix: str) -> dict[str, float]:
 
 
 def by_problem(rows: Iterable[dict]) -> dict[str, tuple[str, dict[str, float]]]:
-    """Each problem's domain and what it adds to the means, by its id."""
+    """id of a problem -> (its domain, its value in each mean)."""
     groups = {}
     for row in rows:
         groups.setdefault(row["id"], []).append(row)
@@ -351,7 +351,7 @@ def by_problem(rows: Iterable[dict]) -> dict[str, tuple[str, dict[str, float]]]:
 
 
 def summarize(rows: list[dict]) -> dict:
-    """Means over problems with their intervals, of all and of each domain."""
+    """Means over problems with their intervals, for all problems and for each domain."""
     everything, domains = [], {}
     for domain, measured in by_problem(rows).values():
         everything.append(measured)
@@ -361,7 +361,7 @@ def summarize(rows: list[dict]) -> dict:
 
 
 def names_of(measured: list[dict[str, float]]) -> list[str]:
-    """Of all metrics, in the order of the problem that has most: one with an answer to check."""
+    """All metrics, in the order of the problem that has most: one with an answer to check."""
     return list(dict.fromkeys(itertools.chain(max(measured, key=len), *measured)))
 
 
@@ -376,7 +376,7 @@ def means(measured: list[dict[str, float]]) -> dict:
 
 
 def compare(rows: list[dict], others: list[dict]) -> dict:
-    """This run against another on the problems both have; a positive difference: this is higher."""
+    """Compares this run with another on shared problems; positive differences: this is higher."""
     ours, theirs = by_problem(rows), by_problem(others)
     both = [(ours[id][1], theirs[id][1]) for id in ours if id in theirs]
     if not both:
@@ -401,7 +401,7 @@ def compare(rows: list[dict], others: list[dict]) -> dict:
 
 
 def table(results: dict) -> str:
-    """The results for people: rates in percent, lengths in tokens, rewards as they are."""
+    """The results as text: rates in percent, lengths in tokens, rewards as they are."""
     scale = lambda name: 1 if name.startswith(("length", "reward")) else 100
     digits = lambda name: 3 if name.startswith("reward") else 1
 
@@ -413,7 +413,7 @@ def table(results: dict) -> str:
         return f"{scale(name) * value:6.{digits(name)}f}  {f'[{interval}]':16}"
 
     lines = [f"{results['n']} problems, {results['n_graded']} with an answer to check; percent and "
-             "95 % interval: Wilson, of averaged samples bootstrap"]
+             "95 % interval: Wilson, or bootstrap if samples are averaged"]
     lines += [f"  {name:26}{cell(results, name)}" for name in results["intervals"]]
     if len(results["domains"]) > 1:
         names = ["pass@1", "format", "length"] + ["reward"] * ("reward" in results)
@@ -438,7 +438,7 @@ def table(results: dict) -> str:
 
 
 def begin_folder(config, kind: str, start: hub.Start, problems: list[Problem]) -> None:
-    """Writes config.json; a folder of other weights, prompts or sampling is refused."""
+    """Writes config.json; refuses a folder of other weights, prompts or sampling."""
     out, prompts = Path(config.out), repr([(p.id, p.prompt) for p in problems]).encode()
     facts = {"checksum of the weights": fingerprint(start),
              "checksum of the prompts": hashlib.sha256(prompts).hexdigest()[:16]}
@@ -449,7 +449,7 @@ def begin_folder(config, kind: str, start: hub.Start, problems: list[Problem]) -
 
 
 def fingerprint(start: hub.Start) -> str:
-    """Tells other weights apart without reading gigabytes: sizes and samples of the files."""
+    """A checksum of the weights without reading gigabytes: sizes and samples of the files."""
     digest, folders = hashlib.sha256(), [start.weights] + [start.adapter] * bool(start.adapter)
     for file in [f for folder in folders for f in sorted(folder.glob("*.safetensors"))]:
         size = file.stat().st_size

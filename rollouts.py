@@ -6,11 +6,11 @@
         groups, seconds = rollouts.sample_groups(...)      # one group of G samples for each prompt
     batch, n_micro, spans = rollouts.pack(samples, weights, config, mesh.size)
 
-1. A completion is scored in a thread as soon as it is finished, while the devices decode others.
+1. A thread scores each completion as soon as it is finished, while the devices decode others.
 2. A reward that fails or does not return is missing, not 0, and its reason is kept.
-3. The ids that were sampled are the ids that are trained on; text is never tokenised again.
-4. A row of an update holds a prompt once, followed by completions of it that see the prompt and
-   themselves: fewer tokens to compute, the same gradient (a test).
+3. The sampled token ids are trained on as they are; text is never tokenised again.
+4. A packed row holds a prompt once, followed by its completions, each of which attends to the
+   prompt and itself: fewer tokens, the same gradient (tested).
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ from sampler import Rollout, Sampler
 class Problem:
     """One row, ready to be answered and graded."""
 
-    id: str  # of question and answer, whatever the system text: pairs the runs of two models
+    id: str  # hash of question and answer, not of the system text: pairs two models' runs
     prompt: tuple[int, ...]  # token ids
-    question: str  # to read
+    question: str  # as text
     gold: str | None  # the right answer; None: nothing to check
     kind: str  # how to check it, one of rewards.KINDS
     choices: tuple[str, ...]
     domain: str
     trace: str = ""  # the row's own reasoning
-    fields: dict = dataclasses.field(default_factory=dict, compare=False)  # the row's own
+    fields: dict = dataclasses.field(default_factory=dict, compare=False)  # of the row itself
 
 
 def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str = "") -> Problem:
-    """A row of any known shape; its prompt is what training on the row would show the model."""
+    """Parses a row of any known shape; its prompt is the one that SFT on the row would use."""
     chat, completion, gold, choices, fields = data.parse_row(row)
     trace, answer, strict = rewards.parse(completion or "")
-    if gold is None and strict:  # of a completion, what is inside its tags
+    if gold is None and strict:  # take it from the completion's tags
         gold = answer
     if (kind := fields.get("kind", "auto")) not in rewards.KINDS:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(rewards.KINDS)}")
@@ -73,7 +73,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
 
 
 def problem_reader(config, tok: data.Tokenizer):
-    """read_problem under a script's --system, with --max-prompt as its limit."""
+    """read_problem with a script's --system and with --max-prompt as its limit."""
 
     def read(row: dict) -> Problem:
         problem = read_problem(row, tok, config.system)
@@ -85,7 +85,7 @@ def problem_reader(config, tok: data.Tokenizer):
 
 
 def numbered(problems: list[Problem]) -> list[Problem]:
-    """The same with ids that differ: the second problem of an id becomes id-2."""
+    """Makes ids unique: the second problem with an id gets id-2."""
     seen, out = Counter(), []
     for problem in problems:
         seen[problem.id] += 1
@@ -95,14 +95,14 @@ def numbered(problems: list[Problem]) -> list[Problem]:
 
 
 def load_problems(config, tok: data.Tokenizer) -> tuple[list[Problem], list[str]]:
-    """The problems of a script's --data, and what was wrong with the rows left out."""
+    """The problems of a script's --data, and the errors of the rows left out."""
     sources, bad = data.load(config.data, problem_reader(config, tok), rows=config.rows,
                              skip_bad_rows=config.skip_bad_rows, what="problems")
     return numbered([problem for source in sources for problem in source]), bad
 
 
 def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
-    """(the answer, whether it is right or None where there is nothing to check, strict format)."""
+    """(the answer, whether it is right (None: nothing to check), whether the format is strict)."""
     _, answer, strict = rewards.parse(completion)
     if problem.gold is None:
         return answer, None, strict
@@ -129,7 +129,7 @@ def read_curriculum(curriculum: str) -> list[tuple[float, float, float]]:
 
 
 class Order:
-    """Which problems a step takes: a function of (seed, how many were drawn, share of the run)."""
+    """Which problems a step takes, from (seed, number drawn so far, progress)."""
 
     def __init__(self, problems: list[Problem], curriculum: str, seed: int):
         self.seed, self.ordered = seed, curriculum == "ordered"
@@ -154,7 +154,7 @@ class Order:
             self.phases.append((start, rows))
 
     def take(self, drawn: int, n: int, p: float, in_step: int = 0) -> list[int]:
-        """The next n problems after `drawn` others, `in_step` of them in this step, at share p."""
+        """The next n problems at progress p, after `drawn` in all and `in_step` in this step."""
         phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
         rows = self.phases[phase][1]
         if self.ordered:
@@ -176,11 +176,11 @@ class Sample:
     """One completion with its score."""
 
     problem: Problem
-    group: int  # which of the step's groups
+    group: int  # index among the step's groups
     rollout: Rollout
     text: str
     right: bool | None  # whether the answer is right; None: nothing to check
-    strict: bool  # whether the format is
+    strict: bool  # whether the format is strict
     scored: rewards.Scored
     advantage: float = 0.0
 
@@ -196,7 +196,7 @@ class Sample:
 
 
 def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.0) -> dict:
-    """What a reward function is told besides the completion: the data's row, and this."""
+    """The `row` of a reward function: the data's row and what the trainer adds."""
     overlong = getattr(config, "overlong_buffer", 0.2)
     return problem.fields | {
         "question": problem.question, "answer": problem.gold, "kind": problem.kind,
@@ -206,7 +206,7 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
 
 
 def check_rewards(config) -> None:
-    """Raises ValueError for --rewards, --reward-file and --judge that do not fit each other."""
+    """Raises ValueError for --rewards, --reward-file and --judge that do not match."""
     mix = rewards.read_mix(config.rewards, config.reward_file)
     judged = [name for name in mix.weights if name in rewards.JUDGED]
     if judged and config.judge is None:
@@ -220,10 +220,10 @@ def check_rewards(config) -> None:
 
 
 class Scorer:
-    """--rewards and --judge: scores of completions, worked out in threads.
+    """Scores completions by --rewards and --judge, in threads.
 
     A reward that never returns is missing after --reward-timeout seconds. The threads are daemons,
-    so such a reward cannot hold up the end of the program either.
+    so such a reward cannot keep the program from exiting either.
     """
 
     def __init__(self, config, problems: list[Problem], mesh: Mesh | None = None):
@@ -240,7 +240,7 @@ class Scorer:
         if judged:
             cache = Path(config.out) / "judge" / "replies.jsonl"
             self.judge = judge.open(config, mesh, cache=cache)
-        self.verdicts: list[Future] = []  # of the judge, since the last collect()
+        self.verdicts: list[Future] = []  # the judge's, since the last collect()
         self.tasks, self.progress_s = queue.SimpleQueue(), 0.0
         for _ in range(config.reward_threads):
             self._start_thread()
@@ -255,13 +255,13 @@ class Scorer:
                 continue
             try:
                 scored, error = rewards.score(self.mix, self.functions, completion, row), None
-            except BaseException as e:  # whatever a reward does, only its sample is lost
+            except BaseException as e:  # a reward that fails costs its own sample only
                 scored, error = None, e
             self.progress_s = time.monotonic()
             future.set_exception(error) if error else future.set_result(scored)
 
     def submit(self, completion: str, row: dict, place: tuple) -> Future:
-        """A future of rewards.Scored; place: (question, index, size), see `places`."""
+        """Queues a completion -> future of rewards.Scored. place: see `places`."""
         if self.judge is not None:
             row["verdict"] = self.judge.submit(completion, row, place)
             self.verdicts.append(row["verdict"])
@@ -271,9 +271,9 @@ class Scorer:
         return future
 
     def collect(self, futures: list[Future]) -> list[rewards.Scored]:
-        """The scores of these futures, in their order; waits no longer than --reward-timeout.
+        """The scores of these futures, in order; waits at most --reward-timeout.
 
-        The time counts from the last score that arrived. The judge bounds its own time.
+        The timeout starts again with each score that arrives. The judge has its own timeouts.
         """
         if self.judge is not None:
             self.judge.pump(flush=True)
@@ -290,14 +290,14 @@ class Scorer:
                 scores.append(future.result())
                 continue
             why = repr(future.exception()) if future.done() else (
-                f"no score after {self.config.reward_timeout:g} s of --reward-timeout")
+                f"no score within --reward-timeout {self.config.reward_timeout:g} s")
             if not future.done() and not future.cancel():
-                self._start_thread()  # in place of the one that is stuck
+                self._start_thread()  # replaces the stuck one
             scores.append(rewards.Scored(None, {}, {"total": why}))
         return scores
 
     def stats(self) -> dict[str, float]:
-        """Metrics of the judge since the last call, over all hosts."""
+        """The judge's metrics since the last call, over all hosts."""
         if self.judge is None:
             return {}
         import judge
@@ -305,7 +305,7 @@ class Scorer:
         return judge.total(hosts.everyone(self.judge.stats()))
 
     def trouble(self, scores: list[rewards.Scored]) -> str | None:
-        """Why the run should be saved and stopped: too much of these scores is missing; or None."""
+        """Why to save and stop the run: too many of these scores are missing; else None."""
         missing = [s for s in scores if s.total is None]
         if len(missing) > self.config.max_missing * len(scores):
             reasons = Counter(next(iter(s.errors.values()), "no reason") for s in missing)
@@ -325,7 +325,7 @@ class Scorer:
 
 
 def places(questions: list) -> list[tuple]:
-    """(question, index, size of its group) of completions: a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2).
+    """(question, index in its group, group size) each: a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2).
     """
     size, seen, out = Counter(questions), Counter(), []
     for question in questions:
@@ -335,7 +335,7 @@ def places(questions: list) -> list[tuple]:
 
 
 def verdict(name: str, completion: str, row: dict) -> float:
-    """The judge's part of this name, once it is there; a judgement that failed is missing."""
+    """Waits for the judge's score of this name; raises if the judgement failed."""
     parts = row["verdict"].result()
     if parts[name] is None:
         raise RuntimeError(parts["judge_error"])
@@ -346,17 +346,17 @@ def verdict(name: str, completion: str, row: dict) -> float:
 
 
 def token_rules(tok: data.Tokenizer) -> dict:
-    """What Sampler.sample must know of a tokenizer: the ids that stop, and those never drawn."""
+    """Arguments of Sampler.sample from a tokenizer: ids that stop, ids that are never sampled."""
     return {"stop": tok.stop_ids, "forbidden": tok.forbidden_ids, "vocab_size": tok.vocab_size}
 
 
 def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
                   scorer: Scorer, config, *, step: int, first: int,
                   p: float) -> tuple[list[list[Sample]], dict[str, float]]:
-    """--group completions of each problem, scored -> (one group a problem, seconds).
+    """Samples and scores --group completions per problem -> (one group per problem, seconds).
 
-    weights: (params, adapter). first: how many prompts this step has sampled before; the noise of a
-    rollout depends on (seed, step, number of its prompt in the step, number in its group).
+    weights: (params, adapter). first: number of prompts that this step has sampled already; a
+    rollout's noise depends on (seed, step, its prompt's index in the step, its index in the group).
     """
     began, futures, finished = time.perf_counter(), {}, {}
     mine = hosts.share(range(len(problems)))
@@ -387,7 +387,7 @@ def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problem
 
 
 def _join(groups: list[list[Sample]], problems: list[Problem], first: int) -> list[list[Sample]]:
-    """The groups of all hosts, in the order of the problems. JSON crosses the wire."""
+    """Gathers the groups of all hosts, as JSON, in the order of the problems."""
     if hosts.count == 1:
         return groups
 
@@ -409,7 +409,7 @@ def _join(groups: list[list[Sample]], problems: list[Problem], first: int) -> li
 
 def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
            problems: list[Problem]) -> list[dict]:
-    """Greedy answers to held-out problems, each as a line of samples.jsonl."""
+    """Answers held-out problems greedily -> one row of samples.jsonl per problem."""
     params, adapter = weights
     mine = hosts.share(range(len(problems)))
     rows = {}
@@ -424,7 +424,7 @@ def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
 
 
 def accuracy(rows: list[dict]) -> dict[str, float]:
-    """The metrics of these answers; no accuracy where none has anything to check."""
+    """The metrics of these answers; no accuracy if no row has an answer to check."""
     graded = [row["correct"] for row in rows if row["correct"] is not None]
     metrics = {"eval_format": float(np.mean([row["format"] for row in rows])),
                "eval_length": float(np.mean([row["n_tokens"] for row in rows]))}
@@ -435,11 +435,11 @@ def accuracy(rows: list[dict]) -> dict[str, float]:
     return metrics
 
 
-Z = 1.959963984540054  # the normal distribution has 95 % within Z standard deviations
+Z = 1.959963984540054  # 95 % of a normal distribution lie within Z standard deviations
 
 
 def wilson(c: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate of c in n (JASA 22, 1927)."""
+    """Wilson's 95 % interval for a rate of c out of n (JASA 22, 1927)."""
     middle, half = (c + Z**2 / 2) / (n + Z**2), Z * math.sqrt(c * (n - c) / n + Z**2 / 4)
     half /= n + Z**2
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -447,15 +447,15 @@ def wilson(c: int, n: int) -> tuple[float, float]:
 
 # --------------------------------------------------------------------------------------- packing
 
-INTS = ("tokens", "segments", "parents", "positions", "source")  # of an update's arrays [.., B, T]
+INTS = ("tokens", "segments", "parents", "positions", "source")  # arrays [.., B, T] of an update
 FLOATS = ("mask", "weight", "advantage", "sampler", "old", "ref")
 
 
 def packed_size(config, n_devices: int) -> tuple[int, int]:
-    """(largest number of micro-batches, rows of one over all devices) of an update.
+    """(maximum number of micro-batches, rows of each over all devices) of an update.
 
-    A row is begun only where no other has room, so any two hold more than one row's tokens together
-    and there are at most 2 total / pack_length + 1.
+    A new row is opened only if no other has room, so any two rows together hold more tokens than
+    fit in one, and there are at most 2 total / pack_length + 1 rows.
     """
     n_samples = config.prompts * config.group
     total = n_samples * (config.max_prompt + config.max_new)
@@ -466,10 +466,10 @@ def packed_size(config, n_devices: int) -> tuple[int, int]:
 
 def pack(samples: list[Sample], weights: list[float], config,
          n_devices: int) -> tuple[dict, int, list]:
-    """(arrays [micro-batches at most, rows, pack_length], micro-batches used, spans).
+    """-> (arrays [max. micro-batches, rows, pack_length], micro-batches used, spans).
 
     spans: (index of the sample, flat row, slice) of each completion. A sample without a gradient is
-    left out. Prompt [p p], completions [c c] and [d] of advantages 2 and -1, log-probs l and m:
+    left out. Prompt [p p], completions [c c] and [d] with advantages 2 and -1, log-probs l and m:
     segments 1 1 2 2 3, parents 1 1 1 1 1, source 0 0 1 2 1 (the token that predicts this one),
     mask 0 0 1 1 1, advantage 0 0 2 2 -1, sampler 0 0 l l m.
     """
@@ -486,11 +486,11 @@ def pack(samples: list[Sample], weights: list[float], config,
     batch |= {k: np.zeros(shape, np.float32) for k in FLOATS}
     spans, n_micro = [], -(-len(packed) // rows)
     for b, parts in enumerate(packed):
-        # Row b goes to micro-batch b % n_micro, so that the last one is not the only one with gaps.
+        # Row b goes to micro-batch b % n_micro, so that empty rows are not all in the last one.
         r, at, segment = (b % n_micro) * rows + b // n_micro, 0, 0
 
         def put(ids, position, r=r, **values):
-            """Writes a segment behind the others; its first token has the given position."""
+            """Appends a segment whose first token has the given position."""
             nonlocal at, segment
             span, segment = slice(at, at + len(ids)), segment + 1
             values |= {"tokens": ids, "segments": segment,
@@ -517,12 +517,12 @@ def pack(samples: list[Sample], weights: list[float], config,
 
 
 def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
-    """What the completions of a step were like, under TRL's names where it has one."""
+    """Metrics of a step's completions, named as in TRL where TRL has them."""
     samples = [s for group in groups for s in group]
     column = lambda values: np.array([np.nan if v is None else v for v in values], float)
 
     def mean(values, of=np.mean):
-        """`of` the values that are there; None where none is: no such metric then."""
+        """`of` the values that are present; None (no such metric) if there are none."""
         present = column(values)
         present = present[~np.isnan(present)]
         return float(of(present)) if len(present) else None
@@ -553,7 +553,7 @@ def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
 
 
 def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, float]:
-    """How far the trainer's log-probs of the same tokens are from the sampler's."""
+    """Differences between the trainer's and the sampler's log-probs of the same tokens."""
     differences = [np.abs(logp_RT[r, span] - samples[i].rollout.logps) for i, r, span in spans]
     if not differences:
         return {}
@@ -564,7 +564,7 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
 
 
 def show(samples: list[Sample]) -> None:
-    """Prints completions, coloured by tag, with what they were rewarded for."""
+    """Prints completions, coloured by tag, with their rewards."""
     number = lambda x: "missing" if x is None else f"{x:.3g}"
     for s in samples:
         parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())

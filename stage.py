@@ -1,22 +1,22 @@
-"""What every training stage begins and ends with: defaults, weights on the mesh, optimizer, final/.
+"""The start and end of every training stage: defaults, weights on the mesh, optimizer, final/.
 
     config = stage.resolve(config, DEFAULTS)
     model = stage.load_model(config, mesh)
-    opt = stage.init_optimizer(config, model, mesh)
+    opt = stage.init_optimizer(config, model.trained, mesh, model.specs)
     ...                                                   # the script's own loop
-    stage.write_model(folder, config, model, trained)     # what --adapter of the next stage takes
+    stage.write_model(folder, config, model, trained)     # the next stage's --adapter
 
 A stage trains `trained` and reads `fixed`, two pytrees:
 
     with an adapter     trained = {"a", "b"}, float32          fixed = {"base", "scale"}
     --lora-rank 0       trained = all weights, float32         fixed = {}
 
-1. An adapter of another rank, or on other matrices, is merged into the base; `write_model` stacks
-   it onto the new one, so that final/ always belongs on the original base.
-2. The base is replicated where it fits and split over the mesh where it does not. An adapter is
-   always replicated.
-3. The learning rate follows the share of the run that is done, p, so it follows the clock where
-   the run has a --time-limit.
+1. A starting adapter of another rank, or on other matrices, is merged into the base; `write_model`
+   stacks it onto the new one, so that final/ always belongs on the original base.
+2. The base is replicated if it fits and otherwise sharded over the mesh. An adapter is always
+   replicated.
+3. The learning rate follows progress p, the share of the run that is done, so with --time-limit it
+   follows the clock.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ import runs
 
 
 def resolve(config, defaults: dict[str, dict]):
-    """A script's Config with the fields left at None filled from the table of its model.
+    """Fills the fields of a script's Config left at None from its model's defaults.
 
-    The system text is the one that the adapter was trained under. With a time limit and without
-    --steps the clock alone decides, so steps stay None.
+    The system text is the one that the adapter was trained under. With --time-limit and without
+    --steps the clock alone decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, system=system, out=str(hub.output(config.out)))
@@ -65,7 +65,7 @@ def resolve(config, defaults: dict[str, dict]):
     return config
 
 
-RANGES = {  # field -> the least and the largest value that make sense
+RANGES = {  # field -> lowest and highest allowed value
     "lora_rank": (0, 4096), "steps": (0, math.inf), "batch_rows": (1, math.inf),
     "micro_rows": (1, math.inf), "max_length": (2, math.inf), "max_prompt": (1, math.inf),
     "max_new": (1, math.inf), "slots": (1, math.inf), "prompts": (1, math.inf),
@@ -84,7 +84,7 @@ RANGES = {  # field -> the least and the largest value that make sense
 
 
 def check_ranges(config) -> None:
-    """Raises ValueError for a number that makes no sense, before anything is loaded."""
+    """Raises ValueError for a number out of range, before anything is loaded."""
     for name, (low, high) in RANGES.items():
         value = getattr(config, name, None)
         if value is not None and not low <= value <= high:
@@ -94,7 +94,7 @@ def check_ranges(config) -> None:
 
 
 def check_name(config) -> None:
-    """Raises ValueError where --model names another size than the folder that is given holds.
+    """Raises ValueError if --model names another size than that of the given folder.
 
     The name picks the defaults: a Gemma of a billion weights must not get those of the tiny model.
     """
@@ -116,7 +116,7 @@ def show_config(config) -> None:
 
 
 def model_config(config) -> gemma.Config:
-    """The model's shape, by the config.json of --weights or by name; needs no weights."""
+    """The model's shape, from the config.json of --weights or by name; reads no weights."""
     if config.weights:
         return gemma.read_config(config.weights)
     if (name := hub.base_name(config.model)) not in gemma.CONFIGS:
@@ -128,24 +128,24 @@ def model_config(config) -> gemma.Config:
 
 
 def vary(x):
-    """Makes a replicated value this device's own, so that its gradient is this device's alone."""
+    """Marks a replicated value as varying, so that its gradient is not summed over devices."""
     return lax.pcast(x, "data", to="varying")
 
 
 def put(tree, mesh: Mesh, specs):
-    """Host or device arrays onto the mesh; specs is a tree of PartitionSpecs or one for all."""
+    """Puts host or device arrays on the mesh; specs: a tree of PartitionSpecs or one for all."""
     if isinstance(specs, P):
         specs = jax.tree.map(lambda _: specs, tree)
     return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
 
 
 def put_like(tree, like):
-    """Host arrays onto the devices, sharded as the arrays of the same tree `like` already are."""
+    """Puts host arrays on the devices, sharded like the arrays of the same tree `like`."""
     return jax.tree.map(lambda x, now: hosts.put(x, now.sharding), tree, like)
 
 
 def base_is_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
-    """Whether the base is split over the mesh rather than copied to every device."""
+    """Whether the base is sharded over the mesh rather than copied to every device."""
     if config.shard != "auto" or mesh.size == 1:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
@@ -154,7 +154,7 @@ def base_is_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
 
 
 def rollouts_are_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
-    """Whether decoding reads a sharded base in place rather than gather a copy once a phase."""
+    """Whether decoding reads a sharded base in place instead of gathering a copy per phase."""
     itemsize = jnp.dtype(config.dtype).itemsize
     return base_is_sharded(cfg, config, mesh) and copy_is_too_large(cfg, itemsize, mesh)
 
@@ -162,7 +162,7 @@ def rollouts_are_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
 def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
     """Whether a copy of all weights takes over 40 % of a device's memory."""
     device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
-    is_here = device.platform != "cpu" and device in jax.local_devices()  # else only compiled for
+    is_here = device.platform != "cpu" and device in jax.local_devices()  # else compile-only
     limit = ((device.memory_stats() if is_here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
 
@@ -183,9 +183,9 @@ def forward_weights(trained, fixed, dtype) -> tuple[dict, dict | None]:
 
 
 def reference_copy(trained, config):
-    """A copy of what is about to be trained, for a reference; `trained` itself will be donated.
+    """A copy of `trained` to be the reference, because `trained` itself will be donated.
 
-    All weights are kept in the compute dtype: a forward pass casts them to it anyway.
+    A whole model is kept in the compute dtype, to which a forward pass casts it anyway.
     """
     dtype = jnp.float32 if config.lora_rank else jnp.dtype(config.dtype)
     return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trained)
@@ -195,7 +195,7 @@ def reference_copy(trained, config):
 
 
 class Model(NamedTuple):
-    """What a stage begins with, on the mesh."""
+    """What a stage starts from, on the mesh."""
 
     cfg: gemma.Config
     tok: data.Tokenizer
@@ -203,12 +203,12 @@ class Model(NamedTuple):
     trained: dict
     fixed: dict
     specs: dict  # PartitionSpecs of `trained`
-    sharded: bool  # whether the base is split over the mesh
+    sharded: bool  # whether the base is sharded over the mesh
     merged: dict | None  # an adapter that was merged into the base
 
 
 def load_model(config, mesh: Mesh) -> Model:
-    """Loads the weights and the adapter that a stage starts from, and says what they are."""
+    """Loads the weights and the adapter that a stage starts from, and prints what they are."""
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     cfg, merged, adapter = gemma.read_config(start.weights), None, None
@@ -228,7 +228,7 @@ def load_model(config, mesh: Mesh) -> Model:
         fixed = {"base": base} | put(scale, mesh, P())
     specs, _ = partition_specs(cfg, config, sharded)
     kind = f"{mesh.size} {mesh.devices.flat[0].device_kind}"
-    where = f"{'split over' if sharded else 'on each of'} {kind}"
+    where = f"{'sharded over' if sharded else 'on each of'} {kind}"
     if sharded:
         in_place = rollouts_are_sharded(cfg, config, mesh)
         where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
@@ -239,9 +239,9 @@ def load_model(config, mesh: Mesh) -> Model:
 
 def continue_from(path: Path, base: dict, cfg: gemma.Config,
                   config) -> tuple[dict, dict | None, dict | None]:
-    """(base, the adapter to go on training or None, the adapter merged into the base or None).
+    """(base, adapter to continue training or None, adapter merged into the base or None).
 
-    An adapter of another rank or on other matrices than the config's is merged.
+    An adapter whose rank or matrices differ from the config's is merged.
     """
     adapter, targets = lora.load(path, cfg), lora.parse_targets(config.lora_targets)
     if config.lora_rank == lora.rank(adapter) and set(adapter["a"]) == set(targets):
@@ -260,7 +260,7 @@ def new_adapter(cfg: gemma.Config, config) -> dict:
 
 
 def optimizer(config) -> optax.GradientTransformation:
-    """AdamW without the learning rate, which train_step is given because it follows the clock."""
+    """AdamW without the learning rate, which follows the clock and is passed to train_step."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b2=config.adam_b2),
@@ -269,9 +269,9 @@ def optimizer(config) -> optax.GradientTransformation:
 
 
 def schedule(p: float, config) -> float:
-    """Learning rate of the step that begins at share p of the run: linear warm-up, then cosine.
+    """Learning rate of the step that begins at progress p: linear warm-up, then cosine.
 
-    It is the rate at the end of that step, where --steps tells, so that the first step moves.
+    With --steps it is the rate at the end of that step, so that the first step is not at 0.
     """
     p = min(1.0, p + (1 / config.steps if config.steps else 0.0))
     if p < config.warmup:
@@ -281,7 +281,7 @@ def schedule(p: float, config) -> float:
 
 
 def optimizer_specs(tx, trained, specs):
-    """PartitionSpecs of the optimizer state: moments are sharded as their weights are."""
+    """PartitionSpecs of the optimizer state: moments are sharded like their weights."""
     return optax.tree_map_params(
         tx, lambda _, s: s, jax.eval_shape(tx.init, trained), specs,
         transform_non_params=lambda _: P())
@@ -325,9 +325,9 @@ def batch_shape(config, mesh: Mesh) -> tuple[int, int]:
 
 
 def packed_programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
-    """The programs of a (train_step, eval_step) that read packed rows, with their argument shapes.
+    """The programs of a stage on packed rows: name -> (jitted function, argument shapes).
 
-    name -> (jitted function, arguments); state: of state_shapes.
+    steps: (train_step, eval_step); state: from state_shapes.
     """
     (train_step, eval_step), (trained, opt, fixed) = steps, state
     n_micro, rows = batch_shape(config, mesh)
@@ -348,7 +348,7 @@ def packed_programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
 
 
 def row_reader(config, tok: data.Tokenizer, read):
-    """data.read_example or read_pair under a script's --system, with --max-length as its limit."""
+    """data.read_example or read_pair with a script's --system and --max-length as its limit."""
 
     def limited(row: dict):
         item = read(row, tok, config.system)
@@ -360,7 +360,7 @@ def row_reader(config, tok: data.Tokenizer, read):
 
 
 def keep_held_out(config, items: list) -> None:
-    """Writes the held-out rows into the run folder, so that eval.py can be run on the same ones."""
+    """Writes the held-out rows into the run folder, so that eval.py can read the same rows."""
     if hosts.index == 0:
         file = Path(config.out) / "held_out.jsonl"
         with runs.writing(file):
@@ -368,10 +368,10 @@ def keep_held_out(config, items: list) -> None:
 
 
 class HeldOut:
-    """What SFT and SimPO measure at an evaluation: the loss of held-out rows, and answers.
+    """The evaluation of SFT and SimPO: the loss of held-out rows, and greedy answers.
 
-    --eval-accuracy problems are answered greedily, --show of them are printed. A sampler takes
-    minutes to compile on a TPU, so there is none for --show alone where --eval-every is 0.
+    It answers --eval-accuracy problems and prints --show of them. A sampler takes minutes to
+    compile on a TPU, so --show alone builds none if --eval-every is 0.
     """
 
     def __init__(self, config, mesh: Mesh, model: Model, items: list, eval_step):
@@ -392,7 +392,7 @@ class HeldOut:
                 max_new=config.max_new, dtype=jnp.dtype(config.dtype), shard=in_place)
 
     def measure(self, trained: dict, step: int, run: runs.Run) -> float:
-        """Logs and shows the metrics -> the score of a checkpoint: accuracy, or minus the loss."""
+        """Logs and prints the metrics -> the checkpoint's score: accuracy, or minus the loss."""
         model, rows = self.model, []
         with run.budget.measure("eval"):
             sums = [self.eval_step(trained, model.fixed, put(batch, self.mesh, P("data")))
@@ -417,7 +417,7 @@ class HeldOut:
 
 
 def write_model(folder: Path | None, config, model: Model, trained: dict) -> None:
-    """What --adapter of the next stage takes: a PEFT adapter, or a whole model in bfloat16.
+    """Writes the next stage's --adapter: a PEFT adapter, or a whole model in bfloat16.
 
     folder: None on a host that does not write; it still takes part in gathering the weights.
     """

@@ -1,20 +1,20 @@
-"""A script and all that it needs as one thing to paste into Kaggle: a notebook, or one file.
+"""A script and all that it needs for Kaggle, as a notebook to import or one file to paste.
 
     python to_kaggle.py train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
     python to_kaggle.py train_grpo.py --model gemma3-1b --one-file
 
-The flags after the script are the script's own, and its own parser reads them here: a mistake costs
-a second now, not the queue for a TPU. What to know:
+The flags after the script are the script's own, and its parser reads them here, so a mistake costs
+a second now and not a wait for a TPU. What to know:
 
 1. The notebook (File > Import Notebook) has one folded cell with our files as plain text, then
    cells that configure, train, evaluate, compare and show the report.
-2. --one-file is for a single cell. It is the script itself, with its siblings quoted at its head.
-   In a kernel it takes the flags given here and never looks at the kernel's; run as a script, they
-   are its defaults.
-3. The first cell installs what is missing. JAX and libtpu are replaced only where JAX is too old or
-   libtpu is not the version that JAX asks for, both together, and before anything imports them.
-4. The files of --rewards and --reward-file come along. Data and adapters do not: added as inputs,
-   they are found by the names they are given here.
+2. --one-file makes a single cell: the script itself, with the files it imports quoted at its head.
+   In a kernel it uses the flags given here and ignores the kernel's own; run as a script, it takes
+   them as defaults.
+3. The first cell installs missing packages. It replaces JAX and libtpu, both together and before
+   anything imports them, only if JAX is too old or libtpu is not the version that JAX requires.
+4. The files of --rewards and --reward-file are included. Data and adapters are not: add them as
+   Kaggle inputs, where they are found by the names given here.
 """
 
 import ast
@@ -43,15 +43,15 @@ class Config:
     """All other flags are the script's."""
 
     script: tyro.conf.Positional[str]
-    """The script to export, as train_grpo.py."""
+    """Script to export, such as train_grpo.py."""
     one_file: bool = False
-    """One script, for a single cell, instead of a notebook."""
+    """Write one script for a single cell instead of a notebook."""
     to: str | None = None
-    """The file to write; default: train_grpo.ipynb, with --one-file train_grpo_kaggle.py."""
+    """File to write; default: train_grpo.ipynb, or train_grpo_kaggle.py with --one-file."""
 
 
 def needed(script: str) -> list[str]:
-    """Our files that a script imports, at once or later, directly or not; itself first."""
+    """The script, and our files that it imports, directly or not, lazily or not."""
     files = [script]
     for file in files:
         for node in ast.walk(ast.parse((HERE / file).read_text(encoding="utf-8"))):
@@ -74,7 +74,7 @@ def call(config: Any) -> str:
 
 
 def quoted(files: dict[str, str]) -> str:
-    """Source that fills the dict FILES: each text as it is, where no quotes are in the way."""
+    """Source that fills the dict FILES, with each text verbatim unless its quotes prevent that."""
     lines = []
     for name, text in files.items():
         plain = "'''" not in text and not text.endswith(("\\", "'"))
@@ -83,7 +83,7 @@ def quoted(files: dict[str, str]) -> str:
 
 
 def tiny(folder: str) -> str:
-    """Source that unpacks tiny/: a .tar.bz2 in base64, the same text for the same files."""
+    """Source that unpacks tiny/: a .tar.bz2 in base64, deterministic."""
     with io.BytesIO() as buffer:
         with tarfile.open(fileobj=buffer, mode="w:bz2") as tar:
             for file in sorted((HERE / "tiny").iterdir()):
@@ -96,14 +96,14 @@ def tiny(folder: str) -> str:
 
 
 def install() -> str:
-    """Source that adds what requirements.txt names and is not there, and mends JAX's versions."""
+    """Source that installs missing packages of requirements.txt and repairs JAX's version."""
     names = (HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")
     return INSTALL.format(wanted=[n for n in names if n.isidentifier() and n != "jax"])
 
 
 INSTALL = """\
-# Adds the packages that are missing. JAX and libtpu must fit each other: where they do not, or JAX
-# is too old, both are replaced, which needs no restart because nothing has imported JAX yet.
+# Installs missing packages. JAX and libtpu must match: if they do not, or JAX is too old, both are
+# replaced, which needs no restart because nothing has imported JAX yet.
 import importlib.util
 import re
 import subprocess
@@ -120,8 +120,8 @@ fits = not libtpu or not asked or f"{{libtpu}}.".startswith(f"{{asked[0]}}.")
 keep = ("numpy", "jax", "jaxlib", "libtpu")
 if is_old or not fits:
     if "jax" in sys.modules:
-        raise SystemExit(f"JAX {{jax}} and libtpu {{libtpu}} must be replaced, but JAX is imported "
-                         "already: restart the kernel and run this cell first")
+        raise SystemExit(f"JAX {{jax}} and libtpu {{libtpu}} must be replaced, but JAX is already "
+                         "imported: restart the kernel and run this cell first")
     cuda = [n for n in ("13", "12") if importlib.util.find_spec(f"jax_cuda{{n}}_plugin")]
     extra = "[tpu]" if libtpu else f"[cuda{{cuda[0]}}]" if cuda else ""
     install.append(f"jax{{extra}}>=0.10,<0.13" if is_old else f"jax{{extra}}=={{jax}}")
@@ -156,8 +156,8 @@ Made by `python to_kaggle.py {command}`.
 2. **Inputs**: Add Input > Models > gemma-3 (or gemma-2) > **Transformers** > the size of `model`.
    The Flax and PyTorch versions cannot be read. Data files and the output of an earlier notebook
    are found among the inputs by the names used in the configuration.
-3. **Save Version > Save & Run All.** Results are in `/kaggle/working/runs`. A run that was stopped
-   goes on when the training cell runs again where that folder is still there.
+3. **Save Version > Save & Run All.** Results are in `/kaggle/working/runs`. To continue a
+   stopped run, run the training cell again while that folder is still there.
 """
 PACKAGE = """\
 # The code, as plain text: change a file here, then run this cell and those below it.
@@ -187,7 +187,7 @@ after = evaluation.main(evaluation.{after})
 OWN_ROWS = """\
 import hub
 
-held_out = str(hub.output(config.out) / "held_out.jsonl")  # the rows that training left out
+held_out = str(hub.output(config.out) / "held_out.jsonl")  # the rows held out from training
 """
 REPORT = """\
 import html
@@ -214,7 +214,7 @@ SUBMIT = """\
 ## What to submit
 
 `/kaggle/working/runs` holds the run; its `final` folder is the model: a PEFT adapter for the base
-model named in its `adapter_config.json`, or a whole model where all weights were trained. The cell
+model named in its `adapter_config.json`, or a whole model if all weights were trained. The cell
 below merges an adapter into its base, for programs that take whole models.
 """
 MERGE = """\
@@ -229,7 +229,7 @@ import sys
 
 
 def evaluation_cell(config: Any, resolved: Any) -> str:
-    """Source that evaluates the start and the end of a training run, and compares them."""
+    """Source that evaluates the models before and after training, and compares them."""
     evaluation = importlib.import_module("eval").Config
     same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows",
             "system")
@@ -249,7 +249,7 @@ def evaluation_cell(config: Any, resolved: Any) -> str:
 
 def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
              flags: list[str]) -> str:
-    """The .ipynb: setup, configuration and run, and for training evaluation and report."""
+    """The .ipynb: setup, configuration and run; after training also evaluation and report."""
     module = script.removesuffix(".py")
     title, command = sys.modules[module].__doc__.split("\n")[0], shlex.join([script, *flags])
     model = tiny("'code'") if getattr(config, "model", None) == "tiny" else ""
@@ -259,13 +259,13 @@ def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
         ("package", PACKAGE.format(files=quoted(files), tiny=model)),
         ("# configuration", "## Configuration\n\nEvery field is explained in the script's Config."),
         ("config", CONFIGURE.format(module=module, config=call(config))),
-        ("# run", "## Run\n\nInterrupting this cell saves; running it again goes on."),
+        ("# run", "## Run\n\nInterrupt this cell to save; run it again to continue."),
         ("run", "final = script.main(config)\n"),
     ]
     if script.startswith("train_"):
         cells += [
             ("# evaluation", "## Before and after\n\nThe same held-out problems, answered by the "
-             "model that training started from and by the trained one."),
+             "model before training and by the trained model."),
             ("eval", evaluation_cell(config, resolved)),
             ("# report", "## Report\n\nCurves of every metric and a browser of completions."),
             ("report", REPORT),
@@ -304,9 +304,9 @@ HEAD = """
 
 # ---------------------------------------------------------------------------------------- siblings
 #
-# The files that this script imports; to change one, change it here. They are written to a temporary
-# folder, first on the import path: so they are modules like any others, tracebacks show their
-# lines, and no file of the same name nearby takes their place.
+# The files that this script imports; edit them here. They are written to a temporary folder at the
+# head of the import path, so they are ordinary modules: tracebacks show their lines, and no nearby
+# file of the same name takes their place.
 
 import sys
 import tempfile

@@ -1,6 +1,6 @@
 """Group-relative policy optimisation: the model learns from the scores of its own completions.
 
-For each prompt G completions are drawn; one is as good as it beats the others of its group:
+G completions are sampled per prompt; each one's advantage is how far it beats its group:
 
     A = (reward - mean of the group) / std of the group                  (arXiv 2402.03300)
     ratio = p(token) / p_old(token)
@@ -10,25 +10,25 @@ For each prompt G completions are drawn; one is as good as it beats the others o
     python train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
     python train_grpo.py --data mine.jsonl --rewards format:1,score:2 --reward-file my.py:score
 
-GRPO, Dr.GRPO, DAPO, GSPO, CISPO and RLOO are settings; the README has the table. What departs from
-the usual, and why:
+GRPO, Dr.GRPO, DAPO, GSPO, CISPO and RLOO are settings; the README has the table. Deviations from
+common practice, and why:
 
-1. No forward pass is made twice. With one inner epoch the old log-probs are the current ones; with
-   more, the first epoch's own forward pass leaves them for the others. kl_coef 0 runs no reference;
-   the reference of an adapter is the starting adapter on the same base.
-2. Where kl_coef is 0 a completion with an advantage of 0 has no gradient, so it is not computed,
-   though it counts in every mean.
-3. A row of an update holds a prompt once, followed by completions of it that see it and
-   themselves: fewer tokens to compute, the same gradient (a test). Every weight in a mean is known
-   on the host, so the loss is a plain weighted sum: neither packing, micro-batches nor devices
-   change it (tests).
-4. k3 is the KL term of the loss; k1's gradient would not depend on the reference at all.
-5. A reward that could not be computed is missing, not 0: the completion leaves its group's mean and
-   has no gradient. One masked for its length stays in the mean and in the number of rows.
-6. The tokens trained on are those that were drawn; text is never tokenised again.
+1. No forward pass runs twice. With one inner epoch the old log-probs are the current ones; with
+   more, the first epoch's forward pass keeps them for the later ones. kl_coef 0 runs no reference;
+   an adapter's reference is the starting adapter on the same base.
+2. With kl_coef 0, a completion with advantage 0 has no gradient, so the update skips it. It still
+   counts in every mean.
+3. A packed row holds a prompt once, followed by its completions, each of which attends to the
+   prompt and itself: fewer tokens, the same gradient (tested). The host knows every token's weight
+   in the mean, so the loss is a plain weighted sum that packing, micro-batches and devices do not
+   change (tested).
+4. The KL term is k3, because k1's gradient would not depend on the reference at all.
+5. A reward that could not be computed is missing, not 0: its completion leaves the group's mean and
+   has no gradient. A completion masked for its length counts in the mean and the number of rows.
+6. The sampled token ids are trained on as they are; text is never tokenised again.
 
-What to expect: the reward rises, and with it held-out accuracy; with one inner epoch the loss is
-about zero by construction, so look at reward, grad_norm and the evaluations instead.
+What to expect: reward and held-out accuracy rise. With one inner epoch the loss is about zero by
+construction, so watch reward, grad_norm and the evaluations instead.
 """
 
 import dataclasses
@@ -61,102 +61,102 @@ from sampler import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+    """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
     # model
     model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
     weights: str | None = None
     """Folder of the weights (config.json, safetensors); default: looked for by name."""
     tokenizer: str | None = None
-    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    """Tokenizer folder or file, if the weights folder has no tokenizer.model."""
     adapter: str | None = None
-    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model."""
+    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+    """Precision of the frozen base and the activations; trained arrays have float32 masters."""
 
     # data
     data: str | None = None
-    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
     rows: int | None = None
-    """Problems from the start of each source; 0: all of them."""
+    """Problems to take from the start of each source; 0: all of them."""
     eval_data: str | None = None
-    """Held-out problems, as --data; default: the test split of a built-in set, else 2 %."""
+    """Held-out rows, as in --data; default: a built-in set's test split, else 2 % of prompts."""
     system: str | None = None
-    """System text put before every question; it travels with the run to the next stage."""
+    """System text before every question; default: the one the adapter was trained under."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    """Skip and count rows that cannot be used, instead of stopping at the first."""
     curriculum: str = ""
-    """By the rows' "difficulty": ordered (easy first), or phases that begin at a share of the run,
-    as in 0:1-2,0.3:1-3,0.6:1-5; default: shuffled."""
+    """Order by the rows' "difficulty": ordered (easy first), or phases START:LOW-HIGH that begin at
+    a share of the run, as in 0:1-2,0.3:1-3,0.6:1-5; default: shuffled."""
 
     # rewards
     rewards: str | None = None
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
     reward_file: str | None = None
-    """Rewards of your own: my.py (README) or my.py:score, one function of (completion, row)."""
+    """Your own rewards: my.py (see README), or my.py:score, a function of (completion, row)."""
     overlong_buffer: float = 0.2
-    """Share of --max-new over which the reward "overlong" falls from 0 to -1 (DAPO)."""
+    """Last share of --max-new, over which the reward "overlong" falls from 0 to -1 (DAPO)."""
     reward_threads: int = 16
-    """Completions scored at a time, while the devices decode others."""
+    """Completions scored at once, in threads."""
     reward_timeout: float = 60.0
-    """Seconds that a step's last completions may take to score; a later score is missing."""
+    """Seconds without a new score after which the pending scores count as missing."""
     max_missing: float = 0.5
-    """Share of a step's completions without a reward above which the run saves and stops."""
+    """Save and stop if more than this share of a step's completions has no reward."""
 
     # rollouts
     prompts: int | None = None
-    """Prompts (groups) in one step."""
+    """Prompts (groups) per step."""
     group: int = 8
-    """Completions of each prompt, G."""
+    """Completions per prompt, G."""
     max_prompt: int | None = None
-    """Tokens of the longest prompt; longer rows are bad rows."""
+    """Longest prompt, in tokens; a row with a longer one is a bad row."""
     max_new: int | None = None
-    """Tokens after which a completion is cut; its stop reason is then "length"."""
+    """Longest completion, in tokens; a longer one is cut, with stop reason "length"."""
     temperature: float = 1.0
-    """Of the rollouts, and of the trainer's log-probs too."""
+    """Temperature of the rollouts and of the trainer's log-probs."""
     top_k: int = 0
-    """Draw from the k likeliest tokens; 0: from all. Truncation biases the ratios."""
+    """Sample from the k likeliest tokens, which biases the ratios; 0: from all."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that add up to this probability."""
+    """Sample from the likeliest tokens that add up to this probability."""
     min_p: float = 0.0
-    """Draw from tokens at least this probable, as a share of the likeliest one's probability."""
+    """Sample from tokens at least this probable, relative to the likeliest token."""
     repetition: int = 0
-    """End a completion after so many tokens of a loop (stop reason "repetition"); 0: never."""
+    """Stop a completion after this many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
-    """Completions that a device writes at a time; lower it when out of memory."""
+    """Completions decoded at once on each device; lower it when out of memory."""
 
     # algorithm
     inner_epochs: int = 1
-    """Updates from the same completions, mu; the first is on-policy."""
+    """Updates per batch of completions, mu; the first is on-policy."""
     baseline: Literal["mean", "loo"] = "mean"
-    """What a reward is compared with: its group's mean, or the mean of the others (RLOO)."""
+    """Baseline of a reward: its group's mean, or the mean of the others in its group (RLOO)."""
     scale: Literal["group", "batch", "none"] = "group"
-    """The standard deviation that advantages are divided by; none is Dr.GRPO's and RLOO's."""
+    """Standard deviation that divides the advantages; none in Dr.GRPO and RLOO."""
     per_reward: bool = False
-    """Normalise each reward in its group, add, then normalise over the batch (GDPO)."""
+    """Normalise each reward within its group, sum, then normalise over the batch (GDPO)."""
     clip_low: float = 0.2
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = 0.28
-    """Ratios above 1 + clip_high are clipped; GRPO has 0.2, DAPO's clip-higher 0.28."""
+    """Ratios above 1 + clip_high are clipped; 0.2 in GRPO, 0.28 in DAPO (clip-higher)."""
     cispo_cap: float = 0.0
-    """Use CISPO: the ratio, at most this large, weighs the log-prob's gradient; 0: clip (PPO)."""
+    """CISPO: weight the log-prob's gradient by the ratio, capped here; 0: clip as PPO does."""
     ratio_level: Literal["token", "sequence", "sequence-token"] = "token"
-    """Ratios of tokens, of sequences (GSPO), or of sequences with gradients by token."""
+    """Ratio per token, per sequence (GSPO), or per sequence with per-token gradients."""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
-    """Mean over a completion's tokens then over completions (GRPO), over all tokens of the update
-    (DAPO), or the sum divided by completions times --max-new (Dr.GRPO)."""
+    """Mean over each completion's tokens, then over completions (GRPO); mean over all tokens of the
+    update (DAPO); or the sum divided by completions times --max-new (Dr.GRPO)."""
     kl_coef: float | None = None
-    """Weight of the KL divergence to the starting adapter, beta; 0 runs no reference pass."""
+    """Weight beta of the KL divergence from the starting model; 0 skips the reference pass."""
     mask_truncated: bool = False
-    """Completions cut at --max-new have no gradient, though they count in their group's mean."""
+    """Completions cut at --max-new get no gradient but still count in their group's mean."""
     resample: int = 0
-    """Rounds of new prompts for groups whose rewards are all equal (DAPO's dynamic sampling)."""
+    """Rounds of new prompts to replace groups with equal rewards (DAPO's dynamic sampling)."""
     is_cap: float | None = None
-    """Truncated importance sampling: weigh tokens by p_trainer / p_sampler, at most this; 0: off,
-    the default in float32, where both agree."""
+    """Truncated importance sampling: weight tokens by p_trainer / p_sampler, capped here; 0: off,
+    as for the tiny model in float32, where the two agree."""
     max_drift: float = 0.5
-    """Stop when the mean difference of log-probs between sampler and trainer exceeds this."""
+    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
     # LoRA
     lora_rank: int | None = None
@@ -170,56 +170,56 @@ class Config:
 
     # optimisation
     steps: int | None = None
-    """Rollout batches; with --time-limit, whichever ends first."""
+    """Steps to run; with --time-limit, whichever ends first."""
     time_limit: str | None = None
-    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    """Time limit, as in 8h45m; the schedule follows the clock, and the run saves before the end."""
     pack_length: int | None = None
-    """Tokens in a packed row of the update."""
+    """Tokens per packed row of the update."""
     micro_rows: int | None = None
-    """Packed rows that a device computes at a time; lower it when out of memory."""
+    """Packed rows computed at once on each device; lower it when out of memory."""
     learning_rate: float | None = None
-    """Peak of the schedule: linear warm-up, then cosine."""
+    """Peak learning rate: linear warm-up, then cosine decay."""
     warmup: float = 0.05
     """Share of the run spent warming up."""
     final_lr: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak."""
     weight_decay: float = 0.0
-    """AdamW's, on every trained array."""
+    """AdamW's weight decay, on every trained array."""
     adam_b2: float = 0.99
-    """AdamW's second decay."""
+    """AdamW's beta2; 0.999 suits runs of many thousand steps."""
     clip_norm: float = 1.0
-    """Gradients of a larger global norm are scaled down to it."""
+    """Clip gradients to this global norm."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
-    """What the backward pass computes again, to save memory: attention and all else that is no
-    product with a weight (4N FLOPs a token, as none), or the whole layer (6N); auto: attention,
-    and layer where the base is split."""
+    """What the backward pass recomputes: attention (everything but matmuls with weights; 4N FLOPs
+    per token, like none) or the whole layer (6N). auto: attention, or layer if the base is
+    sharded."""
     shard: Literal["auto", "yes", "no"] = "auto"
-    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
+    """Shard the base over the devices; auto: if a copy takes over 40 % of a device's memory."""
 
     # the run
     out: str = "runs/grpo"
-    """The run folder; the same command continues what is there."""
+    """Run folder; the same command continues the run in it."""
     seed: int = 0
-    """Of the adapter, the order of the prompts and the completions."""
+    """Seed of the adapter, the prompt order and the sampling."""
     eval_every: int | None = None
-    """Steps between evaluations; the best checkpoint is kept. 0: only at the end."""
+    """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
     eval_rows: int | None = None
-    """Held-out problems answered greedily at each evaluation; 0: all of them."""
+    """Maximum number of held-out rows; 0: all of them."""
     show: int = 2
-    """Completions shown at a time, with their rewards."""
+    """Completions printed every --show-every steps, with their rewards."""
     show_every: int = 10
-    """Steps between two such shows."""
+    """Steps between printed completions."""
     log_samples: int = 8
-    """Completions of each step kept in samples.jsonl, besides those whose reward failed."""
+    """Completions per step kept in samples.jsonl, besides those whose reward failed."""
     save_every: int | None = None
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept, besides the best."""
+    """Latest checkpoints to keep, besides the best."""
     report_to: str = ""
-    """wandb, tensorboard or both, comma-separated, if installed."""
+    """Also log to wandb, tensorboard or both, comma-separated, if installed."""
     plan: bool = False
-    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
-    weights are needed, and nothing is run."""
+    """Print whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes;
+    needs no weights and runs nothing."""
 
     # judge (judge.py)
     judge: str | None = None
@@ -229,23 +229,23 @@ class Config:
     judge_weights: str | None = None
     """Folder of the judge's weights; default: looked for by name."""
     judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
-    """One metric 1-5, all items at once, item by item; or Pinocchio's, over HTTP only."""
+    """One metric 1-5, all items at once, or item by item; pinocchio's needs an endpoint."""
     judge_calls: Literal["completion", "group"] = "completion"
-    """What a request to an endpoint judges: one completion, or all those of a question at once."""
+    """What one request to an endpoint judges: a completion, or all completions of a question."""
     judge_threads: int = 16
     """Requests in flight at an endpoint."""
     judge_limit: int = 0
-    """Requests that may be sent, those of earlier sessions in the cache included; 0: no limit."""
+    """Requests that may be sent, counting those of earlier sessions; 0: no limit."""
     judge_missing: float = 0.2
     """Share of missing judgements, of the latest 200, above which the run stops."""
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; auto: JAX finds it (SLURM, GKE, TPUs)."""
+    """host:port of process 0, which the others join; auto: JAX finds it (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
-    """How many run this command, each on a host (or GPU) of its own."""
+    """Number of processes, each on its own host or GPU."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
 
 
 REAL = dict(
@@ -266,7 +266,7 @@ DEFAULTS = {
     "gemma2-9b": REAL | dict(lora_rank=32, slots=8),
     "gemma3-12b": REAL | dict(lora_rank=32, slots=8),
 }
-LABELS = {  # metrics on the line of a step; their names are those of TRL where it has one
+LABELS = {  # metrics printed each step, named as in TRL where TRL has them
     "reward": "reward", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
     "completions/clipped_ratio": "cut", "frac_reward_zero_std": "flat", "kl": "kl",
     "clip_ratio/region_mean": "clip", "grad_norm": "grad",
@@ -295,7 +295,7 @@ def resolve(config: Config) -> Config:
     if config.pack_length < (longest := config.max_prompt + config.max_new):
         raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
                          f"{longest} or more")
-    rollouts.read_curriculum(config.curriculum)  # mistakes are better said before all is loaded
+    rollouts.read_curriculum(config.curriculum)  # report mistakes before loading anything
     rollouts.check_rewards(config)
     return config
 
@@ -304,7 +304,7 @@ def resolve(config: Config) -> Config:
 
 
 class Setup(NamedTuple):
-    """What stays the same over a run."""
+    """Everything that stays the same during a run."""
 
     config: Config
     mesh: Mesh
@@ -315,17 +315,17 @@ class Setup(NamedTuple):
     sampler: Sampler
     scorer: rollouts.Scorer
     steps: tuple  # (train_step, reference_step) of make_steps
-    reference: Any  # what `trained` was before this stage; None without --kl-coef
+    reference: Any  # a copy of the starting `trained`; None without --kl-coef
 
 
 class State(NamedTuple):
-    """What a step changes, and a checkpoint holds."""
+    """Everything that a step changes and a checkpoint holds."""
 
     trained: dict
     opt: Any
     step: int = 0
     drawn: int = 0  # problems taken so far
-    num_tokens: int = 0  # sampled and read so far
+    num_tokens: int = 0  # of prompts and completions so far
 
     @property
     def arrays(self) -> dict:
@@ -339,10 +339,10 @@ def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
 
 
 def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str, float]]:
-    """(groups to learn from, all groups, seconds) of one step at share p of the run.
+    """Samples a step at progress p of the run -> (groups to learn from, all groups, seconds).
 
-    With --resample, groups whose rewards are all equal are replaced by groups of new problems, for
-    as many rounds as it allows.
+    With --resample, groups of new problems replace groups whose rewards are all equal, for at most
+    that many rounds.
     """
     config, used, seen = setup.config, [], []
     times = {"rollout_s": 0.0, "reward_s": 0.0}
@@ -360,7 +360,7 @@ def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str,
         if len(used) == config.prompts:
             break
     if used:
-        set_advantages(used, setup.scorer.mix, config)  # --scale batch: over those that are used
+        set_advantages(used, setup.scorer.mix, config)  # --scale batch: the std of the used groups
     return used, seen, times
 
 
@@ -369,10 +369,10 @@ def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str,
 
 def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | None = None,
                weights_C: np.ndarray | None = None) -> np.ndarray:
-    """Advantages [Q, G] of rewards; NaN in: missing, 0 out and in nobody's mean.
+    """Rewards -> advantages [Q, G]. A missing reward (NaN) is in no mean and gets advantage 0.
 
-    parts_QGC, weights_C: the components, for --per-reward. Standard deviations have ddof 1, as
-    torch's. With scale none: [1 2 3] -> [-1 0 1], with baseline loo [-1.5 0 1.5].
+    parts_QGC, weights_C: the components, for --per-reward. Standard deviations have ddof 1, as in
+    torch. With scale none, [1 2 3] -> [-1 0 1], or [-1.5 0 1.5] with baseline loo.
     """
 
     def normalise(x, axis, divide):
@@ -383,14 +383,14 @@ def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | No
             d = x - mean
             if config.baseline == "loo" and axis == 1:  # r - mean of others = (r - mean) n/(n-1)
                 d = d * n / (n - 1)
-            d = np.where(std > 1e-9 * (1 + np.abs(mean)), d, 0 * d)  # equal but for rounding
+            d = np.where(std > 1e-9 * (1 + np.abs(mean)), d, 0 * d)  # equal up to rounding
             return np.where(n > 1, d / (std + 1e-4) if divide else d, 0.0)
 
     if config.per_reward:  # arXiv 2601.05242
         parts = [normalise(parts_QGC[..., c], 1, True) for c in range(len(weights_C))]
         a_QG = sum(w * part for w, part in zip(weights_C, parts, strict=True))
         a_QG[np.isnan(totals_QG)] = np.nan
-        # The batch's mean is 0 but for rounding: an advantage of exactly 0 stays 0.
+        # The batch's mean is 0 up to rounding: an advantage of exactly 0 stays 0.
         return np.nan_to_num(np.where(a_QG == 0, 0.0, normalise(a_QG, (0, 1), True)))
     a_QG = normalise(totals_QG, 1, config.scale == "group")
     if config.scale == "batch":
@@ -400,13 +400,13 @@ def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | No
 
 
 def token_weights(samples: list[Sample], config: Config) -> list[float]:
-    """What a token of each completion weighs in the loss, so that the loss is one weighted sum.
+    """Loss weight of each completion's tokens, so that the loss is one weighted sum.
 
     lengths 2 and 4: sequence -> 1/4, 1/8; token -> 1/6, 1/6; constant -> 1/(2 max_new) each.
     """
     there = [s for s in samples if s.scored.total is not None]
     masked = lambda s: config.mask_truncated and s.rollout.stop == "length"
-    n_rows = max(1, len(there))  # of the mean over completions: masked ones count, missing don't
+    n_rows = max(1, len(there))  # completions in the mean: masked ones count, missing don't
     n_tokens = max(1, sum(len(s.rollout.ids) for s in there if not masked(s)))
     weight = {
         "sequence": lambda n: 1 / (n * n_rows),
@@ -418,11 +418,11 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
 
 
 def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:
-    """Gives each sample its advantage, and returns them [Q, G]."""
+    """Sets the advantage of each sample and returns them all [Q, G]."""
     nan = lambda x: np.nan if x is None else x
     names = [name for name, weight in mix.weights.items() if weight]
     totals_QG = np.array([[nan(s.scored.total) for s in g] for g in groups], float)
-    # what does not apply to a row is no part of its sum
+    # a reward that does not apply to a row is not part of its sum
     parts_QGC = np.array([[[nan(s.scored.parts.get(n, 0.0)) for n in names] for s in g]
                           for g in groups], float)
     parts_QGC[np.isnan(totals_QG)] = np.nan
@@ -439,8 +439,8 @@ def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config)
 def policy_loss(logp_BT, b: dict, config: Config):
     """Weighted sum of the tokens' losses -> (sum, sums of metrics over completion tokens).
 
-    b: weight, advantage, mask, segments, and the log-probs old (of the behaviour policy in the
-    trainer, unless on_policy), sampler and ref, all [B, T], of the same tokens as logp_BT.
+    b: weight, advantage, mask, segments and the log-probs old (of the behaviour policy, by the
+    trainer; unused if on_policy), sampler and ref, all [B, T], for the same tokens as logp_BT.
     """
     now_BT, advantage_BT, mask_BT = lax.stop_gradient(logp_BT), b["advantage"], b["mask"]
     old_BT = jnp.where(b["on_policy"], now_BT, b["old"])
@@ -480,7 +480,7 @@ def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp
     params, adapter = stage.forward_weights(trained, fixed, jnp.dtype(config.dtype))
     x_BTD = gemma.hidden(params, cfg, b["tokens"], b["positions"], b["segments"], b["parents"],
                          lora=adapter, remat=config.remat, fsdp=fsdp)
-    # A completion's first token is predicted by its prompt's last, wherever in the row that lies.
+    # The prompt's last token, wherever in the row it is, predicts a completion's first token.
     x_BTD = jnp.take_along_axis(x_BTD, b["source"][:, :, None], axis=1)
     return gemma.token_logps(
         x_BTD, gemma.head(params, cfg, fsdp), b["tokens"], temperature=config.temperature,
@@ -489,7 +489,7 @@ def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp
 
 
 def loss(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
-    """-> (sum, (sums of metrics, logp_BT)) of one micro-batch. Per-device sizes."""
+    """The loss of one micro-batch -> (sum, (sums of metrics, logp_BT)). Per-device sizes."""
     logp_BT, entropy_BT = token_logps(trained, fixed, b, cfg, config, fsdp)
     total, metrics = policy_loss(logp_BT, b, config)
     metrics["entropy"] = jnp.sum(b["mask"] * lax.stop_gradient(entropy_BT))
@@ -502,11 +502,11 @@ def loss(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str |
 def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp):
     """Gradient of the loss over one update; runs on each device (per-device sizes).
 
-    batch: arrays [micro-batches at most, B, T], of which the first n_micro are computed: a number
-    that changes from update to update and compiles nothing new. -> (gradient, metrics, logp).
+    batch: arrays [max. micro-batches, B, T], of which the first n_micro are computed; n_micro is
+    traced, so a new value does not recompile. -> (gradient, metrics, logp).
     """
     replicated = jax.tree.map(lambda s: "data" not in s, specs)
-    # A replicated leaf is made varying, else its gradient would come already summed over devices.
+    # Make replicated leaves varying; otherwise their gradients arrive summed over devices.
     trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
     f = jax.value_and_grad(partial(loss, cfg=cfg, config=config, fsdp=fsdp), has_aux=True)
 
@@ -526,13 +526,13 @@ def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp
     )
     n_tokens, metrics = lax.psum((jnp.sum(batch["mask"]), metrics), "data")
     metrics = {k: v if k == "loss" else v / jnp.maximum(n_tokens, 1.0) for k, v in metrics.items()}
-    # g{unreduced} -> all-reduce; a sharded leaf was summed by the transpose of its all-gather
+    # g{unreduced} -> all-reduce; the transpose of all-gather has summed sharded leaves already
     g = jax.tree.map(lambda r, x: lax.psum(x, "data") if r else x, replicated, g)
     return g, metrics, logp_nBT
 
 
 def reference_logps(reference, fixed, batch, n_micro, *, cfg, config, fsdp):
-    """Log-probs [micro-batches at most, B, T] of the starting adapter; runs on each device."""
+    """Log-probs [max. micro-batches, B, T] under the starting weights; runs on each device."""
 
     def micro(i, logp_nBT):
         b = jax.tree.map(lambda x: x[i], batch)
@@ -561,7 +561,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     def train_step(trained, opt, fixed, batch, n_micro, on_policy, lr):
         g, metrics, logp_nBT = mesh_grads(trained, fixed, batch, n_micro, on_policy)
         metrics["grad_norm"] = optax.global_norm(g)
-        updates, opt = tx.update(g, opt, trained)  # outside shard_map: it must see global norms
+        updates, opt = tx.update(g, opt, trained)  # outside shard_map: clipping needs global norms
         trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
         return trained, opt, metrics, logp_nBT
 
@@ -608,7 +608,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 def update(setup: Setup, state: State, samples: list[Sample],
            lr: float) -> tuple[State, dict[str, float], dict]:
-    """--inner-epochs updates from one set of samples -> (state, metrics of the last, the batch)."""
+    """Makes --inner-epochs updates on one set of samples -> (state, last metrics, the batch)."""
     began, (config, mesh, model) = time.perf_counter(), setup[:3]
     train_step, reference_step = setup.steps
     trained, opt, metrics = state.trained, state.opt, {}
@@ -640,7 +640,7 @@ def update(setup: Setup, state: State, samples: list[Sample],
 
 
 def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
-    """Held-out greedy accuracy and format, logged and shown -> the score of a checkpoint."""
+    """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
     dtype = jnp.dtype(setup.config.dtype)
     weights = stage.forward_weights(state.trained, setup.model.fixed, dtype)
     with run.budget.measure("eval"):
@@ -653,7 +653,7 @@ def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
 
 def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]],
              metrics: dict[str, float]) -> None:
-    """Writes and shows what a step did; stops a run whose sampler and trainer disagree."""
+    """Logs and prints a step; stops a run whose sampler and trainer disagree."""
     config, step, samples = setup.config, state.step, [s for group in seen for s in group]
     run.log(step, rollouts.summarize(seen, setup.scorer.mix) | metrics | setup.scorer.stats())
     failed = [s for s in samples[config.log_samples :] if s.scored.errors]
@@ -668,21 +668,21 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
 
 @runs.one_line
 def main(config: Config) -> Path | dict:
-    """Runs the training and returns the folder that --adapter of the next stage takes."""
+    """Trains, and returns the folder that the next stage takes as --adapter."""
     runs.check_jax()
     if config.plan:
-        import bench  # which imports this file
+        import bench  # here: bench imports this file
 
         return bench.plan("grpo", config)
     config = resolve(config)
     hosts.connect(config)
     if hosts.index == 0:
-        runs.claim(Path(config.out))  # a wrong --out is better said before anything is loaded
+        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
     runs.compilation_cache()
     stage.show_config(config)
     if config.group == 2 and config.scale == "group":
         runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
-                 "apart the rewards are; --scale none keeps that distance")
+                 "apart the rewards are; --scale none keeps the distance")
     mesh = gemma.all_devices()
 
     # load

@@ -1,26 +1,26 @@
-"""Supervised fine-tuning: the model learns to write the completions of its rows, LoRA or in full.
+"""Supervised fine-tuning, by LoRA or in full: the model learns to write its rows' completions.
 
     loss = - sum over completion tokens of log p(token | everything before it) / their number
 
-The sum and the number run over the whole update: every micro-batch, every device. The stop token
-is one of the completion's tokens, prompts (unless --prompt-loss) and padding are not.
+The sum and the number run over the whole update: all micro-batches, all devices. The stop token
+counts as a completion token; prompts (unless --prompt-loss) and padding do not.
 
     python train_sft.py                                    # the tiny model, CPU, three minutes
     python train_sft.py --model gemma3-1b --data gsm8k     # a v5e-8, GPU, ...
     python train_sft.py --model gemma3-1b --data a.jsonl,b.jsonl --mix 0.7,0.3 --time-limit 1h45m
 
-What departs from the usual, and why:
+Deviations from common practice, and why:
 
-1. Rows are packed best-fit into rows of --max-length; a token sees its own example only, and
-   positions restart, so packing changes no gradient (a test).
-2. The log-probs come from chunks of the hidden states with their gradient (gemma.token_logps):
+1. Examples are packed best-fit into rows of --max-length. A token attends to its own example only
+   and positions restart, so packing changes no gradient (tested).
+2. Log-probs and their gradient are computed from chunks of hidden states (gemma.token_logps):
    logits [rows, length, vocabulary] never exist.
 3. The gradient of the *sum* is accumulated and divided once by the number of tokens. A mean of
-   means would weigh a short completion's tokens more.
-4. Batch n is a function of (seed, n): a resumed run sees the rows an uninterrupted one would.
+   means would give the tokens of short completions more weight.
+4. Batch n depends on (seed, n) alone, so a resumed run sees the rows of an uninterrupted one.
 
-What to expect: the loss falls fast in the first tens of steps, then slowly; the tiny model says
-`<reasoning>…</reasoning>` from the start, because it ships trained.
+What to expect: the loss falls fast for some tens of steps, then slowly. The tiny model writes
+`<reasoning>…</reasoning>` from the start, because it ships already trained.
 """
 
 import dataclasses
@@ -50,37 +50,37 @@ import stage
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+    """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
     # model
     model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
     weights: str | None = None
     """Folder of the weights (config.json, safetensors); default: looked for by name."""
     tokenizer: str | None = None
-    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    """Tokenizer folder or file, if the weights folder has no tokenizer.model."""
     adapter: str | None = None
-    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model."""
+    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     from_scratch: bool = False
-    """Start from random weights of the model's shape (implies training all of them)."""
+    """Start from random weights and train all of them."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+    """Precision of the frozen base and the activations; trained arrays have float32 masters."""
 
     # data
     data: str | None = None
-    """Comma-separated: problems (built in), gsm8k, JSONL files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
     mix: str | None = None
-    """Weights of the sources of --data, as in 0.7,0.3; default: all rows of each."""
+    """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
     eval_data: str | None = None
-    """Held-out rows, as --data; default: the test split of a built-in set, else 2 % of --data."""
+    """Held-out rows, as in --data; default: a built-in set's test split, else 2 % of prompts."""
     system: str | None = None
-    """System text put before every question; it travels with the run to the next stage."""
+    """System text before every question; default: the one the adapter was trained under."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    """Skip and count rows that cannot be used, instead of stopping at the first."""
     prompt_loss: float = 0.0
-    """Weight of the prompts' tokens in the loss; from scratch 0.1 teaches the language sooner."""
+    """Loss weight of prompt tokens; with --from-scratch, 0.1 teaches the language sooner."""
     max_length: int | None = None
-    """Tokens in a packed row, and the longest example."""
+    """Tokens per packed row, and of the longest example."""
 
     # LoRA
     lora_rank: int | None = None
@@ -90,71 +90,71 @@ class Config:
     lora_targets: str = "q,k,v,o,gate,up,down"
     """Which matrices get an adapter."""
     lora_dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training."""
+    """Dropout rate of the adapter's inputs, in training only."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
 
     # optimisation
     steps: int | None = None
-    """Updates; with --time-limit, whichever ends first."""
+    """Steps to run; with --time-limit, whichever ends first."""
     time_limit: str | None = None
-    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    """Time limit, as in 8h45m; the schedule follows the clock, and the run saves before the end."""
     batch_rows: int | None = None
-    """Packed rows in one update, over all devices."""
+    """Packed rows per update, over all devices."""
     micro_rows: int | None = None
-    """Packed rows that a device computes at a time; lower it when out of memory."""
+    """Packed rows computed at once on each device; lower it when out of memory."""
     learning_rate: float | None = None
-    """Peak of the schedule: linear warm-up, then cosine."""
+    """Peak learning rate: linear warm-up, then cosine decay."""
     warmup: float = 0.05
     """Share of the run spent warming up."""
     final_lr: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak."""
     weight_decay: float = 0.01
-    """AdamW's, on every trained array."""
+    """AdamW's weight decay, on every trained array."""
     adam_b2: float = 0.99
-    """AdamW's second decay; 0.999 suits runs of many thousand steps."""
+    """AdamW's beta2; 0.999 suits runs of many thousand steps."""
     clip_norm: float = 1.0
-    """Gradients of a larger global norm are scaled down to it."""
+    """Clip gradients to this global norm."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
-    """What the backward pass computes again, to save memory: attention and all else that is no
-    product with a weight (4N FLOPs a token, as none), or the whole layer (6N); auto: attention,
-    and layer where the base is split."""
+    """What the backward pass recomputes: attention (everything but matmuls with weights; 4N FLOPs
+    per token, like none) or the whole layer (6N). auto: attention, or layer if the base is
+    sharded."""
     shard: Literal["auto", "yes", "no"] = "auto"
-    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
+    """Shard the base over the devices; auto: if a copy takes over 40 % of a device's memory."""
 
     # the run
     out: str = "runs/sft"
-    """The run folder; the same command continues what is there."""
+    """Run folder; the same command continues the run in it."""
     seed: int = 0
-    """Of the adapter, the data order and dropout."""
+    """Seed of the adapter, the data order and dropout."""
     eval_every: int | None = None
-    """Steps between held-out losses; the best checkpoint is kept."""
+    """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
     eval_rows: int = 256
-    """Held-out examples; 0: all of them."""
+    """Maximum number of held-out rows; 0: all of them."""
     eval_accuracy: int = 0
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
-    accurate one, not the one of least loss."""
+    accurate, not the one with the lowest loss."""
     show: int = 2
-    """Completions of held-out prompts shown at each evaluation and kept in samples.jsonl."""
+    """Held-out completions printed at each evaluation and kept in samples.jsonl."""
     max_new: int | None = None
-    """Tokens of such a completion."""
+    """Longest completion, in tokens; a longer one is cut, with stop reason "length"."""
     save_every: int | None = None
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept, besides the best."""
+    """Latest checkpoints to keep, besides the best."""
     report_to: str = ""
-    """wandb, tensorboard or both, comma-separated, if installed."""
+    """Also log to wandb, tensorboard or both, comma-separated, if installed."""
     plan: bool = False
-    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
-    weights are needed, and nothing is run."""
+    """Print whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes;
+    needs no weights and runs nothing."""
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; auto: JAX finds it (SLURM, GKE, TPUs)."""
+    """host:port of process 0, which the others join; auto: JAX finds it (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
-    """How many run this command, each on a host (or GPU) of its own."""
+    """Number of processes, each on its own host or GPU."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
 
 
 REAL = dict(
@@ -171,7 +171,7 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }
-SHOWN = {"loss": "loss", "tokens_per_s": "tok/s"}  # metrics on the line of a step
+SHOWN = {"loss": "loss", "tokens_per_s": "tok/s"}  # metrics printed each step
 
 
 def resolve(config: Config) -> Config:
@@ -219,11 +219,11 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     """Gradient of the mean loss over one update; runs on each device (per-device sizes).
 
     batch: arrays [micro-batches, B, T]. The gradient of the sum and the token count are added up
-    over micro-batches, summed over devices once and divided once.
+    over micro-batches, then summed over devices and divided, once.
     """
     key = jax.random.fold_in(key, lax.axis_index("data"))
     replicated = jax.tree.map(lambda s: "data" not in s, specs)
-    # A replicated leaf is made varying, else its gradient would come already summed over devices.
+    # Make replicated leaves varying; otherwise their gradients arrive summed over devices.
     trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
 
     def micro(carry, xs):
@@ -238,7 +238,7 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     (g, total, count), _ = lax.scan(micro, zeros, (jnp.arange(n_micro), batch))
     total, count = lax.psum((total, count), "data")
     count = jnp.maximum(count, 1.0)
-    # g{unreduced} -> all-reduce; a sharded leaf was summed by the transpose of its all-gather
+    # g{unreduced} -> all-reduce; the transpose of all-gather has summed sharded leaves already
     g = jax.tree.map(lambda r, x: (lax.psum(x, "data") if r else x) / count, replicated, g)
     return g, {"loss": total / count, "n_tokens": count}
 
@@ -263,7 +263,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     def train_step(trained, opt, fixed, batch, lr, key):
         g, metrics = mesh_grads(trained, fixed, batch, key)
         metrics["grad_norm"] = optax.global_norm(g)
-        updates, opt = tx.update(g, opt, trained)  # outside shard_map: it must see global norms
+        updates, opt = tx.update(g, opt, trained)  # outside shard_map: clipping needs global norms
         trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
         return trained, opt, metrics
 
@@ -295,17 +295,17 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 
 class Pending(NamedTuple):
-    """A step that the devices may still be busy with."""
+    """A step that may still be running on the devices."""
 
     step: int
     metrics: dict  # on the devices
     batch: dict
     lr: float
-    p: float  # share of the run at its beginning
+    p: float  # progress at its start
 
 
 def log_step(run: runs.Run, pending: Pending, began: float) -> float:
-    """Waits for a step and writes its line; -> the time, when the next one began."""
+    """Waits for a step and logs it -> the time, which is when the next step began."""
     metrics = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
     run.check_finite(pending.step, metrics, pending.batch)
     now = time.perf_counter()
@@ -318,16 +318,16 @@ def log_step(run: runs.Run, pending: Pending, began: float) -> float:
 
 @runs.one_line
 def main(config: Config) -> Path | dict:
-    """Runs the fine-tuning and returns the folder that --adapter of the next stage takes."""
+    """Trains, and returns the folder that the next stage takes as --adapter."""
     runs.check_jax()
     if config.plan:
-        import bench  # which imports this file
+        import bench  # here: bench imports this file
 
         return bench.plan("sft", config)
     config = resolve(config)
     hosts.connect(config)
     if hosts.index == 0:
-        runs.claim(Path(config.out))  # a wrong --out is better said before anything is loaded
+        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
     runs.compilation_cache()
     stage.show_config(config)
     mesh = gemma.all_devices()
@@ -369,7 +369,7 @@ def main(config: Config) -> Path | dict:
             trained, opt, metrics = train_step(
                 trained, opt, fixed, stage.put(micro, mesh, P(None, "data")), np.float32(lr),
                 jax.random.fold_in(key, step))
-            if pending is not None:  # log the step before while the devices are busy with this one
+            if pending is not None:  # log the previous step while the devices run this one
                 began = log_step(run, pending, began)
             step += 1
             pending = Pending(step, metrics, batch, lr, p)

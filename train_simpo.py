@@ -5,29 +5,29 @@
     IPO     (d̄_w - d̄_l - 1 / 2β)²,  d̄ = (l - r) / tokens                arXiv 2310.12036
     ORPO    - l̄_w - λ log σ(o_w - o_l),  o = log p / (1 - p), p = exp l̄   arXiv 2403.07691
 
-w is the chosen completion and l the rejected one; l is a completion's log-prob, summed over its
-tokens, l̄ the same divided by their number, r the sum under the reference: the model as this run
-found it (base and --adapter). With label smoothing ε, SimPO and DPO are (1 - ε) L(z) + ε L(-z).
+The indices w and l mean chosen and rejected. l is a completion's log-prob summed over its tokens,
+l̄ its mean per token, and r the sum under the reference: the model that this run starts from (base
+and --adapter). With label smoothing ε, SimPO and DPO are (1 - ε) L(z) + ε L(-z).
 
     python train_simpo.py --data pairs.jsonl               # the tiny model, CPU
     python train_simpo.py --model gemma3-1b --adapter runs/sft --data pairs.jsonl   # a v5e-8, ...
-    python train_simpo.py --adapter runs/sft --data pairs.jsonl --loss dpo
+    python train_simpo.py --adapter runs/sft --data pairs.jsonl --loss dpo --out runs/dpo
 
 A line of pairs.jsonl: {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, or message lists.
 
-What departs from the papers, and why:
+Deviations from the papers, and why:
 
-1. γ is set as γ/β (--gamma-ratio), the margin of l̄ to reach whatever β is. Where γ is written
-   inside, σ(β (l̄_w - l̄_l - γ)), that γ is our γ/β.
-2. The two sequences of a pair are packed into one row, as one item: no split of a batch over
-   micro-batches or devices parts them, and the loss needs no communication.
-3. The gradient of the *sum* over pairs is accumulated and divided once by their number.
-4. DPO and IPO read the reference in the same step; SimPO and ORPO run no second forward pass.
-5. IPO's log-ratios are per token, as in TRL: sums would ask less of long completions.
-6. ORPO's likelihood is each chosen completion's mean over its tokens, not its prompt's.
+1. --gamma-ratio sets γ/β, a target margin of l̄ that does not depend on β. In code that has γ inside
+   the bracket, σ(β (l̄_w - l̄_l - γ)), that γ is our γ/β.
+2. Both sequences of a pair are packed into one row as one item, so neither micro-batches nor
+   devices separate them, and the loss needs no communication.
+3. The gradient of the *sum* over pairs is accumulated and divided once by the number of pairs.
+4. DPO and IPO run the reference within the step; SimPO and ORPO need no second forward pass.
+5. IPO's log-ratios are per token, as in TRL: sums would demand less of long completions.
+6. ORPO's likelihood is the mean over the chosen completion's tokens, without the prompt's.
 
 What to expect: pair_accuracy rises above 0.5 and margin above 0. logp_chosen may fall, but slowly:
-when it dives, or completions get longer, the learning rate is too high.
+if it dives, or completions get longer, the learning rate is too high.
 """
 
 import dataclasses
@@ -57,46 +57,45 @@ import stage
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every field left at None is filled from DEFAULTS for the model; the result is printed."""
+    """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
     # model
     model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; -pt for the base model."""
+    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
     weights: str | None = None
     """Folder of the weights (config.json, safetensors); default: looked for by name."""
     tokenizer: str | None = None
-    """Folder or file of the tokenizer, where the weights folder has no tokenizer.model."""
+    """Tokenizer folder or file, if the weights folder has no tokenizer.model."""
     adapter: str | None = None
-    """Start from the final/ of an earlier run, a PEFT adapter, or a fully fine-tuned model; it is
-    the reference of DPO and IPO."""
+    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the frozen base and the activations; what is trained has float32 masters regardless."""
+    """Precision of the frozen base and the activations; trained arrays have float32 masters."""
 
     # data
     data: str | None = None
-    """Comma-separated JSONL files of {"prompt", "chosen", "rejected"}: texts or message lists."""
+    """Comma-separated files of {"prompt", "chosen", "rejected"} rows: texts or message lists."""
     mix: str | None = None
-    """Weights of the sources of --data, as in 0.7,0.3; default: all rows of each."""
+    """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
     eval_data: str | None = None
-    """Held-out pairs, as --data; default: those of 2 % of the prompts of --data."""
+    """Held-out pairs, as in --data; default: those of 2 % of prompts."""
     system: str | None = None
-    """System text put before every question; it travels with the run to the next stage."""
+    """System text before every question; default: the one the adapter was trained under."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be used, counting them, instead of stopping at the first."""
+    """Skip and count rows that cannot be used, instead of stopping at the first."""
     max_length: int | None = None
-    """Tokens in a packed row, and in the longest pair: both completions, each with the prompt."""
+    """Tokens per packed row, and of the longest pair: both completions, each with the prompt."""
 
     # preference
     loss: Literal["simpo", "dpo", "ipo", "orpo"] = "simpo"
-    """What is minimised (see above); each reads only its own of the knobs below."""
+    """Loss to minimise (see above); each loss reads only its own flags below."""
     beta: float | None = None
-    """Scale of the log-probs that are compared: simpo 2, dpo and ipo 0.1."""
+    """Scale of the compared log-probs; default: 2 for simpo, 0.1 for dpo and ipo."""
     gamma_ratio: float | None = None
-    """SimPO's γ/β: the margin, in log-prob per token, that a pair should reach; 0.5."""
+    """SimPO's γ/β: target margin between a pair, in log-prob per token; default: 0.5."""
     label_smoothing: float | None = None
-    """Share of the pairs taken to be labelled the wrong way round, for simpo and dpo; 0."""
+    """Assumed share of pairs with swapped labels, for simpo and dpo; default: 0."""
     orpo_lambda: float | None = None
-    """Weight of ORPO's odds ratio beside the likelihood of the chosen completion; 0.1."""
+    """Weight of ORPO's odds-ratio loss beside the chosen completion's likelihood; default: 0.1."""
 
     # LoRA
     lora_rank: int | None = None
@@ -106,71 +105,71 @@ class Config:
     lora_targets: str = "q,k,v,o,gate,up,down"
     """Which matrices get an adapter."""
     lora_dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training, never in the reference."""
+    """Dropout rate of the adapter's inputs, in training only."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
 
     # optimisation
     steps: int | None = None
-    """Updates; with --time-limit, whichever ends first."""
+    """Steps to run; with --time-limit, whichever ends first."""
     time_limit: str | None = None
-    """As 8h45m or 90m: the schedule follows the clock, and all is saved before it strikes."""
+    """Time limit, as in 8h45m; the schedule follows the clock, and the run saves before the end."""
     batch_rows: int | None = None
-    """Packed rows in one update, over all devices."""
+    """Packed rows per update, over all devices."""
     micro_rows: int | None = None
-    """Packed rows that a device computes at a time; lower it when out of memory."""
+    """Packed rows computed at once on each device; lower it when out of memory."""
     learning_rate: float | None = None
-    """Peak of the schedule: linear warm-up, then cosine."""
+    """Peak learning rate: linear warm-up, then cosine decay."""
     warmup: float = 0.1
     """Share of the run spent warming up."""
     final_lr: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak."""
     weight_decay: float = 0.0
-    """AdamW's, on every trained array."""
+    """AdamW's weight decay, on every trained array."""
     adam_b2: float = 0.99
-    """AdamW's second decay; 0.999 suits runs of many thousand steps."""
+    """AdamW's beta2; 0.999 suits runs of many thousand steps."""
     clip_norm: float = 1.0
-    """Gradients of a larger global norm are scaled down to it."""
+    """Clip gradients to this global norm."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
-    """What the backward pass computes again, to save memory: attention and all else that is no
-    product with a weight (4N FLOPs a token, as none), or the whole layer (6N); auto: attention,
-    and layer where the base is split."""
+    """What the backward pass recomputes: attention (everything but matmuls with weights; 4N FLOPs
+    per token, like none) or the whole layer (6N). auto: attention, or layer if the base is
+    sharded."""
     shard: Literal["auto", "yes", "no"] = "auto"
-    """Split the base over the devices; auto: if a copy takes over 40 % of a device."""
+    """Shard the base over the devices; auto: if a copy takes over 40 % of a device's memory."""
 
     # the run
     out: str = "runs/simpo"
-    """The run folder; the same command continues what is there."""
+    """Run folder; the same command continues the run in it."""
     seed: int = 0
-    """Of the adapter, the data order and dropout."""
+    """Seed of the adapter, the data order and dropout."""
     eval_every: int | None = None
-    """Steps between held-out losses; the best checkpoint is kept."""
+    """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
     eval_rows: int = 256
-    """Held-out pairs; 0: all of them."""
+    """Maximum number of held-out rows; 0: all of them."""
     eval_accuracy: int = 0
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
-    accurate one, not the one of least loss."""
+    accurate, not the one with the lowest loss."""
     show: int = 2
-    """Completions of held-out prompts shown at each evaluation and kept in samples.jsonl."""
+    """Held-out completions printed at each evaluation and kept in samples.jsonl."""
     max_new: int | None = None
-    """Tokens of such a completion."""
+    """Longest completion, in tokens; a longer one is cut, with stop reason "length"."""
     save_every: int | None = None
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept, besides the best."""
+    """Latest checkpoints to keep, besides the best."""
     report_to: str = ""
-    """wandb, tensorboard or both, comma-separated, if installed."""
+    """Also log to wandb, tensorboard or both, comma-separated, if installed."""
     plan: bool = False
-    """Say whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes; no
-    weights are needed, and nothing is run."""
+    """Print whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes;
+    needs no weights and runs nothing."""
 
     # several hosts (hosts.py)
     coordinator: str | None = None
-    """host:port of process 0, where the processes meet; auto: JAX finds it (SLURM, GKE, TPUs)."""
+    """host:port of process 0, which the others join; auto: JAX finds it (SLURM, GKE, TPUs)."""
     n_processes: int | None = None
-    """How many run this command, each on a host (or GPU) of its own."""
+    """Number of processes, each on its own host or GPU."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
 
 
 REAL = dict(
@@ -185,7 +184,7 @@ DEFAULTS = {
     "gemma2": REAL,
     "gemma3": REAL,
 }
-SHOWN = {  # metrics on the line of a step
+SHOWN = {  # metrics printed each step
     "loss": "loss", "pair_accuracy": "pairs right", "margin": "margin", "tokens_per_s": "tok/s",
 }
 KNOBS = {  # the fields that each loss reads, with their defaults
@@ -220,14 +219,14 @@ METRICS = ("pair_accuracy", "margin", "logp_chosen", "logp_rejected", "n_chosen"
 
 
 def preference(logp_BQG, n_BQG, ref_BQG, config: Config):
-    """From log-prob sums, token counts and reference sums of pairs to (sum, count, metrics).
+    """Log-prob sums, token counts and reference sums of pairs -> (sum, count, metrics).
 
-    G = 2: chosen, rejected. A pair of no tokens is not there. ref_BQG is None but for DPO and IPO.
-    Metrics are sums over pairs: margin is between the rewards (what the loss compares), logp_ is
-    per token.
+    G = 2: chosen, rejected. A pair without tokens does not count. Only DPO and IPO have ref_BQG.
+    Metrics are sums over pairs: margin is the difference of the rewards that the loss compares,
+    logp_ is per token.
     """
     real_BQ = n_BQG[..., 0] > 0
-    logp_BQG = jnp.where(real_BQ[..., None], logp_BQG, -1.0)  # where there is no pair: finite
+    logp_BQG = jnp.where(real_BQ[..., None], logp_BQG, -1.0)  # finite where there is no pair
     n_BQG = jnp.maximum(n_BQG, 1.0)
     mean_BQG = logp_BQG / n_BQG
     gap = lambda x_BQG: x_BQG[..., 0] - x_BQG[..., 1]
@@ -265,8 +264,8 @@ def pair_sums(x_BT, segments_BT) -> jax.Array:
 
     segments [1 1 2 2 2 3 4 0], x all ones -> [[[2, 3], [1, 1]]]
     """
-    n_pairs = (segments_BT.shape[1] + 1) // 4  # a prompt's token and a completion's, twice each
-    one_hot_BTS = jax.nn.one_hot(segments_BT - 1, 2 * n_pairs)  # of padding, -1: all zeros
+    n_pairs = (segments_BT.shape[1] + 1) // 4  # a pair has at least 4 tokens
+    one_hot_BTS = jax.nn.one_hot(segments_BT - 1, 2 * n_pairs)  # padding (-1): all zeros
     sums_BS = jnp.einsum("BT,BTS->BS", x_BT, one_hot_BTS, precision="highest")
     return sums_BS.reshape(-1, n_pairs, 2)
 
@@ -274,8 +273,8 @@ def pair_sums(x_BT, segments_BT) -> jax.Array:
 def loss(trained, fixed, batch, key, cfg: gemma.Config, config: Config, fsdp: str | None):
     """The loss of the pairs in B packed rows -> (sum, (count, metrics)).
 
-    trained: {"a", "b"} of an adapter, or all parameters; fixed["reference"] is shaped like it and
-    there for DPO and IPO only. Per-device sizes.
+    trained: {"a", "b"} of an adapter, or all parameters; fixed["reference"], for DPO and
+    IPO only, has the same structure. Per-device sizes.
     """
     dtype = jnp.dtype(config.dtype)
     mask_BT, segments_BT = batch["mask"][:, 1:], batch["segments"][:, 1:]
@@ -308,11 +307,11 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     """Gradient of the mean loss over one update; runs on each device (per-device sizes).
 
     batch: arrays [micro-batches, B, T]. The gradient of the sum and the number of pairs are added
-    up over micro-batches, summed over devices once and divided once.
+    up over micro-batches, then summed over devices and divided, once.
     """
     key = jax.random.fold_in(key, lax.axis_index("data"))
     replicated = jax.tree.map(lambda s: "data" not in s, specs)
-    # A replicated leaf is made varying, else its gradient would come already summed over devices.
+    # Make replicated leaves varying; otherwise their gradients arrive summed over devices.
     trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
 
     def micro(carry, xs):
@@ -328,19 +327,19 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     (g, sums), _ = lax.scan(micro, zeros, (jnp.arange(n_micro), batch))
     sums = lax.psum(sums, "data")
     count = jnp.maximum(sums.pop("n_pairs"), 1.0)
-    # g{unreduced} -> all-reduce; a sharded leaf was summed by the transpose of its all-gather
+    # g{unreduced} -> all-reduce; the transpose of all-gather has summed sharded leaves already
     g = jax.tree.map(lambda r, x: (lax.psum(x, "data") if r else x) / count, replicated, g)
     return g, {k: x / count for k, x in sums.items()} | {"n_pairs": count}
 
 
 def partition_specs(cfg: gemma.Config, config: Config, sharded: bool) -> tuple[dict, dict]:
-    """PartitionSpecs of what is trained and of what is fixed; a reference lies like the former."""
+    """PartitionSpecs of (trained, fixed); a reference is sharded like `trained`."""
     specs, fixed = stage.partition_specs(cfg, config, sharded)
     return specs, fixed | ({"reference": specs} if config.loss in ("dpo", "ipo") else {})
 
 
 def with_reference(trained, fixed, config: Config):
-    """What stays fixed, for DPO and IPO with a copy of what is trained before it is."""
+    """`fixed`, for DPO and IPO with a copy of the starting weights as their reference."""
     if config.loss not in ("dpo", "ipo"):
         return fixed
     return fixed | {"reference": stage.reference_copy(trained, config)}
@@ -366,7 +365,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     def train_step(trained, opt, fixed, batch, lr, key):
         g, metrics = mesh_grads(trained, fixed, batch, key)
         metrics["grad_norm"] = optax.global_norm(g)
-        updates, opt = tx.update(g, opt, trained)  # outside shard_map: it must see global norms
+        updates, opt = tx.update(g, opt, trained)  # outside shard_map: clipping needs global norms
         trained = jax.tree.map(lambda x, u: x - lr * u, trained, updates)
         return trained, opt, metrics
 
@@ -403,17 +402,17 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 
 class Pending(NamedTuple):
-    """A step that the devices may still be busy with."""
+    """A step that may still be running on the devices."""
 
     step: int
     metrics: dict  # on the devices
     batch: dict
     lr: float
-    p: float  # share of the run at its beginning
+    p: float  # progress at its start
 
 
 def log_step(run: runs.Run, pending: Pending, began: float) -> float:
-    """Waits for a step and writes its line; -> the time, when the next one began."""
+    """Waits for a step and logs it -> the time, which is when the next step began."""
     metrics = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
     run.check_finite(pending.step, metrics, pending.batch)
     now = time.perf_counter()
@@ -426,10 +425,10 @@ def log_step(run: runs.Run, pending: Pending, began: float) -> float:
 
 @runs.one_line
 def main(config: Config) -> Path | dict:
-    """Runs the training and returns the folder that --adapter of the next stage takes."""
+    """Trains, and returns the folder that the next stage takes as --adapter."""
     runs.check_jax()
     if config.plan:
-        import bench  # which imports this file
+        import bench  # here: bench imports this file
 
         return bench.plan("simpo", config)
     config = resolve(config)
@@ -438,7 +437,7 @@ def main(config: Config) -> Path | dict:
                          '"4", "rejected": "5"} lines')
     hosts.connect(config)
     if hosts.index == 0:
-        runs.claim(Path(config.out))  # a wrong --out is better said before anything is loaded
+        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
     runs.compilation_cache()
     stage.show_config(config)
     mesh = gemma.all_devices()
@@ -480,7 +479,7 @@ def main(config: Config) -> Path | dict:
             trained, opt, metrics = train_step(
                 trained, opt, fixed, stage.put(micro, mesh, P(None, "data")), np.float32(lr),
                 jax.random.fold_in(key, step))
-            if pending is not None:  # log the step before while the devices are busy with this one
+            if pending is not None:  # log the previous step while the devices run this one
                 began = log_step(run, pending, began)
             step += 1
             pending = Pending(step, metrics, batch, lr, p)
