@@ -453,7 +453,7 @@ def main(config: Config) -> Path:
             for run, folder in zip(runs, folders, strict=True)]
     default = folders[0] if config.runs else Path("runs")
     out = Path(config.out or default / "report.html")
-    temporary = out.with_name(f"tmp-{os.getpid()}-{out.name}")
+    temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
         temporary.write_bytes(page(runs))
         os.replace(temporary, out)

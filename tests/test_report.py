@@ -325,7 +325,7 @@ def test_a_full_disk_keeps_the_old_page_and_no_piece_of_the_new(tmp_path, monkey
     with pytest.raises(OSError, match="No space"):
         report.main(report.Config((str(tmp_path / "x"),)))
     assert (tmp_path / "x/report.html").read_bytes() == before
-    assert not [*(tmp_path / "x").glob("tmp-*")]
+    assert not [*(tmp_path / "x").glob(".tmp-*")]
 
 
 # ---------------------------------------------------------------------------------- who writes it
