@@ -45,10 +45,11 @@ def connect(config) -> None:
     if not jax.distributed.is_initialized():
         if given == (None, None, None):
             return
-        if given != ("auto", None, None) and (None in given or not 0 <= i < n):
+        auto = given == ("auto", None, None)
+        if not auto and (None in given or address == "auto" or not 0 <= i < n):
             raise ValueError("--coordinator HOST:PORT, --n-processes and --process-id (from 0) "
                              f"belong together, or --coordinator auto alone; found {given}")
-        where = {} if address == "auto" else dict(
+        where = {} if auto else dict(
             coordinator_address=address, num_processes=n, process_id=i,
             coordinator_bind_address=address)
         jax.config.update("jax_enable_preemption_service", False)  # runs.Run handles SIGTERM
