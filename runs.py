@@ -188,12 +188,6 @@ class Budget:
         self.apart_s += took
         self.longest_s[kind] = max(took, self.longest_s[kind])
 
-    def reserve_s(self) -> float:
-        """Seconds kept back before the limit; at least 5 % of it until every part was measured."""
-        step_s, eval_s, save_s = self.longest_s.values()
-        reserve = 1.25 * (step_s + eval_s + 2 * save_s)  # final/ costs about another save
-        return reserve if step_s and eval_s and save_s else max(reserve, 0.05 * self.limit_s)
-
     def progress(self, step: int) -> float:
         """The share p done after `step` updates; call it once between two steps."""
         now = self.clock() - self.start
@@ -204,7 +198,11 @@ class Budget:
         if self.steps is not None:
             self.p = min(1.0, step / self.steps) if self.steps > 0 else 1.0
         if self.limit_s is not None:
-            share = now / max(self.limit_s - self.reserve_s(), 1e-9)
+            step_s, eval_s, save_s = self.longest_s.values()
+            reserve_s = 1.25 * (step_s + eval_s + 2 * save_s)  # final/ costs about another save
+            if not (step_s and eval_s and save_s):  # something was not measured yet
+                reserve_s = max(reserve_s, 0.05 * self.limit_s)
+            share = now / max(self.limit_s - reserve_s, 1e-9)
             p = self.clock_p0 + (1 - self.clock_p0) * share if share < 1 else 1.0
             self.clock_p = max(p, self.clock_p)
             self.p = max(self.p, self.clock_p)
@@ -500,9 +498,8 @@ class Run(contextlib.ExitStack):
         self.shown, self.shown_at, self.report_due = 0, 0.0, time.monotonic() + 60
         self.lines = [self.folder / "metrics.jsonl", self.folder / "samples.jsonl"]
         loggers = [name for name in config.report_to.split(",") if name]
-        for name in loggers:
-            if name not in LOGGERS or importlib.util.find_spec(name) is None:
-                raise ValueError(f"--report-to {name}: not installed, or none of {[*LOGGERS]}")
+        if not {*loggers} <= {*LOGGERS}:
+            raise ValueError(f"--report-to {config.report_to}: choose from {', '.join(LOGGERS)}")
         with contextlib.ExitStack() as undo:
             undo.push(self)
             if hosts.index == 0:
@@ -602,15 +599,15 @@ class Run(contextlib.ExitStack):
 
     def check_finite(self, step: int, metrics: dict, batch: Any) -> None:
         """Stop on a NaN or infinite loss or grad_norm, with the batch in nan_step_N.npz."""
-        read = {k: float(metrics[k]) for k in ("loss", "grad_norm") if metrics.get(k) is not None}
-        if np.isfinite([*read.values()]).all():
-            return
         path = self.folder / f"nan_step_{step}.npz"
-        if hosts.index == 0:
-            with writing(path):
-                np.savez(path, **_named(jax.device_get(batch)))
-        said = ", ".join(f"{name} is {value}" for name, value in read.items())
-        raise SystemExit(f"step {step} of {self.folder}: {said}; the batch is in {path}")
+        for name in ("loss", "grad_norm"):
+            if metrics.get(name) is None or np.isfinite(value := float(metrics[name])):
+                continue
+            if hosts.index == 0:
+                with writing(path):
+                    np.savez(path, **_named(jax.device_get(batch)))
+            raise SystemExit(f"step {step} of {self.folder}: {name} is {value}; the batch is in "
+                             f"{path}")
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory), oldest first, without the ones restore() refused."""

@@ -363,8 +363,7 @@ def test_a_run_that_ends_early_leaves_one(tmp_path, fault):
             raise RuntimeError
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.stopping == "SIGTERM"
-        run.save(1, {}, {})
-        run.stop()
+        run.end(1, lambda score: run.save(1, {}, {}, score=score), lambda: 0.0, lambda path: None)
     assert "step 1 of 4 · not finished" in (tmp_path / "x/report.html").read_text()
 
 

@@ -350,8 +350,7 @@ LINES = {  # fields of a run opened on what train() left -> the line that refuse
                                "or choose another --out"),
     "unwritable": (dict(out="{x}/metrics.jsonl/y"), "cannot write {x}/metrics.jsonl/y: Not a "
                    "directory; make room or choose another --out; the checkpoints are intact"),
-    "logger": (dict(report_to="mlflow"), "--report-to mlflow: not installed, or none of ['wandb', "
-               "'tensorboard']"),
+    "logger": (dict(report_to="mlflow"), "--report-to mlflow: choose from wandb, tensorboard"),
     "bad time": (dict(time_limit="8h45"), "--time-limit 8h45: write it like 8h45m, 90m, 30s or "
                                           "5400 (seconds)"),
 }
