@@ -41,7 +41,6 @@ SCRIPTS = (*TRAINERS, "eval", "synthesize")
 MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
           "eval": evaluation, "synthesize": synthesize}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
-every_trainer = pytest.mark.parametrize("name", TRAINERS)
 
 
 def configs(folder: Path) -> dict:
@@ -321,32 +320,6 @@ def test_other_errors_of_the_devices_are_not_hidden(world, tmp_path, monkeypatch
         world.run("eval", tmp_path)
 
 
-class Clock:
-    """Jumps a day ahead after the first step and its checkpoint."""
-
-    n = 0
-
-    def __call__(self):
-        self.n += 1
-        return 86400.0 * (self.n > 3)
-
-
-@every_trainer
-def test_clock_jumps_ahead(world, tmp_path, monkeypatch, name):
-    """A machine that was suspended: the limit is over, and the run ends as one whose time is up."""
-    out = world.half(name, tmp_path)
-    with monkeypatch.context() as m:
-        m.setattr(runs, "STARTED", 0.0)
-        m.setattr(runs, "Budget", functools.partial(runs.Budget, clock=Clock()))
-        world.run(name, out, time_limit="1h")
-    steps = [int(p.name[5:]) for p in (out / "checkpoints").iterdir()]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == max(steps) == 3 and any(k.startswith("eval_") for k in lines[-1])
-    assert runs.verify(out / "final") is None
-    world.run(name, out)
-    assert runs.verify(out / "checkpoints" / "step_4") is None
-
-
 # ------------------------------------------------------------------------- the disk and the weights
 
 
@@ -436,18 +409,6 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         assert runs.verify(tmp_path / "final") is None
     else:
         assert (tmp_path / "pairs.jsonl").exists()
-
-
-def test_a_spent_judge_limit_may_be_raised(world, tmp_path, monkeypatch):
-    """The run stops with a checkpoint, and continues with a higher --judge-limit."""
-    monkeypatch.setattr(judge, "ENOUGH", 4)
-    change = dict(rewards="judge:1", judge_threads=1, log_samples=99)
-    with serving(lambda n, body: {"content": json.dumps({"score": 1 + n % 5})}) as server:
-        change["judge"] = server.url
-        world.ends("train_grpo", tmp_path, "--judge-limit", judge_limit=10, **change)
-        assert [*(tmp_path / "checkpoints").iterdir()]
-        world.run("train_grpo", tmp_path, judge_limit=200, **change)
-    assert runs.verify(tmp_path / "final") is None
 
 
 def test_teacher_down(world, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -292,20 +291,16 @@ def test_kernel_refusing_bytes_loses_nothing(tmp_path):
     with open_run(tmp_path / "x") as run:
         run.restore(LIKE)
         run.log(1, {})
-        run.log(2, {})
-        run.save(1, LIKE, {}, model)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # safetensors raises its own error
         try:
-            with pytest.raises(SystemExit, match="step_2: .*File too large"):
-                run.save(2, {"w": np.zeros(100_000, np.float32)}, {}, model)
+            with pytest.raises(SystemExit, match="step_1: .*File too large"):
+                run.save(1, {"w": np.zeros(100_000, np.float32)}, {}, model)
             with pytest.raises(SystemExit, match="samples.jsonl: File too large"):
-                run.log_samples(2, [{"prompt": "x" * 100_000}])
+                run.log_samples(1, [{"prompt": "x" * 100_000}])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert [path.name for path in (tmp_path / "x/checkpoints").iterdir()] == ["step_1"]
-        assert run.restore(LIKE).step == 1
-        assert (tmp_path / "x/samples.jsonl").read_bytes() == b""
+        assert [*(tmp_path / "x/checkpoints").iterdir()] == []
 
 
 def test_an_interrupted_writer_leaves_the_folder_clean(tmp_path):
@@ -554,49 +549,19 @@ def test_a_notebook_of_yesterday_has_its_whole_limit_left(monkeypatch):
     assert notebook.Budget(limit_s=3600, clock=clock, start=notebook.STARTED).progress(0) == 0
 
 
-def test_whichever_comes_first_ends_it():
-    clock = FakeClock()
-    assert len(session(runs.Budget(steps=5, limit_s=1000, clock=clock), clock, 1)) == 6
-    slow = session(runs.Budget(steps=500, limit_s=100, clock=clock), clock, 10)
-    assert slow[-1] == 1 and len(slow) < 12
-    budget = runs.Budget(steps=10, limit_s=1000, clock=clock)
-    clock.now += 500
-    assert budget.progress(2) == 500 / 950 and budget.progress(8) == 0.8
-
-
-def test_a_new_session_has_its_own_limit_and_repeats_exactly(tmp_path):
-    clock = FakeClock()
-
-    def start(limit_s):
-        clock.now = 5e6
-        budget = runs.Budget(limit_s=limit_s, clock=clock)
-        run = open_run(tmp_path / "x", budget=budget)
-        return run, budget, run.restore(LIKE)
-
-    run, budget, _ = start(1000)
-    with run:
-        for step in range(1, 6):
-            for kind in ("eval", "save"):
-                with budget.measure(kind):
-                    clock.now += 1
-            clock.now += 90
-            p = budget.progress(step)
-            run.log(step, {"p": p})
-        run.save(step, LIKE, {})
-    assert p == pytest.approx(460 / (1000 - 1.25 * 93))
-    again = []
-    for _ in range(2):
-        run, budget, saved = start(100)
-        with run:
-            assert saved.step == 5 and budget.p == p
-            again.append([budget.progress(5)])
-            clock.now += 40
-            again[-1].append(budget.progress(6))
-    assert again[0] == again[1] == [p, 1]  # the reserve is longer than the limit: at the end
-    run, budget, _ = start(10_000)
-    with run:
-        clock.now += 1000
-        assert budget.progress(5) == pytest.approx(p + (1 - p) * 1000 / (10_000 - 1.25 * 93))
+def test_a_new_session_has_its_own_limit_and_repeats_exactly():
+    first = runs.Budget(limit_s=1000, clock=FakeClock())
+    first.longest_s |= {"eval": 1.0, "save": 1.0}
+    for step in range(6):
+        p = first.progress(step)
+        first.clock.now += 90
+    assert p == pytest.approx(450 / (1000 - 1.25 * 93))
+    for limit_s, next_p in ((100, 1), (100, 1), (10_000, p + (1 - p) * 40 / (10_000 - 1.25 * 93))):
+        budget = runs.Budget(limit_s=limit_s, clock=FakeClock(5e6))
+        budget.load(json.loads(json.dumps(first.state())))
+        assert budget.progress(5) == p
+        budget.clock.now += 40
+        assert budget.progress(6) == pytest.approx(next_p)
 
 
 def test_steps_may_grow_after_a_finished_run_with_a_limit():
@@ -678,8 +643,6 @@ def test_due_on_multiples_but_not_on_the_last_step(tmp_path):
     with open_run(tmp_path / "x", steps=6) as run:
         assert [step for step in range(1, 7) if run.due(2, step)] == [2, 4]
         assert not any(run.due(0, step) for step in range(7))
-        run.budget.steps = None
-        assert [step for step in range(1, 9) if run.due(3, step)] == [3, 6]
 
 
 def test_second_interrupt_ends_in_one_line_and_handlers_come_back(tmp_path, capfd):
@@ -692,35 +655,13 @@ def test_second_interrupt_ends_in_one_line_and_handlers_come_back(tmp_path, capf
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_other_threads_leave_signals_alone(tmp_path):
-    before, seen = signal.getsignal(signal.SIGINT), []
-
-    def work():
-        with open_run(tmp_path / "x"):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [before]
-
-
-def test_a_failed_start_unlocks_the_folder(tmp_path, monkeypatch):
-    with monkeypatch.context() as m:
-        m.setattr(runs, "write_config", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            open_run(tmp_path / "x")
-    open_run(tmp_path / "x").close()
-
-
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_nan_stops_with_the_batch(tmp_path, name):
+def test_nan_stops_with_the_batch(tmp_path):
     batch = {"tokens_BT": jnp.arange(6).reshape(2, 3), "rest": (np.ones(2, np.float32), ["a"])}
     with open_run(tmp_path / "x") as run:
         run.check_finite(6, {"loss": 1.0, "kl": float("nan"), "grad_norm": None}, batch)
-        with pytest.raises(SystemExit, match=rf"step 7 of .*{name} is (nan|inf).*nan_step_7.npz"):
-            value = jnp.float32(jnp.nan if name == "loss" else jnp.inf)
-            run.check_finite(7, {"loss": 1.0, name: value}, batch)
+        for metrics in ({"loss": jnp.float32(jnp.nan)}, {"loss": 1.0, "grad_norm": jnp.inf}):
+            with pytest.raises(SystemExit, match="step 7 of .* is (nan|inf); .*nan_step_7.npz"):
+                run.check_finite(7, metrics, batch)
     with np.load(tmp_path / "x/nan_step_7.npz", allow_pickle=False) as saved:
         assert saved["tokens_BT"].tolist() == [[0, 1, 2], [3, 4, 5]]
         assert saved["rest/0"].tolist() == [1, 1] and saved["rest/1/0"] == "a"
