@@ -18,8 +18,8 @@
                 run.save(step, arrays, state, write_model)
         return run.end(step, save, evaluate, write_model)
 
-A file is written under a temporary name and renamed, so a kill leaves the old or the new one.
-Files that are not in this list are left alone.
+A file is written under a temporary name and renamed, so a kill leaves the old or the new one. Other
+files in the folder are left alone.
 """
 
 import contextlib
@@ -336,10 +336,7 @@ def good_rows(path: str | Path) -> list[dict]:
 
 
 def claim(folder: Path, kind: str = "run") -> None:
-    """End with a line unless a folder is new, empty, or was begun with write_config() as this kind.
-
-    Kinds: "run" for training, else the name of what the folder holds.
-    """
+    """End with a line unless a folder is new, empty, or of this kind by write_config()."""
     with writing(folder):
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if names <= {".lock", ".tmp-config.json"}:  # what a start leaves that was killed
@@ -374,10 +371,7 @@ def lock(folder: Path):
 
 def check_unchanged(folder: Path, config: Any, extra: dict | None = None,
                     may_change: Iterable[str] = ()) -> None:
-    """End with a line if a flag outside MAY_CHANGE and may_change differs from config.json.
-
-    extra: facts beside the flags, as {"checksum of the weights": "3f.."}.
-    """
+    """End with a line if a flag, or a fact like {"checksum of the weights": "3f.."}, has changed."""
     old = json.loads((folder / "config.json").read_bytes())
     new = _plain(dataclasses.asdict(config) | (extra or {}))
     for name in sorted({*old, *new} - MAY_CHANGE - {*may_change, "code"}):
@@ -408,12 +402,9 @@ def _checksums(directory: Path) -> dict[str, str]:
 
 
 def _publish(target: Path, write: Callable[[Path | None], None]) -> None:
-    """Let `write` fill a folder, and seal it with a manifest: all of it appears, or nothing.
-
-    Other processes than the first write nothing, but write(None) takes part in gathering arrays.
-    """
+    """Let `write` fill a folder, and seal it with a manifest: all of it appears, or nothing."""
     if hosts.index > 0:
-        write(None)
+        write(None)  # takes part in gathering arrays that are split over processes
         return
     with writing(target), _replacing(target) as temporary:
         temporary.mkdir()
@@ -618,11 +609,7 @@ class Run(contextlib.ExitStack):
     def save(self, step: int, arrays: Any, state: dict,
              write_model: Callable[[Path | None], None] = lambda folder: None,
              score: float | None = None) -> None:
-        """Write checkpoints/step_N; log step N before.
-
-        `arrays` is any pytree of arrays, `state` is JSON, `write_model` writes the adapter into the
-        directory it is given, a higher `score` is better.
-        """
+        """Write checkpoints/step_N: a pytree of arrays, JSON, the adapter; a high score is good."""
         assert self.step is not None and self.step >= step, f"log step {step} before saving it"
         self.saved_step = step
         self.scored_step = step if score is not None else self.scored_step
@@ -669,8 +656,7 @@ class Run(contextlib.ExitStack):
     def restore(self, like: Any) -> Saved | None:
         """The newest valid checkpoint in the structure of `like`, or None; cuts the later lines.
 
-        `like` holds arrays or ShapeDtypeStructs; a leaf that differs is a ValueError. Call it
-        before the first step of every run, so that a fresh start begins with empty files.
+        `like` holds arrays or ShapeDtypeStructs. Every run calls it before its first step.
         """
         saved = None
         for step, directory in reversed(self.checkpoints() if hosts.index == 0 else []):

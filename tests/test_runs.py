@@ -509,6 +509,12 @@ def test_steps_alone_ignore_the_clock():
     assert longer.progress(4) == 0.5  # more steps are a longer run
 
 
+def test_whichever_is_further_counts():
+    budget = runs.Budget(steps=10, limit_s=1000, clock=FakeClock())
+    budget.clock.now += 500
+    assert budget.progress(2) == 500 / 950 and budget.progress(8) == 0.8
+
+
 def session(budget, clock, step_s, save_s=0.0, eval_s=0.0, compile_s=0.0):
     """A training loop that takes as long as it is told; returns its shares."""
     step, shares = 0, [budget.progress(0)]
