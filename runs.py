@@ -371,7 +371,7 @@ def lock(folder: Path):
 
 def check_unchanged(folder: Path, config: Any, extra: dict | None = None,
                     may_change: Iterable[str] = ()) -> None:
-    """End with a line if a flag, or a fact like {"checksum of the weights": "3f.."}, has changed."""
+    """End with a line if a flag or a fact ({"checksum of the weights": "3f.."}) has changed."""
     old = json.loads((folder / "config.json").read_bytes())
     new = _plain(dataclasses.asdict(config) | (extra or {}))
     for name in sorted({*old, *new} - MAY_CHANGE - {*may_change, "code"}):
