@@ -4,33 +4,17 @@
     python train_sft.py --coordinator 10.0.0.1:8476 --n-processes 2 --process-id 1    # on the other
     srun python train_sft.py --coordinator auto           # under SLURM, GKE, on Cloud TPU slices
 
-Who holds what, in every script of this repository:
-
 1. Every process holds the same host arrays (batches, samples and advantages are functions of the
    seed and of what was exchanged) and puts only its own shards of them on its devices.
 2. The mesh of an update spans all devices. Rollouts and a judge run on each process's own devices,
    for its share of the prompts, so there is no collective in a decode loop.
 3. Process 0 alone touches the run folder and reads the clock; it tells the others.
-
-This is a thin layer over `jax.distributed` and `jax.experimental.multihost_utils`. What it leaves
-to them, or leaves out:
-
-- A script looks for other processes only if a flag asks for it; `--coordinator auto` is JAX's own
-  detection.
-- `everyone` is a collective of the devices, so it waits for the work they were given before it.
-  All processes must call it in the same order, from the main thread.
-- Values cross as JSON and arrays as bytes: a tuple arrives as a list, and an object is an error.
-- When a process dies, the others end too: those in a collective with it at once, in one line if
-  the error reaches Python (runs.one_line); all of them, aborted by JAX's coordination service,
-  within HEARTBEAT_S. A process that ends by an error of its own first waits LEAVE_S for the others.
-  JAX's report is long and comes last; the output of the process that failed first says why.
+4. When a process dies, JAX ends the others within HEARTBEAT_S; the same command continues.
 """
 
 import dataclasses
 import hashlib
 import json
-import platform
-import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -54,51 +38,44 @@ index, count = 0, 1  # of this process; connect() sets both
 def connect(config) -> None:
     """Join the processes that the FLAGS of a config describe; call it before making any array.
 
-    Without a flag the script is a single process. Processes whose flags, code or versions differ
-    from those of process 0 end with one line that names the difference.
+    `--coordinator auto` is JAX's own detection. Without a flag the script is a single process.
     """
     global index, count
-    given = config.coordinator, config.n_processes, config.process_id
-    if given == (None, None, None) and not jax.distributed.is_initialized():
-        return
+    address, n, i = given = config.coordinator, config.n_processes, config.process_id
     if not jax.distributed.is_initialized():
-        _initialize(*given)
+        if given == (None, None, None):
+            return
+        auto = given == ("auto", None, None)
+        if not auto and (None in given or address == "auto" or not 0 <= i < n):
+            raise ValueError("--coordinator HOST:PORT, --n-processes and --process-id (from 0) "
+                             f"belong together, or --coordinator auto alone; found {given}")
+        where = {} if auto else dict(
+            coordinator_address=address, num_processes=n, process_id=i,
+            coordinator_bind_address=address)
+        jax.config.update("jax_enable_preemption_service", False)  # runs.Run handles SIGTERM
+        try:
+            jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_S,
+                                       shutdown_timeout_seconds=LEAVE_S)
+        except (RuntimeError, ValueError) as error:
+            first, _, _ = str(error).partition("\n")
+            raise SystemExit(f"--coordinator {address}: the processes did not meet: "
+                             f"{first}") from error
     index, count = jax.process_index(), jax.process_count()
     _check(config)
 
 
-def _initialize(coordinator: str | None, n: int | None, i: int | None) -> None:
-    auto = (coordinator, n, i) == ("auto", None, None)
-    full = None not in (coordinator, n, i) and re.fullmatch(r".+:\d+", coordinator) and 0 <= i < n
-    if not auto and not full:
-        raise ValueError(f"--coordinator {coordinator} --n-processes {n} --process-id {i}: expected"
-                         " all three (host:port, their number, which of them this is, from 0), or"
-                         " --coordinator auto alone")
-    where = {} if auto else dict(coordinator_address=coordinator, num_processes=n, process_id=i,
-                                 coordinator_bind_address=coordinator)
-    jax.config.update("jax_enable_preemption_service", False)  # runs.Run handles SIGTERM
-    try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_S,
-                                   shutdown_timeout_seconds=LEAVE_S)
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"--coordinator {coordinator}: the processes did not meet: "
-                         f"{str(error).splitlines()[0]}") from error
-
-
 def _check(config) -> None:
-    """End all processes unless they have the same flags, code, versions and number of devices."""
-    mine = {f"--{name.replace('_', '-')}": value
-            for name, value in dataclasses.asdict(config).items() if name not in FLAGS}
+    """End all processes unless they have the same flags, code, versions and devices."""
+    mine = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(config).items()
+            if k not in FLAGS}
     mine |= {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
-    mine |= {"Python": platform.python_version(),
-             "the device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"}
+    mine["devices"] = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
     mine |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
              for file in Path(__file__).resolve().parent.glob("*.py")}
     first, *others = everyone(mine)
     for i, other in enumerate(others, 1):
         for name in sorted({*first, *other}):
-            a, b = first.get(name, "absent"), other.get(name, "absent")
-            if a != b:
+            if (a := first.get(name)) != (b := other.get(name)):
                 raise SystemExit(f"{name} is {a!r} in process 0 but {b!r} in process {i}: every "
                                  "host needs the same flags, code and versions")
 
@@ -145,34 +122,24 @@ def broadcast(tree):
 
 
 def put(x, sharding: Sharding) -> jax.Array:
-    """jax.device_put of what every process holds; each transfers only the shards of its devices.
-
-    (device_put itself would first send a numpy array to all processes to compare it.)
-    """
-    here = not isinstance(x, jax.Array) or x.is_fully_addressable
-    if sharding.is_fully_addressable or not here:
+    """jax.device_put of what every process holds; each transfers only the shards of its devices."""
+    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
-    x = np.asarray(x)
+    x = np.asarray(x)  # device_put would first send an array to all processes to compare it
     return jax.make_array_from_callback(x.shape, sharding, lambda shard: x[shard])
 
 
 def own(mesh: Mesh) -> Mesh:
     """The part of a mesh that is this process's own devices."""
-    if count == 1:
-        return mesh
-    axes = (jax.sharding.AxisType.Auto,)
-    return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=axes)
+    return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def on_own(tree, mesh: Mesh, spec: P):
-    """Arrays laid out as `spec` on a mesh of own devices.
-
-    A replicated array is only viewed there; one that is split over processes is gathered first.
-    """
+    """Arrays laid out as `spec` on a mesh of own devices; split ones are gathered first."""
     here = NamedSharding(mesh, spec)
 
     def one(x):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        if getattr(x, "is_fully_addressable", True):
             return jax.device_put(x, here)
         if not x.is_fully_replicated or spec != P():  # split as spec, the same on each host
             devices = sorted(x.sharding.mesh.devices.flat, key=lambda d: d.process_index)
@@ -188,7 +155,7 @@ def whole(tree):
     """Arrays that device_get can read: those split over processes are gathered, to numpy."""
 
     def one(x):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
             return x
         return multihost_utils.process_allgather(x, tiled=True)
 

@@ -367,8 +367,9 @@ def main(config: Config) -> Path:
     names = [run.name for run in runs]
     runs = [run._replace(name=str(folder)) if names.count(run.name) > 1 else run
             for run, folder in zip(runs, folders, strict=True)]
-    out = Path(config.out or (folders[0] if config.runs else Path("runs")) / "report.html")
-    temporary = out.with_name(f"tmp-{os.getpid()}-{out.name}")
+    default = folders[0] if config.runs else Path("runs")
+    out = Path(config.out or default / "report.html")
+    temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
         temporary.write_bytes(page(runs))
         os.replace(temporary, out)

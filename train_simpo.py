@@ -449,7 +449,8 @@ def main(config: Config) -> Path | dict:
     sources, held_out = data.load_split(config, read)
     batches = data.Packed(sources, config.max_length, config.batch_rows, config.seed,
                           data.mix_weights(config.mix, sources))
-    trained, fixed = model.trained, with_reference(model.trained, model.fixed, config)
+    model = model._replace(fixed=with_reference(model.trained, model.fixed, config))
+    trained, fixed = model.trained, model.fixed
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
     model = model._replace(trained=None)  # else a resumed run would hold these weights too
 

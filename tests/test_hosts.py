@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -26,46 +25,34 @@ WORKER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
 from importlib import import_module
-jobs, address, n, i = json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+jobs, address, n, i = json.loads(sys.argv[2]), sys.argv[3], 2, int(sys.argv[4])
 for script, fields in jobs:
     if script == "exec":
         exec(fields)
         continue
     module = import_module(script)
     each = fields.pop("each", [{}] * n)[i]  # what only one of the processes is given
-    module.main(module.Config(**fields, **each, coordinator=address, n_processes=n, process_id=i))
+    try:
+        module.main(module.Config(**fields, **each, coordinator=address, n_processes=n,
+                                  process_id=i))
+    except SystemExit as end:
+        print("ended:", end, flush=True)
 """
 
 
-def free_port():
+def start(jobs, folder):
+    """Two processes of four devices each that run the jobs [(script, fields of its Config)]."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Pair:
-    """Two processes of four devices each that run the jobs [(script, fields of its Config)]."""
-
-    def __init__(self, jobs, folder):
-        address = f"127.0.0.1:{free_port()}"
-        flags = [f.replace("device_count=8", "device_count=4") for f in FLAGS]
-        env = os.environ | {"XLA_FLAGS": " ".join(flags)}
-        command = [sys.executable, "-c", WORKER, str(ROOT), json.dumps(jobs), address, "2"]
-        self.processes = [
-            subprocess.Popen([*command, str(i), str(folder)], stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.STDOUT, env=env)
-            for i in range(2)
-        ]
-
-    def end(self, timeout_s=300):
-        """Waits for both -> (exit code, what it said) of each."""
-        try:
-            said = [process.communicate(timeout=timeout_s)[0] for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        return [(process.returncode, text) for process, text in zip(self.processes, said,
-                                                                    strict=True)]
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    flags = [f.replace("device_count=8", "device_count=4") for f in FLAGS]
+    env = os.environ | {"XLA_FLAGS": " ".join(flags)}
+    command = [sys.executable, "-c", WORKER, str(ROOT), json.dumps(jobs), address]
+    return [
+        subprocess.Popen([*command, str(i), str(folder)], stdout=subprocess.PIPE, text=True,
+                         stderr=subprocess.STDOUT, env=env)
+        for i in range(2)
+    ]
 
 
 def lines(path):
@@ -106,7 +93,7 @@ AGREE = """
 # Process 1's clock is far ahead, and it alone gets a signal: all go by process 0's clock, and stop.
 import runs, train_sft
 times = iter([0.0, 0.0, 10.0 + 89 * i, 20.0, 30.0])
-with runs.Run(train_sft.Config(out=sys.argv[6] + "/agree")) as run:
+with runs.Run(train_sft.Config(out=sys.argv[5] + "/agree")) as run:
     run.budget = runs.Budget(limit_s=100.0, clock=lambda: next(times))
     assert run.restore({}) is None and run.progress(0) == 0
     assert abs(run.progress(1) - 10 / 95) < 1e-9 and not run.stopping, (run.budget.p, run.stopping)
@@ -115,12 +102,12 @@ with runs.Run(train_sft.Config(out=sys.argv[6] + "/agree")) as run:
         assert run.asked and not run.stopping
     run.progress(2)
     assert run.stopping == "SIGTERM"
-assert i or os.path.exists(sys.argv[6] + "/agree/config.json")
+assert i or os.path.exists(sys.argv[5] + "/agree/config.json")
 # No whole matrix is read for a split base.
 import gemma, hosts, jax, jax.numpy as jnp, numpy as np
-gemma._read = None
+read, gemma._read = gemma._read, None
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-cfg, params = gemma.load(sys.argv[6] + "/model", jnp.float32, mesh, True)
+cfg, params = gemma.load(sys.argv[5] + "/model", jnp.float32, mesh, True)
 assert [s.data.shape for s in params["embed_tokens"].addressable_shards] == [(768, 4)] * 4
 # A base too large for one device is split once more, over each process's own, to sample from.
 own, whole = hosts.own(mesh), hosts.whole(params)
@@ -138,6 +125,14 @@ sent = {"a": np.float32([[-0.0, np.nan, 1e-45]]), "n": np.array(7, np.int32), "e
 there = hosts.broadcast(jax.tree.map(lambda x: x * (i == 0), sent))
 assert all(a.tobytes() == b.tobytes() and a.shape == b.shape for a, b in
            zip(jax.tree.leaves(sent), jax.tree.leaves(there)))
+gemma._read = read
+"""
+DIES = """
+# Process 1 is killed in the middle of a run, after the checkpoint of step 2.
+import runs
+if i == 1:
+    real = runs.Run.log
+    runs.Run.log = lambda run, step, m: os.kill(os.getpid(), 9) if step > 2 else real(run, step, m)
 """
 
 
@@ -154,8 +149,16 @@ def both(folder):
     shutil.rmtree(folder / "two/train_sft/checkpoints/step_2")
     wrong = job(folder, "two/wrong", "train_sft")
     wrong[1]["each"] = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
-    jobs = [job(folder, f"two/{script}", script) for script in SCRIPTS]
-    return Pair([*jobs, ("exec", AGREE), wrong], folder).end()
+    jobs = [("exec", "import hosts; hosts.HEARTBEAT_S = 10"), wrong, ("exec", AGREE),
+            *(job(folder, f"two/{script}", script) for script in SCRIPTS),
+            ("exec", DIES), job(folder, "dies", "train_sft", steps=10**6)]
+    processes = start(jobs, folder)
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -185,56 +188,30 @@ def test_two_processes_of_four_devices_are_one_of_eight(both, folder, script):
 
 
 def test_a_flag_that_differs_ends_all_with_one_line(both, folder):
-    for code, said in both:
-        assert code == 1
-        last = said.strip().splitlines()[-1]
-        assert re.match("--learning-rate is 0.001 in process 0 but 0.002 in process 1", last), said
+    for _, said in both:
+        assert "ended: --learning-rate is 0.001 in process 0 but 0.002 in process 1" in said, said
     assert not (folder / "two/wrong").exists()
 
 
-def test_a_process_that_dies_ends_the_other(folder):
-    script, fields = job(folder, "dies", "train_sft", steps=10**6, shard="no", lora_rank=4)
-    pair = Pair([("exec", "import hosts; hosts.HEARTBEAT_S = 10"), (script, fields)], folder)
-    end = time.monotonic() + 200
-    while not (folder / "dies/checkpoints/step_2").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    pair.processes[1].kill()
-    killed = time.monotonic()
-    (code, said), (other, _) = pair.end()
-    assert time.monotonic() - killed < 60 and code != 0 and other == -signal.SIGKILL
-    assert re.search("another process ended or was lost|another task died|gloo::", said), said
+def test_a_process_that_dies_ends_the_other(both, folder):
+    (code, said), (other, _) = both
+    assert code != 0 and other == -signal.SIGKILL
+    assert re.search("another task died|[Gg]loo", said), said
     checkpoints = [*(folder / "dies/checkpoints").glob("step_*")]
     assert all(runs.verify(path) is None for path in checkpoints) and len(checkpoints) > 1
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_broken_collective_is_one_line(monkeypatch, count):
-    """As JAX raises it when the other process is lost; one process alone has a fault of ours."""
-
-    @runs.one_line
-    def main(config):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: reset by peer\n  a\n")
-
-    monkeypatch.setattr(hosts, "count", count)
-    with pytest.raises(SystemExit if count == 2 else jax.errors.JaxRuntimeError) as end:
-        main(train_sft.Config())
-    assert count == 1 or str(end.value) == (
-        "process 0 of 2: another process ended or was lost, its own output says why; the same "
-        "command on every host continues from the last checkpoint (UNKNOWN: Gloo AllGather "
-        "failed: reset by peer)")
 
 
 # --------------------------------------------------------------------------------------- the flags
 
 
-@pytest.mark.parametrize("flags, why", [
-    (dict(coordinator="10.0.0.1:8476"), "--n-processes None"),
-    (dict(coordinator="10.0.0.1", n_processes=2, process_id=0), "--coordinator 10.0.0.1 "),
-    (dict(coordinator="10.0.0.1:8476", n_processes=2, process_id=2), "--process-id 2"),
-    (dict(coordinator="auto", n_processes=2, process_id=0), "--coordinator auto alone"),
+@pytest.mark.parametrize("flags", [
+    dict(coordinator="10.0.0.1:8476"),
+    dict(coordinator="10.0.0.1:8476", n_processes=2, process_id=2),
+    dict(coordinator="auto", n_processes=2, process_id=0),
+    dict(process_id=0),
 ])
-def test_flags_that_do_not_belong_together(flags, why):
-    with pytest.raises(ValueError, match=re.escape(why)):
+def test_flags_that_do_not_belong_together(flags):
+    with pytest.raises(ValueError, match="or --coordinator auto alone; found"):
         hosts.connect(train_sft.Config(**flags))
 
 
@@ -270,7 +247,7 @@ def test_who_meets_where(monkeypatch, flags, address, error):
                                + str(error).splitlines()[0])
 
 
-@pytest.mark.parametrize("name", ["sampler.py", "jax", "--seed", "the device"])
+@pytest.mark.parametrize("name", ["sampler.py", "jax", "--seed", "devices"])
 def test_code_versions_and_devices_are_compared_too(monkeypatch, name):
     config = train_grpo.Config(process_id=1)
     hosts._check(config)  # nothing differs in one process

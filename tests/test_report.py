@@ -245,7 +245,7 @@ def test_a_full_disk_keeps_the_old_page_and_no_piece_of_the_new(tmp_path, monkey
     with pytest.raises(OSError, match="No space"):
         report.main(report.Config((str(tmp_path / "x"),)))
     assert (tmp_path / "x/report.html").read_bytes() == before
-    assert not [*(tmp_path / "x").glob("tmp-*")]
+    assert not [*(tmp_path / "x").glob(".tmp-*")]
 
 
 # ---------------------------------------------------------------------------------- who writes it
@@ -277,8 +277,7 @@ def test_a_run_that_ends_early_leaves_one(tmp_path, fault):
             raise RuntimeError
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.stopping == "SIGTERM"
-        run.save(1, {}, {})
-        run.stop()
+        run.end(1, lambda score: run.save(1, {}, {}, score=score), lambda: 0.0, lambda path: None)
     assert "step 1 of 4 · not finished" in (tmp_path / "x/report.html").read_text()
 
 

@@ -6,11 +6,11 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -23,8 +23,25 @@ from conftest import ROOT, contents
 
 import hosts
 import runs
+import synthesize
+import train_grpo
 
 LIKE = {"w": np.zeros(4, np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """tests/test_report.py has it."""
+    monkeypatch.setattr(runs.Run, "report", lambda run: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs.Run, "report", lambda run: None)
+        train(tmp_path_factory.mktemp("whole") / "x")
+    return tmp_path_factory.getbasetemp() / "whole0/x"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,59 +92,55 @@ def run_python(code, *arguments, **options):
 # ------------------------------------------------------------------ kills, torn and edited files
 
 
+DRIVER = """
+import os, shutil, signal, sys
+from pathlib import Path
+import conftest, runs, test_runs
+
+device = type("Device", (), {"device_kind": "fake"})
+runs.jax.devices, runs.jax.device_count = lambda: [device], lambda: 1
+runs.say = runs.Run.report = lambda *_: None
+os.fsync = lambda handle: None  # a kill, unlike a power cut, keeps what was written
+operations = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"),
+              (runs, "save_file"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "write_text"),
+              (Path, "rename"), (Path, "unlink"), (Path, "touch")]
+
+def attempt(out, die_at):
+    if (child := os.fork()) == 0:
+        count = 0
+        def faulty(real):
+            def call(*a, **k):
+                nonlocal count
+                count += 1
+                if count == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*a, **k)
+            return call
+        for owner, name in operations:
+            setattr(owner, name, faulty(getattr(owner, name)))
+        try:
+            test_runs.train(out, steps=3, every=1, keep=1)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(3)
+    return os.waitpid(child, 0)[1]
+
+root, k = Path(sys.argv[1]), 1
+assert attempt(root / "whole", 0) == 0
+whole = conftest.contents(root / "whole")
+while (status := attempt(root / f"kill{k}", k)) != 0:
+    assert status == signal.SIGKILL, (k, status)
+    assert attempt(root / f"kill{k}", 0) == 0, k
+    assert conftest.contents(root / f"kill{k}") == whole, k
+    k += 1
+print(k)
+"""
+
+
 def test_kill_at_every_file_operation_loses_nothing(tmp_path):
-    # One process imports; each attempt is a fork that kills itself at the k-th file operation.
-    driver = run_python(
-        """
-        import os, shutil, signal, sys
-        from pathlib import Path
-        import conftest, report, runs, test_runs  # report before the forks: imported once
-        device = type("Device", (), {"device_kind": "fake"})
-        runs.jax.devices, runs.jax.device_count = lambda: [device], lambda: 1
-        runs.say = lambda line: None
-        os.fsync = lambda handle: None  # a kill, unlike a power cut, keeps what was written
-        operations = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"),
-                      (runs, "save_file"), (Path, "mkdir"), (Path, "write_bytes"),
-                      (Path, "write_text"), (Path, "rename")]
-
-        def attempt(out, die_at):
-            if (child := os.fork()) == 0:
-                count = 0
-                def faulty(real):
-                    def call(*a, **k):
-                        nonlocal count
-                        count += 1
-                        if count == die_at:
-                            os.kill(os.getpid(), signal.SIGKILL)
-                        return real(*a, **k)
-                    return call
-                for owner, name in operations:
-                    setattr(owner, name, faulty(getattr(owner, name)))
-                try:
-                    test_runs.train(out)
-                    os._exit(0)
-                except BaseException as error:
-                    print(repr(error), file=sys.stderr)
-                    os._exit(3)
-            return os.waitpid(child, 0)[1]
-
-        root = Path(sys.argv[1])
-        assert attempt(root / "whole", 0) == 0
-        whole, k = conftest.contents(root / "whole"), 0
-        while True:
-            k += 1
-            out = root / f"kill{k}"
-            status = attempt(out, k)
-            if status == 0:
-                break
-            assert status == signal.SIGKILL, (k, status)
-            assert attempt(out, 0) == 0, k
-            assert conftest.contents(out) == whole, k
-            shutil.rmtree(out)
-        print(k)
-    """,
-        tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
+    """One process imports; each attempt is a fork that kills itself at the k-th operation."""
+    driver = run_python(DRIVER, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = driver.communicate(timeout=60)
     assert driver.returncode == 0, err
     assert int(out) > 60  # it did meet the faults
@@ -142,51 +155,47 @@ def flip(path):
 ARRAYS, STATE = "resume/arrays.safetensors", "resume/state.json"
 BROKEN = {  # what happens to step_6 -> why it is refused
     "truncated": (lambda d: os.truncate(d / ARRAYS, 99), f"{ARRAYS} has changed"),
-    "bit": (lambda d: flip(d / ARRAYS), f"{ARRAYS} has changed"),
     "edited": (lambda d: flip(d / STATE), f"{STATE} has changed"),
-    "missing": (lambda d: (d / "adapter.txt").unlink(), "adapter.txt is missing"),
-    "unsealed": (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
+    "missing": (lambda d: (d / "adapter.txt").unlink(), "adapter.txt has changed"),
+    "unsealed": (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read"),
     "manifest": (lambda d: os.truncate(d / "manifest.json", 1), "manifest.json cannot be read"),
     "renamed": (lambda d: d.rename(d.with_name("step_8")), "was saved as step_6"),
 }
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_broken_checkpoint_is_refused_by_name(tmp_path, capsys, how):
-    train(tmp_path / "whole")
-    train(tmp_path / "x")
+def test_broken_checkpoint_is_refused_by_name(whole, tmp_path, capsys, how):
+    out = shutil.copytree(whole, tmp_path / "x")
     breaks, reason = BROKEN[how]
-    breaks(tmp_path / "x/checkpoints/step_6")
-    capsys.readouterr()
-    with open_run(tmp_path / "x") as run:
+    breaks(out / "checkpoints/step_6")
+    with open_run(out) as run:
         saved = run.restore(LIKE)
         assert saved.step == 4 and saved.state == {"seen": 4}
     line = capsys.readouterr().err.splitlines()[0]
     name = "step_8" if how == "renamed" else "step_6"
-    assert line.startswith(f"refused {tmp_path}/x/checkpoints/{name}: ") and reason in line
-    train(tmp_path / "x")  # and trains over it, to the same end
-    whole, again = contents(tmp_path / "whole"), contents(tmp_path / "x")
-    assert whole == {key: value for key, value in again.items() if "step_8" not in key}
+    assert line.startswith(f"refused {out}/checkpoints/{name}: ") and reason in line
+    train(out)  # and trains over it, to the same end
+    again = contents(out)
+    assert contents(whole) == {key: value for key, value in again.items() if "step_8" not in key}
 
 
-def test_no_valid_checkpoint_starts_again(tmp_path, capsys):
-    train(tmp_path / "x", every=6)
-    flip(tmp_path / "x/checkpoints/step_6" / ARRAYS)
-    with open_run(tmp_path / "x") as run:
+def test_no_valid_checkpoint_starts_again(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "x")
+    for path in (out / "checkpoints").iterdir():
+        flip(path / ARRAYS)
+    with open_run(out) as run:
         assert run.restore(LIKE) is None
-        assert (tmp_path / "x/metrics.jsonl").read_bytes() == b""
-    assert "starting again at step 0" in capsys.readouterr().err
+        assert (out / "metrics.jsonl").read_bytes() == b""
 
 
-def test_resume_cuts_later_and_torn_lines(tmp_path):
-    train(tmp_path / "whole")
+def test_resume_cuts_later_and_torn_lines(whole, tmp_path):
     train(tmp_path / "x", until=4)
     with open(tmp_path / "x/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')
     with open(tmp_path / "x/samples.jsonl", "ab") as file:
         file.write(b'{"step": 5, "prompt": "\xc3')
     train(tmp_path / "x")
-    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "x") == contents(whole)
 
 
 # ------------------------------------------------------------------ folders that are not a run's
@@ -202,22 +211,21 @@ FOREIGN = {  # files -> what the line says
     "model": ({"config.json": '{"model_type": "gemma3_text"}', "model.safetensors": "x"},
               "is not empty"),
     "parent": ({"sft/config.json": "{}"}, "is not empty"),
-    "eval": ({"config.json": '{"code": {"kind": "eval"}}', "samples.jsonl": "x"}, "of kind 'eval'"),
-    "broken": ({"config.json": '{"code', "final/x": "x"}, "config.json cannot be read: .*put it"),
+    "eval": ({"config.json": '{"code": {"kind": "eval"}}', "samples.jsonl": "x"}, "[(]eval[)]"),
+    "broken": ({"config.json": '{"code', "final/x": "x"}, "config.json .*Unterminated string"),
+    "other": ({"config.json": '[{"code": "x"}]'}, "is not empty"),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("here", [False, True])
-def test_a_folder_that_no_run_began_is_refused_and_untouched(tmp_path, monkeypatch, name, here):
+def test_a_folder_that_no_run_began_is_refused_and_untouched(tmp_path, name):
     files, says = FOREIGN[name]
     for file, content in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(content)
     before = everything(tmp_path)
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=says) as stop:
-        open_run("." if here else tmp_path)
+        open_run(tmp_path)
     assert "choose another --out" in str(stop.value) and "\n" not in str(stop.value)
     assert everything(tmp_path) == before
 
@@ -228,7 +236,7 @@ def test_a_folder_is_claimed_by_kind(tmp_path):
     runs.claim(tmp_path, "pairs")
     runs.write_config(tmp_path, Config(), {"checksum of the weights": "3f"}, "pairs")
     runs.claim(tmp_path, "pairs")
-    with pytest.raises(SystemExit, match="of kind 'pairs', not 'run': choose another --out"):
+    with pytest.raises(SystemExit, match="[(]pairs[)]: choose another --out"):
         runs.claim(tmp_path)
     runs.check_unchanged(tmp_path, Config(), {"checksum of the weights": "3f"})
     with pytest.raises(SystemExit, match="^checksum of the weights was '3f' when .* it is '40'"):
@@ -238,122 +246,98 @@ def test_a_folder_is_claimed_by_kind(tmp_path):
                              may_change=("lr",))
 
 
-def test_files_of_the_user_survive_in_a_run_folder(tmp_path):
+def test_files_of_the_user_survive_in_a_run_folder(whole, tmp_path):
     out, mine = tmp_path / "x", {}
-    train(tmp_path / "whole", keep=1)
-    train(out, until=3, keep=1)
+    train(out, until=3)
     for name in ("mine.jsonl", "tmp-notes", "old-thesis/a.tex", "checkpoints/tmp-x",
                  "checkpoints/step_1_copy/a", "checkpoints/step_007/a", "tmp-step_x/a"):
         mine[name] = b'{"step": 5}\n{"torn'
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(mine[name])
-    train(out, keep=1)
+    train(out)
     found = contents(out)
     assert {name: found.pop(name) for name in mine} == mine
-    assert found == contents(tmp_path / "whole")
+    assert found == contents(whole)
 
 
 # ------------------------------------------------------------------ full disks, locks, config
 
 
-@pytest.mark.parametrize("k", range(10))
-def test_disk_full_in_any_fsync_loses_nothing(tmp_path, monkeypatch, k):
+def test_disk_full_in_any_fsync_loses_nothing(tmp_path, monkeypatch):
     with open_run(tmp_path / "x") as run:
         run.restore(LIKE)
         for step in (1, 2):
             run.log(step, {})
         run.save(1, LIKE, {"seen": 1}, model)
-        real, calls = os.fsync, iter(range(99))
+        real, left, k = os.fsync, ["step_1"], 0
+        while "step_2" not in left:  # the last one, of the parent, comes after the rename
+            calls, k = iter(range(99)), k + 1
 
-        def fsync(handle):
-            if next(calls) == k:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            real(handle)
+            def fsync(handle, calls=calls, last=k - 1):
+                if next(calls) == last:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                real(handle)
 
-        monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.raises(SystemExit, match=f"cannot write {tmp_path}/x.*No space left on device"):
-            run.save(2, LIKE, {"seen": 2}, model)
-        monkeypatch.undo()
-        left = sorted(path.name for path in (tmp_path / "x/checkpoints").iterdir())
-        # the last one, of the parent, comes after the rename: then step_2 is whole
-        assert left == (["step_1"] if k < 9 else ["step_1", "step_2"])
-        assert all(runs.verify(tmp_path / "x/checkpoints" / name) is None for name in left)
+            monkeypatch.setattr(os, "fsync", fsync)
+            with pytest.raises(SystemExit, match=f"cannot write {tmp_path}/x.*No space left"):
+                run.save(2, LIKE, {"seen": 2}, model)
+            left = sorted(path.name for path in (tmp_path / "x/checkpoints").iterdir())
+            assert left[0] == "step_1"
+            assert all(runs.verify(tmp_path / "x/checkpoints" / name) is None for name in left)
+        assert k > 9
 
 
 def test_kernel_refusing_bytes_loses_nothing(tmp_path):
     with open_run(tmp_path / "x") as run:
         run.restore(LIKE)
         run.log(1, {})
-        run.log(2, {})
-        run.save(1, LIKE, {}, model)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # safetensors raises its own error
         try:
-            with pytest.raises(SystemExit, match="step_2: .*File too large"):
-                run.save(2, {"w": np.zeros(100_000, np.float32)}, {}, model)
+            with pytest.raises(SystemExit, match="step_1: .*File too large"):
+                run.save(1, {"w": np.zeros(100_000, np.float32)}, {}, model)
             with pytest.raises(SystemExit, match="samples.jsonl: File too large"):
-                run.log_samples(2, [{"prompt": "x" * 100_000}])
+                run.log_samples(1, [{"prompt": "x" * 100_000}])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert [path.name for path in (tmp_path / "x/checkpoints").iterdir()] == ["step_1"]
-        assert run.restore(LIKE).step == 1
-        assert (tmp_path / "x/samples.jsonl").read_bytes() == b""
+        assert [*(tmp_path / "x/checkpoints").iterdir()] == []
 
 
-def test_failing_model_writer_leaves_the_folder_clean(tmp_path):
+def test_an_interrupted_writer_leaves_the_folder_clean(tmp_path):
     with open_run(tmp_path / "x") as run:
         run.restore(LIKE)
         run.log(1, {})
-        run.finish(model)
 
         def interrupted(directory):
             (directory / "half").write_text("h")
             raise KeyboardInterrupt
 
-        for write in (lambda f: run.save(1, LIKE, {}, f), run.finish):
-            with pytest.raises(KeyboardInterrupt):
-                write(interrupted)
-        assert run.checkpoints() == []
-        assert runs.verify(tmp_path / "x/final") is None
-        assert not [*(tmp_path / "x").rglob("tmp-*")]
+        with pytest.raises(KeyboardInterrupt):
+            run.save(1, LIKE, {}, interrupted)
+        assert [*(tmp_path / "x/checkpoints").iterdir()] == []
 
 
-@pytest.mark.parametrize("k", range(2))
-def test_replacing_final_keeps_one_of_the_two(tmp_path, monkeypatch, k):
+@pytest.mark.parametrize("name", ["rename", "replace"])
+def test_replacing_final_keeps_one_of_the_two(tmp_path, monkeypatch, name):
+    new = lambda directory: (directory / "adapter.txt").write_text("new")
     with open_run(tmp_path / "x") as run:
         run.finish(model)
-        real, calls = os.rename, iter(range(99))
+        real = getattr(os, name)
 
-        def rename(*paths):
-            if next(calls) == k:
+        def interrupted(*paths):
+            if "final" in str(paths[0]) and "manifest" not in str(paths[0]):
+                monkeypatch.undo()
                 raise KeyboardInterrupt
             real(*paths)
 
-        monkeypatch.setattr(os, "rename", rename)
+        monkeypatch.setattr(os, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run.finish(lambda directory: (directory / "adapter.txt").write_text("new"))
+            run.finish(new)
         assert (tmp_path / "x/final/adapter.txt").read_text() == "adapter"
-        run.finish(lambda directory: (directory / "adapter.txt").write_text("new"))
+        run.finish(new)
         assert (tmp_path / "x/final/adapter.txt").read_text() == "new"
         assert {path.name for path in (tmp_path / "x").iterdir()} == {
-            ".lock", "checkpoints", "config.json", "final"}
-
-
-def test_without_fcntl_there_is_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(fresh(monkeypatch, fcntl=None), "fcntl", None)  # the import did not break
-    monkeypatch.setattr(runs, "fcntl", None)
-    with open_run(tmp_path / "x"), open_run(tmp_path / "x"):
-        pass
-
-
-def fresh(monkeypatch, **modules):
-    """runs.py imported again where some modules are there or (None) are not."""
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    spec = importlib.util.spec_from_file_location("fresh_runs", runs.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+            ".lock", "checkpoints", "config.json", "final", "metrics.jsonl", "samples.jsonl"}
 
 
 LINES = {  # fields of a run opened on what train() left -> the line that refuses them
@@ -361,63 +345,39 @@ LINES = {  # fields of a run opened on what train() left -> the line that refuse
                                "or choose another --out"),
     "unwritable": (dict(out="{x}/metrics.jsonl/y"), "cannot write {x}/metrics.jsonl/y: Not a "
                    "directory; make room or choose another --out; the checkpoints are intact"),
-    "a file": (dict(out="{x}/metrics.jsonl"), "cannot write {x}/metrics.jsonl: Not a directory; "
-               "make room or choose another --out; the checkpoints are intact"),
-    "unknown logger": (dict(report_to="mlflow"),
-                       "--report-to mlflow: choose from wandb, tensorboard"),
-    "no logger": (dict(report_to="wandb"), "--report-to wandb: not installed; pip install wandb"),
+    "logger": (dict(report_to="mlflow"), "--report-to mlflow: choose from wandb, tensorboard"),
     "bad time": (dict(time_limit="8h45"), "--time-limit 8h45: write it like 8h45m, 90m, 30s or "
                                           "5400 (seconds)"),
 }
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_errors_of_a_start_are_one_line(tmp_path, monkeypatch, name):
-    train(tmp_path / "x")
+def test_errors_of_a_start_are_one_line(whole, tmp_path, name):
+    shutil.copytree(whole, tmp_path / "x")
     before = everything(tmp_path)
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "wandb" else real(n))
     fields, line = LINES[name]
     fields = dict(out=tmp_path / "x") | fields
     fields["out"] = str(fields["out"]).format(x=tmp_path / "x")
     with pytest.raises((SystemExit, ValueError)) as stop:
         open_run(**fields)
     assert str(stop.value) == line.format(x=tmp_path / "x")
-    for file in ("x/.lock", "x/report.html"):
-        assert before.pop(file) is not None
+    before.pop("x/.lock")
     found = everything(tmp_path)
     assert {file: found[file] for file in before} == before
 
 
-def test_what_cannot_change_the_result_may_change(tmp_path):
+def test_what_cannot_change_the_result_may_change(whole, tmp_path):
     train(tmp_path / "other", lr=1.0, until=1)
     train(tmp_path / "other")  # nothing was saved yet, so nothing is resumed
-    train(tmp_path / "x")
-    open_run(tmp_path / "x", steps=9, time_limit="9h", keep=1).close()
-    saved = json.loads((tmp_path / "x/config.json").read_text())
+    out = shutil.copytree(whole, tmp_path / "x")
+    open_run(out, steps=9, time_limit="9h", keep=1).close()
+    saved = json.loads((out / "config.json").read_text())
     assert saved["steps"] == 9 and saved["sizes"] == [1, 2]
-    assert saved["code"]["jax"] == jax.__version__ and saved["code"]["kind"] == "run"
-
-    @dataclasses.dataclass(frozen=True)
-    class Memory(Config):
-        slots: int = 8
-        micro_rows: int = 4
-        remat: str = "none"
-        shard: str = "auto"
-        judge_limit: int = 9
-        new_knob: int = 1
-
-    runs.write_config(tmp_path / "x", Memory())
-    changed = Memory(slots=4, micro_rows=1, remat="layer", shard="yes", judge_limit=0)
-    runs.check_unchanged(tmp_path / "x", changed)
-    with pytest.raises(SystemExit, match="--new-knob was 1 .* now it is 'absent'"):
-        runs.check_unchanged(tmp_path / "x", Config())
+    assert saved["code"]["kind"] == "run" and saved["code"]["script"] == "test_runs"
+    assert saved["code"]["jax"] == jax.__version__
 
 
 def test_every_flag_that_may_change_exists_and_memory_flags_are_among_them():
-    import synthesize
-    import train_grpo
-
     scripts = train_grpo.Config, synthesize.Traces, synthesize.Pairs
     fields = {field.name for script in scripts for field in dataclasses.fields(script)}
     assert runs.MAY_CHANGE <= fields
@@ -449,7 +409,7 @@ def test_a_line_cannot_drive_the_terminal(capsys):
                     "\x1b[36mb\x1b[0m"]
 
 
-# ------------------------------------------------------------------ arrays, retention, final
+# ------------------------------------------------------------------ arrays and retention
 
 
 def test_optimizer_state_comes_back_bitwise(tmp_path):
@@ -473,14 +433,10 @@ def test_optimizer_state_comes_back_bitwise(tmp_path):
         for old, new in zip(jax.tree.leaves(arrays), jax.tree.leaves(saved.arrays), strict=True):
             assert (old.dtype, old.shape) == (new.dtype, new.shape)
             assert np.asarray(old).tobytes() == new.tobytes()
-        wrong = {**like, "params": {**like["params"], "a": jax.ShapeDtypeStruct((2, 4), "float32")}}
-        with pytest.raises(ValueError, match=r"a: expected \(2, 4\) float32, found \(2, 3\) float"):
-            run.restore(wrong)
-        wrong = {**like, "params": {"a": like["params"]["a"]}}
-        with pytest.raises(ValueError, match=r"b/c: expected nothing, found \(\) bfloat16"):
-            run.restore(wrong)
-        with pytest.raises(ValueError, match=r"extra: expected \(3,\) float32, found nothing"):
-            run.restore({**like, "extra": jnp.zeros(3)})
+        wrong = {"params": {"a": jax.ShapeDtypeStruct((2, 4), "float32")}, "extra": jnp.zeros(3)}
+        with pytest.raises(ValueError, match=r"expected .*extra \(3,\).*a \(2, 4\) float32'\], "
+                                             r"found .*params/a \(2, 3\).*b/c \(\) bfloat16"):
+            run.restore({**like, **wrong})
 
 
 @pytest.mark.parametrize("keep, kept", [
@@ -496,24 +452,17 @@ def test_retention_keeps_newest_and_best(tmp_path, keep, kept):
             run.save(step, LIKE, {}, score=score)
             if step in kept:
                 assert [step for step, _ in run.checkpoints()] == kept[step]
-        assert run.best().name == "step_6"
 
 
-def test_saving_before_the_line_is_logged_is_an_error(tmp_path):
+def test_log_writes_plain_json_and_comes_before_save(tmp_path):
     with open_run(tmp_path / "x") as run:
         with pytest.raises(AssertionError, match="call restore"):
             run.log(1, {})
         run.restore(LIKE)
-        run.log(1, {})
-        with pytest.raises(AssertionError, match="log step 2 before saving it"):
-            run.save(2, LIKE, {})
-
-
-def test_log_writes_plain_json(tmp_path):
-    with open_run(tmp_path / "x") as run:
-        run.restore(LIKE)
         run.log(1, {"loss": jnp.bfloat16(0.5), "n": np.int64(3), "kl": float("nan"), "note": None})
         run.log_samples(1, [{"completion": "a\r\n\ud800é", "rewards": {"format": None, "n": [1]}}])
+        with pytest.raises(AssertionError, match="log step 2 before saving it"):
+            run.save(2, LIKE, {})
     line = (tmp_path / "x/metrics.jsonl").read_text()
     assert line == '{"step": 1, "loss": 0.5, "n": 3, "kl": null, "note": null}\n'
     sample = json.loads((tmp_path / "x/samples.jsonl").read_text())
@@ -525,14 +474,14 @@ def test_log_writes_plain_json(tmp_path):
 
 
 @pytest.mark.parametrize("text, seconds", [
-    ("8h45m", 31500), ("90m", 5400), ("30s", 30), ("1h2m3s", 3723), ("45", 45), (5400, 5400),
-    (0.5, 0.5), ("1.5h", 5400), (None, None),
+    ("8h45m", 31500), ("90m", 5400), ("1h2m3s", 3723), ("45", 45), (0.5, 0.5), ("1.5h", 5400),
+    (None, None),
 ])
 def test_parse_time(text, seconds):
     assert runs.parse_time(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "8h45", "h", "0", "-5m", "nan", "inf", "1d", "5 minutes", 0])
+@pytest.mark.parametrize("text", ["", "8h45", "h", "0", "-5m", "nan", "1d", "5 minutes", 0])
 def test_parse_time_refuses(text):
     with pytest.raises(ValueError, match="--time-limit .*8h45m"):
         runs.parse_time(text)
@@ -560,6 +509,12 @@ def test_steps_alone_ignore_the_clock():
     assert longer.progress(4) == 0.5  # more steps are a longer run
 
 
+def test_whichever_is_further_counts():
+    budget = runs.Budget(steps=10, limit_s=1000, clock=FakeClock())
+    budget.clock.now += 500
+    assert budget.progress(2) == 500 / 950 and budget.progress(8) == 0.8
+
+
 def session(budget, clock, step_s, save_s=0.0, eval_s=0.0, compile_s=0.0):
     """A training loop that takes as long as it is told; returns its shares."""
     step, shares = 0, [budget.progress(0)]
@@ -577,7 +532,7 @@ def session(budget, clock, step_s, save_s=0.0, eval_s=0.0, compile_s=0.0):
 
 
 @pytest.mark.parametrize("step_s, save_s, eval_s, compile_s", [
-    (1, 0.1, 0, 0), (10, 30, 60, 300), (100, 20, 200, 600), (3, 0, 0, 0),
+    (1, 0.1, 0.1, 0), (10, 30, 60, 300), (100, 20, 200, 600),
 ])
 def test_run_ends_before_its_limit(step_s, save_s, eval_s, compile_s):
     clock = FakeClock()
@@ -589,90 +544,55 @@ def test_run_ends_before_its_limit(step_s, save_s, eval_s, compile_s):
     assert 7200 - 1.25 * (step_s + tail) + tail <= used + 1e-6 and used <= 7200
 
 
-def test_before_anything_was_measured_five_percent_are_kept():
-    clock = FakeClock()
-    budget = runs.Budget(limit_s=1000, clock=clock)
-    clock.now += 95
-    assert budget.progress(0) == pytest.approx(95 / 950)
-    assert budget.eta_s() == pytest.approx(855)
-
-
 def test_a_notebook_of_yesterday_has_its_whole_limit_left(monkeypatch):
     """The second stage of a session in one kernel, too, counts from its own beginning."""
-    notebook, clock = fresh(monkeypatch, ipykernel=sys), FakeClock(86400.0)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    spec = importlib.util.spec_from_file_location("fresh_runs", runs.__file__)
+    notebook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebook)
     assert notebook.STARTED is None and runs.STARTED is not None
+    clock = FakeClock(86400.0)
     assert notebook.Budget(limit_s=3600, clock=clock, start=notebook.STARTED).progress(0) == 0
 
 
-def test_whichever_comes_first_ends_it():
-    clock = FakeClock()
-    assert len(session(runs.Budget(steps=5, limit_s=1000, clock=clock), clock, 1)) == 6
-    slow = session(runs.Budget(steps=500, limit_s=100, clock=clock), clock, 10)
-    assert slow[-1] == 1 and len(slow) < 12
-    budget = runs.Budget(steps=10, limit_s=1000, clock=clock)
-    clock.now += 500
-    assert budget.progress(2) == 500 / 950 and budget.progress(8) == 0.8
-
-
-def test_a_new_session_has_its_own_limit_and_repeats_exactly(tmp_path):
-    clock = FakeClock()
-
-    def start(limit_s):
-        clock.now = 5e6
-        budget = runs.Budget(limit_s=limit_s, clock=clock)
-        run = open_run(tmp_path / "x", budget=budget)
-        return run, budget, run.restore(LIKE)
-
-    run, budget, _ = start(1000)
-    with run:
-        for step in range(1, 6):
-            clock.now += 90
-            p = budget.progress(step)
-            run.log(step, {"p": p})
-        run.save(step, LIKE, {})
-    assert p == pytest.approx(450 / (1000 - 1.25 * 90))
-    again = []
-    for _ in range(2):
-        run, budget, saved = start(100)
-        with run:
-            assert saved.step == 5 and budget.p == p
-            again.append([budget.progress(5)])
-            clock.now += 40
-            again[-1].append(budget.progress(6))
-    assert again[0] == again[1]
-    assert again[0][0] == p and budget.reserve_s() == 1.25 * 90  # longer than the limit: at the end
-    assert again[0][1] == 1
-    run, budget, _ = start(10_000)
-    with run:
-        clock.now += 1000
-        assert budget.progress(5) == pytest.approx(p + (1 - p) * 1000 / (10_000 - 500))
+def test_a_new_session_has_its_own_limit_and_repeats_exactly():
+    first = runs.Budget(limit_s=1000, clock=FakeClock())
+    first.longest_s |= {"eval": 1.0, "save": 1.0}
+    for step in range(6):
+        p = first.progress(step)
+        first.clock.now += 90
+    assert p == pytest.approx(450 / (1000 - 1.25 * 93))
+    for limit_s, next_p in ((100, 1), (100, 1), (10_000, p + (1 - p) * 40 / (10_000 - 1.25 * 93))):
+        budget = runs.Budget(limit_s=limit_s, clock=FakeClock(5e6))
+        budget.load(json.loads(json.dumps(first.state())))
+        assert budget.progress(5) == p
+        budget.clock.now += 40
+        assert budget.progress(6) == pytest.approx(next_p)
 
 
 def test_steps_may_grow_after_a_finished_run_with_a_limit():
     budget, clock = runs.Budget(steps=2, limit_s=100, clock=FakeClock()), FakeClock()
     assert budget.progress(2) == 1
-    longer = runs.Budget(steps=4, limit_s=100, clock=clock)
-    longer.load(budget.state())
-    assert longer.progress(2) == 0.5
-    by_clock = runs.Budget(limit_s=100, clock=clock)
-    by_clock.load(budget.state())
-    assert by_clock.progress(2) == 1  # a finished run stays finished
+    for steps, p in ((4, 0.5), (None, 1)):  # by the clock alone, a finished run stays finished
+        longer = runs.Budget(steps=steps, limit_s=100, clock=clock)
+        longer.load(budget.state())
+        assert longer.progress(2) == p
 
 
 # ------------------------------------------------------------------ signals, the end, NaN
 
 SLOW = """
-    import os, sys, time
-    import runs, test_runs
+    import time
+    import sys, runs, test_runs
     real = runs.Run.log
     runs.Run.log = lambda *a: (time.sleep(0.05), real(*a))
-    test_runs.train(sys.argv[1], steps=int(sys.argv[2]), every=0)
+    test_runs.train(sys.argv[1], steps=999, every=0)
 """
 
 
 def test_a_closed_terminal_saves_though_nothing_can_be_said(tmp_path):
     ours, theirs = os.openpty()
-    process = run_python(SLOW, tmp_path / "x", 999, stderr=theirs, stdout=theirs, stdin=theirs)
+    process = run_python(SLOW, tmp_path / "x", stderr=theirs, stdout=theirs, stdin=theirs)
     os.close(theirs)
     said = b""
     while b"step 1/999" not in said:
@@ -697,7 +617,6 @@ def test_nohup_still_holds(tmp_path):
 ENDS = {  # (step, p, saved at, saved with a score at, resumed at) -> what end() calls
     "told to stop": ((4, 0.5, None, None, None), ["save None"]),
     "told to stop, saved": ((4, 0.5, 4, None, None), []),
-    "told to stop, saved with a score": ((4, 0.5, None, 4, None), []),
     "told to stop at once after a resume": ((4, 0.5, None, None, 4), []),
     "finished": ((4, 1.0, 2, 2, None), ["evaluate", "save 0.5", "final"]),
     "finished, saved": ((4, 1.0, 4, None, None), ["evaluate", "save 0.5", "final"]),
@@ -728,65 +647,27 @@ def test_end_does_what_is_still_to_do(tmp_path, name):
 
 def test_due_on_multiples_but_not_on_the_last_step(tmp_path):
     with open_run(tmp_path / "x", steps=6) as run:
-        assert [step for step in range(1, 9) if run.due(2, step)] == [2, 4]
-        assert not any(run.due(0, step) for step in range(9))
-    with open_run(tmp_path / "y", steps=None, time_limit="1h") as run:
-        assert [step for step in range(1, 9) if run.due(3, step)] == [3, 6]
+        assert [step for step in range(1, 7) if run.due(2, step)] == [2, 4]
+        assert not any(run.due(0, step) for step in range(7))
 
 
-def test_second_interrupt_raises_and_handlers_come_back(tmp_path, capfd):
+def test_second_interrupt_ends_in_one_line_and_handlers_come_back(tmp_path, capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with open_run(tmp_path / "x") as run:
         os.kill(os.getpid(), signal.SIGINT)
         assert run.stopping == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match=f"interrupted: the same .* continues {tmp_path}/x$"):
             os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(SystemExit, match="stopped by SIGTERM at step 0"):
-            run.stop()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_second_interrupt_of_a_script_is_one_line_too(tmp_path):
-    @runs.one_line
-    def main(config):
-        with open_run(config.out):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(SystemExit, match=f"^interrupted: the same command continues {tmp_path}/x$"):
-        main(Config(out=tmp_path / "x"))
-
-
-def test_other_threads_leave_signals_alone(tmp_path):
-    before, seen = signal.getsignal(signal.SIGINT), []
-
-    def work():
-        with open_run(tmp_path / "x"):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [before]
-
-
-def test_a_failed_start_unlocks_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "write_config", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        open_run(tmp_path / "x")
-    monkeypatch.undo()
-    open_run(tmp_path / "x").close()
-
-
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_nan_stops_with_the_batch(tmp_path, name):
+def test_nan_stops_with_the_batch(tmp_path):
     batch = {"tokens_BT": jnp.arange(6).reshape(2, 3), "rest": (np.ones(2, np.float32), ["a"])}
     with open_run(tmp_path / "x") as run:
         run.check_finite(6, {"loss": 1.0, "kl": float("nan"), "grad_norm": None}, batch)
-        with pytest.raises(SystemExit, match=rf"step 7 of .*{name} is (nan|inf).*nan_step_7.npz"):
-            value = jnp.float32(jnp.nan if name == "loss" else jnp.inf)
-            run.check_finite(7, {"loss": 1.0, name: value}, batch)
+        for metrics in ({"loss": jnp.float32(jnp.nan)}, {"loss": 1.0, "grad_norm": jnp.inf}):
+            with pytest.raises(SystemExit, match="step 7 of .* is (nan|inf); .*nan_step_7.npz"):
+                run.check_finite(7, metrics, batch)
     with np.load(tmp_path / "x/nan_step_7.npz", allow_pickle=False) as saved:
         assert saved["tokens_BT"].tolist() == [[0, 1, 2], [3, 4, 5]]
         assert saved["rest/0"].tolist() == [1, 1] and saved["rest/1/0"] == "a"
@@ -803,8 +684,7 @@ def test_lines_now_and_then(tmp_path, capsys):
         run.every_s = 0
         run.log(5, {"eval_loss": 2.0})  # nothing to show
         run.log(6, {"loss": 2.0})
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
+    assert capsys.readouterr().err.splitlines() == [
         "step 1/100  loss 2  tok/s 1e+04",
         "step 2/100  loss 2  tok/s 1e+04",
         "step 3/100  loss 2  tok/s 1e+04  16:10 left",
@@ -814,70 +694,41 @@ def test_lines_now_and_then(tmp_path, capsys):
 
 # ------------------------------------------------------------------ loggers, environment
 
-FAKES = {  # modules as far as they are used; `{}` is what every call does
-    "wandb": """
-        seen = []
-        def init(**options): seen.append(options["config"]["lr"])
-        def log(metrics, step): {}; seen.append((step, metrics))
-        def finish(): seen.append("closed"); {}
-    """,
-    "tensorboard": """
-        import sys
-        __path__, seen, self = [], [], sys.modules[__name__]
-        class Writer:
-            def __init__(self, folder): seen.append(1e-4)
-            def add_scalar(self, key, value, step): {}; seen.append((step, {key: value}))
-            def close(self): seen.append("closed"); {}
-        self.Writer = Writer
-        sys.modules["tensorboard.summary"] = self
-    """,
-}
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_logger_gets_the_numbers_and_stops_nothing(tmp_path, monkeypatch, capsys, fails):
+    seen = []
 
-@pytest.mark.parametrize("does", ["pass", "raise RuntimeError('quota')"])
-@pytest.mark.parametrize("name", runs.LOGGERS)
-def test_a_logger_gets_the_numbers_or_is_off_after_one_line(tmp_path, monkeypatch, capsys, name,
-                                                            does):
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)  # so that it is put back
-    del sys.modules["tensorboard.summary"]
-    (tmp_path / f"{name}.py").write_text(textwrap.dedent(FAKES[name].replace("{}", does)))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    with open_run(tmp_path / "x", report_to=name) as run:
+    def log(step, numbers):
+        if fails:
+            raise RuntimeError("quota")
+        seen.append((step, numbers))
+
+    opened = lambda folder, config: (log, lambda: seen.append(config["lr"]))
+    monkeypatch.setitem(runs.LOGGERS, "json", opened)  # a module that is there
+    with open_run(tmp_path / "x", report_to="json") as run:
         run.restore(LIKE)
         for step in (1, 2):
             run.log(step, {"loss": np.float32(0.5), "note": "text", "kl": None})
-    seen, said = sys.modules[name].seen, capsys.readouterr().err
-    if does == "pass":
-        assert seen == [1e-4, (1, {"loss": 0.5}), (2, {"loss": 0.5}), "closed"]
-    else:
-        assert said.count(f"{name} is off for the rest of the run") == said.count("quota") == 1
-        assert seen == [1e-4]
-    assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 2
+    assert seen == [(1, {"loss": 0.5}), (2, {"loss": 0.5})][: 2 * (not fails)] + [1e-4]
+    assert capsys.readouterr().err.count("json is off for the rest of the run") == fails
 
 
 @pytest.mark.parametrize("version, installed, command", [
-    ("0.4.35", "libtpu", 'pip install -U "jax[tpu]>=0.10,<0.13"'),
-    ("0.9.2", "jax_cuda12_plugin", 'pip install -U "jax[cuda12]>=0.10,<0.13"'),
-    ("0.9.2", "jax_cuda13_plugin", 'pip install -U "jax[cuda13]>=0.10,<0.13"'),
-    ("0.5", "numpy", 'pip install -U "jax>=0.10,<0.13"'),
+    ("0.4.35", "libtpu", 'pip install -U "jax[tpu]>=0.10,<0.13", then restart the kernel'),
+    ("0.9.2", "jax_cuda12_plugin",
+     'pip install -U "jax[cuda12]>=0.10,<0.13", then restart the kernel'),
+    ("0.5", "numpy", 'pip install -U "jax>=0.10,<0.13", then restart the kernel'),
     ("0.10.0", "", None), ("0.12.1.dev3", "", None), ("1.0", "", None),
 ])
 def test_old_jax_names_the_one_command(monkeypatch, version, installed, command):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == installed)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
     if command is None:
         return runs.check_jax(version)
     with pytest.raises(SystemExit) as stop:
         runs.check_jax(version)
-    assert str(stop.value).startswith(f"JAX {version} is too old")
-    assert str(stop.value).endswith(": " + command)
-
-
-def test_in_a_kernel_the_command_says_to_restart_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu")
-    with pytest.raises(SystemExit, match=r'-U "jax\[tpu\]>=0.10,<0.13", then restart the kernel$'):
-        runs.check_jax("0.9.0")
+    assert str(stop.value) == f"JAX {version} is too old, 0.10 is needed: {command}"
 
 
 OLD_JAX = """
@@ -915,24 +766,3 @@ def test_scripts_can_be_imported_on_an_old_jax():
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == scripts, done.stderr
     assert all("JAX 0.4.30 is too old, 0.10 is needed: pip install -U" in line for line in lines)
-
-
-def test_compilation_cache(tmp_path, monkeypatch):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
-             "jax_persistent_cache_min_entry_size_bytes")
-    before = {name: getattr(jax.config, name) for name in names}
-    reset = jax.experimental.compilation_cache.compilation_cache.reset_cache
-    (tmp_path / "file").write_text("")
-    try:
-        for n, folder in enumerate((tmp_path / "file/cache", tmp_path / "cache")):
-            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-            runs.compilation_cache()
-            reset()
-            bad = pytest.warns(UserWarning, match="Not a directory")
-            with bad if n == 0 else open(os.devnull):  # and goes on
-                assert jax.jit(lambda x, n=n: x * 1.5 + n)(jnp.ones(3))[0] == 1.5 + n
-        assert [*(tmp_path / "cache").iterdir()]
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        reset()
