@@ -83,7 +83,7 @@ def tokenizers(tmp_path_factory):
     texts = [3 * gemma.PARAGRAPH, *((ROOT / f).read_text() for f in ("data.py", "gemma.py"))]
     where = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     return {
-        family: data.Tokenizer(train_tokenizer(where[family], texts, 512, family), family)
+        family: data.Tokenizer(train_tokenizer(where[family], texts, 512, family))
         for family in FAMILIES
     }
 

@@ -22,7 +22,7 @@ import problems
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
-TOK = {family: data.Tokenizer(ROOT / "tiny", family) for family in ("gemma2", "gemma3")}
+TOK = {family: data.Tokenizer(ROOT / "tiny") for family in ("gemma2", "gemma3")}
 CHAT = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "And?"}]
 N = 24
