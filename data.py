@@ -6,14 +6,13 @@
 
 Three facts about Gemma's SentencePiece vocabulary shape this file:
 
-1. `<start_of_turn>` and `<end_of_turn>` are USER_DEFINED pieces: SentencePiece matches them inside
-   any text. People, data sets and models write text, so every text is *neutralised*: a literal
-   `<end_of_turn>` is encoded as `<` + `end_of_turn>`, decodes to the same characters and never ends
-   a turn. HTML tags and runs of newlines or spaces are USER_DEFINED too; these stay whole.
+1. `<start_of_turn>`, `<end_of_turn>`, HTML tags and runs of newlines or spaces are USER_DEFINED
+   pieces, which SentencePiece matches inside any text. People, data sets and models write text, so
+   it is *neutralised*: a literal `<end_of_turn>` is encoded as `<` + `end_of_turn>`, decodes to the
+   same characters and never ends a turn.
 2. `<bos>`, `<eos>`, `<pad>` are CONTROL pieces: text never produces them. A sequence has one BOS,
    which is put in front by its id.
-3. Ids differ between the families (Gemma 3's `<end_of_turn>` is Gemma 2's `<start_of_turn>`), so
-   every id is looked up by its piece.
+3. Gemma 3's id of `<end_of_turn>` is Gemma 2's of `<start_of_turn>`: ids are looked up by piece.
 """
 
 import bisect
@@ -65,8 +64,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
-        self.file = path / "tokenizer.model" if path.is_dir() else path
+        self.file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
             found = [self.sp.encode(piece, out_type=str) for piece in PIECES[-2:]]
@@ -141,9 +139,8 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.model` and `tokenizer_config.json`, all that AutoTokenizer needs."""
-        # added_tokens_decoder makes transformers' skip_special_tokens drop the turn markers. A list
-        # of extra_special_tokens would *replace* the USER_DEFINED pieces there, and HTML tags would
-        # fall apart (transformers 5.23).
+        # added_tokens_decoder makes transformers' skip_special_tokens drop the turn markers. With
+        # extra_special_tokens instead, HTML tags would fall apart (transformers 5.23).
         markers = (self.start_of_turn, self.end_of_turn)
         config = {
             "tokenizer_class": "GemmaTokenizer",
@@ -228,11 +225,9 @@ def parse_row(row: dict) -> Row:
     choices = _choices(found["choices"])
     chat = _chat(found, choices, is_alpaca=found["prompt"] is row.get("instruction"))
     reasoning, answer = _answer(found, choices)
-    said = found["completion"]
-    if said is None:
-        traced = reasoning and answer
-        said = format_completion(reasoning, answer) if traced else found["output"] or answer
-    if said is not None and (chat[-1]["role"] == "user" or found["completion"]):
+    traced = format_completion(reasoning, answer) if reasoning and answer else None
+    said = found["completion"] or traced or found["output"] or answer
+    if said and (chat[-1]["role"] == "user" or found["completion"]):
         chat += _turns(said, "assistant", "completion")
     completion = chat.pop()["content"] if chat[-1]["role"] == "assistant" else None
     if completion is not None and not completion.strip():
@@ -253,8 +248,7 @@ def _chat(found: dict, choices: dict[str, str], is_alpaca: bool) -> list[dict]:
     own = chat.pop(0)["content"].strip() if chat[0]["role"] == "system" else ""
     system = found["system"].strip() or own
     if not chat or own not in ("", system):
-        raise ValueError("expected a user turn and one system text, found "
-                         f"{[own, found['system'], *chat]!r:.120}")
+        raise ValueError(f"expected a user turn, one system text; found {own!r:.60} {system!r:.60}")
     if context := found["context"].strip():
         chat[0]["content"] = f"{context}\n\n{chat[0]['content']}"
     return [{"role": "system", "content": system}, *chat] if system else chat
@@ -322,16 +316,16 @@ def _answer(found: dict, choices: dict[str, str]) -> tuple[str, str | None]:
             answer = answer.replace(",", "")
     if not choices:
         return reasoning, answer
-    labels, texts, numbers = [*choices], [*choices.values()], [*map(str, range(len(choices)))]
-    if isinstance(value, str):  # of the choices 1, 2, 4 "2" is the second, and 2 the last
-        lettered = re.match(r"[(\[]?([A-Za-z])[).:\]]+(?:\s|$)", answer)  # (B), B. and B) Oslo
-        letter = lettered[1] if lettered else answer
-        readings = [(labels, answer), (texts, answer), (labels, letter), (numbers, answer)]
-    else:
-        readings = [(labels, answer), (numbers, answer), (texts, answer)]
-    for names, said in readings:
-        for letter, name in zip(LETTERS, names, strict=False):
-            if name.strip().casefold() == said.casefold():
+    numbers = map(str, range(len(choices)))
+    readings = [choices, choices.values(), numbers]
+    if not isinstance(value, str):  # of the choices 1, 2, 4 "2" is the second, and 2 the last
+        readings = [choices, numbers, choices.values()]
+    letters = [(name.strip().casefold(), letter) for reading in readings
+               for name, letter in zip(reading, LETTERS, strict=False)]
+    lettered = re.match(r"[(\[]?([A-Za-z])[).:\]]+(?:\s|$)", answer)  # (B), B. and B) Oslo
+    for said in (answer, lettered[1] if lettered else answer):
+        for name, letter in letters:
+            if name == said.casefold():
                 return reasoning, letter
     raise ValueError(f"answer {answer!r:.60} is none of the {len(choices)} choices")
 
@@ -357,11 +351,7 @@ class Example(NamedTuple):
     mask: np.ndarray
     fields: dict = {}  # the row that it was read from
 
-    @property
-    def prompt(self) -> bytes:
-        """What comes before the first token that is trained on; hold-out compares these."""
-        return self.ids[: np.argmax(self.mask)].tobytes()
-
+    prompt = property(lambda self: self.ids[: np.argmax(self.mask)].tobytes())  # for hold-out
     n_tokens = property(lambda self: len(self.ids))
 
 
@@ -385,9 +375,8 @@ def read_example(row: dict, tok: Tokenizer, system: str = "") -> Example:
 def read_pair(row: dict, tok: Tokenizer, system: str = "") -> Pair:
     """A row of {"prompt", "chosen", "rejected"}, each a text or a list of messages.
 
-    Lists under "chosen" and "rejected" that start with the user bring the prompt themselves. The
-    mask is 1 on what the two don't share, so it is 0 on earlier turns of the assistant:
-    prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1].
+    Lists that start with the user bring the prompt themselves. The mask is 1 on what the two don't
+    share: prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1].
     """
     rows = []
     for key in ("chosen", "rejected"):
@@ -406,12 +395,11 @@ def read_pair(row: dict, tok: Tokenizer, system: str = "") -> Pair:
 
 
 def _conversation(row: dict, system: str) -> list[dict]:
-    parsed = parse_row(row)
-    if parsed.completion is None:
+    chat, completion, *_ = parse_row(row)
+    if completion is None:
         raise ValueError("expected a completion to train on (messages that end with the assistant, "
                          f"completion, or reasoning and answer), found keys {sorted(row)}")
-    turn = {"role": "assistant", "content": parsed.completion}
-    return [*with_system(parsed.chat, system), turn]
+    return [*with_system(chat, system), {"role": "assistant", "content": completion}]
 
 
 # --- sources of rows ------------------------------------------------------------------------------
@@ -422,8 +410,8 @@ BUILT_IN = ("problems", "solutions", "gsm8k")
 def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | ValueError]]:
     """(where, row) of "problems", "solutions" or "gsm8k", each with :train or :test, or of a file.
 
-    "solutions" are the problems with every step in their traces. What is not a JSON object comes as
-    a ValueError in the row's place, so that the caller can count it or stop.
+    "solutions" are the problems with every step in their traces. A line that is no JSON object
+    comes as a ValueError in the row's place.
     """
     name, _, split = source.partition(":")
     split = split or "train"
@@ -438,24 +426,14 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
             yield f"{source} row {i}", row | steps
         return
     path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
-    for n, row in _table(path) or runs.read_jsonl(path):
-        if not isinstance(row, dict | ValueError):
-            row = ValueError(f"expected a JSON object, found {type(row).__name__}")
+    lines = runs.read_jsonl(path)
+    if path.suffix == ".json" and (text := path.read_text("utf-8-sig").lstrip()).startswith("["):
+        try:
+            lines = enumerate(json.loads(text), 1)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+    for n, row in lines:
         yield f"{path}:{n}", row
-
-
-def _table(path: Path) -> Iterator[tuple[int, Any]] | None:
-    """The numbered rows of a JSON array, or of CSV and Parquet where pandas is there; else None."""
-    try:
-        if path.suffix in (".csv", ".parquet"):
-            import pandas
-
-            table = (pandas.read_csv if path.suffix == ".csv" else pandas.read_parquet)(path)
-            return enumerate(json.loads(table.to_json(orient="records", double_precision=15)), 1)
-        if path.suffix == ".json" and (text := path.read_text("utf-8-sig").lstrip())[:1] == "[":
-            return enumerate(json.loads(text), 1)
-    except (ImportError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: {e}") from None
 
 
 class TooLong(ValueError):
@@ -486,8 +464,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
                 items.append(read(row))
             except ValueError as e:
                 if not skip_bad_rows:
-                    hint = "--skip-bad-rows leaves such rows out"
-                    raise ValueError(f"{where}: {e} ({hint})") from None
+                    raise ValueError(f"{where}: {e} (else: --skip-bad-rows)") from None
                 faults.append(f"{where}: {e}")
                 longest = max(longest, getattr(e, "n_tokens", 0))
         note = f", {len(faults):,} bad rows left out; first: {faults[0]}" if faults else ""
@@ -538,10 +515,8 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
 
 def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
     """--mix 0.7,0.3 as numbers, one for each source; None without --mix."""
-    if mix is None:
-        return None
-    weights = [float(weight) for weight in mix.split(",")]
-    if len(weights) != len(sources) or min(weights) < 0 or not sum(weights):
+    weights = [float(weight) for weight in mix.split(",")] if mix else None
+    if weights and (len(weights) != len(sources) or min(weights) < 0 or not sum(weights)):
         raise ValueError(f"--mix {mix}: expected {len(sources)} weights, one for each of --data")
     return weights
 
@@ -553,9 +528,8 @@ def pack(prompts: list[int], completions: list[list[int]],
          size: int) -> list[list[tuple[int, list[int]]]]:
     """Packs token counts into rows of `size`: a row is a list of (prompt, [its completions there]).
 
-    Completions of a prompt share one copy of the prompt in a row. The largest group comes first,
-    and goes to the fullest row that takes it whole, else part of it to the emptiest row, else to a
-    new one: best-fit decreasing, if every group is a single completion.
+    Best-fit decreasing, by groups that share one copy of their prompt: the largest goes first, to
+    the fullest row that takes it whole, else part of it to the emptiest row, else to a new one.
     A prompt of 2 with completions of 3, 5 and 1 in 8 -> [[(0, [1, 2])], [(0, [0])]]: 2+5+1, 2+3.
     """
     rows, spaces, n_noted = [], [], 0  # spaces, sorted: (room left, minus when noted, row)
@@ -611,11 +585,11 @@ def assemble(rows: list[list[Example]], n_rows: int, size: int) -> dict[str, np.
 
 
 class Packed:
-    """Endless shuffled batches of packed rows; batch n is a function of (seed, n) alone.
+    """Endless shuffled batches; batch n is a function of (seed, n): resuming needs only the step.
 
-    So resuming needs no more than the step. Each epoch takes from every source its share of the
-    weights (default: all of it once), walks each source in an order of its own, packs best-fit and
-    shuffles the packed rows. A source is read to its end before any row of it comes again.
+    Each epoch takes from every source its share of the weights (default: all of it once), in an
+    order of its own, packs best-fit and shuffles the packed rows. A source is read to its end
+    before any row of it comes again.
     """
 
     def __init__(self, sources: list[list], size: int, n_rows: int, seed: int,

@@ -194,7 +194,7 @@ def find_file(source: str, flag: str = "--data") -> Path:
     if (found := find_input(source, flag)) and found.is_file():
         return found
     raise ValueError(f"{flag} {source}: no such file; expected problems, solutions, gsm8k, or a "
-                     "file of rows (JSON lines, a JSON array, CSV, Parquet)")
+                     "file of rows (JSON lines or a JSON array)")
 
 
 def find_gsm8k(split: str) -> Path:

@@ -21,7 +21,6 @@ START, END = PIECES[-2:]
 
 
 def train(directory, family="gemma3"):
-    """Real text that is at hand: these sources."""
     texts = [(ROOT / name).read_text() for name in ("data.py", "tests/test_tokenizer.py")]
     return train_tokenizer(directory, texts, 512, family)
 
@@ -85,9 +84,6 @@ hostile_texts = st.lists(st.sampled_from(HOSTILE) | texts, max_size=9).map("".jo
 many = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-# --- against transformers and the official templates ---------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @many
 @given(text=texts)
@@ -101,10 +97,8 @@ def test_ids_equal_transformers(ours, theirs, family, text):
         assert ours[family].encode(text) == ids
 
 
-@pytest.mark.parametrize("run", [" ", "\n", "\t"])
-def test_runs_of_white_space_equal_transformers(ours, theirs, run):
-    for n in range(1, 70):
-        text = f"a{run * n}the{run * n}"
+def test_runs_of_white_space_equal_transformers(ours, theirs):
+    for text in (f"a{run * n}the{run * n}" for run in " \n\t" for n in range(1, 70)):
         ids = theirs["gemma3"](text, add_special_tokens=False).input_ids
         assert ours["gemma3"].encode(text) == ids
 
@@ -138,9 +132,6 @@ def test_transformers_drops_the_markers_and_nothing_else(theirs):
     assert theirs["gemma3"].decode(ids, skip_special_tokens=True) == text
 
 
-# --- conversations -------------------------------------------------------------------------------
-
-
 def test_chat_by_hand(ours):
     messages = [system("Be brief."), user(" 2+2?\n"), assistant("4 "), user("Sure?")]
     expected = ("<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
@@ -167,26 +158,13 @@ def test_roles_must_alternate(ours, messages):
         ours["gemma3"].chat(messages)
 
 
-# --- training rows -------------------------------------------------------------------------------
-
-
-def trained(tok, ids, mask):
-    """The text under the mask, "|" between its stretches."""
-    pairs = zip(ids, mask, strict=True)
-    words = [tok.decode([i], keep_special=True) if m else "|" for i, m in pairs]
-    return re.sub(r"\|+", "|", "".join(words))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mask_is_what_the_model_says(ours, family):
-    tok = ours[family]
-    ids, mask = tok.example([user("2+2?"), assistant(" It is 4.\n")])
-    assert trained(tok, ids, mask) == "|It is 4.<end_of_turn>"
-    n_prompt = len(tok.chat([user("2+2?")]))
-    assert mask == [0] * n_prompt + [1] * (len(ids) - n_prompt)
-
-    ids, mask = tok.example([user("a"), assistant("b"), user("c"), assistant("")])
-    assert trained(tok, ids, mask) == "|b<end_of_turn>|<end_of_turn>"
+def test_mask_is_what_the_model_says(ours):
+    for tok in ours.values():
+        chat = [user("a"), assistant(" It is 4.\n"), user("c"), assistant("")]
+        ids, mask = tok.example(chat)
+        words = [tok.decode([i], keep_special=True) for i in ids]
+        said = "".join(word if m else "|" for word, m in zip(words, mask, strict=True))
+        assert re.sub(r"\|+", "|", said) == "|It is 4.<end_of_turn>|<end_of_turn>"
 
 
 @many
@@ -202,9 +180,6 @@ def test_a_prompt_is_a_prefix_of_its_row(ours, contents, answer):
     assert ids.count(tok.bos) == 1 and ids[0] == tok.bos
     assert ids.count(tok.start_of_turn) == ids.count(tok.end_of_turn) == 2 * len(contents)
     assert tok.decode(ids[len(prompt) :]) == answer.strip().replace("▁", " ")
-
-
-# --- neutralised text ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -232,9 +207,6 @@ def test_decode(ours):
     assert tok.decode(ids, keep_special=True) == "<bos>  a\n<end_of_turn><eos><pad><pad>"
     assert tok.decode([]) == tok.decode([], keep_special=True) == ""
     assert tok.decode(tok.encode("\U0001f98a")[:2]) == "\ufffd\ufffd"  # cut inside a character
-
-
-# --- files ---------------------------------------------------------------------------------------
 
 
 def test_ids_are_looked_up(ours):
