@@ -68,8 +68,7 @@ def find_model(model: str, weights: str | Path | None = None,
                flags: tuple[str, str] = ("--model", "--weights")) -> Path:
     """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
 
-    model: a name of gemma.CONFIGS, with -it (the default) or -pt. flags: what an error calls the
-    two arguments.
+    model: a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the errors.
     """
     if weights is not None:
         other = gemma.other_format(Path(weights))
@@ -92,12 +91,12 @@ def find_model(model: str, weights: str | Path | None = None,
     for pattern in (root, f"{root}/{name}", *input_patterns(name, f"{name}/*"),
                     f"{hf_cache}/models--google--{name}/snapshots/*",
                     f"{kagglehub}/models/{handle}/*"):
-        found = [Path(f) for f in glob.glob(pattern) if (Path(f) / "config.json").exists()]
-        found = [f for f in found if any(f.glob("*.safetensors"))]  # not a half-filled cache
-        for folder in sorted(found, key=os.path.getmtime, reverse=True):
-            cfg = gemma.read_config(folder)
-            if all(getattr(cfg, k) == getattr(expected, k) for k in SHAPE):
-                return folder
+        folders = [Path(file).parent for file in glob.glob(f"{pattern}/config.json")]
+        for folder in sorted(folders, key=os.path.getmtime, reverse=True):
+            if any(folder.glob("*.safetensors")):  # not a half-filled cache
+                cfg = gemma.read_config(folder)
+                if all(getattr(cfg, k) == getattr(expected, k) for k in SHAPE):
+                    return folder
     downloaded, why = _download(name, handle)
     if downloaded:
         return downloaded
@@ -149,10 +148,7 @@ def find_adapter(adapter: str) -> Path:
 
 
 def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
-    """--adapter is a PEFT adapter, the final/ of a run, or a whole model, which is a new base.
-
-    A stage that trained an adapter on such a new base leaves its folder's name in the adapter.
-    """
+    """--adapter is a PEFT adapter, the final/ of a run, or a whole model, which is a new base."""
     if adapter is None:
         return Start(find_model(model, weights), None)
     folder = find_adapter(adapter)
@@ -184,7 +180,7 @@ GSM8K = {  # sha256 of grade_school_math/data/*.jsonl in github.com/openai/grade
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
-GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/"
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math"
 
 
 def find_file(source: str, flag: str = "--data") -> Path:
@@ -205,7 +201,7 @@ def find_gsm8k(split: str) -> Path:
     for file in (f for folder in folders for f in (folder / name, folder / "main" / name)):
         if file.is_file():
             return file
-    url = f"{GSM8K_URL}grade_school_math/data/{name}"
+    url = f"{GSM8K_URL}/data/{name}"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()

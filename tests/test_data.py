@@ -258,13 +258,12 @@ def test_columns_that_nothing_reads_are_said(tmp_path, said):
     assert "columns nothing reads: final_answer, url (" in line
 
 
-def test_files_as_people_have_them(tmp_path, said):
+def test_files_as_people_have_them(tmp_path):
     rows = [{"question": "2 + 2?", "reasoning": "It's \u00bd of 8.", "answer": n} for n in (4, 5)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
-    (tmp_path / "mark.jsonl").write_text(text, encoding="utf-8-sig")
-    (tmp_path / "lines.json").write_text(text, encoding="utf-8")
-    (tmp_path / "array.json").write_text(" \n" + json.dumps(rows), encoding="utf-8")
-    for name in ("mark.jsonl", "lines.json", "array.json"):
+    for name, content in (("mark.jsonl", "\ufeff" + text), ("lines.json", text),
+                          ("array.json", " \n" + json.dumps(rows))):
+        (tmp_path / name).write_text(content, encoding="utf-8")
         where, read = zip(*data.read_rows(str(tmp_path / name)), strict=True)
         assert list(read) == rows and where[1].endswith(f"{name}:2")
     (tmp_path / "broken.json").write_text("[1, ")
@@ -284,10 +283,8 @@ def test_the_built_in_sources():
     assert data.test_split("mine.jsonl,gsm8k") is data.test_split("gsm8k:test") is None
 
 
-def config(**changes):
-    flags = {"data": "problems", "eval_data": None, "eval_rows": 0, "skip_bad_rows": False,
-             "seed": 0}
-    return SimpleNamespace(**flags | changes)
+def config(data="problems", eval_data=None, eval_rows=0, seed=0):
+    return SimpleNamespace(**locals(), skip_bad_rows=False)
 
 
 def test_no_prompt_is_on_both_sides_of_a_hold_out(tmp_path, said):
@@ -369,13 +366,8 @@ def test_assemble_worked_example():
     assert out["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0] * 6]
 
 
-def example(n, token):
-    return data.Example(np.full(n, token), np.ones(n))
-
-
-def source(n, first):
-    """n examples, each of one token id of its own."""
-    return [example(5, first + i) for i in range(n)]
+example = lambda n, token: data.Example(np.full(n, token), np.ones(n))
+source = lambda n, first: [example(5, first + i) for i in range(n)]  # each of an id of its own
 
 
 def seen(batches):
@@ -390,7 +382,7 @@ def test_the_two_of_a_pair_share_a_row_chosen_first():
              for i in range(30)]
     batches = data.eval_batches(pairs, 32, 4)
     order = [seen([{k: v[r : r + 1] for k, v in b.items()}]) for b in batches for r in range(4)]
-    assert sum(map(len, order)) == 2 * len(pairs)
+    assert sorted(sum(order, [])) == list(range(1, 61))
     for row in order:
         assert all(a % 2 and b == a + 1 for a, b in zip(row[::2], row[1::2], strict=True))
 
@@ -399,7 +391,7 @@ def test_batches_depend_on_seed_and_number_alone():
     make = lambda seed: data.Packed([source(23, 10), source(9, 100)], 12, 3, seed)
     straight = [make(1).batch(n) for n in range(20)]
     packed = make(1)
-    for n in (17, 3, 19, 0, 4):
+    for n in (17, 3, 19, 0):
         for key, value in packed.batch(n).items():
             np.testing.assert_array_equal(value, straight[n][key])
     assert (make(2).batch(0)["tokens"] != straight[0]["tokens"]).any()
@@ -415,9 +407,3 @@ def test_mixing_weights_set_the_shares_and_no_row_repeats_before_all_were_seen()
     packed = data.Packed([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
     small = [i for i in seen(map(packed.batch, range(10))) if i >= 100]  # two epochs: 2 x 15 of 30
     assert sorted(small) == list(range(100, 130))
-
-
-def test_eval_batches_hold_every_example_once():
-    batches = data.eval_batches(source(7, 10), 10, 3)
-    assert {b["tokens"].shape for b in batches} == {(3, 10)}
-    assert sorted(seen(batches)) == list(range(10, 17))
