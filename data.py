@@ -69,11 +69,10 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
             found = [self.sp.encode(piece, out_type=str) for piece in PIECES[-2:]]
         except (OSError, RuntimeError) as e:
-            raise ValueError(f"{self.file}: expected the SentencePiece model of a Hugging Face "
-                             f"directory (--tokenizer DIR), found {e}") from None
+            found = e
         if found != [[piece] for piece in PIECES[-2:]]:
-            raise ValueError(f"{self.file}: expected Gemma's tokenizer, to which each of "
-                             f"{PIECES[-2:]} is one piece, found {found}")
+            raise ValueError(f"{self.file}: expected Gemma's tokenizer.model (--tokenizer DIR), to "
+                             f"which {PIECES[-2:]} are one piece each, found {found}")
         self.vocab_size = self.sp.get_piece_size()
         ids = self.sp.piece_to_id(list(PIECES))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
@@ -92,9 +91,7 @@ class Tokenizer:
 
     def decode(self, ids, keep_special: bool = False) -> str:
         """Text without BOS, EOS, padding and turn markers; `keep_special` spells those out too."""
-        ids = np.asarray(ids, int).tolist()
-        if not keep_special:
-            return self.sp.decode([i for i in ids if i not in self.hidden])
+        ids = [i for i in np.asarray(ids, int).tolist() if keep_special or i not in self.hidden]
         stretches = ((piece, list(group)) for piece, group in groupby(ids, self.hidden.get))
         return "".join(p * len(group) if p else self.sp.decode(group) for p, group in stretches)
 
@@ -112,8 +109,7 @@ class Tokenizer:
         ids = [i for ids, _ in pieces for i in ids]
         return ids, [trained for ids, trained in pieces for _ in ids]
 
-    def _pieces(self, messages: list[dict],
-                generate: bool | None) -> Iterator[tuple[list[int], int]]:
+    def _pieces(self, messages, generate) -> Iterator[tuple[list[int], int]]:
         """The chat template, in pieces (ids, whether they are trained on).
 
         The cuts change no id: SentencePiece merges nothing across a turn marker or a newline.
@@ -171,12 +167,10 @@ COLUMNS = {  # what a row holds: the columns it may be in, of which the first wi
     "answer": ("answer", "answerKey", "answer_idx"),
     "choices": ("choices", "options"),
     "system": ("system", "system_prompt"),
-    **{name: (name,) for name in ("reasoning", "context", "input")},
-}
-KNOWN = {  # with those that pairs, rewards and judges read
-    *(column for columns in COLUMNS.values() for column in columns), "chosen", "rejected",
-    "rubrics", "rubric", "reference", "reference_answer", "task_type", "domain", "difficulty",
-    "kind", "script", "id",
+    "reasoning": ("reasoning",), "context": ("context",), "input": ("input",),
+    "of pairs, rewards and judges": (
+        "chosen", "rejected", "rubrics", "rubric", "reference", "reference_answer", "task_type",
+        "domain", "difficulty", "kind", "script", "id"),
 }
 ROLES = {"system": "system", "user": "user", "human": "user",
          "assistant": "assistant", "model": "assistant", "gpt": "assistant"}
@@ -448,8 +442,8 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
          flag: str = "--data", what: str = "rows") -> tuple[list[list], list[str]]:
     """The items read(row) of each comma-separated source, and what was wrong with those left out.
 
-    rows: at most so many items of each source, 0 for all. A bad row (not JSON, or `read` raises a
-    ValueError) stops with its file and line unless skip_bad_rows.
+    rows: at most so many items of each source, 0 for all. A bad row, of which `read` or the JSON
+    raises a ValueError, stops with its file and line unless skip_bad_rows.
     """
     sets, bad = [], []
     for one in map(str.strip, source.split(",")):
@@ -472,7 +466,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
         if not items:
             raise ValueError(f"{flag} {one}: no usable row{note}")
         runs.say(f"data: {len(items):,} {what} of {one}{note}")
-        unread = ", ".join(sorted(columns - KNOWN))
+        unread = ", ".join(sorted(columns.difference(*COLUMNS.values())))
         if unread and one.partition(":")[0] not in BUILT_IN:
             runs.say(f"data: {one}: columns nothing reads: {unread} (but a --reward-file may)")
         sets.append(items)
