@@ -3,7 +3,6 @@
     hub.find_model("gemma3-1b")                    # a Hugging Face folder, downloaded if need be
     hub.find_start("gemma3-1b", None, "runs/sft")  # the weights and the adapter a stage begins with
     hub.find_file("mine.jsonl")                    # a path, or a name among Kaggle's inputs
-    hub.find_gsm8k("train")
 
 Every search goes from what the user named to what happens to be there: the path itself, then
 Kaggle's outputs and inputs, then the caches of the download tools, then a download.
@@ -11,7 +10,7 @@ Kaggle's outputs and inputs, then the caches of the download tools, then a downl
 
 import glob
 import hashlib
-import json
+import importlib
 import os
 import urllib.request
 from pathlib import Path
@@ -30,15 +29,14 @@ def output(folder: str) -> Path:
     return working / folder if working.is_dir() else Path(folder)
 
 
-def input_patterns(name: str) -> list[str]:
-    """Glob patterns of `name` among Kaggle's inputs. Not `**`: some inputs hold a million files."""
-    return [f"{KAGGLE}/input/{'*/' * depth}{name}" for depth in range(6)]
+def input_patterns(*names: str) -> list[str]:
+    """Glob patterns among Kaggle's inputs. Not `**`: some inputs hold a million files."""
+    return [f"{KAGGLE}/input/{'*/' * depth}{name}" for name in names for depth in range(6)]
 
 
 def find_input(name: str, flag: str) -> Path | None:
     """The one Kaggle input of this name, or None; several are an error that lists them."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         return None
     found = sorted({f for pattern in input_patterns(name) for f in glob.glob(pattern)})
     if len(found) > 1:
@@ -66,20 +64,18 @@ def hub_name(model: str) -> str:
     return name.removesuffix("-pt") if bare else name
 
 
-def find_model(model: str, weights: str | Path | None = None, flags=("--model", "--weights")):
+def find_model(model: str, weights: str | Path | None = None,
+               flags: tuple[str, str] = ("--model", "--weights")) -> Path:
     """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
 
-    model: a name of gemma.CONFIGS, with -it (the default) or -pt. flags: what an error calls the
-    two arguments. The error lists every place searched and the commands that fetch the model.
+    model: a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the errors.
     """
     if weights is not None:
-        folder = Path(weights)
-        if other := gemma.other_format(folder):
-            raise ValueError(f"{flags[1]} {folder}: holds {other}, which cannot be read; take the "
-                             "Transformers version, a folder with config.json and safetensors")
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{flags[1]} {folder}: no config.json there")
-        return folder
+        other = gemma.other_format(Path(weights))
+        if other or not (Path(weights) / "config.json").exists():
+            raise ValueError(f"{flags[1]} {weights}: expected the Transformers version, a folder "
+                             f"with config.json and safetensors, found {other or 'no config.json'}")
+        return Path(weights)
     base = base_name(model)
     if base not in gemma.CONFIGS:
         raise ValueError(f"{flags[0]} {model}: unknown, expected one of {', '.join(gemma.CONFIGS)}")
@@ -91,58 +87,47 @@ def find_model(model: str, weights: str | Path | None = None, flags=("--model", 
     hf_home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
     hf_cache = os.environ.get("HF_HUB_CACHE", hf_home / "hub")
     kagglehub = os.environ.get("KAGGLEHUB_CACHE", cache / "kagglehub")
-    root = os.environ.get("GEMMA_WEIGHTS", "$GEMMA_WEIGHTS (not set)")
-    patterns = [root, f"{root}/{name}", *input_patterns(name), *input_patterns(f"{name}/*"),
-                f"{hf_cache}/models--google--{name}/snapshots/*",
-                f"{kagglehub}/models/{handle}/*"]
-    for pattern in patterns:
-        found = [Path(f) for f in glob.glob(pattern) if (Path(f) / "config.json").exists()]
-        found = [f for f in found if any(f.glob("*.safetensors"))]  # not a half-filled cache
-        for folder in sorted(found, key=os.path.getmtime, reverse=True):
-            cfg = gemma.read_config(folder)
-            if all(getattr(cfg, k) == getattr(expected, k) for k in SHAPE):
-                return folder
+    root = os.environ.get("GEMMA_WEIGHTS", "$GEMMA_WEIGHTS")
+    for pattern in (root, f"{root}/{name}", *input_patterns(name, f"{name}/*"),
+                    f"{hf_cache}/models--google--{name}/snapshots/*",
+                    f"{kagglehub}/models/{handle}/*"):
+        folders = [Path(file).parent for file in glob.glob(f"{pattern}/config.json")]
+        for folder in sorted(folders, key=os.path.getmtime, reverse=True):
+            if any(folder.glob("*.safetensors")):  # not a half-filled cache
+                cfg = gemma.read_config(folder)
+                if all(getattr(cfg, k) == getattr(expected, k) for k in SHAPE):
+                    return folder
     downloaded, why = _download(name, handle)
     if downloaded:
         return downloaded
     flax = name.replace("-", "", 1)  # gemma3-1b-it
-    inputs = [p for n in (flax, f"{flax}/*", name, f"{name}/*") for p in input_patterns(n)]
-    held = {gemma.other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)}
+    inputs = input_patterns(flax, f"{flax}/*", name, f"{name}/*")
+    held = {gemma.other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
+    searched = ", ".join(map(str, (root, KAGGLE / "input", hf_cache, kagglehub)))
     raise ValueError("\n".join([
-        f"{flags[0]} {model}: no folder of {name} found. Searched:", *(f"  {p}" for p in patterns),
-        *(f"Found {other}, but only Transformers weights (safetensors) can be read"
-          for other in sorted(held - {None})),
-        f"Downloading: {why}.",
-        "Accept the license on the model's page, then get it with one of these, or give its folder "
-        f"as {flags[1]} DIR:",
-        f"  hf download google/{name}",
-        f"  python -c \"import kagglehub; kagglehub.model_download('{handle}')\"",
-        f"  on Kaggle: Add Input > Models > {handle.split('/')[1]} > Transformers > {name}",
+        f"{flags[0]} {model}: no folder of {name} in {searched}",
+        *(f"Found {other}, but only Transformers weights can be read" for other in sorted(held)),
+        f"Downloading failed: {why}",
+        f"Accept the license on its page, then `hf download google/{name}`, or {flags[1]} DIR",
+        f"On Kaggle: Add Input > Models > {handle.split('/')[1]} > Transformers > {name}",
     ]))
 
 
 def _download(name: str, handle: str) -> tuple[Path | None, str]:
     """Asks kagglehub (on Kaggle) and huggingface_hub, where they are installed -> (folder, why)."""
-    why = []
+    files = ["*.json", "*.safetensors", "tokenizer.model"]
+    tools, why = {}, []
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        tools["kagglehub"] = lambda tool: tool.model_download(handle)
+    tools["huggingface_hub"] = lambda tool: tool.snapshot_download(
+        f"google/{name}", allow_patterns=files)
+    for tool, download in tools.items():
         try:
-            import kagglehub
-
-            return Path(kagglehub.model_download(handle)), ""
+            return Path(download(importlib.import_module(tool))), ""
         except Exception as e:  # any failure of an optional library only means "not here"
-            why.append(f"kagglehub: {_first_line(e)}")
-    try:
-        import huggingface_hub
-
-        files = ["*.json", "*.safetensors", "tokenizer.model"]
-        return Path(huggingface_hub.snapshot_download(f"google/{name}", allow_patterns=files)), ""
-    except Exception as e:
-        why.append(f"huggingface_hub: {_first_line(e)}")
+            first_line = str(e).strip().partition("\n")[0]
+            why.append(f"{tool}: {type(e).__name__} {first_line}")
     return None, "; ".join(why)
-
-
-def _first_line(e: Exception) -> str:
-    return f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
 
 
 # --------------------------------------------------------------------------------------- adapters
@@ -163,10 +148,7 @@ def find_adapter(adapter: str) -> Path:
 
 
 def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
-    """--adapter is a PEFT adapter, the final/ of a run, or a whole model, which is a new base.
-
-    A stage that trained an adapter on such a new base leaves its folder's name in the adapter.
-    """
+    """--adapter is a PEFT adapter, the final/ of a run, or a whole model, which is a new base."""
     if adapter is None:
         return Start(find_model(model, weights), None)
     folder = find_adapter(adapter)
@@ -186,11 +168,8 @@ def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
 
 def _trained_base(adapter: Path) -> Path | None:
     """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        base = Path(config["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError):  # lora.load says what is wrong with it
-        return None
+    config = gemma.read_json(adapter / "adapter_config.json")
+    base = Path(config.get("base_model_name_or_path") or "")
     ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
     return base if ours and ((base / "prompt.json").exists() or not base.exists()) else None
 
@@ -201,7 +180,7 @@ GSM8K = {  # sha256 of grade_school_math/data/*.jsonl in github.com/openai/grade
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
-GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/"
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math"
 
 
 def find_file(source: str, flag: str = "--data") -> Path:
@@ -211,32 +190,27 @@ def find_file(source: str, flag: str = "--data") -> Path:
     if (found := find_input(source, flag)) and found.is_file():
         return found
     raise ValueError(f"{flag} {source}: no such file; expected problems, solutions, gsm8k, or a "
-                     "file of rows (JSON lines, a JSON array, CSV, Parquet)")
+                     "file of rows (JSON lines or a JSON array)")
 
 
 def find_gsm8k(split: str) -> Path:
     """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, our cache; else downloaded into it."""
     cache, name = Path.home() / ".cache" / "gsm8k", f"{split}.jsonl"
     inputs = [Path(f) for pattern in input_patterns("*gsm8k*") for f in sorted(glob.glob(pattern))]
-    folders = [Path(os.environ.get("GSM8K", "gsm8k")), *inputs]
+    folders = [Path(os.environ.get("GSM8K", "gsm8k")), *inputs, cache]
     for file in (f for folder in folders for f in (folder / name, folder / "main" / name)):
         if file.is_file():
             return file
-    file = cache / name
-    if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == GSM8K[split]:
-        return file
-    url = f"{GSM8K_URL}grade_school_math/data/{name}"
+    url = f"{GSM8K_URL}/data/{name}"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
     except OSError as e:
-        searched = ", ".join(map(str, [*folders, cache]))
-        raise ValueError(f"--data gsm8k: no {name} in {searched}, nor in a folder $GSM8K, and "
-                         f"{url} cannot be downloaded ({e})") from None
+        searched = ", ".join(map(str, folders))
+        raise ValueError(f"--data gsm8k: no {name} in $GSM8K, {searched}; {url}: {e}") from None
     if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
     cache.mkdir(parents=True, exist_ok=True)
     partial = cache / f"{name}.{os.getpid()}"  # renamed when whole: a kill leaves no torn file
     partial.write_bytes(content)
-    partial.replace(file)
-    return file
+    return partial.replace(cache / name)

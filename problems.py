@@ -8,12 +8,9 @@ a line of working, in which `[x + n]` is an equation over the running total x:
     Mia has 12 cards. She buys 7 more. Tom gives her 3 more. How many cards does she have?
     She has 12 + 7 = 19 cards. She has 19 + 3 = 22 cards.                          answer 22
 
-1. "solution" has every step. "reasoning", which SFT learns from, states only the last result in
-   half of the problems: people write such traces, and GRPO can then discover that steps pay off.
-2. The words are few enough for a vocabulary of 512 pieces, and numbers stay between 2 and 108. The
-   difficulty is the number of equations, 1 to 5.
-3. The equations alone decide the split: the chain of equations of a test problem never occurs in a
-   training problem, whatever the story around it.
+"solution" has every step. "reasoning", which SFT learns from, states only the last result in half
+of the problems, so that GRPO can discover that steps pay off. The words fit into a vocabulary of
+512 pieces, and numbers stay between 2 and 108. The difficulty is the number of equations, 1 to 5.
 """
 
 import hashlib
@@ -129,7 +126,7 @@ ask How old will Ana be in {n} years? | In {n} years Ana is [x + n].
 
 def word_problem(split: str, index: int) -> dict:
     """Problem number `index` of "train" or "test", the same on every machine and Python."""
-    if split not in ("train", "test"):
+    if split not in ("train", "test"):  # no problem would ever fit it
         raise ValueError(f'word problems have the splits "train" and "test", not {split!r}')
     rng = random.Random(f"{split} {index}")
     difficulty = rng.choices(DIFFICULTIES, SHARES)[0]
@@ -142,18 +139,14 @@ def word_problem(split: str, index: int) -> dict:
     question, steps = (" ".join(filter(None, texts)) for texts in zip(*lines, strict=True))
     last = re.split(r"(?<=\.) ", steps)[-1]
     direct = re.sub(r"\d+ [-+*/] \d+ = (\d+)", r"\1", last)
-    return {
-        "question": question,
-        "reasoning": direct if rng.random() < DIRECT else steps,
-        "answer": re.findall(r"= (\d+)", steps)[-1],
-        "solution": steps,
-        "task_type": "math",
-        "difficulty": difficulty,
-    }
+    reasoning = direct if rng.random() < DIRECT else steps
+    answer = re.findall(r"= (\d+)", steps)[-1]
+    return {"question": question, "reasoning": reasoning, "answer": answer, "solution": steps,
+            "task_type": "math", "difficulty": difficulty}
 
 
 def split_of(solution: str) -> str:
-    """A quarter of all chains of equations is for testing; a hash of the chain decides which."""
+    """A hash of the equations decides: those of a test problem occur in no training problem."""
     chain = ", ".join(re.findall(r"\d+ [-+*/] \d+", solution))
     return "test" if hashlib.sha256(chain.encode()).digest()[0] < 64 else "train"
 

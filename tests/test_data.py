@@ -32,9 +32,6 @@ def write(path, rows):
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------ rows
-
-
 @pytest.mark.parametrize("row", [
     {"question": "Q", "reasoning": "r", "answer": "4"},
     {"question": " Q\n", "reasoning": " r ", "answer": 4.0},
@@ -50,9 +47,9 @@ def write(path, rows):
 ], ids=str)
 def test_every_row_shape_is_the_same_row(row):
     before = json.dumps(row)
-    assert data.parse_row(row) == ([TURN("user", "Q")], TAGGED, "4", (), row)
+    assert data.parse_row(row)[:2] == ([TURN("user", "Q")], TAGGED)
     assert json.dumps(row) == before
-    ids, mask = data.read_example(row, TOK, "Be brief.")
+    ids, mask, _ = data.read_example(row, TOK, "Be brief.")
     assert (ids.tolist(), mask.tolist()) == TOK.example(
         [TURN("system", "Be brief."), TURN("user", "Q"), TURN("assistant", TAGGED)]
     )
@@ -66,10 +63,12 @@ def test_every_row_shape_is_the_same_row(row):
     ({"context": "Ann is 4.", "question": "Q", "answer": 4}, "Ann is 4.\n\nQ", "4", "4"),
     ({"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### -1,024.5"}, "Q",
      data.format_completion("2*3=6", "-1024.5"), "-1024.5"),
-    ({"question": "Q", "reasoning": "r", "answer": "<end_of_turn>"}, "Q",
-     data.format_completion("r", "<end_of_turn>"), "<end_of_turn>"),  # neutralised by the tokenizer
-    ({"question": "Q", "answer": "#### Overview\nTwo lines."}, "Q", "#### Overview\nTwo lines.",
-     "#### Overview\nTwo lines."),
+    ({"question": "Q", "answer": "#### Overview\nTwo."}, "Q", "#### Overview\nTwo.",
+     "#### Overview\nTwo."),
+    *[({"question": "Q", "reasoning": "r", "answer": answer}, "Q",
+       data.format_completion("r", text), text) for answer, text in [
+          (1.0, "1"), (-0.0, "0"), (0.5, "0.5"), (1e300, "1e+300"), (True, "True"),
+          (["a", 7], "a, 7"), (" 1,024 ", "1,024"), ("<end_of_turn>", "<end_of_turn>")]],
 ])
 def test_what_a_row_asks_teaches_and_checks(row, question, completion, answer):
     assert data.parse_row(row)[:3] == ([TURN("user", question)], completion, answer)
@@ -117,56 +116,39 @@ def test_a_choice_is_asked_and_answered_by_its_letter(choices, answer, letter):
     assert parsed.chat == [TURN("user", "\n".join(["Where?", *listed]))]
 
 
-@pytest.mark.parametrize("answer, text", [
-    (4, "4"), (1.0, "1"), (-0.0, "0"), (0.5, "0.5"), (1e300, "1e+300"), (True, "True"),
-    (["a", 7], "a, 7"), (" 1,024 ", "1,024"), ("None", "None"),
-])
-def test_an_answer_is_text(answer, text):
-    row = data.parse_row({"question": "Q", "reasoning": "r", "answer": answer})
-    assert row.answer == text and row.completion == data.format_completion("r", text)
-
-
 QR = {"question": "Q", "reasoning": "r"}
 BAD_ROWS = [
-    ({}, "expected messages, prompt or question, found keys []"),
-    ({"text": "Q"}, "found keys ['text']"),
+    ({"text": "Q"}, "expected messages, prompt or question, found keys ['text']"),
     *[(QR | {"answer": answer}, f"found {answer!r}")
-      for answer in (NAN, INF, -INF, "nan", "", " ", {}, [], [["a"]], {"a": 1})],
-    (QR | {"answer": ["a", NAN]}, "found nan"),
-    (QR | {"answer": "a", "choices": "a, b"}, "expected a list of at most 26 choices"),
-    (QR | {"answer": "a", "choices": 4}, "expected a list of at most 26 choices"),
-    (QR | {"answer": "a", "choices": ["a"] * 27}, "expected a list of at most 26 choices"),
-    (QR | {"answer": "D", "choices": CAPITALS}, "'D' is none of the 3 choices"),
-    (QR | {"answer": 3, "choices": CAPITALS}, "'3' is none of the 3 choices"),
-    (QR | {"answer": True, "choices": CAPITALS}, "'True' is none of the 3 choices"),
-    (QR | {"answer": "r\n#### "}, "'answer after ####'"),
-    ({"question": "Q", "reasoning": ["r", "s"], "answer": "a"}, "text under 'reasoning', found ["),
-    ({"question": ["Q"], "reasoning": "r", "answer": "a"}, "list of messages under 'question'"),
-    ({"question": " ", "reasoning": "r", "answer": "a"}, "expected a user turn with a text"),
-    ({"prompt": 4, "completion": "c"}, "under 'prompt', found 4"),
+      for answer in (NAN, INF, "nan", " ", [["a"]], {"a": 1})],
+    *[(QR | {"answer": answer}, "expected a completion to train on") for answer in ("", [], None)],
+    *[(QR | {"answer": "a", "choices": choices}, "expected a list of at most 26 choices")
+      for choices in ("a, b", 4, ["a"] * 27)],
+    *[(QR | {"answer": answer, "choices": CAPITALS}, f"'{answer}' is none of the 3 choices")
+      for answer in ("D", 3, True)],
+    (QR | {"answer": "r\n#### "}, "as answer after ####"),
+    (QR | {"answer": "a", "reasoning": ["r", "s"]}, "text under reasoning, found ["),
+    (QR | {"answer": "a", "question": ["Q"]}, "list of messages as prompt, found ['Q']"),
+    (QR | {"answer": "a", "question": " "}, "expected a prompt that ends with a user turn"),
     ({"prompt": "Q", "completion": " "}, "the completion is empty"),
-    ({"prompt": "Q", "completion": {"text": "c"}}, "under 'completion'"),
-    ({"prompt": "Q", "completion": "c", "system": 4}, "text under 'system', found 4"),
-    ({"question": "Q", "answer": "a", "context": {"a": "b"}}, "text under 'context'"),
-    ({"messages": [TURN("system", "")], "answer": "A"}, "expected a user turn under 'messages'"),
-    ({"messages": [TURN("assistant", "A")]}, "expected a user turn with a text before"),
-    ({"messages": [TURN("user", "Q"), TURN("assistant", None)]}, "turn 1: expected text as"),
-    ({"messages": [TURN("user", "Q"), TURN("tool", "A")]}, "turn 1: expected system, user"),
-    ({"messages": [TURN("user", [{"type": "image"}]), TURN("assistant", "A")]}, "turn 0: expected"),
+    ({"prompt": "Q", "completion": {"text": "c"}}, "as completion"),
+    ({"prompt": "Q", "completion": "c", "system": 4}, "text under system, found 4"),
+    ({"messages": [TURN("system", "")], "answer": "A"}, "expected a user turn, one system"),
+    ({"messages": [TURN("assistant", "A")]}, "expected a prompt that ends with a user turn"),
+    *[({"messages": [TURN("user", "Q"), turn]}, "prompt, turn 1: expected a text of system")
+      for turn in (TURN("assistant", None), TURN("tool", "A"), TURN("user", [{"type": "image"}]))],
     ({"messages": [TURN("system", "a"), TURN("user", "Q"), TURN("assistant", "A")], "system": "b"},
-     "a system column, and another system text"),
+     "one system text; found 'a' 'b'"),
     ({"prompt": [TURN("user", "Q"), TURN("assistant", "A")], "completion": "B"}, "a user turn"),
-    ({"prompt": "Q \ud83d", "completion": "A"}, "half a surrogate pair"),
+    ({"prompt": "Q \ud83d", "completion": "A"}, "surrogates not allowed"),
     *[({"prompt": text, "completion": "A"}, "carries a chat template already") for text in (
         "<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n", "<bos>Q", "Q<end_of_turn>",
         "<|im_start|>user\nQ", "<s>[INST] Q [/INST]", "Be brief.\n<|start_header_id|>\n")],
-    ({"prompt": "Q", "completion": "four<end_of_turn>\n"}, "carries a chat template already"),
 ]
 
 
 @pytest.mark.parametrize("row, why", BAD_ROWS, ids=str)
 def test_bad_rows_are_named_with_file_and_line(tmp_path, row, why, said):
-    """Never a traceback, nor a list's repr to learn from."""
     file = write(tmp_path / "rows.jsonl", [QR | {"answer": 4}, row])
     read = lambda row: data.read_example(row, TOK, "Be brief.")
     with pytest.raises(ValueError) as e:
@@ -174,14 +156,6 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, row, why, said):
     assert f"{file}:2: " in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
     [[example]], [fault] = data.load(file, read, skip_bad_rows=True)
     assert why in fault and f"1 bad rows left out; first: {file}:2: " in said[0]
-
-
-@pytest.mark.parametrize("row", [{"prompt": "Q"}, {"question": "Q", "reasoning": "r"},
-                                 {"messages": [TURN("user", "Q")]}])
-def test_a_prompt_alone_is_nothing_to_train_on(row):
-    assert data.parse_row(row)[:3] == ([TURN("user", "Q")], None, None)
-    with pytest.raises(ValueError, match="expected a completion to train on .* found keys"):
-        data.read_example(row, TOK)
 
 
 VALUES = st.recursive(
@@ -193,17 +167,17 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from(sorted(data.KNOWN)), VALUES, max_size=5))
+KNOWN = sorted(set().union(*data.COLUMNS.values()))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(KNOWN), VALUES, max_size=5))
 def test_any_row_is_read_or_a_bad_row(row):
     for read in (data.read_example, data.read_pair):
         try:
             read(row, TOK, "Be brief.")
         except ValueError as e:
             assert len(str(e)) < 400
-
-
-# ---------------------------------------------------------------------------------------- pairs
 
 
 A, YES, NO = (TURN("assistant", text) for text in ("a", "Yes", "No way"))
@@ -221,43 +195,38 @@ A, YES, NO = (TURN("assistant", text) for text in ("a", "Yes", "No way"))
 def test_every_pair_shape_is_the_same_two_examples(row):
     prompt = TOK.chat([TURN("user", "Be brief.\n\nQ")])
     pair = data.read_pair(row, TOK, "Be brief.")
-    for (ids, mask), text in zip(pair, ("Yes", "No way"), strict=True):
+    for (ids, mask, _), text in zip(pair[:2], ("Yes", "No way"), strict=True):
         completion = [*TOK.encode(text), TOK.end_of_turn]
         assert ids.tolist() == prompt + completion
         assert mask.tolist() == [0] * len(prompt) + [1] * len(completion)
     assert pair.prompt == np.array(prompt, np.int32).tobytes() == pair.rejected.prompt
-    assert pair.n_tokens == sum(len(ids) for ids, _ in pair)
+    assert pair.n_tokens == sum(len(ids) for ids, *_ in pair[:2])
 
 
-def test_what_a_pair_shares_is_its_prompt():
-    """Earlier answers of the assistant are not compared."""
+def test_earlier_answers_of_a_pair_are_not_compared():
     shared = [TURN("user", "Q"), TURN("assistant", "A"), TURN("user", "Sure?")]
-    row = {"prompt": shared, "chosen": "Yes", "rejected": "No"}
-    for ids, mask in data.read_pair(row, TOK):
-        assert int(np.argmax(mask)) == len(TOK.chat(shared)) and mask[-1] == 1
-        assert mask.sum() == len(ids) - len(TOK.chat(shared))
+    n = len(TOK.chat(shared))
+    for ids, mask, _ in data.read_pair({"prompt": shared, "chosen": "Y", "rejected": "N"}, TOK)[:2]:
+        assert mask.tolist() == [0] * n + [1] * (len(ids) - n)
+
+
+DIFFER = "different answers to the same prompt"
 
 
 @pytest.mark.parametrize("bad, why", [
-    ({"prompt": "Q", "chosen": "a"}, "'rejected'"),
-    ({"prompt": "Q", "chosen": "", "rejected": "b"}, "'chosen'"),
-    ({"prompt": "Q", "chosen": "a", "rejected": " "}, "rejected: the completion is empty"),
-    ({"chosen": "a", "rejected": "b"}, "chosen: expected messages, prompt or question"),
-    ({"prompt": "Q", "chosen": "a", "rejected": "a "}, "the same"),
-    ({"chosen": [TURN("user", "Q"), YES], "rejected": [TURN("user", "R"), NO]}, "the same prompt"),
-    ({"prompt": "Q", "chosen": "a", "rejected": [A, TURN("user", "Why?"), NO]}, "the same prompt"),
-    ({"prompt": "Q", "chosen": "a", "rejected": [TURN("user", "b")]}, "rejected: expected a compl"),
-    ({"prompt": "Q", "chosen": "a", "rejected": ["b"]}, "list of messages under 'rejected'"),
-    ({"prompt": "Q", "chosen": [{"role": "assistant"}], "rejected": "b"}, "'chosen', turn 0"),
-    ({"prompt": "Q", "chosen": 4, "rejected": "b"}, "'chosen'"),
+    ({"prompt": "Q", "chosen": "a"}, "as rejected, found None"),
+    ({"prompt": "Q", "chosen": 4, "rejected": "b"}, "as chosen, found 4"),
+    ({"prompt": "Q", "chosen": "a", "rejected": " "}, "the completion is empty"),
+    ({"chosen": "a", "rejected": "b"}, "expected messages, prompt or question"),
+    ({"prompt": "Q", "chosen": "a", "rejected": "a "}, DIFFER),
+    ({"chosen": [TURN("user", "Q"), YES], "rejected": [TURN("user", "R"), NO]}, DIFFER),
+    ({"prompt": "Q", "chosen": "a", "rejected": [A, TURN("user", "Why?"), NO]}, DIFFER),
+    ({"prompt": "Q", "chosen": "a", "rejected": [TURN("user", "b")]}, "expected a completion"),
+    ({"prompt": "Q", "chosen": [{"role": "assistant"}], "rejected": "b"}, "chosen, turn 0"),
 ])
 def test_bad_pairs_are_named(bad, why):
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(ValueError, match=why):
         data.read_pair(bad, TOK)
-    assert why in str(e.value) and "\n" not in str(e.value)
-
-
-# -------------------------------------------------------------------------------------- sources
 
 
 def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, said):
@@ -270,9 +239,9 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
     lines = ["", '{"prompt": "abc', "[1]", '{"prompt": "\xff"}', "[" * 10**5,
              '{"prompt": "12345"}', '{"prompt": "1234"}', '{"prompt": "a"}', '{"prompt": "b"}']
     file.write_bytes("\n".join(lines).encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"{file}:2: .*--skip-bad-rows leaves such rows out"):
+    with pytest.raises(ValueError, match=rf"{file}:2: .*--skip-bad-rows"):
         data.load(str(file), read)
-    [items], bad = data.load(f" {file},", read, skip_bad_rows=True, what="prompts")
+    [items], bad = data.load(f" {file} ", read, skip_bad_rows=True, what="prompts")
     assert items == ["a", "b"]
     assert [fault.split(":")[1] for fault in bad] == ["2", "3", "4", "5", "6", "7"]
     assert "expected a JSON object, found list" in bad[1] and "recursion" in bad[3]
@@ -283,41 +252,26 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
     file.write_text('{"prompt": "12345"}')
     with pytest.raises(ValueError, match="no usable row, 1 bad rows .*:1: 5 tokens, more"):
         data.load(str(file), read, skip_bad_rows=True, flag="--eval-data")
-    with pytest.raises(ValueError, match="--data ' ,': names no source"):
-        data.load(" ,", read)
 
 
-def test_columns_that_nothing_reads_are_said_once_a_source(tmp_path, said):
-    rows = [{"question": "Q", "final_answer": "4", "url": "x", "difficulty": 1}] * 3
-    rows[2] = rows[2] | {"source": "y"}
-    data.load(write(tmp_path / "rows.jsonl", rows) + ",problems:test", data.parse_row)
+def test_columns_that_nothing_reads_are_said(tmp_path, said):
+    file = write(tmp_path / "rows.jsonl", [{"question": "Q", "final_answer": "4", "url": "x"}])
+    data.load(f"{file},problems:test", data.parse_row, rows=3)
     [line] = [line for line in said if "nothing reads" in line]
-    assert "columns nothing reads: final_answer, url, source (" in line
+    assert "columns nothing reads: final_answer, url (" in line
 
 
-def test_files_as_people_have_them(tmp_path, said):
+def test_files_as_people_have_them(tmp_path):
     rows = [{"question": "2 + 2?", "reasoning": "It's \u00bd of 8.", "answer": n} for n in (4, 5)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
-    (tmp_path / "mark.jsonl").write_text(text, encoding="utf-8-sig")
-    (tmp_path / "lines.json").write_text(text, encoding="utf-8")
-    (tmp_path / "array.json").write_text(" \n" + json.dumps(rows), encoding="utf-8")
-    names = ["mark.jsonl", "lines.json", "array.json"]
-    try:
-        import pandas
-
-        pandas.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
-        pandas.DataFrame(rows).to_parquet(tmp_path / "table.parquet")
-        names += ["table.csv", "table.parquet"]
-    except ImportError:
-        pass
-    for name in names:
+    for name, content in (("mark.jsonl", "\ufeff" + text), ("lines.json", text),
+                          ("array.json", " \n" + json.dumps(rows))):
+        (tmp_path / name).write_text(content, encoding="utf-8")
         where, read = zip(*data.read_rows(str(tmp_path / name)), strict=True)
-        assert list(read) == rows and name in where[1] and where[1].endswith(("2", "row 2"))
-    (tmp_path / "broken.csv").write_text("")
+        assert list(read) == rows and where[1].endswith(f"{name}:2")
     (tmp_path / "broken.json").write_text("[1, ")
-    for name in ("broken.csv", "broken.json"):
-        with pytest.raises(ValueError, match=name):
-            list(data.read_rows(str(tmp_path / name)))
+    with pytest.raises(ValueError, match="broken.json"):
+        list(data.read_rows(str(tmp_path / "broken.json")))
 
 
 def test_the_built_in_sources():
@@ -332,10 +286,8 @@ def test_the_built_in_sources():
     assert data.test_split("mine.jsonl,gsm8k") is data.test_split("gsm8k:test") is None
 
 
-def config(**changes):
-    flags = {"data": "problems", "eval_data": None, "eval_rows": 0, "skip_bad_rows": False,
-             "seed": 0}
-    return SimpleNamespace(**flags | changes)
+def config(data="problems", eval_data=None, eval_rows=0, seed=0):
+    return SimpleNamespace(**locals(), skip_bad_rows=False)
 
 
 def test_no_prompt_is_on_both_sides_of_a_hold_out(tmp_path, said):
@@ -361,45 +313,28 @@ def test_held_out_rows_are_those_named_or_a_test_split(tmp_path, said):
     assert held_out == [problems.word_problem("test", n)["question"] for n in range(3)]
     assert said[1] == "data: 3 held-out rows of problems:test"
     one = write(tmp_path / "one.jsonl", [{"question": "one"}] * 9)
-    [train], held_out = data.load_split(
-        config(data=one, eval_data=f"{one},problems:test", eval_rows=3), read
-    )
+    both = config(data=one, eval_data=f"{one},problems:test", eval_rows=3)
     first = problems.word_problem("test", 0)["question"]
-    assert len(train) == 9 and held_out == ["one", "one", first]
-
-
-# -------------------------------------------------------------------------------------- packing
+    assert data.load_split(both, read) == ([["one"] * 9], ["one", "one", first])
 
 
 def bins(lengths, size):
     """pack for items without a prompt: the items of each row."""
     rows = data.pack([0] * len(lengths), [[n] for n in lengths], size)
-    assert all(here == [0] for row in rows for _, here in row)
     return [[i for i, _ in row] for row in rows]
-
-
-@given(st.lists(st.integers(1, 32), max_size=60))
-def test_pack_places_every_item_once_and_overfills_nothing(lengths):
-    packed = bins(lengths, 32)
-    assert sorted(i for b in packed for i in b) == list(range(len(lengths)))
-    sums = [sum(lengths[i] for i in b) for b in packed]
-    assert all(0 < s <= 32 for s in sums)
-    # two bins that fit into one would mean that the later one was opened for nothing
-    assert sum(s <= 16 for s in sums) <= 1
 
 
 def test_pack_is_best_fit():
     assert bins([3, 5, 2, 4], 7) == [[1, 2], [3, 0]]
     # 4 goes where it leaves nothing, though the first bin has room too
     assert bins([10, 11, 4], 15) == [[1, 2], [0]]
+    assert data.pack([2], [[3, 5, 1]], 8) == [[(0, [1, 2])], [(0, [0])]]
     with pytest.raises(ValueError, match="9 tokens do not fit into a row of 8"):
         data.pack([4], [[1, 5]], 8)
 
 
 def test_packing_wastes_little():
-    sizes = [data.read_example(problems.word_problem("train", i), TOK).n_tokens for i in range(500)]
-    assert sum(sizes) / (256 * len(bins(sizes, 256))) > 0.93  # 198 rows; 186 would hold it all
-    # Groups of GSM8K's lengths: a tenth is padding at most, and most prompts are stored once.
+    """Groups of GSM8K's lengths: a tenth is padding at most, and most prompts are stored once."""
     rng = np.random.default_rng(0)
     lengths = np.minimum(768, rng.lognormal(5.2, 0.5, (32, 8)).astype(int) + 1).tolist()
     prompts = rng.integers(60, 257, 32).tolist()
@@ -418,17 +353,11 @@ def test_rows_share_prompts_and_hold_everything_once(groups):
     rows = data.pack(prompts, completions, 32)
     total = [sum(prompts[q] + sum(completions[q][i] for i in here) for q, here in row)
              for row in rows]
+    # Two rows that fit into one would mean that the later one was opened for nothing.
     assert max(total, default=0) <= 32 and sum(t <= 16 for t in total) <= 1
     held = sorted((q, i) for row in rows for q, here in row for i in here)
     assert held == [(q, i) for q, c in enumerate(completions) for i in range(len(c))]
     assert all(here for row in rows for _, here in row)
-
-
-def test_pack_worked_example():
-    assert data.pack([2], [[3, 5, 1]], 8) == [[(0, [1, 2])], [(0, [0])]]
-
-
-# -------------------------------------------------------------------------------------- batches
 
 
 def test_assemble_worked_example():
@@ -440,13 +369,8 @@ def test_assemble_worked_example():
     assert out["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0] * 6]
 
 
-def example(n, token):
-    return data.Example(np.full(n, token), np.ones(n))
-
-
-def source(n, first):
-    """n examples, each of one token id of its own."""
-    return [example(5, first + i) for i in range(n)]
+example = lambda n, token: data.Example(np.full(n, token), np.ones(n))
+source = lambda n, first: [example(5, first + i) for i in range(n)]  # each of an id of its own
 
 
 def seen(batches):
@@ -456,13 +380,12 @@ def seen(batches):
             for s in range(1, segments.max() + 1)]
 
 
-@given(st.lists(st.tuples(st.integers(1, 16), st.integers(1, 16)), min_size=1, max_size=30))
-def test_the_two_of_a_pair_share_a_row_chosen_first(sizes):
-    pairs = [data.Pair(example(a, 2 * i + 1), example(b, 2 * i + 2))
-             for i, (a, b) in enumerate(sizes)]
+def test_the_two_of_a_pair_share_a_row_chosen_first():
+    pairs = [data.Pair(example(1 + i % 16, 2 * i + 1), example(1 + 5 * i % 16, 2 * i + 2))
+             for i in range(30)]
     batches = data.eval_batches(pairs, 32, 4)
     order = [seen([{k: v[r : r + 1] for k, v in b.items()}]) for b in batches for r in range(4)]
-    assert sum(map(len, order)) == 2 * len(pairs)
+    assert sorted(sum(order, [])) == list(range(1, 61))
     for row in order:
         assert all(a % 2 and b == a + 1 for a, b in zip(row[::2], row[1::2], strict=True))
 
@@ -471,7 +394,7 @@ def test_batches_depend_on_seed_and_number_alone():
     make = lambda seed: data.Packed([source(23, 10), source(9, 100)], 12, 3, seed)
     straight = [make(1).batch(n) for n in range(20)]
     packed = make(1)
-    for n in (17, 3, 19, 0, 4):
+    for n in (17, 3, 19, 0):
         for key, value in packed.batch(n).items():
             np.testing.assert_array_equal(value, straight[n][key])
     assert (make(2).batch(0)["tokens"] != straight[0]["tokens"]).any()
@@ -480,19 +403,10 @@ def test_batches_depend_on_seed_and_number_alone():
 def test_an_epoch_has_every_row_once_and_the_next_another_order():
     packed = data.Packed([source(24, 10)], 12, 3, 0)  # two a row: an epoch is 4 batches
     first, second = (seen(map(packed.batch, range(n, n + 4))) for n in (0, 4))
-    assert sorted(first) == sorted(second) == list(range(10, 34))
-    assert first != second
+    assert sorted(first) == sorted(second) == list(range(10, 34)) and first != second
 
 
 def test_mixing_weights_set_the_shares_and_no_row_repeats_before_all_were_seen():
     packed = data.Packed([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
-    epoch = seen(map(packed.batch, range(5)))
-    assert sum(i < 100 for i in epoch) == 45 and len(epoch) == 60
     small = [i for i in seen(map(packed.batch, range(10))) if i >= 100]  # two epochs: 2 x 15 of 30
     assert sorted(small) == list(range(100, 130))
-
-
-def test_eval_batches_hold_every_example_once():
-    batches = data.eval_batches(source(7, 10), 10, 3)
-    assert {b["tokens"].shape for b in batches} == {(3, 10)}
-    assert sorted(seen(batches)) == list(range(10, 17))

@@ -40,9 +40,8 @@ def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
     assert where == f"{tmp_path}/home/.cache/gsm8k/train.jsonl:1"
     monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
     assert hub.find_gsm8k("train").read_bytes() == b"{}"  # from the cache, without a network
-    (tmp_path / "test.jsonl").write_text('{"question": "Q", "answer": "r #### 4"}\n')
-    [(where, row)] = data.read_rows("gsm8k:test")
-    assert where.endswith("test.jsonl:1") and row["question"] == "Q"
+    (tmp_path / "test.jsonl").write_text('{"question": "Q"}')
+    assert [*data.read_rows("gsm8k:test")] == [(f"{tmp_path}/test.jsonl:1", {"question": "Q"})]
 
 
 def test_files_are_found_among_the_inputs_of_kaggle(tmp_path, monkeypatch):

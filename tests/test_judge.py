@@ -45,7 +45,7 @@ CFG = {  # a window of 16 tokens: most of a prompt is out of a local layer's sig
         tie_word_embeddings=False,
     ),
 }
-TOK = {family: data.Tokenizer(ROOT / "tiny", family) for family in CFG}
+TOK = {family: data.Tokenizer(ROOT / "tiny") for family in CFG}
 params_of = functools.cache(lambda family: random_params(CFG[family], seed=3))
 ROW = {"question": "Mia has 12 cards. She buys 7 more. How many?", "answer": "19",
        "task_type": "math", "rubrics": [

@@ -9,7 +9,7 @@ import pytest
 from data import format_completion
 from problems import DIRECT, LARGEST, split_of, word_problem
 
-N = 20_000
+N = 8_000
 WORDS = {"twice": 2, "half": 2, "Half": 2}  # numbers that a question spells
 
 

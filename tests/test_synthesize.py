@@ -24,7 +24,7 @@ import runs
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
-TOK = {family: data.Tokenizer(ROOT / "tiny", family) for family in ("gemma2", "gemma3")}
+TOK = {family: data.Tokenizer(ROOT / "tiny") for family in ("gemma2", "gemma3")}
 CHAT = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "And?"}]
 N = 24

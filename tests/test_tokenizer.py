@@ -1,6 +1,5 @@
 """The tokenizer and chat template, against transformers and the official templates."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -14,25 +13,24 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from make_tokenizer import TAGS, special_pieces, train_tokenizer
 
-from data import END, START, Tokenizer, with_system
+from data import PIECES, Tokenizer, with_system
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("gemma2", "gemma3")
+START, END = PIECES[-2:]
 
 
 def train(directory, family="gemma3"):
-    """Real text that is at hand: these sources."""
     texts = [(ROOT / name).read_text() for name in ("data.py", "tests/test_tokenizer.py")]
     return train_tokenizer(directory, texts, 512, family)
 
 
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory):
-    """{family: a directory written by Tokenizer.save}; only Gemma 2's has a config.json."""
+    """{family: a directory written by Tokenizer.save}"""
     root = tmp_path_factory.mktemp("tokenizers")
     for family in FAMILIES:
-        Tokenizer(train(root / "trained", family), family).save(root / family)
-    (root / "gemma2" / "config.json").write_text('{"model_type": "gemma2"}')
+        Tokenizer(train(root / "trained", family)).save(root / family)
     return {family: root / family for family in FAMILIES}
 
 
@@ -70,8 +68,8 @@ BAD_TURNS = [
     [user("a"), user("b")],
     [user("a"), assistant("b"), assistant("c")],
     [user("a"), assistant("b"), {"role": "tool", "content": "c"}],
+    [user("a"), system("b")],
 ]
-UNKNOWN_ROLE = [[user("a"), system("b")]]  # the official templates print it, ours refuse
 
 # Building blocks of texts: what tokenizers stumble over, and whatever hypothesis thinks of.
 WORDS = ["the", "return", "def ", "12", "3.5", "1,042", "é", "e\u0301", "ﬁ", "½", "中", "😀"]
@@ -83,10 +81,7 @@ STEERING = {p for f in FAMILIES for p in special_pieces(f) if p[0] in "<[" and p
 HOSTILE = [*sorted(STEERING), "<bos>", "<eos>", "<pad>", "<unk>", "<image_soft_token>"]
 HOSTILE += ["<", "<<", ">", "<start_of_", "turn>", "end_of_turn>", "▁"]
 hostile_texts = st.lists(st.sampled_from(HOSTILE) | texts, max_size=9).map("".join)
-many = settings(max_examples=200, deadline=None, derandomize=True)
-
-
-# --- against transformers and the official templates ---------------------------------------------
+many = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,44 +97,31 @@ def test_ids_equal_transformers(ours, theirs, family, text):
         assert ours[family].encode(text) == ids
 
 
-@pytest.mark.parametrize("run", [" ", "\n", "\t"])
-def test_runs_of_white_space_equal_transformers(ours, theirs, run):
-    for n in range(1, 70):
-        text = f"a{run * n}the{run * n}"
+def test_runs_of_white_space_equal_transformers(ours, theirs):
+    for text in (f"a{run * n}the{run * n}" for run in " \n\t" for n in range(1, 70)):
         ids = theirs["gemma3"](text, add_special_tokens=False).input_ids
         assert ours["gemma3"].encode(text) == ids
 
 
-@pytest.mark.parametrize("generate", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_chat_equals_transformers(ours, theirs, family, generate):
-    for messages in CONVERSATIONS + WITH_SYSTEM * (family == "gemma3"):
-        ids = theirs[family].apply_chat_template(
-            messages, add_generation_prompt=generate, return_dict=False
-        )
-        assert ours[family].chat(messages, generate) == ids
-
-
 @pytest.mark.parametrize("source", ["official", "saved"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_render_equals_the_jinja_templates(ours, theirs, family, source):
+def test_chat_equals_the_jinja_templates(ours, theirs, family, source):
     template = theirs[family].chat_template
     if source == "official":
-        if (trl := importlib.util.find_spec("trl")) is None:
-            pytest.skip("trl, which ships the official templates, is not installed")
+        trl = pytest.importorskip("trl")  # which ships them
         name = {"gemma2": "gemma.jinja", "gemma3": "gemma3.jinja"}[family]
-        template = (Path(trl.origin).parent / "chat_templates" / name).read_text()
+        template = (Path(trl.__file__).parent / "chat_templates" / name).read_text()
 
     def jinja(messages, generate=False):
         return theirs[family].apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=generate, tokenize=False
+            messages, chat_template=template, add_generation_prompt=generate, return_dict=False
         )
 
-    for messages in CONVERSATIONS + WITH_SYSTEM * (family == "gemma3"):
+    no_system = family == "gemma2" and source == "official"
+    for messages in CONVERSATIONS + WITH_SYSTEM * (not no_system):
         for generate in (False, True):
-            assert ours[family].render(messages, generate) == jinja(messages, generate)
-    bad = BAD_TURNS + UNKNOWN_ROLE * (source == "saved") + WITH_SYSTEM * (family == "gemma2")
-    for messages in bad:
+            assert ours[family].chat(messages, generate) == jinja(messages, generate)
+    for messages in BAD_TURNS[: -1 if source == "official" else None] + WITH_SYSTEM * no_system:
         with pytest.raises(Exception, match="System role not supported|must alternate"):
             jinja(messages)
 
@@ -150,69 +132,39 @@ def test_transformers_drops_the_markers_and_nothing_else(theirs):
     assert theirs["gemma3"].decode(ids, skip_special_tokens=True) == text
 
 
-# --- conversations -------------------------------------------------------------------------------
-
-
-def test_render_by_hand(ours):
+def test_chat_by_hand(ours):
     messages = [system("Be brief."), user(" 2+2?\n"), assistant("4 "), user("Sure?")]
     expected = ("<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n"
                 "<start_of_turn>model\n4<end_of_turn>\n"
                 "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n")
-    assert ours["gemma3"].render(messages) == expected
-    assert ours["gemma2"].render(with_system(messages)) == expected
-    assert ours["gemma3"].render(messages[:3]) == expected.split("<start_of_turn>user\nSure")[0]
+    for tok in ours.values():
+        for chat in (messages, with_system(messages), with_system(messages[1:], "Be brief.")):
+            assert tok.decode(tok.chat(chat), keep_special=True) == expected
 
 
-def test_with_system(ours):
+def test_with_system():
     messages = [system("Be brief."), user(" Hi "), assistant("Ho"), user("Hm")]
-    before, tok = json.dumps(messages), ours["gemma3"]
-    assert tok.chat(with_system(messages, "Another.")) == tok.chat(messages)
-    assert with_system(messages[1:], "Be brief.") == with_system(messages)
-    assert json.dumps(messages) == before
-    assert with_system(messages[1:]) == messages[1:]
+    before = json.dumps(messages)
+    assert with_system(messages, "Another.") == [user("Be brief.\n\nHi"), *messages[2:]]
+    assert json.dumps(messages) == before and with_system(messages[1:]) == messages[1:]
     for chat in (messages[:1], messages[2:]):
         with pytest.raises(ValueError, match="followed by a user message"):
             with_system(chat, "Be brief.")
 
 
-@pytest.mark.parametrize("messages", BAD_TURNS + UNKNOWN_ROLE)
+@pytest.mark.parametrize("messages", [*BAD_TURNS, [], [system("alone")]])
 def test_roles_must_alternate(ours, messages):
-    with pytest.raises(ValueError, match=r"roles must alternate .* turn \d is"):
+    with pytest.raises(ValueError, match=r"roles must alternate .*, found \["):
         ours["gemma3"].chat(messages)
 
 
-def test_conversations_that_are_none(ours):
-    with pytest.raises(ValueError, match="Gemma 2 has no system role.*with_system"):
-        ours["gemma2"].chat(WITH_SYSTEM[0])
-    for messages in ([], [system("alone")]):
-        with pytest.raises(ValueError, match="found no turn"):
-            ours["gemma3"].render(messages)
-    with pytest.raises(ValueError, match="turn 0: expected text as content, found NoneType"):
-        ours["gemma3"].chat([user(None)])
-
-
-# --- training rows -------------------------------------------------------------------------------
-
-
-def trained(tok, ids, mask):
-    """The text under the mask, "|" between its stretches."""
-    pairs = zip(ids, mask, strict=True)
-    words = [tok.decode([i], keep_special=True) if m else "|" for i, m in pairs]
-    return re.sub(r"\|+", "|", "".join(words))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mask_is_what_the_model_says(ours, family):
-    tok = ours[family]
-    ids, mask = tok.example([user("2+2?"), assistant(" It is 4.\n")])
-    assert trained(tok, ids, mask) == "|It is 4.<end_of_turn>"
-    n_prompt = len(tok.chat([user("2+2?")]))
-    assert mask == [0] * n_prompt + [1] * (len(ids) - n_prompt)
-
-    ids, mask = tok.example([user("a"), assistant("b"), user("c"), assistant("")])
-    assert trained(tok, ids, mask) == "|b<end_of_turn>|<end_of_turn>"
-    with pytest.raises(ValueError, match="must end with an assistant turn"):
-        tok.example([user("a")])
+def test_mask_is_what_the_model_says(ours):
+    for tok in ours.values():
+        chat = [user("a"), assistant(" It is 4.\n"), user("c"), assistant("")]
+        ids, mask = tok.example(chat)
+        words = [tok.decode([i], keep_special=True) for i in ids]
+        said = "".join(word if m else "|" for word, m in zip(words, mask, strict=True))
+        assert re.sub(r"\|+", "|", said) == "|It is 4.<end_of_turn>|<end_of_turn>"
 
 
 @many
@@ -228,9 +180,6 @@ def test_a_prompt_is_a_prefix_of_its_row(ours, contents, answer):
     assert ids.count(tok.bos) == 1 and ids[0] == tok.bos
     assert ids.count(tok.start_of_turn) == ids.count(tok.end_of_turn) == 2 * len(contents)
     assert tok.decode(ids[len(prompt) :]) == answer.strip().replace("▁", " ")
-
-
-# --- neutralised text ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -260,9 +209,6 @@ def test_decode(ours):
     assert tok.decode(tok.encode("\U0001f98a")[:2]) == "\ufffd\ufffd"  # cut inside a character
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
 def test_ids_are_looked_up(ours):
     for tok in ours.values():
         assert (tok.pad, tok.eos, tok.bos, tok.unk, tok.vocab_size) == (0, 1, 2, 3, 512)
@@ -272,18 +218,6 @@ def test_ids_are_looked_up(ours):
     assert pieces == ["<start_of_image>", "<end_of_image>"] and ours["gemma2"].forbidden_ids == ()
 
 
-def test_family_is_read_from_the_config(ours, tmp_path):
-    ours["gemma3"].save(tmp_path)
-    for kind, family in [("gemma2", "gemma2"), ("gemma3", "gemma3"), ("gemma3_text", "gemma3")]:
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        assert Tokenizer(tmp_path).family == family
-        assert Tokenizer(tmp_path / "tokenizer.model").family == family
-    assert Tokenizer(tmp_path, "gemma2").family == "gemma2"
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=r"config.json: expected model_type .*, found 'llama'"):
-        Tokenizer(tmp_path)
-
-
 def test_save_keeps_the_file(tmp_path):
     before = train(tmp_path / "trained").read_bytes()
     Tokenizer(tmp_path / "trained").save(tmp_path / "new" / "folder")
@@ -291,39 +225,27 @@ def test_save_keeps_the_file(tmp_path):
     assert (tmp_path / "new" / "folder" / "tokenizer.model").read_bytes() == before
 
 
-def refused(path, *words):
-    with pytest.raises(ValueError) as error:
-        Tokenizer(path)
-    message = str(error.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
-
-
 def test_files_that_are_no_tokenizer(directories, tmp_path):
     file = tmp_path / "tokenizer.model"
-    refused(tmp_path, file, "no such file", "--tokenizer DIR")
-    refused(tmp_path / "absent", tmp_path / "absent", "no such file", "--tokenizer DIR")
+
+    def refused(path, why):
+        with pytest.raises(ValueError, match=why) as error:
+            Tokenizer(path)
+        assert "\n" not in str(error.value) and "tokenizer" in str(error.value)
+
+    for path in (tmp_path, tmp_path / "absent"):
+        refused(path, "--tokenizer DIR.*No such file")
     real = (directories["gemma3"] / "tokenizer.model").read_bytes()
     lfs_pointer = b"version https://git-lfs.github.com/spec/v1\n"
     for junk in (b"", b"\0" * 99, b"garbage", lfs_pointer, real[:-99], real[:999]):
         file.write_bytes(junk)
-        refused(tmp_path, file, "expected", "found")
-
-
-@pytest.mark.parametrize("symbols, message", [
-    ({}, "found no <start_of_turn>, <end_of_turn>"),
-    ({"control_symbols": [START, END]}, "expected <start_of_turn> in a text as one piece"),
-])
-def test_tokenizers_that_are_not_gemma(tmp_path, symbols, message):
-    file = tmp_path / "tokenizer.model"
-    with file.open("wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["ab abc abcd"]), model_writer=model, model_type="bpe",
-            vocab_size=16, hard_vocab_limit=False, minloglevel=2,
-            **{f"{name}_id": n for n, name in enumerate(("pad", "eos", "bos", "unk"))},
-            **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
-            **symbols,
-        )
-    refused(tmp_path, file, message)
+        refused(tmp_path, str(file))
+    for symbols in ({}, {"control_symbols": [START, END]}):  # of another model
+        with file.open("wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(["ab abc abcd"]), model_writer=model, model_type="bpe",
+                vocab_size=16, hard_vocab_limit=False, minloglevel=2, **symbols)
+        refused(tmp_path, "are one piece each, found")
 
 
 def test_training_is_deterministic(tmp_path):
