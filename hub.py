@@ -52,6 +52,27 @@ def find_input(name: str, flag: str) -> Path | None:
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # what tells one Gemma from another
 
 
+OTHER_FORMATS = {  # what a folder without safetensors may hold -> files that show it
+    "Flax weights": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
+    "PyTorch weights": ("*.bin", "*.ckpt", "*.pth", "*.pt"),  # pickles: reading one runs its code
+    "Keras weights": ("*.weights.h5",),
+    "GGUF weights": ("*.gguf",),
+}
+
+
+def other_format(path: Path) -> str | None:
+    """The weights of a folder that are not a model's safetensors: "Flax weights (…/_METADATA)"."""
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        return f"a PEFT adapter without its base ({path / 'adapter_config.json'})"
+    if any(path.glob("*.safetensors*")):
+        return None
+    for name, patterns in OTHER_FORMATS.items():
+        found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
+        if found:
+            return f"{name} ({min(found)})"
+    return None
+
+
 def base_name(model: str) -> str:
     """The key of gemma.CONFIGS: gemma3-1b-it -> gemma3-1b."""
     return model.removesuffix("-it").removesuffix("-pt")
@@ -74,7 +95,7 @@ def find_model(model: str, weights: str | Path | None = None, flags=("--model", 
     """
     if weights is not None:
         folder = Path(weights)
-        if other := gemma.other_format(folder):
+        if other := other_format(folder):
             raise ValueError(f"{flags[1]} {folder}: holds {other}, which cannot be read; take the "
                              "Transformers version, a folder with config.json and safetensors")
         if not (folder / "config.json").exists():
@@ -107,7 +128,7 @@ def find_model(model: str, weights: str | Path | None = None, flags=("--model", 
         return downloaded
     flax = name.replace("-", "", 1)  # gemma3-1b-it
     inputs = [p for n in (flax, f"{flax}/*", name, f"{name}/*") for p in input_patterns(n)]
-    held = {gemma.other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)}
+    held = {other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)}
     raise ValueError("\n".join([
         f"{flags[0]} {model}: no folder of {name} found. Searched:", *(f"  {p}" for p in patterns),
         *(f"Found {other}, but only Transformers weights (safetensors) can be read"
