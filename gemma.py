@@ -139,7 +139,6 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
     """Reads a Hugging Face config of any Gemma 2/3, in 4.x and 5.x spelling, nested or flat.
 
     Published multimodal files omit most of `text_config`; absent keys take transformers' defaults.
-    Anything this model does not compute raises.
     """
     read = functools.partial(json_value, source=source)
     default = DEFAULTS.get(str(hf.get("model_type")))
@@ -678,40 +677,33 @@ def _chunk(x_cD, head_VD, target_c, temperature, softcap):
     return logp_cV, logp_c, entropy_c, slope
 
 
-def _each_chunk(step, x_CcD, targets_Cc, n_wanted, out):
-    """Writes step(x_cD, target_c) into `out` for the chunks that hold the first n_wanted tokens."""
+def _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, with_dx):
+    """Log-probs, entropies (and d logp/dx) of the chunks that hold the first n_wanted tokens."""
 
     def one(i, out):
-        return jax.tree.map(lambda z, new: z.at[i].set(new), out, step(x_CcD[i], targets_Cc[i]))
+        x_cD, target_c = x_CcD[i], targets_Cc[i]
+        logp_cV, *new, slope = _chunk(x_cD, head_VD, target_c, temperature, softcap)
+        if with_dx:
+            d_cV = (jax.nn.one_hot(target_c, head_VD.shape[0]) - jnp.exp(logp_cV)) * slope
+            new.append(jnp.einsum("cV,VD->cD", d_cV.astype(x_cD.dtype), head_VD))
+        return tuple(z.at[i].set(z_new) for z, z_new in zip(out, new, strict=True))
 
+    zeros_Cc = jnp.zeros_like(targets_Cc, jnp.float32)
+    out = (zeros_Cc, zeros_Cc, jnp.zeros_like(x_CcD))[: 2 + with_dx]
     return lax.fori_loop(0, -(-n_wanted // targets_Cc.shape[1]), one, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _chunked_logps(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap):
-    def step(x_cD, target_c):
-        return _chunk(x_cD, head_VD, target_c, temperature, softcap)[1:3]
-
-    zeros_Cc = jnp.zeros_like(targets_Cc, jnp.float32)
-    return _each_chunk(step, x_CcD, targets_Cc, n_wanted, (zeros_Cc, zeros_Cc))
+    return _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, False)
 
 
 def _chunked_logps_fwd(x, head, targets, n_wanted, temperature, softcap):
-    x_CcD, head_VD, targets_Cc, temperature = x.value, head.value, targets.value, temperature.value
-    residuals = x_CcD, head_VD, targets_Cc, temperature
-    if head.perturbed or not x.perturbed:  # d logp/dhead needs the logits again anyway
-        out = _chunked_logps(x_CcD, head_VD, targets_Cc, n_wanted.value, temperature, softcap)
-        return out, (None, () if head.perturbed else None, *residuals)
-
-    def step(x_cD, target_c):
-        logp_cV, logp_c, entropy_c, slope = _chunk(x_cD, head_VD, target_c, temperature, softcap)
-        d_cV = (jax.nn.one_hot(target_c, head_VD.shape[0]) - jnp.exp(logp_cV)) * slope
-        return logp_c, entropy_c, jnp.einsum("cV,VD->cD", d_cV.astype(x_cD.dtype), head_VD)
-
-    zeros_Cc = jnp.zeros_like(targets_Cc, jnp.float32)
-    out = zeros_Cc, zeros_Cc, jnp.zeros_like(x_CcD)
-    logp, entropy, dx_CcD = _each_chunk(step, x_CcD, targets_Cc, n_wanted.value, out)
-    return (logp, entropy), (dx_CcD, None, *residuals)
+    with_dx = x.perturbed and not head.perturbed  # d logp/dhead needs the logits again anyway
+    args = x.value, head.value, targets.value, n_wanted.value, temperature.value
+    logp, entropy, *dx = _score(*args, softcap, with_dx)
+    head_trained = () if head.perturbed else None
+    return (logp, entropy), (dx[0] if dx else None, head_trained, *args[:3], args[4])
 
 
 def _chunked_logps_bwd(softcap, residuals, cts):
@@ -760,14 +752,23 @@ def text_only_name(name: str) -> str | None:
 
 def _found(path: Path) -> str:
     found = ", ".join(sorted(f.name for f in path.glob("*"))[:8]) or "nothing"
-    return f"expected a Transformers folder, config.json and *.safetensors, found {found}"
+    return ("expected a Transformers folder: config.json and one .safetensors file or "
+            f"model.safetensors.index.json, found {found}")
 
 
 def _safetensors_files(path: Path) -> list[Path]:
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "*.safetensors"):
-        if files := sorted(path.glob(pattern)):
-            return files
-    raise ValueError(f"{path}: {_found(path)}")
+    """model.safetensors, else the files its index names, else the only .safetensors file."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        weight_map = json_value(read_json(index), "weight_map", dict, {}, index)
+        # .name: whatever an index names, only files of this folder are opened.
+        return sorted({path / Path(str(file)).name for file in weight_map.values()})
+    files = list(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{path}: {_found(path)}")
+    return files
 
 
 def _open(file: Path):
@@ -790,7 +791,7 @@ def _find_tensors(cfg: Config, path: Path) -> dict[str, tuple[Path, str]]:
         with _open(file) as f:
             for name in f.keys():
                 text_name = text_only_name(name)
-                if text_name not in expected or text_name in where:
+                if text_name not in expected:
                     unexpected += [name] * (text_name is not None)
                     continue
                 dtype, shape = f.get_slice(name).get_dtype(), f.get_slice(name).get_shape()

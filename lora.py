@@ -143,9 +143,8 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
          multimodal: bool = False) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them, in float32.
 
-    base: the name of the base model in the config. multimodal: gemma.is_multimodal(base folder).
-    PEFT opens such a base as Gemma3ForConditionalGeneration, whose matrices have other names. With
-    the text-only names it would warn about missing keys, and the adapter would do nothing.
+    multimodal: gemma.is_multimodal(base folder). PEFT opens such a base as a class whose matrices
+    have other names: with the text-only names the adapter would do nothing, after a warning.
     """
     path, r, adapter = Path(path), rank(adapter), jax.device_get(adapter)
     tensors, alphas = {}, {}
@@ -162,18 +161,14 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
             alphas[module] = round(float(adapter["scale"][name][i]) * r, 5)
     common = max(set(alphas.values()), key=list(alphas.values()).count)
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": base,
-        "r": r,
-        "lora_alpha": common,
+        "r": r, "lora_alpha": common, "lora_dropout": dropout,
         "alpha_pattern": {m: alpha for m, alpha in alphas.items() if alpha != common},
         # In a multimodal model a list would name the matrices of the vision tower too.
         "target_modules": (rf".*language_model.*\.({'|'.join(adapter['a'])})" if multimodal
                            else list(adapter["a"])),
-        "lora_dropout": dropout,
         "use_rslora": False,  # lora_alpha already holds the factor
-        "inference_mode": True,
     }
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -227,22 +222,19 @@ def load(path: str | Path, cfg: Config) -> dict:
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{file}: cannot be read as safetensors ({e}); a .bin is never opened, it "
                          "could run code") from None
-    found = {}  # (matrix, layer) -> {"module": name, "A": [r, in], "B": [out, r]}
+    found = {name: {} for name in LINEARS}  # {layer: {"module": name, "A": [r, in], "B": [out, r]}}
     for key, tensor in tensors.items():
         m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
         if not m or m[2] not in LINEARS or int(m[1]) >= cfg.num_hidden_layers or tensor.ndim != 2:
             raise ValueError(f"{file}: tensor {key!r:.200} has no place in this model")
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
-        found.setdefault((m[2], int(m[1])), {"module": module})[m[3]] = np.float32(tensor)
-    R = max((len(pair.get("A", ())) for pair in found.values()), default=0)
-    if not R:
-        raise ValueError(f"{file}: holds no LoRA matrices")
+        found[m[2]].setdefault(int(m[1]), {"module": module})[m[3]] = np.float32(tensor)
+    R = max((len(t) for key, t in tensors.items() if ".lora_A" in key), default=0)
     adapter = {"a": {}, "b": {}, "scale": {}}
-    for name in (n for n in LINEARS if any(n == matrix for matrix, _ in found)):
-        a_shape, b_shape = shapes(LINEARS[name], cfg, R)
-        a, b = np.zeros(a_shape, np.float32), np.zeros(b_shape, np.float32)
+    for name in (name for name in LINEARS if found[name]):
+        a, b = (np.zeros(shape, np.float32) for shape in shapes(LINEARS[name], cfg, R))
         s_L = np.zeros(cfg.num_hidden_layers, np.float32)
-        for i, pair in ((i, pair) for (matrix, i), pair in found.items() if matrix == name):
+        for i, pair in found[name].items():
             r = len(pair.get("A", ()))
             expected = (r, math.prod(a.shape[1:-1])), (math.prod(b.shape[2:]), r)
             its = tuple(pair[k].shape if k in pair else None for k in "AB")
@@ -255,6 +247,8 @@ def load(path: str | Path, cfg: Config) -> dict:
             own = (v for k, v in alphas.items() if f".{pair['module']}".endswith(f".{k}"))
             s_L[i] = next(own, alpha) / (math.sqrt(r) if rslora else r)
         adapter["a"][name], adapter["b"][name], adapter["scale"][name] = a, b, s_L
+    if not adapter["a"]:
+        raise ValueError(f"{file}: holds no LoRA matrices")
     return jax.tree.map(jnp.asarray, adapter)
 
 
@@ -264,9 +258,7 @@ def load(path: str | Path, cfg: Config) -> dict:
 def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
          tokenizer: str | None = None,
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-    """Merges an adapter into its base and writes a whole Hugging Face model, for vLLM or llama.cpp.
-
-    For gemma3-4b and larger it is the text model, without the vision tower.
+    """Merges an adapter into its base and writes a whole text-only model for vLLM or llama.cpp.
 
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.

@@ -367,6 +367,10 @@ class Sampler:
     shard: bool = False  # the base stays split over the mesh, instead of gathered by each `sample`
 
     def __post_init__(self):
+        sizes = self.slots, self.max_prompt, self.max_new, self.cached_prompts, self.chunk
+        if min(sizes) < 1:  # nothing would ever start
+            raise ValueError(f"slots, max_prompt, max_new, cached_prompts, chunk = {sizes}: "
+                             "expected 1 or more of each")
         object.__setattr__(self, "mesh", hosts.own(self.mesh))
 
     # -- compiled

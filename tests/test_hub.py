@@ -63,11 +63,8 @@ def places(root, model):
         (root / "hf/hub" / hub, {"HF_HOME": root / "hf"}),
         (root / "hub" / hub, {"HF_HUB_CACHE": root / "hub"}),
         (root / "kaggle/input/models" / handle / "1", {}),
-        (root / "kaggle/input" / name[:7] / "transformers" / name / "1", {}),
-        (root / "kaggle/input/somebody" / name, {}),
         (root / "kaggle/input" / name, {}),
         (root / "mine" / name, {"GEMMA_WEIGHTS": root / "mine"}),
-        (root / "this one", {"GEMMA_WEIGHTS": root / "this one"}),
     ]
 
 
