@@ -48,6 +48,25 @@ def find_input(name: str, flag: str) -> Path | None:
 # ----------------------------------------------------------------------------------------- models
 
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # what tells one Gemma from another
+OTHER_FORMATS = {  # what a folder without safetensors may hold -> files that show it
+    "Flax weights": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
+    "PyTorch weights": ("*.bin", "*.ckpt", "*.pth", "*.pt"),  # pickles: reading one runs its code
+    "Keras weights": ("*.weights.h5",),
+    "GGUF weights": ("*.gguf",),
+}
+
+
+def other_format(path: Path) -> str | None:
+    """The weights of a folder that are not a model's safetensors: "Flax weights (…/_METADATA)"."""
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        return f"a PEFT adapter without its base ({path / 'adapter_config.json'})"
+    if any(path.glob("*.safetensors*")):
+        return None
+    for name, patterns in OTHER_FORMATS.items():
+        found = [f for p in patterns for f in (*path.glob(p), *path.glob(f"*/{p}"))]
+        if found:
+            return f"{name} ({min(found)})"
+    return None
 
 
 def base_name(model: str) -> str:
@@ -71,7 +90,7 @@ def find_model(model: str, weights: str | Path | None = None,
     model: a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the errors.
     """
     if weights is not None:
-        other = gemma.other_format(Path(weights))
+        other = other_format(Path(weights))
         if other or not (Path(weights) / "config.json").exists():
             raise ValueError(f"{flags[1]} {weights}: expected the Transformers version, a folder "
                              f"with config.json and safetensors, found {other or 'no config.json'}")
@@ -102,7 +121,7 @@ def find_model(model: str, weights: str | Path | None = None,
         return downloaded
     flax = name.replace("-", "", 1)  # gemma3-1b-it
     inputs = input_patterns(flax, f"{flax}/*", name, f"{name}/*")
-    held = {gemma.other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
+    held = {other_format(Path(f)) for pattern in inputs for f in glob.glob(pattern)} - {None}
     searched = ", ".join(map(str, (root, KAGGLE / "input", hf_cache, kagglehub)))
     raise ValueError("\n".join([
         f"{flags[0]} {model}: no folder of {name} in {searched}",

@@ -9,13 +9,12 @@ An adapter is a nested dict of layer-stacked arrays, float32 even on a bfloat16 
 
     {"a": {"q_proj": a_LDR, ...}, "b": {"q_proj": b_LRNH, ...}, "scale": {"q_proj": s_L, ...}}
 
-"a" and "b" are trained, "scale" (alpha/r, or alpha/sqrt(r) with rsLoRA) is not. float32 matters:
-bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A never moves at RL learning rates. gemma.linear
-applies an adapter; this file makes, merges, loads and saves one.
+"a" and "b" are trained, "scale" (alpha/r, or alpha/sqrt(r) with rsLoRA) is not; gemma.linear
+applies them. float32 matters: bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A never moves at RL
+learning rates.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -37,20 +36,15 @@ from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 def parse_targets(targets: str) -> list[str]:
     """"q,v" or "q_proj,v_proj" -> ["q_proj", "v_proj"]; an unknown name is an error."""
     names = {t.removesuffix("_proj") + "_proj" for t in re.split(r"[,\s]+", targets) if t}
-    if unknown := [name.removesuffix("_proj") for name in names - LINEARS.keys()]:
+    if not names or names - LINEARS.keys():
         known = ",".join(name.removesuffix("_proj") for name in LINEARS)
-        raise ValueError(f"--lora-targets: {unknown[0]!r} matches no matrix, expected some of "
-                         f"{known}")
-    if not names:
-        raise ValueError("--lora-targets is empty: nothing would be trained")
+        raise ValueError(f"--lora-targets {targets!r}: expected some of {known}")
     return [name for name in LINEARS if name in names]
 
 
 def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",".join(LINEARS),
          rslora: bool = False) -> dict:
     """A new adapter: A uniform(+-1/sqrt(fan in)) as PEFT's, B zero, so it changes nothing yet."""
-    if rank < 1:
-        raise ValueError(f"--lora-rank {rank}: an adapter needs a rank of 1 or more")
     adapter = {"a": {}, "b": {}, "scale": {}}
     for name in parse_targets(targets):
         a_shape, b_shape = shapes(LINEARS[name], cfg, rank)
@@ -81,10 +75,9 @@ def rank(adapter: dict) -> int:
 
 def describe(adapter: dict) -> str:
     """The size of an adapter: 'LoRA rank 16 on 182 matrices (q,k,v,...), 13,045,760 weights'."""
-    names = list(adapter["a"])
     n_matrices = sum(a.shape[0] for a in adapter["a"].values())
     n = sum(x.size for x in jax.tree.leaves(split(adapter)[0]))
-    short = ",".join(name.removesuffix("_proj") for name in names)
+    short = ",".join(name.removesuffix("_proj") for name in adapter["a"])
     return f"LoRA rank {rank(adapter)} on {n_matrices} matrices ({short}), {n:,} weights"
 
 
@@ -102,32 +95,26 @@ def merge(params: dict, adapter: dict, cfg: Config) -> dict:
     for name in adapter["a"]:
         inp, out = LINEARS[name].inp, LINEARS[name].out
         delta = jnp.einsum(f"L{inp}R,LR{out},L->L{inp}{out}", adapter["a"][name],
-                           adapter["b"][name], adapter["scale"][name],
-                           precision="highest")
+                           adapter["b"][name], adapter["scale"][name], precision="highest")
         layers[name] = (layers[name].astype(jnp.float32) + delta).astype(layers[name].dtype)
     return params | {"layers": layers}
 
 
 def stack(first: dict, second: dict, cfg: Config) -> dict:
     """One adapter that adds what two add: its rank is the sum of theirs, its B holds the scales."""
-    names = [n for n in LINEARS if n in first["a"] or n in second["a"]]
-    parts = {}
-    for adapter in (first, second):
-        r = rank(adapter)
-        for name in names:
-            a_shape, b_shape = shapes(LINEARS[name], cfg, r)
-            a = adapter["a"].get(name, np.zeros(a_shape, "f4"))
-            b = adapter["b"].get(name, np.zeros(b_shape, "f4"))
-            s_L = adapter["scale"].get(name, np.zeros(cfg.num_hidden_layers, "f4"))
-            parts.setdefault(name, []).append((a, b * s_L.reshape(-1, *[1] * (b.ndim - 1))))
-    return {
-        "a": {n: jnp.concatenate([a for a, _ in p], axis=-1) for n, p in parts.items()},
-        "b": {n: jnp.concatenate([b for _, b in p], axis=1) for n, p in parts.items()},
-        "scale": {n: jnp.ones(cfg.num_hidden_layers) for n in names},
-    }
-
-
-# --------------------------------------------------------------------------- from stage to stage
+    out = {"a": {}, "b": {}, "scale": {}}
+    for name in (n for n in LINEARS if n in first["a"] or n in second["a"]):
+        parts = []
+        for adapter in (first, second):
+            a, b = (jnp.zeros(shape) for shape in shapes(LINEARS[name], cfg, rank(adapter)))
+            if name in adapter["a"]:
+                s_L = adapter["scale"][name].reshape(-1, *[1] * (b.ndim - 1))
+                a, b = adapter["a"][name], adapter["b"][name] * s_L
+            parts.append((a, b))
+        out["a"][name] = jnp.concatenate([a for a, _ in parts], axis=-1)
+        out["b"][name] = jnp.concatenate([b for _, b in parts], axis=1)
+        out["scale"][name] = jnp.ones(cfg.num_hidden_layers)
+    return out
 
 
 def write_prompt(folder: Path, system: str) -> None:
@@ -156,16 +143,14 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
          multimodal: bool = False) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them, in float32.
 
-    base: the name of the base model in the config. multimodal: gemma.is_multimodal(base folder).
-    PEFT opens such a base as Gemma3ForConditionalGeneration, whose matrices have other names. With
-    the text-only names it would warn about missing keys, and the adapter would do nothing.
+    multimodal: gemma.is_multimodal(base folder). PEFT opens such a base as a class whose matrices
+    have other names: with the text-only names the adapter would do nothing, after a warning.
     """
-    path, r = Path(path), rank(adapter)
-    adapter = jax.device_get(adapter)
+    path, r, adapter = Path(path), rank(adapter), jax.device_get(adapter)
     tensors, alphas = {}, {}
-    for name, spec in ((n, LINEARS[n]) for n in adapter["a"]):
+    for name in adapter["a"]:
         for i in range(cfg.num_hidden_layers):
-            module = spec.name.format(i=i).removesuffix(".weight")
+            module = LINEARS[name].name.format(i=i).removesuffix(".weight")
             if multimodal:
                 module = module.replace("model.", "model.language_model.", 1)
             a_DR = adapter["a"][name][i].reshape(-1, r)
@@ -176,42 +161,32 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
             alphas[module] = round(float(adapter["scale"][name][i]) * r, 5)
     common = max(set(alphas.values()), key=list(alphas.values()).count)
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": base,
-        "r": r,
-        "lora_alpha": common,
+        "r": r, "lora_alpha": common, "lora_dropout": dropout,
         "alpha_pattern": {m: alpha for m, alpha in alphas.items() if alpha != common},
         # In a multimodal model a list would name the matrices of the vision tower too.
         "target_modules": (rf".*language_model.*\.({'|'.join(adapter['a'])})" if multimodal
                            else list(adapter["a"])),
-        "lora_dropout": dropout,
         "use_rslora": False,  # lora_alpha already holds the factor
-        "inference_mode": True,
     }
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-        (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: cannot write the adapter there ({e})") from None
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-PLAIN = {  # settings of adapter_config.json that must have one of these values, if any
+SETTINGS = {  # of adapter_config.json that is plain LoRA -> the values it may have; None: any
+    **dict.fromkeys((
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
+        "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+        "lora_alpha", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r",
+        "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    )),
     "peft_type": ("LORA",), "bias": ("none",),
     # The other ways to initialise (pissa, olora, ...) also subtract s A B from the base's weights.
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
-HARMLESS = {  # settings that change nothing in what the tensors mean, or that are read below
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
-}
 KEY = re.compile(r"model\.layers\.(\d+)\.[a-z_]+\.(\w+_proj)\.lora_([AB])(?:\.default)?\.weight")
-# alpha_pattern's keys are regular expressions of strangers, some of which would run for ever: only
-# names and the simplest patterns are accepted.
-ALPHA_KEY = re.compile(r"\^?(\w|\||\\?\.|\.\*){1,200}")
 
 
 def read_settings(file: Path) -> tuple[float, dict[str, float], bool]:
@@ -221,64 +196,59 @@ def read_settings(file: Path) -> tuple[float, dict[str, float], bool]:
     of what was trained would be loaded.
     """
     config = gemma.read_json(file)
-    for key, value in config.items():  # null, false and empty mean "not used"
-        if value and key not in HARMLESS and value not in PLAIN.get(key, ()):
-            raise ValueError(f"{file}: {key!r:.60} is {value!r:.60}, only plain LoRA can be read")
-    read = functools.partial(gemma.json_value, source=file, low=-(2**24))
-    alpha = read(config, "lora_alpha", float, 8)
-    alphas = read(config, "alpha_pattern", dict, {})
-    for key in alphas:
-        if not ALPHA_KEY.fullmatch(key) or key.count("*") > 2:
-            raise ValueError(f"{file}: alpha_pattern {key!r:.60}, expected names of modules")
-    alphas = {key: read(alphas, key, float, alpha) for key in alphas}
-    return alpha, alphas, read(config, "use_rslora", bool, False)
+    alpha = gemma.json_value(config, "lora_alpha", float, 8, file)
+    rslora = gemma.json_value(config, "use_rslora", bool, False, file)
+    alphas = gemma.json_value(config, "alpha_pattern", dict, {}, file)
+    alphas = {key: gemma.json_value(alphas, key, float, alpha, file) for key in alphas}
+    wrong = [f"{key!r:.60} is {value!r:.60}" for key, value in config.items()
+             if value and (allowed := SETTINGS.get(key, ())) is not None and value not in allowed]
+    # PEFT takes regular expressions, some of which would run for ever: only names are read here.
+    wrong += [f"alpha_pattern {key!r:.60}" for key in alphas if not re.fullmatch(r"[\w.]+", key)]
+    if wrong:
+        raise ValueError(f"{file}: {wrong[0]}; only plain LoRA can be read")
+    return alpha, alphas, rslora
 
 
 def load(path: str | Path, cfg: Config) -> dict:
-    """A PEFT adapter directory -> adapter; text-only and multimodal names, rank and alpha patterns.
+    """A PEFT adapter folder -> adapter; matrices of unequal rank are zero-padded to the largest.
 
-    Matrices of unequal rank are zero-padded to the largest. A tensor that this model cannot take
-    raises ValueError: PEFT itself only warns, and the adapter would do nothing.
+    A tensor that this model cannot take is an error: PEFT itself only warns, and the adapter would
+    do nothing.
     """
     file = Path(path) / "adapter_model.safetensors"
     alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
-    if not file.exists() and (pickled := file.with_suffix(".bin")).exists():
-        raise ValueError(f"{pickled}: a pickle, which is never opened because it could run code; "
-                         "expected adapter_model.safetensors, as PEFT writes by default")
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
-    found = {}  # (matrix, layer) -> {"module": name, "A": [r, in], "B": [out, r]}
+        raise ValueError(f"{file}: cannot be read as safetensors ({e}); a .bin is never opened, it "
+                         "could run code") from None
+    found = {name: {} for name in LINEARS}  # {layer: {"module": name, "A": [r, in], "B": [out, r]}}
     for key, tensor in tensors.items():
         m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
-        known = m and m[2] in LINEARS and int(m[1]) < cfg.num_hidden_layers
-        if not known or tensor.ndim != 2 or not tensor.size:
+        if not m or m[2] not in LINEARS or int(m[1]) >= cfg.num_hidden_layers or tensor.ndim != 2:
             raise ValueError(f"{file}: tensor {key!r:.200} has no place in this model")
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
-        found.setdefault((m[2], int(m[1])), {"module": module})[m[3]] = np.float32(tensor)
-    if not found:
+        found[m[2]].setdefault(int(m[1]), {"module": module})[m[3]] = np.float32(tensor)
+    R = max((len(t) for key, t in tensors.items() if ".lora_A" in key), default=0)
+    adapter = {"a": {}, "b": {}, "scale": {}}
+    for name in (name for name in LINEARS if found[name]):
+        a, b = (np.zeros(shape, np.float32) for shape in shapes(LINEARS[name], cfg, R))
+        s_L = np.zeros(cfg.num_hidden_layers, np.float32)
+        for i, pair in found[name].items():
+            r = len(pair.get("A", ()))
+            expected = (r, math.prod(a.shape[1:-1])), (math.prod(b.shape[2:]), r)
+            its = tuple(pair[k].shape if k in pair else None for k in "AB")
+            if its != expected or not r:
+                raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {its}, "
+                                 f"expected {expected} for this model")
+            a[i, ..., :r] = pair["A"].T.reshape(*a.shape[1:-1], r)
+            b[i, :r] = pair["B"].T.reshape(r, *b.shape[2:])
+            # PEFT's rule: the first key that is the name or the end of it.
+            own = (v for k, v in alphas.items() if f".{pair['module']}".endswith(f".{k}"))
+            s_L[i] = next(own, alpha) / (math.sqrt(r) if rslora else r)
+        adapter["a"][name], adapter["b"][name], adapter["scale"][name] = a, b, s_L
+    if not adapter["a"]:
         raise ValueError(f"{file}: holds no LoRA matrices")
-    R = max(len(pair.get("A", ())) for pair in found.values())
-    names = [n for n in LINEARS if n in {name for name, _ in found}]
-    adapter = {"a": {}, "b": {}, "scale": {n: np.zeros(cfg.num_hidden_layers, "f4") for n in names}}
-    for n in names:
-        a_shape, b_shape = shapes(LINEARS[n], cfg, R)
-        adapter["a"][n], adapter["b"][n] = np.zeros(a_shape, "f4"), np.zeros(b_shape, "f4")
-    for name, i in sorted(found, key=lambda at: names.index(at[0])):
-        pair, a, b = found[name, i], adapter["a"][name], adapter["b"][name]
-        r = len(pair.get("A", ()))
-        expected = (r, math.prod(a.shape[1:-1])), (math.prod(b.shape[2:]), r)
-        its = tuple(pair[k].shape if k in pair else None for k in "AB")
-        if its != expected:
-            raise ValueError(f"{file}: {pair['module']} has lora_A, lora_B of shapes {its}, "
-                             f"expected {expected} for this model")
-        a[i, ..., :r] = pair["A"].T.reshape(*a.shape[1:-1], r)
-        b[i, :r] = pair["B"].T.reshape(r, *b.shape[2:])
-        # PEFT's rule: the first key that, as a regular expression, matches the end of the name.
-        own = (value for key, value in alphas.items()
-               if re.match(rf"(.*\.)?({key})$", pair["module"]))
-        adapter["scale"][name][i] = next(own, alpha) / (math.sqrt(r) if rslora else r)
     return jax.tree.map(jnp.asarray, adapter)
 
 
@@ -288,9 +258,7 @@ def load(path: str | Path, cfg: Config) -> dict:
 def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
          tokenizer: str | None = None,
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-    """Merges an adapter into its base and writes a whole Hugging Face model, for vLLM or llama.cpp.
-
-    For gemma3-4b and larger it is the text model, without the vision tower.
+    """Merges an adapter into its base and writes a whole text-only model for vLLM or llama.cpp.
 
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
@@ -325,5 +293,5 @@ if __name__ == "__main__":
 
     try:
         tyro.cli(main)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -4,26 +4,19 @@
     for r in sampler.sample(params, prompts, n=8, lora=adapter, seed=0, step=17):
         r.prompt, r.index, r.ids, r.logps, r.stop   # as they finish, while the devices decode on
 
-One round of the loop in `_run`; each device of the mesh does its own work:
-
-1. the host gives every device a queue of rollouts: enough for its free slots, and as many again;
-2. `_prefill` computes the keys and values of new prompts into the device's prompt cache;
-3. `_decode` runs up to `chunk` steps in one loop on the device. When a rollout ends, `_refill`
-   copies the prompt of the next rollout in the queue into the free slot, before the next step;
-4. the host yields the rollouts that have ended while the devices work on the next round.
-
-What to know when comparing with other implementations:
+In each round of `Sampler._run` every device of the mesh does its own work: the host gives it a
+queue of rollouts; `_prefill` computes the keys and values of new prompts into its prompt cache;
+`_decode` runs up to `chunk` steps, and when a rollout ends, `_refill` copies the prompt of the next
+one in the queue into the free slot; the host yields the rollouts that have ended meanwhile.
 
 1. Log-probs are of the untruncated distribution softmax(softcap(logits) / temperature): what a
    trainer computes for the same tokens. Greedy decoding (temperature 0) reports temperature 1.
 2. Noise is a function of (seed, step, prompt, rollout, token number), so neither devices, slots nor
-   the order of the queue change a rollout. Gumbel's argmax is taken in two levels, over blocks and
-   inside the winner: the same distribution from V/128 + 128 random numbers instead of V.
+   the order of the queue change a rollout.
 3. top-k, top-p and min-p, applied in this order as in transformers, each keep the tokens above
-   some logit, ties included. The threshold is found exactly, without sorting the vocabulary.
-4. The stop token is part of a rollout, with its log-prob: it is what teaches a model to stop.
-5. The KV cache of a slot is a ring buffer, and all slots write at the same index: see `_refill`.
-6. A sharded base is gathered once a call, or never (`shard=True`): then prefill gathers it layer by
+   some logit, ties included. The stop token is part of a rollout, with its log-prob.
+4. The KV cache of a slot is a ring buffer, and all slots write at the same index: see `_refill`.
+5. A sharded base is gathered once a call, or never (`shard=True`): then prefill gathers it layer by
    layer, decoding exchanges activations (gemma.sharded_matmul), and the devices step together.
 
 Beyond the axes of gemma.py: W rollouts that a device holds (decoding or queued), X prompts in its
@@ -54,7 +47,7 @@ LONGEST_PERIOD = 64  # of a repetition, in tokens: a sentence or two
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One finished completion. Its log-probs are those of the distribution before truncation."""
+    """One finished completion."""
 
     prompt: int  # which prompt
     index: int  # which of its n rollouts
@@ -64,7 +57,7 @@ class Rollout:
 
 
 class Rules(NamedTuple):
-    """The settings that are compiled in. All others are arrays: a new value compiles nothing."""
+    """The settings that are compiled in; all others are arrays."""
 
     top_k: int = 0
     top_p: bool = False
@@ -123,10 +116,7 @@ def nucleus(p_BV: jax.Array, need_B: jax.Array) -> jax.Array:
 
 
 def truncate(x_BV: jax.Array, rules: Rules, settings: dict) -> jax.Array:
-    """Logits with -inf where top-k, then top-p, then min-p exclude a token.
-
-    Each rule keeps the logits that are not below some threshold t, ties included.
-    """
+    """Logits with -inf where top-k, then top-p, then min-p exclude a token: below a threshold t."""
     top_B = jnp.max(x_BV, axis=-1)
     t_B, candidates_BA = jnp.full_like(top_B, -jnp.inf), x_BV
     if rules.top_k:
@@ -145,7 +135,8 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, settings: dict) -
     """Samples one token for each row -> token_B, and its log-prob before truncation.
 
     argmax(x + Gumbel noise) has the distribution softmax(x). The logit of a block of words is the
-    logsumexp of its words', so one Gumbel argmax samples a block and another a word inside it.
+    logsumexp of its words', so one Gumbel argmax samples a block and another a word inside it:
+    V/128 + 128 random numbers instead of V.
     """
     greedy = settings["temperature"] == 0
     logits_BV = logits_BV / jnp.where(greedy, 1.0, settings["temperature"])
@@ -170,8 +161,7 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, settings: dict) -
 def _loop(more, step, carry, fsdp):
     """lax.while_loop; with fsdp, all devices go on as long as any of them has work.
 
-    `step` then holds collectives. If a device skipped one, the others would wait for it for ever,
-    so the devices agree at the end of each step whether there is another.
+    `step` then holds collectives, for which the others would wait for ever if a device skipped one.
     """
     if fsdp is None:
         return lax.while_loop(more, step, carry)
@@ -260,8 +250,7 @@ def _refill(prompt_cache, queue, state):
 def _forward_token(cfg, fsdp, params, lora, cache, token_B, position_B, active_B, step):
     """Feeds one more token of every slot to the model -> final hidden states, updated KV cache.
 
-    gemma.layer as in training, but unrolled, with a cache for each layer: a scan over stacked
-    layers would copy every layer's weights and caches out of the stack at every step.
+    Unrolled: a scan over layers would copy weights and caches out of the stack at every step.
     """
     x_B1D, new = gemma.embed(params, cfg, token_B[:, None], fsdp), []
     for i, is_global in enumerate(cfg.is_global):
@@ -270,10 +259,9 @@ def _forward_token(cfg, fsdp, params, lora, cache, token_B, position_B, active_B
         age_BS = position_B[:, None] - pos_BS
         seen_BS = (pos_BS >= 0) & (age_BS < gemma.attention_window(cfg, is_global))
         freq_H = jnp.asarray(gemma.rope_frequencies(cfg, is_global))
-        x_B1D, kv = gemma.layer(
-            cfg, w, lora_l, x_B1D, position_B[:, None], freq_H, active_B[:, None, None],
-            past=[(cache["k"][i], cache["v"][i], seen_BS[:, None])], fsdp=fsdp,
-        )
+        past = [(cache["k"][i], cache["v"][i], seen_BS[:, None])]
+        x_B1D, kv = gemma.layer(cfg, w, lora_l, x_B1D, position_B[:, None], freq_H,
+                                active_B[:, None, None], past=past, fsdp=fsdp)
         new.append(kv)
     # XLA on a CPU copies a cache if it could be written before it has been read. This minimum is
     # always `step`, but it depends on x, so the write has to wait for the reads.
@@ -329,8 +317,7 @@ def _step(cfg, rules, fsdp, params, lora, settings, state):
 def _decode(cfg, rules, chunk, fsdp, params, lora, settings, prompt_cache, queue, state):
     """Up to `chunk` steps; fewer when all rollouts have ended or `return_at` slots are idle.
 
-    With fsdp always `chunk` steps, because a step holds collectives that every device must reach;
-    nothing is recorded for free slots.
+    With fsdp always `chunk` steps, because a step holds collectives that every device must reach.
     """
     state |= {"started": jnp.zeros_like(state["started"])}
     end = state["steps"][0] + chunk
@@ -353,16 +340,12 @@ def _decode(cfg, rules, chunk, fsdp, params, lora, settings, prompt_cache, queue
 
 @dataclasses.dataclass
 class _Device:
-    """What the host knows of one device. `key` stands for a distinct prompt, see Sampler._run."""
+    """What the host knows of one device. A key stands for a distinct prompt, see Sampler._run."""
 
     free_rows: list[int]  # of ids_WC
     cached: dict = dataclasses.field(default_factory=dict)  # key -> index in the prompt cache
     queue: list = dataclasses.field(default_factory=list)  # (key, job), started in this order
     running: dict = dataclasses.field(default_factory=dict)  # row -> job in a slot
-
-    @property
-    def n_jobs(self) -> int:
-        return len(self.queue) + len(self.running)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,9 +353,7 @@ class Sampler:
     """The sizes that are compiled. Caches exist only while `sample` runs: training needs memory.
 
     All sizes are of one device. With several hosts, each samples its own prompts on its own devices
-    of the mesh; all must call `sample`, if only with no prompts. A smaller prompt cache saves
-    memory; with n=1 it limits how many rollouts can start in one round. A shorter `chunk` yields
-    rollouts sooner and synchronises with the host more often.
+    of the mesh; all must call `sample`, if only with no prompts.
     """
 
     cfg: gemma.Config
@@ -380,15 +361,16 @@ class Sampler:
     slots: int = 64  # rollouts decoding at a time
     max_prompt: int = 512  # tokens
     max_new: int = 512  # tokens
-    cached_prompts: int = 16  # prompts in the prompt cache, whose rollouts are not all started
+    cached_prompts: int = 16  # whose rollouts are not all started; with n=1 the most that can start
     chunk: int = 32  # decode steps before the host looks
     dtype: Any = jnp.bfloat16  # of the caches: the parameters' own
     shard: bool = False  # the base stays split over the mesh, instead of gathered by each `sample`
 
     def __post_init__(self):
-        for name in ("slots", "max_prompt", "max_new", "cached_prompts", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        sizes = self.slots, self.max_prompt, self.max_new, self.cached_prompts, self.chunk
+        if min(sizes) < 1:  # nothing would ever start
+            raise ValueError(f"slots, max_prompt, max_new, cached_prompts, chunk = {sizes}: "
+                             "expected 1 or more of each")
         object.__setattr__(self, "mesh", hosts.own(self.mesh))
 
     # -- compiled
@@ -447,8 +429,7 @@ class Sampler:
         body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt), self.fsdp)
         body = jax.shard_map(
             body, mesh=self.mesh, in_specs=(self.specs, P(), P("data"), P("data")),
-            out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh),  # splash attention has none
-        )
+            out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh))  # splash attention has none
         return body(params, lora, prompts, prompt_cache)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
@@ -459,10 +440,7 @@ class Sampler:
         return body(params, lora, settings, prompt_cache, queue, state)
 
     def programs(self, params, lora=None, rules: Rules | None = None) -> dict[str, tuple]:
-        """The jitted functions, each with arguments to compile it for: {name: (function, args)}.
-
-        params, lora: arrays or `ShapeDtypeStruct`s. Then `function.lower(*args).compile()`.
-        """
+        """{name: (jitted function, arguments)} for `function.lower(*arguments).compile()`."""
 
         def shapes(tree, spec):
             sharding = NamedSharding(self.mesh, spec)
@@ -470,19 +448,15 @@ class Sampler:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
         inputs = self._inputs([_Device([])] * self.mesh.size, [[]] * self.mesh.size, {})
-        prompts, queue, prompt_cache, state = shapes(
-            (*inputs, *jax.eval_shape(self.empty)), P("data"))
+        prompts, queue, prompt_cache, state = shapes((*inputs, *jax.eval_shape(self.empty)),
+                                                     P("data"))
         layered = jax.eval_shape(self._unstacked, params)
         lora, settings = shapes((lora, self._settings()), P())
-        params, layered = (
-            jax.tree.map(shapes, p, self.specs) if self.shard else shapes(p, P())
-            for p in (params, layered)
-        )
+        params, layered = (jax.tree.map(shapes, p, self.specs) if self.shard else shapes(p, P())
+                           for p in (params, layered))
         decode = self, rules or Rules(), layered, lora, settings, prompt_cache, queue, state
-        return {
-            "prefill": (Sampler.prefill, (self, params, lora, prompts, prompt_cache)),
-            "decode": (Sampler.decode, decode),
-        }
+        return {"prefill": (Sampler.prefill, (self, params, lora, prompts, prompt_cache)),
+                "decode": (Sampler.decode, decode)}
 
     def _unstacked(self, params):
         """On a CPU, XLA copies each layer's weights out of the stack at every step: do it once."""
@@ -504,13 +478,13 @@ class Sampler:
         order; the noise depends on the number. stop: ids that end a rollout (None: those of the
         config). forbidden: ids that are never sampled; nor are ids from vocab_size on. repetition:
         a rollout ends when this many tokens in a row each equal the token p places before, for
-        some p up to 64; 0 = off. Temperature 0 is greedy. stats, if given, counts prefills, rounds,
-        tokens and slot_steps (decode steps * slots, over all devices).
-        params may be sharded: unless the sampler is (`shard`), they are gathered once, here.
+        some p up to 64; 0 = off. stats, if given, counts prefills, rounds, tokens and slot_steps
+        (decode steps * slots, over all devices). Sharded params are gathered once, here, unless
+        the sampler is sharded too (`shard`).
         """
         prompts = dict(prompts if isinstance(prompts, Mapping) else enumerate(prompts))
         max_new = self.max_new if max_new is None else max_new
-        self._check(prompts, n, max_new, params["norm"].dtype)
+        self._check(prompts, max_new, params["norm"].dtype)
         settings = self._settings(temperature, top_k, top_p, min_p, stop, forbidden, vocab_size,
                                   repetition, seed, step)
         rules = Rules(top_k, top_p < 1, min_p > 0, repetition > 0)
@@ -554,7 +528,7 @@ class Sampler:
 
         A device prefers prompts in its own prompt cache, then a prompt that no device has cached.
         Only for a slot that is free now does it also prefill a prompt that another device has.
-        Returns, for each device, the (key, index in the prompt cache) of prompts to prefill.
+        Returns, for each device, (key, index in the prompt cache) of the prompts to prefill.
         """
         for device in devices:  # drop prompts that have no waiting rollout any more
             device.cached = {key: x for key, x in device.cached.items() if key in waiting}
@@ -563,7 +537,7 @@ class Sampler:
         new = [[] for _ in devices]
         for n_jobs in (self.slots, 2 * self.slots):
             for d, device in list(enumerate(devices)) * n_jobs:
-                if device.n_jobs >= n_jobs or not waiting:
+                if len(device.queue) + len(device.running) >= n_jobs or not waiting:
                     continue
                 key = next((key for key in device.cached if key in waiting), None)
                 if key is None and len(device.cached) < self.cached_prompts:
@@ -625,48 +599,32 @@ class Sampler:
                     del device.running[row]
         return finished
 
-    def _check(self, prompts, n, max_new, dtype) -> None:
-        """Raises ValueError for what cannot be sampled."""
-        if n < 1:
-            raise ValueError(f"n={n}: expected 1 or more rollouts of each prompt")
-        if not 1 <= max_new <= self.max_new:
-            raise ValueError(f"max_new={max_new}: expected 1 to {self.max_new}, this sampler's own")
-        if dtype != self.dtype:
-            raise ValueError(f"the parameters are {dtype}, this sampler's dtype is {self.dtype}")
+    def _check(self, prompts, max_new, dtype) -> None:
+        """Raises ValueError for what no later line would find: jax drops ids that are too large."""
+        if not 1 <= max_new <= self.max_new or dtype != self.dtype:
+            raise ValueError(f"{max_new=}, parameters in {dtype}: expected 1 to {self.max_new} and "
+                             f"{jnp.dtype(self.dtype)}, this sampler's own")
         longest = min(self.max_prompt, self.cfg.max_position_embeddings - 1)
         for p, ids in prompts.items():
-            if not 1 <= len(ids) <= longest:
-                raise ValueError(f"prompt {p} has {len(ids)} tokens, expected 1 to {longest} "
-                                 f"(max_prompt={self.max_prompt})")
-            if min(ids) < 0 or max(ids) >= self.cfg.vocab_size:
-                raise ValueError(f"prompt {p} has ids from {min(ids)} to {max(ids)}, expected 0 to "
-                                 f"{self.cfg.vocab_size - 1}")
+            if not 1 <= len(ids) <= longest or min(ids) < 0 or max(ids) >= self.cfg.vocab_size:
+                raise ValueError(f"prompt {p} has {len(ids)} tokens with ids up to "
+                                 f"{max(ids, default=0)}, expected 1 to {longest} tokens below "
+                                 f"{self.cfg.vocab_size} (max_prompt={self.max_prompt})")
 
     def _settings(self, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=None, forbidden=(),
                   vocab_size=None, repetition=0, seed=0, step=0) -> dict:
-        """The settings of one call that are arrays, not compiled in; ValueError for wrong ones."""
+        """The settings of one call that are arrays, not compiled in."""
         V = self.cfg.vocab_size
-        for name, value, ok, expected in (
-            ("temperature", temperature, 0 <= temperature < np.inf, "0 (greedy) or more"),
-            ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0, up to 1 (off)"),
-            ("min_p", min_p, 0 <= min_p <= 1, "0 (off) to 1"),
-            ("repetition", repetition, repetition >= 0, "0 (off) or more"),
-        ):
-            if not ok:
-                raise ValueError(f"{name}={value}: expected {expected}")
-        masks = {"stop_V": np.zeros(V, bool), "forbidden_V": np.zeros(V, bool)}
-        stop = self.cfg.eos_token_id if stop is None else stop
-        for name, ids in (("stop_V", stop), ("forbidden_V", forbidden)):
-            if wrong := [i for i in ids if not 0 <= i < V]:
-                raise ValueError(f"{name[:-2]}: id {wrong[0]} is not in the vocabulary of {V}")
-            masks[name][list(ids)] = True
-        masks["forbidden_V"][V if vocab_size is None else vocab_size :] = True
-        if masks["forbidden_V"].all():
-            raise ValueError("forbidden, vocab_size: no token is left to draw")
+        if not (0 <= temperature < np.inf and 0 < top_p <= 1 and 0 <= min_p <= 1):
+            raise ValueError(f"{temperature=}, {top_p=}, {min_p=}: expected 0 (greedy) or more, "
+                             "above 0 to 1 (off), 0 (off) to 1")
+        stop_V, forbidden_V = np.zeros(V, bool), np.zeros(V, bool)
+        stop_V[list(self.cfg.eos_token_id if stop is None else stop)] = True
+        forbidden_V[list(forbidden)] = True
+        forbidden_V[V if vocab_size is None else vocab_size :] = True
         # Not the default generator, which users can change; on TPUs it is often one whose numbers
         # depend on the shape of the batch.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-        numbers = {"temperature": np.float32(temperature), "top_p": np.float32(top_p),
-                   "min_p": np.float32(min_p), "repetition": np.int32(repetition)}
-        return masks | numbers | {"key": key}
+        return {"key": key, "stop_V": stop_V, "forbidden_V": forbidden_V,
+                "temperature": np.float32(temperature), "top_p": np.float32(top_p),
+                "min_p": np.float32(min_p), "repetition": np.int32(repetition)}

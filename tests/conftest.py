@@ -33,6 +33,17 @@ def golden() -> Path:
     return SHARED / "golden"
 
 
+@pytest.fixture(scope="session")
+def hf():
+    """transformers, on one thread and silent."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 KILLER = """
 import os, runpy, signal, sys
 left = int(sys.argv[1])

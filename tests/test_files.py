@@ -14,12 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding
 from make_tokenizer import train_tokenizer
 from safetensors.numpy import load_file, save_file
 
+import check
 import data
 import gemma
 
@@ -80,7 +80,7 @@ def quick_compiles():
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory):
-    texts = [3 * gemma.PARAGRAPH, *((ROOT / f).read_text() for f in ("data.py", "gemma.py"))]
+    texts = [3 * check.PARAGRAPH, *((ROOT / f).read_text() for f in ("data.py", "gemma.py"))]
     where = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     return {
         family: data.Tokenizer(train_tokenizer(where[family], texts, 512, family))
@@ -98,29 +98,18 @@ def folder(tmp_path):
 # ------------------------------------------------------------------- what transformers makes of it
 
 
-@pytest.fixture(scope="session")
-def hf():
-    torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
 def their_logits(hf, path, tokens, dtype="float32"):
     """Of the stored weights, computed in float32; `dtype` is what config.json says they are in."""
     import torch
 
     model = hf.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     assert str(model.dtype) == f"torch.{dtype}"
-    return model.float().eval()(torch.asarray(np.asarray(tokens))).logits.numpy()
+    with torch.no_grad():
+        return model.float().eval()(torch.asarray(np.asarray(tokens))).logits.numpy()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, dtype, tied", [
+    ("gemma2", "bfloat16", True), ("gemma3", "float32", False)])
 def test_transformers_opens_what_we_save(hf, tokenizers, tmp_path, family, dtype, tied):
     tok = tokenizers[family]
     stops = tok.eos, tok.end_of_turn
@@ -147,8 +136,7 @@ def test_transformers_opens_what_we_save(hf, tokenizers, tmp_path, family, dtype
 # ------------------------------------------------------------------------------ load, save, load
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, dtype", [("gemma2", "float32"), ("gemma3", "bfloat16")])
 def test_load_save_load_is_bit_identical(tmp_path, family, dtype):
     cfg = dataclasses.replace(TINY[family], tie_word_embeddings=dtype == "float32")
     params = random_params(cfg, dtype)
@@ -181,17 +169,6 @@ def test_saving_over_a_model_leaves_nothing_of_it(tmp_path):
     assert all((tmp_path / name).read_text() == name for name in kept)
 
 
-def test_a_single_file_comes_before_an_index_as_in_transformers(hf, folder, tmp_path):
-    cfg, params = gemma.load(folder)
-    write_as(tmp_path / "other", cfg, random_params(cfg, seed=1), n_files=3)
-    for file in (*(tmp_path / "other").glob("part*"), *(tmp_path / "other").glob("*.index.json")):
-        shutil.copy(file, folder)
-    tokens = np.random.default_rng(0).integers(1, cfg.vocab_size, (2, 24))
-    theirs = their_logits(hf, folder, tokens)
-    assert_identical(gemma.load(folder)[1], params)
-    np.testing.assert_allclose(logits(params, cfg, tokens), theirs, rtol=0, atol=2e-5)
-
-
 def test_stop_ids_of_generation_config_survive(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
@@ -209,21 +186,11 @@ def test_stop_ids_of_generation_config_survive(folder, tmp_path):
 
 PREFIXES = {  # text, head, vision
     "text-only": ("model.", "lm_head.", ()),
-    "hub": (
-        "language_model.model.", "language_model.lm_head.",
-        ("vision_tower.vision_model.embeddings.patch_embedding.bias",
-         "multi_modal_projector.mm_input_projection_weight"),
-    ),
-    "transformers 5": (
-        "language_model.model.", "lm_head.",
-        ("vision_tower.embeddings.patch_embedding.bias",
-         "multi_modal_projector.mm_soft_emb_norm.weight"),
-    ),
-    "in memory": (
-        "model.language_model.", "lm_head.",
-        ("model.vision_tower.vision_model.embeddings.patch_embedding.bias",
-         "model.multi_modal_projector.mm_soft_emb_norm.weight"),
-    ),
+    "hub": ("language_model.model.", "language_model.lm_head.",
+            ("vision_tower.vision_model.bias", "multi_modal_projector.mm_input_projection_weight")),
+    "transformers 5": ("language_model.model.", "lm_head.", ("vision_tower.embeddings.bias",)),
+    "in memory": ("model.language_model.", "lm_head.",
+                  ("model.vision_tower.bias", "model.multi_modal_projector.mm_norm.weight")),
 }
 
 
@@ -239,23 +206,20 @@ def write_as(path, cfg, params, prefixes="text-only", stored="float32", n_files=
     }
     out |= {name: np.zeros((3, 2, 5), np.int64) for name in vision}  # never looked at
     (path / "model.safetensors").unlink()
-    weight_map = {name: f"part {i % n_files}.safetensors" for i, name in enumerate(sorted(out))}
-    for file in set(weight_map.values()):
-        save_file({n: out[n] for n in out if weight_map[n] == file}, path / file)
+    for i in range(n_files):
+        part = {name: out[name] for name in sorted(out)[i::n_files]}
+        name = f"model-{i + 1:05}-of-{n_files:05}" if n_files > 1 else "weights"
+        save_file(part, path / f"{name}.safetensors")
     if n_files > 1:
-        save_file({"unused": np.zeros(3)}, path / "not in the index.safetensors")
-        index = json.dumps({"metadata": {}, "weight_map": weight_map})
-        (path / "model.safetensors.index.json").write_text(index)
+        save_file({"unused": np.zeros(3)}, path / "consolidated.safetensors")
+        names = {name: f"model-{i % n_files + 1:05}-of-{n_files:05}.safetensors"
+                 for i, name in enumerate(sorted(out))}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     config = json.loads((path / "config.json").read_text())
-    config |= {} if tie is None else {"tie_word_embeddings": tie}
+    tie = {} if tie is None else {"tie_word_embeddings": tie}
+    config |= tie
     if vision:
-        config = {
-            "model_type": "gemma3",
-            "architectures": ["Gemma3ForConditionalGeneration"],
-            "text_config": config,
-            "vision_config": {"model_type": "siglip_vision_model"},
-        }
-        config |= {} if tie is None else {"tie_word_embeddings": tie}
+        config = {"model_type": "gemma3", "text_config": config, "vision_config": {}} | tie
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -265,22 +229,22 @@ def rounded(params, *dtypes):
     return params
 
 
-@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("prefixes", PREFIXES)
-def test_every_prefix_and_dtype_loads(tmp_path, prefixes, stored):
+@pytest.mark.parametrize("prefixes, stored, n_files", [
+    ("text-only", "float16", 3), ("hub", "bfloat16", 3), ("transformers 5", "float32", 1),
+    ("in memory", "float32", 3)])
+def test_every_prefix_and_dtype_loads(tmp_path, prefixes, stored, n_files):
     cfg = TINY["gemma3"]
     params = random_params(cfg)
-    for n_files in (1, 3):
-        path = tmp_path / str(n_files)
-        write_as(path, cfg, params, prefixes, stored, n_files)
-        for dtype in DTYPES:
-            found_cfg, found = gemma.load(path, dtype)
-            assert found_cfg == cfg
-            assert_identical(found, rounded(params, stored, dtype))
+    write_as(tmp_path, cfg, params, prefixes, stored, n_files)
+    assert gemma.is_multimodal(tmp_path) == (prefixes != "text-only")
+    for dtype in DTYPES:
+        found_cfg, found = gemma.load(tmp_path, dtype)
+        assert found_cfg == cfg
+        assert_identical(found, rounded(params, stored, dtype))
 
 
-@pytest.mark.parametrize("config_says_tied", [True, False])
-@pytest.mark.parametrize("prefixes", PREFIXES)
+@pytest.mark.parametrize("prefixes, config_says_tied", [
+    ("text-only", True), ("text-only", False), ("hub", True), ("in memory", True)])
 def test_a_head_is_separate_if_it_differs_from_the_embedding(tmp_path, prefixes, config_says_tied):
     tied, separate = (dataclasses.replace(TINY["gemma3"], tie_word_embeddings=t) for t in (1, 0))
     params = random_params(separate)
@@ -297,8 +261,7 @@ def test_a_head_is_separate_if_it_differs_from_the_embedding(tmp_path, prefixes,
     assert_identical(found, rounded(params, "float16", "float32"))
 
 
-@pytest.mark.parametrize("shard", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shard, dtype", [(False, "float32"), (True, "bfloat16")])
 def test_onto_eight_devices(tmp_path, dtype, shard):
     cfg = dataclasses.replace(TINY["gemma2"], tie_word_embeddings=False)
     params = random_params(cfg)
@@ -326,18 +289,14 @@ def test_part_of_a_file_and_garbage_are_refused_in_one_line(folder):
     good = file.read_bytes()
     header = int.from_bytes(good[:8], "little")
     rng = random.Random(0)
-    lengths = [0, 1, 7, 8, 9, 7 + header, 8 + header, len(good) - 1]
-    lengths += [rng.randrange(len(good)) for _ in range(12)]
-    lie = lambda n: n.to_bytes(8, "little") + good[8:]
-    bad = {f"{n} of {len(good)} bytes": good[:n] for n in lengths}
-    bad |= {f"header length {n}": lie(n) for n in (0, 1, header - 1, len(good), 2**40, 2**64 - 1)}
-    bad |= {"random bytes": rng.randbytes(4000), "zeros": bytes(4000), "longer": good + b"\0"}
-    bad |= {"a pointer to the file": b"version https://git-lfs.github.com/spec/v1\nsize 9\n"}
-    for what, content in bad.items():
+    bad = [good[:n] for n in (0, 7, 8, 7 + header, 8 + header, len(good) - 1)]
+    bad += [n.to_bytes(8, "little") + good[8:] for n in (0, header - 1, len(good), 2**64 - 1)]
+    bad += [rng.randbytes(4000), good + b"\0", b"version https://git-lfs.github.com/spec/v1\n"]
+    for content in bad:
         file.write_bytes(content)
         message = one_line(gemma.load, folder)
-        assert message.startswith(f"{file}: not a safetensors file, or a part of one"), what
-    for _ in range(40):  # a wrong byte in the header: refused, or harmless, but nothing else
+        assert message.startswith(f"{file}: not a safetensors file, or a part of one")
+    for _ in range(20):  # a wrong byte in the header: refused, or harmless, but nothing else
         i = 8 + rng.randrange(header)
         file.write_bytes(good[:i] + rng.randbytes(1) + good[i + 1 :])
         try:
@@ -346,57 +305,23 @@ def test_part_of_a_file_and_garbage_are_refused_in_one_line(folder):
             assert str(folder) in str(e) and "\n" not in str(e)
 
 
-NORM = "model.norm.weight"
+NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
 Q_PROJ = "model.layers.2.self_attn.q_proj.weight"
 WRONG_TENSORS = {  # the change, what the message must say beside the folder
-    "missing": (lambda t: t.pop(Q_PROJ), ["expected 54", "found 53", f"missing: ['{Q_PROJ}']"]),
-    "many missing": (
-        lambda t: [t.pop(n) for n in list(t) if ".2." in n],
-        ["expected 54", "found 41", "missing: ['model.layers.2."],
-    ),
-    "extra": (
-        lambda t: t.update({"model.layers.4.mlp.up_proj.weight": t[NORM]}),
-        ["expected 54", "found 55", "unexpected: ['model.layers.4.mlp.up_proj.weight']"],
-    ),
-    "renamed": (
-        lambda t: t.update({"two\nlines": t.pop(NORM)}),
-        [f"missing: ['{NORM}']", r"unexpected: ['two\nlines']"],
-    ),
-    "head alone": (
-        lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
-        ["missing: ['model.embed_tokens.weight']"],
-    ),
-    "transposed": (
-        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].T.copy()}),
-        ["model.safetensors", "model.embed_tokens.weight", "[64, 512]", "expected [512, 64]"],
-    ),
-    "misshapen": (
-        lambda t: t.update({Q_PROJ: t[Q_PROJ][:, :63].copy()}),
-        ["model.safetensors", Q_PROJ, "[64, 63]", "expected [64, 64]"],
-    ),
-    "scalar": (lambda t: t.update({NORM: np.zeros((), np.float32)}), [NORM, "[]", "expected [64]"]),
-    "misshapen head": (
-        lambda t: t.update({"lm_head.weight": np.zeros((512, 63), np.float32)}),
-        ["lm_head.weight", "[512, 63]", "expected [512, 64]"],
-    ),
-    "integers": (
-        lambda t: t.update({Q_PROJ: t[Q_PROJ].astype(np.int32)}),
-        ["model.safetensors", Q_PROJ, "I32", "expected BF16, F16 or F32"],
-    ),
-    "bytes": (lambda t: t.update({NORM: t[NORM].astype(np.uint8)}), [NORM, "U8", "expected BF16"]),
-    "doubles": (
-        lambda t: t.update({NORM: t[NORM].astype(np.float64)}),
-        [NORM, "F64", "expected BF16"],
-    ),
-    "quantised by bitsandbytes": (
-        lambda t: t.update({Q_PROJ: np.zeros((2048, 1), np.uint8), Q_PROJ + ".absmax": t[NORM]}),
-        [f"holds quantised weights (as {Q_PROJ}.absmax)", "bfloat16, float16 or float32"],
-    ),
-    "quantised by GPTQ": (
-        lambda t: t.update({Q_PROJ.replace("weight", "qweight"): np.zeros((8, 8), np.int32)}),
-        ["holds quantised weights", "qweight"],
-    ),
-    "none": (lambda t: t.clear(), ["expected 54", "found 0"]),
+    "missing": (lambda t: t.pop(Q_PROJ), f"found 53 .*missing 1: ['{Q_PROJ}'], unexpected 0"),
+    "extra": (lambda t: t.update({"model.layers.4.mlp.up_proj.weight": t[NORM]}),
+              "unexpected 1: ['model.layers.4.mlp.up_proj.weight']"),
+    "renamed": (lambda t: t.update({"two\nlines": t.pop(NORM)}),
+                f"missing 1: ['{NORM}'], unexpected 1: ['two\\nlines']"),
+    "transposed": (lambda t: t.update({EMBED: t[EMBED].T.copy()}),
+                   f"{EMBED} is F32 [64, 512], expected BF16, F16 or F32 [512, 64]"),
+    "scalar": (lambda t: t.update({NORM: np.zeros((), np.float32)}), f"{NORM} is F32 [], expected"),
+    "misshapen head": (lambda t: t.update({"lm_head.weight": np.zeros((512, 63), np.float32)}),
+                       "lm_head.weight is F32 [512, 63], expected BF16, F16 or F32 [512, 64]"),
+    "integers": (lambda t: t.update({Q_PROJ: t[Q_PROJ].astype(np.int32)}), f"{Q_PROJ} is I32 ["),
+    "quantised": (lambda t: t.update({Q_PROJ: np.zeros((2048, 1), np.uint8)}),
+                  f"{Q_PROJ} is U8 [2048, 1], .*; quantised weights cannot be read"),
+    "none": (lambda t: t.clear(), "found 0 tensors"),
 }
 
 
@@ -407,261 +332,148 @@ def test_wrong_tensors_are_named_with_expected_and_found(folder, what):
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     message = one_line(gemma.load, folder)
-    assert message.startswith(str(folder))
-    for words in said:
-        assert words in message, message
+    assert message.startswith(str(folder)) and all(part in message for part in said.split(".*"))
 
 
-def test_an_untied_config_needs_its_head(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "missing: ['lm_head.weight']" in one_line(gemma.load, folder)
-
-
-@pytest.mark.parametrize(
-    "index, said",
-    [
-        ('{"weight_map": {"a": "b', "cannot be read as JSON"),
-        ("[]", "expected a JSON object, found a list"),
-        ('{"metadata": {}}', "expected 54 text tensors"),
-        ('{"weight_map": ["a"]}', "weight_map is list, expected dict"),
-        ('{"weight_map": {"a": 1}}', "'1', expected a file in"),
-        ('{"weight_map": {"a": null, "b": "part.safetensors"}}', "'None', expected a file in"),
-        ('{"weight_map": {}}', "expected 54 text tensors"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "'gone.safetensors'"),
-        ('{"weight_map": {"a": "../outside.safetensors"}}', "'../outside.safetensors'"),
-        ('{"weight_map": {"a": "../model/part.safetensors"}}', "'../model/part.safetensors'"),
-        ('{"weight_map": {"a": "ABSOLUTE/outside.safetensors"}}', "outside.safetensors'"),
-        ('{"weight_map": {"a": ".."}}', "'..'"),
-        ('{"weight_map": {"a": ""}}', "''"),
-        ('{"weight_map": {"a": "two\\nlines"}}', r"'two\nlines'"),
-    ],
-)
-def test_bad_index_files(folder, index, said):
-    (folder / "model.safetensors").rename(folder / "part.safetensors")
-    shutil.copy(folder / "part.safetensors", folder.parent / "outside.safetensors")
+@pytest.mark.parametrize("named", [
+    "null", '".."', '"gone.safetensors"', '"../outside.safetensors"',
+    '"ABSOLUTE/outside.safetensors"'])
+def test_an_index_leads_nowhere_else(folder, named):
+    shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    index = '{"weight_map": {"model.norm.weight": ' + named + "}}"
     file = folder / "model.safetensors.index.json"
     file.write_text(index.replace("ABSOLUTE", str(folder.parent)))
     message = one_line(gemma.load, folder)
-    assert message.startswith(str(folder)) and said in message, message
+    assert message.startswith(f"{folder}/") and "not a safetensors file" in message
 
 
-@pytest.mark.parametrize(
-    "config, said",
-    [
-        (None, "no such file"),
-        ("", "cannot be read as JSON"),
-        ("{'model_type': 'gemma2'}", "cannot be read as JSON"),
-        ("\0", "cannot be read as JSON"),
-        ('{"a":' * 100_000, "cannot be read as JSON (maximum recursion depth"),
-        ('{"model_type": "gemma2", "head_dim": 1' + "0" * 5000 + "}", "cannot be read as JSON"),
-        ("[]", "expected a JSON object, found a list"),
-        ('"gemma2"', "expected a JSON object, found a str"),
-        ("{}", "model_type None, expected gemma2, gemma3 or gemma3_text"),
-        *((json.dumps({"model_type": kind}), f"model_type {kind!r}, expected gemma2")
-          for kind in ("llama", "gemma", "gemma3n", ["gemma2"])),
-        *((json.dumps({"model_type": kind} | wrong), said) for kind, wrong, said in (
-            ("gemma3", {"hidden_activation": "silu"}, "hidden_activation 'silu', expected"),
-            ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn', expected"),
-            ("gemma2", {"rope_parameters": {"factor": 8.0}}, "RoPE scaling is supported on"),
-            ("gemma3", {"attention_bias": True}, "attention_bias and bidirectional attention"),
-            ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention are not"),
-            ("gemma3", {"layer_types": ["sliding_attention"]}, "do not describe 26 layers"),
-            ("gemma3", {"num_key_value_heads": 3}, "a multiple of cfg.num_key_value_heads=3"),
-            ("gemma3", {"text_config": 3}, "text_config is 3, expected dict"),
-            ("gemma2", {"num_hidden_layers": "3"}, "num_hidden_layers is '3', expected int"),
-            ("gemma2", {"num_hidden_layers": 10**9}, "is 1000000000, expected int from 1 to 1024"),
-            ("gemma2", {"hidden_size": 64.0}, "hidden_size is 64.0, expected int"),
-            ("gemma2", {"hidden_size": 10**12}, "hidden_size is 1000000000000, expected int from"),
-            ("gemma2", {"num_key_value_heads": 0}, "num_key_value_heads is 0, expected int from 1"),
-            ("gemma2", {"sliding_window": True}, "sliding_window is True, expected int"),
-            ("gemma2", {"head_dim": 255}, "even cfg.head_dim=255"),
-            ("gemma2", {"rope_theta": float("nan")}, "rope_theta is nan, expected float"),
-            ("gemma2", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected float"),
-            ("gemma2", {"final_logit_softcapping": "30"}, "is '30', expected float"),
-            ("gemma2", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected bool"),
-            ("gemma2", {"layer_types": [[]] * 26}, "layer_types [[], []"),
-            ("gemma2", {"layer_types": {"a": 1}}, "layer_types is dict, expected list"),
-            ("gemma2", {"rope_parameters": {"factor": []}}, "factor is list, expected float"),
-            ("gemma3", {"rope_parameters": {"full_attention": 1}}, "full_attention is 1, expected"),
-            ("gemma3", {"rope_scaling": 8}, "rope_scaling is 8, expected dict"),
-            ("gemma3", {"eos_token_id": [1, "two\nlines"]}, r"eos_token_id is 'two\nlines'"),
-            ("gemma3", {"eos_token_id": -1}, "eos_token_id is -1, expected int from 0"),
-        )),
-    ],
-)
+BAD_CONFIGS = [  # changes of a config.json, what is said of each
+    ("gemma3", {"hidden_activation": "silu"}, "hidden_activation is 'silu', expected one of"),
+    ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_type is 'yarn', exp"),
+    ("gemma2", {"rope_parameters": {"factor": 8.0}}, "RoPE factor of local layers is 8.0"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types is ['sliding_attention'], exp"),
+    ("gemma2", {"layer_types": [[]] * 26}, "layer_types is [[], []"),
+    ("gemma3", {"text_config": 3}, "text_config is 3, expected dict"),
+    ("gemma2", {"hidden_size": 64.0}, "hidden_size is 64.0, expected int from"),
+    ("gemma2", {"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, expected int"),
+    ("gemma2", {"num_key_value_heads": 0}, "num_key_value_heads is 0, expected int from"),
+    ("gemma2", {"rope_theta": float("nan")}, "rope_theta is nan, expected float"),
+    ("gemma2", {"final_logit_softcapping": "30"}, "is '30', expected float"),
+    ("gemma2", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected bool"),
+    ("gemma3", {"eos_token_id": [1, "two\nlines"]}, r"eos_token_id is 'two\nlines'"),
+    ("gemma3", {"eos_token_id": -1}, "eos_token_id is -1, expected int from 0"),
+]
+
+
+@pytest.mark.parametrize("config, said", [
+    ("", "cannot be read as JSON"),
+    ('{"a":' * 100_000, "cannot be read as JSON (maximum recursion depth"),
+    ("[]", "expected a JSON object, found a list"),
+    ("{}", "model_type is None, expected one of gemma2, gemma3, gemma3_text"),
+    ('{"model_type": ["gemma2"]}', "model_type is ['gemma2'], expected one of"),
+    *((json.dumps({"model_type": kind} | wrong), said) for kind, wrong, said in BAD_CONFIGS),
+])
 def test_bad_configs(folder, config, said):
-    file = folder / "config.json"
-    file.unlink() if config is None else file.write_text(config)
+    (folder / "config.json").write_text(config)
     message = one_line(gemma.load, folder)
-    assert message.startswith(f"{file}: ") and said in message, message
+    assert message.startswith(f"{folder / 'config.json'}: ") and said in message, message
 
 
 def test_other_bad_folders(folder, tmp_path):
-    assert "nowhere" in one_line(gemma.load, tmp_path / "nowhere")
+    """What was expected, and what the folder holds instead."""
+    assert "nowhere/config.json: no such file" in one_line(gemma.load, tmp_path / "nowhere")
     for content in ("[1]", '{"eos_token_id": 1.5}', "{"):
         (folder / "generation_config.json").write_text(content)
         assert str(folder / "generation_config.json") in one_line(gemma.load, folder)
     (folder / "generation_config.json").unlink()
     shutil.copy(folder / "model.safetensors", folder / "b.safetensors")
+    gemma.load(folder)  # model.safetensors alone, as in transformers
     (folder / "model.safetensors").rename(folder / "a.safetensors")
-    assert "found a.safetensors, b.safetensors" in one_line(gemma.load, folder)
+    assert "index.json, found a.safetensors, b.safetensors, conf" in one_line(gemma.load, folder)
     (folder / "a.safetensors").unlink()
     gemma.load(folder)  # one file of any name
-    (folder / "b.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(tmp_path / "gone")  # a cache that was cleaned
-    assert "model.safetensors: not a safetensors file" in one_line(gemma.load, folder)
+    (folder / "b.safetensors").rename(folder / "gemma-3-1b-it-q4_0.gguf")
+    assert "found config.json, gemma-3-1b-it-q4_0.gguf" in one_line(gemma.load, folder)
+    (folder / "config.json").unlink()
+    assert "found gemma-3-1b-it-q4_0.gguf" in one_line(gemma.load, folder)
     assert str(folder / "tokenizer.model") in one_line(data.Tokenizer, folder)
 
 
-@pytest.mark.parametrize("file, found", [
-    ("pytorch_model.bin", "PyTorch weights"), ("model.ckpt", "PyTorch weights"),
-    ("gemma-3-1b-it-q4_0.gguf", "GGUF weights"), ("gemma3-1b-it/_METADATA", "Flax weights"),
-    ("manifest.ocdbt", "Flax weights"), ("model.weights.h5", "Keras weights"),
-])
-def test_other_formats_are_named(folder, file, found):
-    (folder / "model.safetensors").unlink()
-    (folder / file).parent.mkdir(exist_ok=True)
-    (folder / file).write_bytes(b"")
-    message = one_line(gemma.load, folder)
-    assert f"found {found} ({folder / file}); take the Transformers version" in message
-    (folder / "config.json").unlink()
-    assert f"the folder holds {found}" in one_line(gemma.load, folder)
-
-
-def test_an_adapter_is_not_a_model(folder):
-    (folder / "config.json").unlink()
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-    assert "the folder holds a PEFT adapter without its base" in one_line(gemma.load, folder)
-
-
-def test_a_vision_tower_shows_in_the_config(folder, tmp_path):
-    assert not gemma.is_multimodal(folder)
-    write_as(tmp_path / "4b", TINY["gemma3"], random_params(TINY["gemma3"]), "hub")
-    assert gemma.is_multimodal(tmp_path / "4b")
-
-
 class Hostile:
-    """Unpickled, it writes a file."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
+    """Unpickled, it raises SystemExit."""
 
     def __reduce__(self):
-        return open, (self.marker, "w")
+        return sys.exit, ("opened",)
 
 
-def test_pickled_weights_are_never_opened(folder, tmp_path):
-    marker = tmp_path / "marker"
-    payload = pickle.dumps(Hostile(marker))
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(payload)
-    assert "found PyTorch weights" in one_line(gemma.load, folder)
-    index = folder / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}')
-    assert "pytorch_model.bin: not a safetensors file" in one_line(gemma.load, folder)
-    index.unlink()
-    (folder / "model.safetensors").write_bytes(payload)
-    assert "model.safetensors: not a safetensors file" in one_line(gemma.load, folder)
-    assert not marker.exists()
-    pickle.loads(payload).close()
-    assert marker.exists()  # so it would have been seen
-
-
-def test_an_unwritable_place_is_named(tmp_path):
-    cfg, params = TINY["gemma3"], random_params(TINY["gemma3"])
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        message = one_line(gemma.save, place, cfg, params)
-        assert message.startswith(f"{place}: cannot write")
-    (tmp_path / "taken" / "config.json").mkdir(parents=True)
-    assert str(tmp_path / "taken") in one_line(gemma.save, tmp_path / "taken", cfg, params)
-    if os.geteuid():  # root writes anywhere
-        (tmp_path / "locked").mkdir(mode=0o500)
-        for place in (tmp_path / "locked", tmp_path / "locked" / "below"):
-            assert str(place) in one_line(gemma.save, place, cfg, params)
+def test_pickled_weights_are_never_opened(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Hostile()))
+        assert name in one_line(gemma.load, folder)
+    with pytest.raises(SystemExit):
+        pickle.loads((folder / name).read_bytes())  # so it would have been seen
 
 
 # ------------------------------------------------------------------------------------- self-check
 
 
-def save_both(path, cfg, params, tok):
-    gemma.save(path, cfg, params)
-    tok.save(path)
-    return str(path)
+def perplexities(params, cfg, tok):
+    """Of check.PARAGRAPH as a user's turn and as plain text, and its number of tokens."""
+    turn = tok.chat([{"role": "user", "content": check.PARAGRAPH}], generate=False)
+    rows = {"a user's turn": turn[:-2], "plain text": [tok.bos, *tok.encode(check.PARAGRAPH)]}
+    n, found = len(tok.encode(check.PARAGRAPH)), {}
+    for kind, ids in rows.items():
+        assert tok.decode(ids[-n:]) == check.PARAGRAPH
+        logp_TV = jax.nn.log_softmax(logits(params, cfg, jnp.asarray([ids]))[0, :-1])
+        logp_T = jnp.take_along_axis(logp_TV, jnp.array(ids[1:])[:, None], axis=1)[:, 0]
+        found[kind] = float(jnp.exp(-logp_T[-n:].mean()))
+    return found, n
 
 
-def rows_of(tok):
-    """gemma.PARAGRAPH as a user's turn and as plain text: ids that end with the paragraph."""
-    turn = tok.chat([{"role": "user", "content": gemma.PARAGRAPH}], generate=False)
-    return {"a user's turn": turn[:-2], "plain text": [tok.bos, *tok.encode(gemma.PARAGRAPH)]}
-
-
-def mean_loss(params, cfg, ids, n):
-    """Of the last n tokens."""
-    logits_BTV = gemma.logits(params, cfg, jnp.asarray([ids]))[:, :-1]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.asarray([ids[1:]]))
-    return losses[0, -n:].mean()
-
-
-def overfitted(cfg, ids, steps=20):
-    """A model that knows one text by heart."""
-    opt = optax.adam(3e-3)
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(mean_loss)(params, cfg, ids, len(ids) - 1)
-        updates, state = opt.update(grads, state)
-        return optax.apply_updates(params, updates), state
-
-    params = gemma.init(cfg, jax.random.key(0))
-    state = opt.init(params)
-    for _ in range(steps):
-        params, state = step(params, state)
-    return params
-
-
-@pytest.mark.parametrize("kind", ["a user's turn", "plain text"])
-def test_chat_models_and_base_models_that_read_english_pass(tokenizers, tmp_path, capsys, kind):
-    cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
-    gemma.self_check(save_both(tmp_path, cfg, overfitted(cfg, rows_of(tok)[kind]), tok))
-    last = capsys.readouterr().out.splitlines()[-1]
-    found = re.fullmatch(r"PASS: perplexity ([\d.]+) on (\d+) tokens of English as (.*)", last)
-    assert 1 <= float(found[1]) < 20 and found[3] == kind
-    assert int(found[2]) == len(tok.encode(gemma.PARAGRAPH))
-
-
-def test_a_published_vocabulary_is_known_by_its_pieces(tokenizers, folder, monkeypatch, capsys):
-    """By its size and the id of <start_of_turn>, not by the bytes of the file."""
-    tok = tokenizers["gemma3"]
+def test_the_better_perplexity_decides(tokenizers, folder, monkeypatch, capsys):
+    tok, (cfg, params) = tokenizers["gemma3"], gemma.load(folder)
     tok.save(folder)
+    expected, n = perplexities(params, cfg, tok)
+    kind = min(expected, key=expected.get)
+    said = rf"perplexity ([\d.]+) on {n} tokens of English as {kind}"
+    command = [sys.executable, str(ROOT / "gemma.py"), "--weights", str(folder)]
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=quick)
+    assert done.returncode == 1 and "PASS" not in done.stdout
+    found = re.fullmatch(f"FAIL: {said}, expected below 50\n", done.stderr)[1]
+    assert abs(float(found) - expected[kind]) < 0.02 and expected[kind] > 100
+    monkeypatch.setattr(check, "MAX_PERPLEXITY", expected[kind] + 1)
+    check.self_check(str(folder))
+    assert re.fullmatch(f"PASS: {said}", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_nan_and_a_short_embedding_fail(tokenizers, tmp_path):
+    cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
+    params = random_params(cfg)
+    params["layers"]["q_norm"] = params["layers"]["q_norm"].at[1, 3].set(jnp.nan)
+    gemma.save(tmp_path, cfg, params)
+    tok.save(tmp_path)
+    assert one_line(check.self_check, str(tmp_path)).startswith("perplexity nan on ")
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size - 1)
+    assert one_line(check.check_tokenizer, tok, cfg).endswith("the embedding has only 511 rows")
+
+
+def test_a_published_vocabulary_is_known_by_its_size_and_pieces(monkeypatch, capsys):
+    tok, cfg = data.Tokenizer(ROOT / "tiny"), TINY["gemma3"]
     golden = {text: tok.encode(text) for text in ("a  b", TEXT)}
-    monkeypatch.setattr(gemma, "VOCABULARIES", {tok.start_of_turn: ("Ours", golden)})
-
-    class AsLarge(data.Tokenizer):
-        def __init__(self, path):
-            super().__init__(path)
-            self.vocab_size = 262_144
-
-    monkeypatch.setattr(data, "Tokenizer", AsLarge)
-    assert "262144 pieces, but the embedding has only 512" in one_line(gemma.self_check, folder)
+    monkeypatch.setattr(check, "VOCABULARIES", {tok.start_of_turn: ("Ours", golden)})
+    tok.vocab_size = 262_144
+    message = one_line(check.check_tokenizer, tok, cfg)
+    assert "262144 pieces, but the embedding has only 512 rows" in message
     assert "tokenizer: Ours, 262,144 pieces" in capsys.readouterr().out
     golden["a  b"] = golden["a  b"][1:]
-    assert f"expected {golden['a  b']}" in one_line(gemma.self_check, folder)
-
-
-def test_the_golden_ids_are_those_of_the_published_vocabulary(golden):
-    stored = golden.parent / "real" / "golden_tokens.json"
-    if not stored.exists():
-        pytest.skip("no published ids")
-    ids = {t["text"]: t["ids"] for t in json.loads(stored.read_text())["texts"]}
-    _, texts = gemma.VOCABULARIES[105]
-    assert texts and all(ids[text] == expected for text, expected in texts.items())
+    assert f"expected {golden['a  b']}" in one_line(check.check_tokenizer, tok, cfg)
 
 
 def test_the_shipped_model_passes_and_opens_in_transformers(capsys):
-    gemma.self_check(str(ROOT / "tiny"))
+    check.self_check(str(ROOT / "tiny"))
     out = capsys.readouterr().out
     assert f"\n{gemma.CONFIGS['tiny'].n_params:,} parameters" in out and "<answer>" in out
     assert sum(f.stat().st_size for f in (ROOT / "tiny").iterdir()) < 2.5e6
@@ -677,32 +489,3 @@ def test_the_shipped_model_passes_and_opens_in_transformers(capsys):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(gemma.logits(params, cfg, ids), expected, atol=5e-5)
-
-
-def test_an_untrained_model_fails_by_its_perplexity(tokenizers, tmp_path):
-    cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
-    params = random_params(cfg)
-    path = save_both(tmp_path, cfg, params, tok)
-    command = [sys.executable, str(ROOT / "gemma.py"), "--weights", path]
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=quick)
-    assert done.returncode == 1 and "PASS" not in done.stdout
-    found = re.fullmatch(r"FAIL: perplexity ([\d.]+) on .*, expected below 50\n", done.stderr)[1]
-    n = len(tok.encode(gemma.PARAGRAPH))
-    for ids in (rows := rows_of(tok).values()):
-        assert tok.decode(ids[-n:]) == gemma.PARAGRAPH
-    expected = min(float(jnp.exp(mean_loss(params, cfg, ids, n))) for ids in rows)
-    assert abs(float(found) - expected) < 0.02 and expected > 100
-
-
-def test_a_nan_and_folders_that_cannot_be_checked_fail(tokenizers, folder, tmp_path):
-    cfg, tok = TINY["gemma3"], tokenizers["gemma3"]
-    params = random_params(cfg)
-    params["layers"]["q_norm"] = params["layers"]["q_norm"].at[1, 3].set(jnp.nan)
-    path = save_both(tmp_path / "nan", cfg, params, tok)
-    assert one_line(gemma.self_check, path).startswith("perplexity nan on ")
-    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size - 1)
-    path = save_both(tmp_path / "short", cfg, random_params(cfg), tok)
-    assert one_line(gemma.self_check, path).endswith("the embedding has only 511 rows")
-    for path, missing in ((tmp_path / "nowhere", "config.json"), (folder, "tokenizer.model")):
-        assert one_line(gemma.self_check, path).startswith(f"{path / missing}: ")

@@ -12,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import greedy
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import load_file, save_file
 
 import gemma
 import lora
 
 pytestmark = pytest.mark.smoke
 LOGITS_TOL = 2e-5
-N_CONFIGS = 12  # random configurations of each family
+N_CONFIGS = 6  # random configurations of each family
 FAMILIES = ("gemma2", "gemma3")
 TINY = {  # 5 = 2*2 + 1 and 7 = 2*3 + 1 layers: whole periods and a rest
     "gemma2": gemma.Config(
@@ -43,7 +41,6 @@ except jax.errors.JaxRuntimeError:  # JAX 0.12 no longer has the second
 jit = functools.partial(jax.jit, compiler_options=PLAIN)
 hidden = jit(gemma.hidden, static_argnames="cfg")
 logits = jit(gemma.logits, static_argnames="cfg")
-prefill = jit(gemma.prefill, static_argnames="cfg")
 
 
 @functools.partial(jit, static_argnames="cfg")
@@ -86,46 +83,29 @@ def assert_same_trees(ours, theirs, tol):
 # ------------------------------------------------------------------------------------- transformers
 
 
-@pytest.fixture(scope="session")
-def hf():
-    torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
 def random_hf_fields(family, i):
     """The i-th random configuration; head_dim is never hidden_size / heads."""
     rng = np.random.default_rng(1000 * FAMILIES.index(family) + i)
     pick = lambda *options: options[rng.integers(len(options))]
     heads, kv = [(4, 2), (4, 1), (3, 3), (8, 2), (2, 1), (6, 3)][i % 6]
-    layers = int(rng.integers(2, 8))
+    layers, gemma3 = int(rng.integers(2, 8)), family == "gemma3"
     some_global = [pick("sliding_attention", "full_attention") for _ in range(layers)]
-    gemma3 = family == "gemma3"
     linear = {"rope_type": "linear", "factor": pick(2.0, 8.0)} if i % 3 else {}
     rope_global = {"rope_type": "default", "rope_theta": pick(1e3, 1e4, 1e6)}
-    rope_local = {"rope_type": "default", "rope_theta": pick(1e2, 1e4)}
+    rope = {"full_attention": rope_global | linear,
+            "sliding_attention": {"rope_type": "default", "rope_theta": pick(1e2, 1e4)}}
     return {
-        "vocab_size": int(rng.integers(96, 160)),
+        "vocab_size": int(rng.integers(96, 160)), "num_hidden_layers": layers,
         "hidden_size": pick(24, 48) if heads in (3, 6) else pick(24, 32, 40, 64),
-        "intermediate_size": int(rng.integers(20, 80)),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "head_dim": pick(14, 18, 22, 26),
+        "intermediate_size": int(rng.integers(20, 80)), "head_dim": pick(14, 18, 22, 26),
+        "num_attention_heads": heads, "num_key_value_heads": kv,
         "query_pre_attn_scalar": int(rng.integers(4, 40)),
-        "sliding_window": int(rng.integers(2, 9)),
+        "sliding_window": int(rng.integers(2, 9)), "max_position_embeddings": 64,
         "layer_types": None if i % 4 == 0 else some_global,
-        "rope_parameters": {
-            "full_attention": rope_global | linear, "sliding_attention": rope_local
-        } if gemma3 else rope_global,
+        "rope_parameters": rope if gemma3 else rope_global,
         "attn_logit_softcapping": pick(1.0, 3.0) if (i % 4 == 1) == gemma3 else None,
         "final_logit_softcapping": pick(2.0, 5.0) if (i % 3 == 1) == gemma3 else None,
-        "rms_norm_eps": pick(1e-6, 1e-2),
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": i % 5 != 3,
+        "rms_norm_eps": pick(1e-6, 1e-2), "tie_word_embeddings": i % 5 != 3,
     }
 
 
@@ -230,47 +210,6 @@ def test_random_models_give_the_logits_of_transformers(hf, tmp_path, family, i):
 @pytest.mark.parametrize("i", [1, 3])  # tied, and with a head of its own
 def test_multimodal_containers_give_the_logits_of_transformers(hf, tmp_path, i):
     check_parity(random_hf_model(hf, "gemma3", i, multimodal=True), tmp_path, i)
-    written = load_file(tmp_path / "model.safetensors")
-    assert any("vision" in name for name in written)
-    assert any(name.startswith("language_model.model.") for name in written)
-    renamed = {  # as transformers names them in memory, and as other exporters write them
-        name.replace("language_model.model.", "model.language_model.")
-        .replace("language_model.lm_head.", "lm_head.")
-        .replace("vision_tower.", "model.vision_tower."): w for name, w in written.items()
-    }
-    _, params = gemma.load(tmp_path)
-    save_file(renamed, tmp_path / "model.safetensors")
-    _, again = gemma.load(tmp_path)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stored_models_give_the_stored_logits_and_tokens(golden, family):
-    cfg, params = gemma.load(golden / "models" / family)
-    expected = np.load(golden / "models" / "expected.npz")
-    get = lambda name: expected[f"{family}_{name}"]
-    rows = {k: np.concatenate([get(k), get(f"padded_{k}")]) for k in ("ids", "logits")}
-    mask = np.concatenate([np.ones_like(get("ids")), get("padded_mask")])
-    ours = np.asarray(logits(params, cfg, rows["ids"], mask))
-    assert_close(ours[mask > 0], rows["logits"][mask > 0], LOGITS_TOL)
-    prompt, new = np.split(get("greedy")[0], [10])
-    assert greedy(params, cfg, prompt, len(new)) == new.tolist()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_mask_pads_either_side(family):
-    """mask [0 1 1 1 0] -> positions [. 0 1 2 .], and padding is seen by no token."""
-    cfg = TINY[family]
-    params = random_params(cfg)
-    tokens = random_tokens(cfg, 4, 12)
-    mask = np.ones_like(tokens)
-    mask[1, :5] = mask[2, 7:] = mask[3, :2] = mask[3, 9:] = 0
-    got = np.asarray(logits(params, cfg, tokens, mask))
-    for b in range(4):
-        real = mask[b] > 0
-        alone = np.where(np.arange(12) < real.sum(), np.roll(tokens[b], -real.argmax()), 7)
-        expected = np.asarray(logits(params, cfg, alone[None].repeat(4, 0), np.ones_like(tokens)))
-        assert_close(got[b, real], expected[0, : real.sum()], LOGITS_TOL)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -292,61 +231,9 @@ def test_the_embedding_scale_is_rounded_to_the_activations_dtype():
     for name, scale in {"gemma3-1b": 34.0, "gemma2-9b": 59.75, "gemma3-27b": 73.5}.items():
         cfg = gemma.CONFIGS[name]
         for dtype, factor in ((jnp.bfloat16, scale), (jnp.float32, math.sqrt(cfg.hidden_size))):
-            table_VD = jnp.linspace(1, 2, cfg.hidden_size, dtype=dtype)[None]
-            x_BTD = gemma.embed({"embed_tokens": table_VD}, cfg, jnp.zeros((1, 1), int), None)
-            expected = table_VD.astype(jnp.float32) * factor
-            assert x_BTD.dtype == dtype and (x_BTD[0] == expected.astype(dtype)).all()
-
-
-def test_norms_rope_scores_and_log_probs_are_float32_inside():
-    """On bfloat16 numbers they are what they would be in float32, rounded once at the end."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(0, s, (2, 4, 6, 16)), jnp.bfloat16) for s in (20, 1, 1))
-    up = lambda *arrays: [z.astype(jnp.float32) for z in arrays]
-    w, freq, positions = q[0, 0, 0], jnp.float32(0.9 ** np.arange(8)), jnp.arange(3001, 3009)
-    for f in (
-        lambda x, w: gemma.rms_norm(x, w, 1e-6),
-        lambda x, _: gemma.rope(x, positions.reshape(2, 4), freq),
-    ):
-        assert f(q, w).dtype == jnp.bfloat16 and (f(q, w) == f(*up(q, w)).astype(q.dtype)).all()
-    cfg = dataclasses.replace(TINY["gemma3"], num_key_value_heads=3, query_pre_attn_scalar=1.0)
-    mask = jnp.ones((2, 4, 6), bool)
-
-    def attend(q, k, v):  # scores of some 80, where bfloat16 has steps of 0.5
-        k, v = (z[:, :3] for z in (k, v))
-        return gemma.attend(cfg, q, [(k, v, mask)]).astype(jnp.float32)
-
-    assert_close(attend(q, k, v), attend(*up(q, k, v)), 0.03)
-    args = q[0, :, :, :], k[0, 0], jnp.zeros((4, 6), int)
-    pair = gemma.token_logps(*args)
-    for a, b in zip(pair, gemma.token_logps(*up(*args[:2]), args[2]), strict=True):
-        assert a.dtype == jnp.float32
-        assert_close(a, b, 1e-5)
-
-
-# ------------------------------------------------------------------------------------------ prefill
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("T", [4, 16])  # below the window, and three times around the ring
-def test_prefill_leaves_a_ring_of_each_local_layer(family, T):
-    """Slot s holds the last position before n that is s modulo the ring; padding is no position."""
-    cfg, n = TINY[family], np.array([T, T // 2, 1])
-    params, tokens = random_params(cfg), random_tokens(cfg, 3, T)
-    x_BTD, kv = prefill(params, cfg, tokens, n)
-    expected = np.asarray(hidden(params, cfg, tokens))
-    every = dataclasses.replace(cfg, is_global=(True,) * len(cfg.is_global))
-    first = prefill(params, every, tokens, n)[1][0]  # the first layer's, whatever its kind
-    for b in range(3):
-        assert_close(x_BTD[b, : n[b]], expected[b, : n[b]], 1e-5)
-        for i, is_global in enumerate(cfg.is_global):
-            S = T if is_global else min(cfg.sliding_window, T)
-            shape = 3, cfg.num_key_value_heads, S, cfg.head_dim
-            assert [z.shape for z in kv[i]] == [shape, shape]
-        ring = np.asarray(kv[0][1][b])  # values: no RoPE, which differs between the kinds
-        S = ring.shape[1]
-        for p in range(max(0, n[b] - S), n[b]):
-            assert_close(ring[:, p % S], first[1][b, :, p], 1e-5, f"position {p}")
+            table_VD = jnp.ones((1, cfg.hidden_size), dtype)
+            x_BTD = gemma.embed({"embed_tokens": table_VD}, cfg, jnp.zeros((1, 1), int))
+            assert x_BTD.dtype == dtype and (x_BTD == jnp.asarray(factor, dtype)).all()
 
 
 # -------------------------------------------------------------------------- what a token can see
@@ -366,32 +253,29 @@ def reach(cfg, positions=None, segments=None, T=12):
     return np.abs(np.asarray(d_TVD))[:, tokens[0]].max(-1)
 
 
+def check_reach(seen_TT, expected_TT):
+    """Exactly zero where a token must not see, and not zero where it must."""
+    assert (seen_TT[~expected_TT] == 0).all() and (seen_TT[expected_TT] > 0).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_token_sees_the_future(family):
-    seen_TT = reach(TINY[family])
-    lower = np.tri(len(seen_TT), dtype=bool)
-    assert (seen_TT[~lower] == 0).all() and (seen_TT[lower] > 0).all()
+def test_tokens_see_the_past_of_their_own_sequence(family):
+    past_TT = np.tri(12, dtype=bool)
+    check_reach(reach(TINY[family]), past_TT)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0]])
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 1]])
+    real = segments[0] > 0
+    seen_TT = reach(TINY[family], positions, segments)
+    check_reach(seen_TT[real], ((segments.T == segments) & past_TT)[real])
 
 
-@pytest.mark.parametrize("family, n_layers", [("gemma2", 1), ("gemma3", 1), ("gemma3", 2)])
+@pytest.mark.parametrize("family, n_layers", [("gemma2", 1), ("gemma3", 2)])
 def test_local_layers_see_exactly_their_window(family, n_layers):
     cfg = dataclasses.replace(
         TINY[family], num_hidden_layers=n_layers, is_global=(False,) * n_layers, sliding_window=4
     )
-    seen_TT = reach(cfg)
-    age_TT = np.subtract.outer(*[np.arange(len(seen_TT))] * 2)
-    inside = (age_TT >= 0) & (age_TT <= n_layers * 3)  # three before it, a layer
-    assert (seen_TT[~inside] == 0).all() and (seen_TT[inside] > 0).all()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_sequences_and_padding_do_not_see_each_other(family):
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0]])
-    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 1]])
-    seen_TT = reach(TINY[family], positions, segments)
-    same = (segments.T == segments) & np.tri(12, dtype=bool)
-    real = segments[0] > 0
-    assert (seen_TT[real][~same[real]] == 0).all() and (seen_TT[real][same[real]] > 0).all()
+    age_TT = np.subtract.outer(*[np.arange(12)] * 2)
+    check_reach(reach(cfg), (age_TT >= 0) & (age_TT <= n_layers * 3))  # three before it, a layer
 
 
 # ------------------------------------------------------------------------------- splash attention
@@ -442,9 +326,6 @@ def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
             assert_close(y, x, 1e-5 * jnp.abs(x).max())
     local, everything = (plain(qkv, gemma.attention_window(cfg, g)) * weight for g in (False, True))
     assert jnp.abs(local - everything).max() > 0.1  # or the window is not tested
-    half = [z.astype(jnp.bfloat16) for z in qkv]
-    a, b = (jit(f)(half, 40) * weight for f in (plain, splash))
-    assert jnp.abs(a - b).mean() < 2 * jnp.abs(a - jit(plain)(qkv, 40) * weight).mean()
 
 
 @pytest.fixture
@@ -455,10 +336,9 @@ def as_on_a_tpu(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_with_splash_is_the_model(family, as_on_a_tpu):
+def test_a_model_with_splash_is_the_model(as_on_a_tpu):
     """Hidden states of packed rows, their gradient, and the keys and values of a prefill."""
-    cfg, T = with_tiles(family), 130
+    cfg, T = with_tiles("gemma2"), 130
     params, tokens = random_params(cfg), jnp.asarray(random_tokens(cfg, 2, T))
     packing = packed_rows(2, T)
     real_BT1 = (packing[1] > 0)[..., None]
@@ -495,10 +375,9 @@ def test_with_splash_the_backward_pass_is_left_no_scores(remat, as_on_a_tpu):
     assert (n_square() > 0) == (remat == "none")  # as it would be seen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_remat_attention_keeps_one_product_of_each_matrix(family):
+def test_remat_attention_keeps_one_product_of_each_matrix():
     """Of a layer with LoRA: its input, what each of the seven matrices gave, R numbers of each."""
-    cfg, (B, T, R) = TINY[family], (2, 25, 3)
+    cfg, (B, T, R) = TINY["gemma3"], (2, 25, 3)
     params, tokens = random_params(cfg), jnp.zeros((B, T), jnp.int32)
     adapter, L = lora.init(cfg, jax.random.key(0), R, R), cfg.num_hidden_layers
 
@@ -587,16 +466,14 @@ def check_eight_devices(cfg, shard, remat, check_vma):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-def test_eight_devices_equal_one(shard, remat, check_vma):
-    check_eight_devices(TINY["gemma3"], shard, remat, check_vma)
-
-
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
-def test_eight_devices_equal_one_with_soft_caps_and_a_separate_head(shard):
-    cfg = dataclasses.replace(TINY["gemma2"], tie_word_embeddings=False)
-    check_eight_devices(cfg, shard, "layer", True)
+@pytest.mark.parametrize("family, shard, remat", [
+    ("gemma3", False, "attention"), ("gemma3", True, "attention"), ("gemma3", True, "layer"),
+    ("gemma2", False, "none"), ("gemma2", True, "none"),
+])
+def test_eight_devices_equal_one(family, shard, remat, check_vma):
+    """Gemma 2 has soft caps; here it has a head of its own too."""
+    cfg = dataclasses.replace(TINY[family], tie_word_embeddings=family == "gemma3")
+    check_eight_devices(cfg, shard, remat, check_vma)
 
 
 # --------------------------------------------------------------------------------- token log-probs
@@ -624,8 +501,8 @@ USES = {  # what a loss reads; the cheap backward pass serves only "logp" of a f
 }
 
 
-@pytest.mark.parametrize("chunk", [4, 5, 100])  # 15 tokens: padded, exact, all at once
-@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.6, 2.0)])
+@pytest.mark.parametrize("chunk, temperature, softcap", [  # 15 tokens: padded, exact, all at once
+    (4, 0.6, 2.0), (5, 1.0, None), (100, 0.6, None)])
 def test_token_logps_and_their_gradients_equal_log_softmax(chunk, temperature, softcap):
     x, head, targets, g, h = logps_problem()
     how = {"temperature": jnp.float32(temperature), "softcap": softcap}
@@ -645,48 +522,7 @@ def test_token_logps_and_their_gradients_equal_log_softmax(chunk, temperature, s
         assert_close(a, b, 1e-5)
 
 
-def test_token_logps_equal_stored_values(golden):
-    stored = json.loads((golden / "losses.json").read_text())["token_logps"]
-    x_TD, head, targets = (np.array(v) for v in stored["inputs"].values())
-    for case in stored["cases"]:
-        logp, entropy = gemma.token_logps(
-            jnp.float32(x_TD[None]), jnp.float32(head), jnp.asarray(targets[None]), chunk=3,
-            temperature=case["temperature"], softcap=case["final_logit_softcap"],
-        )
-        for kind in ("trl_fp32", "float64"):
-            assert_close(logp[0], case[f"{kind}_logps"], 1e-5)
-            assert_close(entropy[0], case[f"{kind}_entropy"], 1e-5)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("trained", ["x", "head", "x and head"])
-@pytest.mark.parametrize("use", ["logp", "both"])
-def test_token_logps_gradients_over_eight_devices_equal_one(use, trained, check_vma):
-    """A frozen head stays one replicated copy; a trained one is made varying, its sum reduced."""
-    x, head, targets, g, h = logps_problem(B=8)
-    wrt = {"x": (0,), "head": (1,), "x and head": (0, 1)}[trained]
-
-    def loss(x, head, targets, g, h):
-        return USES[use](gemma.token_logps(x, head, targets, chunk=3, softcap=2.0), g, h)
-
-    def body(x, head, *rest):
-        if 1 in wrt:
-            head = lax.pcast(head, "data", to="varying")
-        grads = jax.grad(loss, argnums=wrt)(x, head, *rest)
-        return tuple(d if i == 0 else lax.psum(d, "data") for i, d in zip(wrt, grads, strict=True))
-
-    rows = P("data")
-    step = jax.shard_map(
-        body, mesh=mesh(), in_specs=(rows, P(), rows, rows, rows),
-        out_specs=tuple((rows, P())[i] for i in wrt), check_vma=check_vma,
-    )
-    args = x, head, targets, g, h
-    expected = jit(jax.grad(loss, argnums=wrt))(*args)
-    assert_same_trees(jit(step)(*args), expected, 1e-5)
-
-
-@pytest.mark.parametrize("wrt", [None, "x", "x and head"])
-@pytest.mark.parametrize("use", ["logp", "both"])
+@pytest.mark.parametrize("use, wrt", [("logp", "x"), ("both", None), ("both", "x and head")])
 def test_memory_of_token_logps_does_not_grow_with_tokens_times_vocabulary(use, wrt):
     V, D, short, long = 32768, 64, 256, 2048
 
@@ -721,38 +557,25 @@ def test_token_logps_of_wanted_tokens_only(wanted_rate):
     f = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnames="chunk")
     (_, expected), dx = f(x_BTD)
     hostile = jnp.where(wanted_BT[..., None] > 0, x_BTD, jnp.nan)
-    (_, got), dx_wanted = f(hostile, wanted_BT=wanted_BT, chunk=1)
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, np.where(wanted_BT > 0, b, 0.0), atol=1e-6)
-    np.testing.assert_allclose(dx_wanted, dx, atol=1e-6)
-    (_, got), dx_wanted = f(x_BTD, wanted_BT=wanted_BT, chunk=4)
-    np.testing.assert_allclose(got[0], np.where(wanted_BT > 0, expected[0], 0.0), atol=1e-6)
-    np.testing.assert_allclose(dx_wanted, dx, atol=1e-6)
+    for x, chunk in ((hostile, 1), (x_BTD, 4)):
+        (_, got), dx_wanted = f(x, wanted_BT=wanted_BT, chunk=chunk)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, np.where(wanted_BT > 0, b, 0.0), atol=1e-6)
+        np.testing.assert_allclose(dx_wanted, dx, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ configs
 
-PARAMETERS = {  # text model, tied: (all, of which the embedding)
-    "gemma2-2b": (2_614_341_888, 589_824_000),
-    "gemma2-9b": (9_241_705_984, 917_504_000),
-    "gemma2-27b": (27_227_128_320, 1_179_648_000),
-    "gemma3-270m": (268_098_176, 167_772_160),
-    "gemma3-1b": (999_885_952, 301_989_888),
-    "gemma3-4b": (3_880_263_168, 671_252_480),
-    "gemma3-12b": (11_766_034_176, 1_006_878_720),
-    "gemma3-27b": (27_009_346_304, 1_409_630_208),
+PARAMETERS = {  # text model, tied
+    "gemma2-2b": 2_614_341_888, "gemma2-9b": 9_241_705_984, "gemma2-27b": 27_227_128_320,
+    "gemma3-270m": 268_098_176, "gemma3-1b": 999_885_952, "gemma3-4b": 3_880_263_168,
+    "gemma3-12b": 11_766_034_176, "gemma3-27b": 27_009_346_304,
 }
 
 
-def test_published_models_have_their_published_sizes_and_layers():
-    where = {name: np.flatnonzero(cfg.is_global).tolist() for name, cfg in gemma.CONFIGS.items()}
-    for name, sizes in PARAMETERS.items():
-        cfg = gemma.CONFIGS[name]
-        assert (cfg.n_params, cfg.vocab_size * cfg.hidden_size) == sizes
-        assert len(cfg.is_global) == cfg.num_hidden_layers
-        every, first = (2, 1) if "gemma2" in name else (6, 5)
-        assert where[name] == list(range(first, cfg.num_hidden_layers, every))
-    assert set(gemma.CONFIGS) == {*PARAMETERS, "tiny"}
+def test_published_models_have_their_published_sizes():
+    published = {name: cfg.n_params for name, cfg in gemma.CONFIGS.items() if name != "tiny"}
+    assert published == PARAMETERS
 
 
 def layer_types(n, every):
@@ -761,16 +584,13 @@ def layer_types(n, every):
 
 LINEAR_8 = {"factor": 8.0, "rope_type": "linear"}
 FLAT_1B = {  # as published, 4.x spelling
-    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
-    "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
-    "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
-    "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
-    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
-    "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "use_cache": True,
-    "vocab_size": 262144,
+    "attention_bias": False, "attn_logit_softcapping": None, "eos_token_id": [1, 106],
+    "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768,
+    "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26,
+    "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
 }
 ROPE_5 = {  # transformers 5
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -785,42 +605,30 @@ def without(d, *names):
 
 def nested(**text_config):
     """A multimodal file, which omits most of its text part."""
-    return {
-        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
-        "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
-        "initializer_range": 0.02, "mm_tokens_per_image": 256, "model_type": "gemma3",
-        "text_config": {"model_type": "gemma3_text", "sliding_window": 1024} | text_config,
-        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
-        "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 896,
-                          "model_type": "siglip_vision_model", "num_attention_heads": 16,
-                          "num_hidden_layers": 27, "patch_size": 14, "vocab_size": 5},
-    }
+    text = {"model_type": "gemma3_text", "sliding_window": 1024} | text_config
+    return {"eos_token_id": [1, 106], "image_token_index": 262144, "model_type": "gemma3",
+            "text_config": text, "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27}}
 
 
 TEXT_4B = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-TEXT_12B = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
-            "num_attention_heads": 16, "num_key_value_heads": 8}
 TEXT_27B = {"hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62,
             "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
             "query_pre_attn_scalar": 168}
 GEMMA2_9B = {
-    "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0, "bos_token_id": 2,
-    "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0, "eos_token_id": 1, "final_logit_softcapping": 30.0,
     "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
     "model_type": "gemma2", "num_attention_heads": 16, "num_hidden_layers": 42,
-    "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000,
+    "num_key_value_heads": 8, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000,
 }
 SPELLINGS = {  # spelling -> (the entry of CONFIGS it must give, config.json)
     "4.x flat": ("gemma3-1b", FLAT_1B),
     "4.x layer_types": ("gemma3-270m", without(FLAT_1B, "sliding_window_pattern") | {
         "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "eos_token_id": 1,
         "_sliding_window_pattern": 6, "layer_types": layer_types(18, 6)}),
-    "4b nested": ("gemma3-4b", nested(**TEXT_4B, rope_scaling=LINEAR_8)),
     "4b nested, old rope type": (
         "gemma3-4b", nested(**TEXT_4B, rope_scaling={"factor": 8.0, "type": "linear"})),
-    "12b nested": ("gemma3-12b", nested(**TEXT_12B, rope_scaling=LINEAR_8)),
     "27b nested": ("gemma3-27b", nested(**TEXT_27B, rope_scaling=LINEAR_8)),
     "5 flat": ("gemma3-1b", without(FLAT_1B, *OLD_ROPE, "torch_dtype") | {
         "_sliding_window_pattern": 6, "layer_types": layer_types(26, 6), "dtype": "bfloat16",
@@ -871,16 +679,12 @@ def test_a_written_config_means_the_same_to_transformers(hf, tmp_path, family, c
 def test_init_fills_the_table_of_specs(family):
     cfg = dataclasses.replace(TINY[family], tie_word_embeddings=False)
     params = jit(gemma.init, static_argnums=(0, 2))(cfg, jax.random.key(0), jnp.bfloat16)
-    assert jax.tree.structure(params) == jax.tree.structure(gemma.specs(cfg))
     assert params.keys() - gemma.specs(TINY[family]).keys() == {"lm_head"}
     starts = set()
     for spec, leaf in zip(jax.tree.leaves(gemma.specs(cfg)), jax.tree.leaves(params), strict=True):
         assert leaf.shape == spec.shape(cfg) and leaf.dtype == jnp.bfloat16
-        leaf = np.asarray(leaf, np.float32)
-        if not spec.inp:
-            assert (leaf == 0).all(), f"{spec.name} multiplies by 1 + w"
-            continue
         fan_in = math.prod(gemma.axis_sizes(cfg)[a] for a in spec.inp)
-        assert 0.8 < leaf.std() * fan_in**0.5 < 1.2, spec.name
-        starts.add(tuple(leaf.ravel()[:4] * fan_in**0.5))
+        leaf = np.asarray(leaf, np.float32) * fan_in**0.5
+        assert 0.8 < leaf.std() < 1.2 if spec.inp else (leaf == 0).all(), spec.name
+        starts |= {tuple(leaf.ravel()[:4])} if spec.inp else set()
     assert len(starts) == 9, "each matrix has a key of its own"

@@ -1,7 +1,6 @@
 """lora.py: PEFT's files and logits both ways, merging, dropout, and what is refused."""
 
 import json
-import re
 import types
 import warnings
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, greedy
+from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 import data
@@ -19,6 +18,7 @@ import stage
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
 ALL = "q,k,v,o,gate,up,down"
+logits = jax.jit(gemma.logits, static_argnames="cfg")
 
 
 def base(family="gemma3_text", seed=0, dtype=jnp.float32):
@@ -46,26 +46,18 @@ def test_fresh_adapter_changes_nothing_and_is_float32_on_a_bf16_base():
     cfg, params = base(dtype=jnp.bfloat16)
     adapter = lora.init(cfg, jax.random.key(0), 8, 16)
     assert {x.dtype for x in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
-    plain, adapted = (gemma.logits(params, cfg, TOKENS, lora=a) for a in (None, adapter))
+    plain, adapted = (logits(params, cfg, TOKENS, lora=a) for a in (None, adapter))
     np.testing.assert_array_equal(plain, adapted)
     assert all(jnp.std(a) > 0 for a in adapter["a"].values())
     assert lora.describe(adapter).startswith("LoRA rank 8 on 21 matrices (q,k,v,o,gate,up,down), ")
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_scale_is_alpha_over_r_or_over_its_root(rslora):
-    cfg, _ = base()
-    scale = lora.init(cfg, jax.random.key(0), 16, 32, rslora=rslora)["scale"]["q_proj"]
-    np.testing.assert_allclose(scale, 8.0 if rslora else 2.0)
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_merge_equals_the_live_adapter(family):
-    cfg, params = base(family)
+def test_merge_equals_the_live_adapter():
+    cfg, params = base("gemma2")
     adapter = random_adapter(cfg)
-    live = gemma.logits(params, cfg, TOKENS, lora=adapter)
-    assert np.abs(live - gemma.logits(params, cfg, TOKENS)).max() > 0.1
-    merged = gemma.logits(lora.merge(params, adapter, cfg), cfg, TOKENS)
+    live = logits(params, cfg, TOKENS, lora=adapter)
+    assert np.abs(live - logits(params, cfg, TOKENS)).max() > 0.1
+    merged = logits(lora.merge(params, adapter, cfg), cfg, TOKENS)
     np.testing.assert_allclose(merged, live, atol=2e-5)
 
 
@@ -74,8 +66,8 @@ def test_stacked_adapters_do_what_both_do():
     one, two = random_adapter(cfg, 4, 6.0), random_adapter(cfg, 3, 2.0, "q,down", seed=5)
     both = lora.stack(one, two, cfg)
     assert lora.rank(both) == 7
-    live = gemma.logits(lora.merge(params, one, cfg), cfg, TOKENS, lora=two)
-    np.testing.assert_allclose(gemma.logits(params, cfg, TOKENS, lora=both), live, atol=2e-5)
+    live = logits(lora.merge(params, one, cfg), cfg, TOKENS, lora=two)
+    np.testing.assert_allclose(logits(params, cfg, TOKENS, lora=both), live, atol=2e-5)
 
 
 def test_merge_adds_in_float32_and_rounds_once():
@@ -89,10 +81,9 @@ def test_merge_adds_in_float32_and_rounds_once():
     assert (np.abs(np.float64(merged) - exact) <= ulp + 1e-6).all()
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-@pytest.mark.parametrize("targets,rslora", [(ALL, False), ("q,v", True), ("down,o", False)])
-def test_save_load_is_exact(tmp_path, family, targets, rslora):
-    cfg, _ = base(family)
+@pytest.mark.parametrize("targets, rslora", [(ALL, False), ("q,v", True)])
+def test_save_load_is_exact(tmp_path, targets, rslora):
+    cfg, _ = base()
     adapter = random_adapter(cfg, rank=3, alpha=7.0, targets=targets, rslora=rslora)
     for multimodal in (False, True):
         lora.save(tmp_path, adapter, cfg, multimodal=multimodal)
@@ -126,8 +117,8 @@ def peft_logits(model):
         return model(torch.tensor(TOKENS)).logits.numpy()
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-@pytest.mark.parametrize("targets,rslora", [(ALL, False), ("q,v", True)])
+@pytest.mark.parametrize("family, targets, rslora", [
+    ("gemma2", ALL, False), ("gemma3_text", "q,v", True)])
 def test_peft_loads_ours(tmp_path, family, targets, rslora):
     cfg, params = base(family)
     adapter = random_adapter(cfg, targets=targets, rslora=rslora)
@@ -135,8 +126,8 @@ def test_peft_loads_ours(tmp_path, family, targets, rslora):
     adapter["scale"]["q_proj"] = adapter["scale"]["q_proj"].at[1].mul(3.0)
     lora.save(tmp_path / "adapter", adapter, cfg)
     model = peft_model(tmp_path, cfg, params, tmp_path / "adapter")
-    ours = gemma.logits(params, cfg, TOKENS, lora=adapter)
-    assert np.abs(ours - gemma.logits(params, cfg, TOKENS)).max() > 0.1
+    ours = logits(params, cfg, TOKENS, lora=adapter)
+    assert np.abs(ours - logits(params, cfg, TOKENS)).max() > 0.1
     np.testing.assert_allclose(peft_logits(model), ours, atol=2e-5)
 
 
@@ -151,17 +142,11 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    text = dict(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
-        sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=0,
-    )
+    text = gemma.config_to_dict(base()[0])
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                   image_size=28, patch_size=14)
-    special = dict(image_token_index=95, boi_token_index=94, eoi_token_index=93)
     config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
-                             **special)
+                             image_token_index=95, boi_token_index=94, eoi_token_index=93)
     model = hf.Gemma3ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "base")
     cfg, params = gemma.load(tmp_path / "base")
@@ -186,9 +171,9 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
         adapter = lora.load(tmp_path / "adapter", cfg)
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
-    plain = gemma.logits(params, cfg, tokens)
+    plain = logits(params, cfg, tokens)
     assert np.abs(theirs - plain).max() > 0.05
-    np.testing.assert_allclose(gemma.logits(params, cfg, tokens, lora=adapter), theirs, atol=2e-5)
+    np.testing.assert_allclose(logits(params, cfg, tokens, lora=adapter), theirs, atol=2e-5)
 
 
 def test_the_same_rank_is_continued_and_another_merged(tmp_path):
@@ -213,21 +198,20 @@ PEFT_CONFIGS = [
     dict(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True),
     dict(r=4, lora_alpha=8, target_modules=["k_proj", "o_proj", "up_proj", "down_proj"],
          rank_pattern={"o_proj": 2, "layers.1.mlp.up_proj": 6},
-         alpha_pattern={"down_proj": 1, r"^model\.layers.*\.k_proj|up_proj": 3}),
+         alpha_pattern={"down_proj": 1, "layers.1.mlp.up_proj": 3}),
     dict(r=2, lora_alpha=3, target_modules=["gate_proj"], layers_to_transform=[1]),
 ]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 @pytest.mark.parametrize("config", PEFT_CONFIGS, ids=["qv", "rslora", "patterns", "one-layer"])
-def test_we_load_pefts(tmp_path, family, config):
-    cfg, params = base(family)
+def test_we_load_pefts(tmp_path, config):
+    cfg, params = base()
     model = peft_model(tmp_path, cfg, params, **config)
     model.save_pretrained(tmp_path / "adapter")
     adapter = lora.load(tmp_path / "adapter", cfg)
     theirs = peft_logits(model)
-    assert np.abs(theirs - gemma.logits(params, cfg, TOKENS)).max() > 0.05
-    np.testing.assert_allclose(gemma.logits(params, cfg, TOKENS, lora=adapter), theirs, atol=2e-5)
+    assert np.abs(theirs - logits(params, cfg, TOKENS)).max() > 0.05
+    np.testing.assert_allclose(logits(params, cfg, TOKENS, lora=adapter), theirs, atol=2e-5)
 
 
 def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
@@ -257,50 +241,36 @@ def one_line(error) -> str:
     return str(error.value)
 
 
-def test_target_that_matches_nothing_is_an_error():
+@pytest.mark.parametrize("targets", ["q,qkv", " , "])
+def test_target_that_matches_nothing_is_an_error(targets):
     with pytest.raises(ValueError) as e:
-        lora.parse_targets("q,qkv")
-    assert "'qkv'" in one_line(e) and "q,k,v,o,gate,up,down" in one_line(e)
-    with pytest.raises(ValueError, match="empty"):
-        lora.parse_targets(" , ")
-    with pytest.raises(ValueError, match="--lora-rank 0"):
-        lora.init(base()[0], jax.random.key(0), 0, 1)
-
-
-def edited(tmp_path, cfg, edit):
-    lora.save(tmp_path, random_adapter(cfg), cfg)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file)
-    with pytest.raises(ValueError) as e:
-        lora.load(tmp_path, cfg)
-    return one_line(e)
+        lora.parse_targets(targets)
+    assert repr(targets) in one_line(e) and "q,k,v,o,gate,up,down" in one_line(e)
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BERT, BEYOND = (FIRST.replace(*to) for to in (("model.model.model.", "model.bert."), ("0", "3")))
 
 
-def test_wrong_adapter_files_are_refused_by_tensor(tmp_path):
+@pytest.mark.parametrize("change, said", [
+    (lambda t: t.update({BERT: t.pop(FIRST)}), f"tensor '{BERT}' has no place"),
+    (lambda t: t.update({BEYOND: t[FIRST]}), f"tensor '{BEYOND}' has no place"),
+    (lambda t: t.update({FIRST: np.zeros((4, 32, 1), "f4")}), f"tensor '{FIRST}' has no place"),
+    (lambda t: t.pop(FIRST), "layers.0.self_attn.q_proj has lora_A, lora_B of shapes (None, "),
+    (lambda t: t.update({FIRST: np.zeros((4, 33), "f4")}), "((4, 33), (64, 4)), expected ((4, 32)"),
+    (lambda t: t.update({FIRST: np.zeros((0, 32), "f4")}), "of shapes ((0, 32), (64, 4))"),
+    (lambda t: t.clear(), "holds no LoRA matrices"),
+])
+def test_wrong_adapter_files_are_refused_by_tensor(tmp_path, change, said):
     cfg, _ = base()
-    wrong = lambda t: t.update({FIRST.replace("model.model.model.", "model.bert."): t.pop(FIRST)})
-    assert "base_model.bert.layers.0" in edited(tmp_path, cfg, wrong)
-    message = edited(tmp_path, cfg, lambda t: t.pop(FIRST))
-    assert "layers.0.self_attn.q_proj" in message and "None" in message
-    message = edited(tmp_path, cfg, lambda t: t.update({FIRST: np.zeros((4, 33), "f4")}))
-    assert "(4, 33)" in message and "(4, 32)" in message
-    beyond = FIRST.replace("layers.0", "layers.3")
-    assert beyond in edited(tmp_path, cfg, lambda t: t.update({beyond: t[FIRST]}))
-    for shape in ((), (0, 32), (4, 32, 1)):
-        message = edited(tmp_path, cfg, lambda t, s=shape: t.update({FIRST: np.zeros(s, "f4")}))
-        assert f"tensor {FIRST!r} has no place" in message
-    message = edited(tmp_path, cfg, lambda t: [t.pop(k) for k in list(t) if "lora_A" in k])
-    assert "has lora_A, lora_B of shapes (None, " in message
-    assert "no LoRA matrices" in edited(tmp_path, cfg, lambda t: t.clear())
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
+    lora.save(tmp_path, random_adapter(cfg), cfg)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
     with pytest.raises(ValueError) as e:
         lora.load(tmp_path, cfg)
-    assert str(tmp_path) in one_line(e)
+    assert said in one_line(e) and str(file) in one_line(e)
 
 
 def with_settings(tmp_path, cfg, change):
@@ -311,23 +281,19 @@ def with_settings(tmp_path, cfg, change):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"peft_type": "IA3"}, "'peft_type' is 'IA3'"),
-    ({"peft_type": ["LORA"]}, "'peft_type' is ['LORA']"),
-    *(({key: value}, f"'{key}' is ") for key, value in {
-        "bias": "lora_only", "use_dora": True, "fan_in_fan_out": True, "lora_bias": True,
-        "modules_to_save": ["embed_tokens"], "trainable_token_indices": {"embed_tokens": [6]},
-        "layer_replication": [[0, 2]], "megatron_config": {"a": 1}, "init_lora_weights": "pissa",
-        "alora_invocation_tokens": [1], "target_parameters": ["w"]}.items()),
+    *(({key: value}, f"'{key}' is {value!r}") for key, value in {
+        "peft_type": "IA3", "bias": "lora_only", "use_dora": True, "modules_to_save": ["lm_head"],
+        "trainable_token_indices": {"embed_tokens": [6]}, "layer_replication": [[0, 2]],
+        "init_lora_weights": "pissa", "target_parameters": ["w"]}.items()),
     ({"invented\nlater": 1}, r"'invented\nlater' is 1"),
     ({"lora_alpha": "16"}, "lora_alpha is '16', expected float"),
     ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected float"),
     ({"use_rslora": "no"}, "use_rslora is 'no', expected bool"),
-    ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is list, expected dict"),
-    ({"alpha_pattern": {"q_proj": [1]}}, "q_proj is list, expected float"),
-    *(({"alpha_pattern": {key: 1}}, f"alpha_pattern {key!r}") for key in (
-        "(", "[", "*", "a**", "", r"\1", "(a+)+x", r"([\w.]*)*!", ".*.*.*!", "(.|.)" * 8)),
+    ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj'], expected dict"),
+    ({"alpha_pattern": {"q_proj": [1]}}, "q_proj is [1], expected float"),
+    *(({"alpha_pattern": {key: 2}}, f"alpha_pattern {key!r}") for key in ("(", "(a+)+$", "q|v")),
 ])
-def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_setting(tmp_path, change, named):
+def test_settings_beyond_plain_lora_are_refused(tmp_path, change, named):
     cfg, _ = base()
     with pytest.raises(ValueError) as e:
         lora.load(with_settings(tmp_path, cfg, change), cfg)
@@ -342,14 +308,8 @@ def test_settings_of_plain_lora_change_nothing(tmp_path):
             "loftq_config": {}, "layers_to_transform": [0], "peft_version": "0.99"}
     found = lora.load(with_settings(tmp_path, cfg, more), cfg)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / file).rename(tmp_path / "away")
-        with pytest.raises(ValueError) as e:
-            lora.load(tmp_path, cfg)
-        assert str(tmp_path / file) in one_line(e)
-        (tmp_path / "away").rename(tmp_path / file)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match="adapter_model.bin: a pickle, which is never opened"):
+    with pytest.raises(ValueError, match="cannot be read as safetensors.*a .bin is never opened"):
         lora.load(tmp_path, cfg)
 
 
@@ -368,22 +328,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_readme_answers_with_peft_as_we_do(trained, monkeypatch, capsys):
-    """The README's own lines, run: PEFT's greedy answer is ours."""
-    pytest.importorskip("peft")
-    readme = (ROOT / "README.md").read_text()
-    (block,) = re.findall(r"```python\n(from peft .*?)```", readme, re.S)
-    monkeypatch.chdir(trained)
-    exec(compile(block, "README.md", "exec"), {})
-    tok, (cfg, params) = data.Tokenizer("tiny"), gemma.load("tiny")
-    adapter = lora.load("runs/grpo/final", cfg)
-    question = re.search(r'"content": "(.*?)"', block)[1]
-    ids = tok.chat([{"role": "user", "content": question}])
-    ours = greedy(lora.merge(params, adapter, cfg), cfg, ids, 32)
-    stop = next((i for i, t in enumerate(ours) if t in tok.stop_ids), len(ours))
-    assert capsys.readouterr().out.strip() == tok.decode(ours[:stop]).strip() != ""
-
-
 def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
     """`python lora.py`: transformers opens it; names and keys that vLLM and llama.cpp look for."""
     torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
@@ -395,22 +339,14 @@ def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
     ids = np.random.default_rng(0).integers(3, cfg.vocab_size, (1, 20))
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
-    found = gemma.logits(params, cfg, ids, lora=adapter)
+    found = logits(params, cfg, ids, lora=adapter)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    tok = transformers.AutoTokenizer.from_pretrained("merged")
-    chat = [{"role": "user", "content": "Hi"}]
-    rendered = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert rendered == data.Tokenizer("tiny").chat(chat)
-    config, generation, tokenizer = (
-        json.loads((trained / "merged" / name).read_text())
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
-    )
-    assert config["architectures"] == ["Gemma3ForCausalLM"] and config["eos_token_id"] == 1
-    assert generation["eos_token_id"] == [1, 11] and "chat_template" in tokenizer
-    names = set(load_file(trained / "merged/model.safetensors"))
-    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= names
-    original = (trained / "tiny/tokenizer.model").read_bytes()
-    assert (trained / "merged/tokenizer.model").read_bytes() == original
+    assert data.Tokenizer("merged").encode("Hi") == data.Tokenizer("tiny").encode("Hi")
+    read = lambda name: json.loads((trained / "merged" / name).read_text())
+    assert read("config.json")["architectures"] == ["Gemma3ForCausalLM"]
+    assert read("config.json")["eos_token_id"] == 1
+    assert read("generation_config.json")["eos_token_id"] == [1, 11]
+    assert "chat_template" in read("tokenizer_config.json")
     assert lora.read_prompt("merged", None) == "Be brief."
 
 

@@ -74,7 +74,7 @@ def test_command_parses(command):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["train_sft.py --stepz 2", "gemma.py --weight x", "to_kaggle.py eval.py --row 2"]
+    "wrong", ["train_sft.py --stepz 2", "check.py --weight x", "to_kaggle.py eval.py --row 2"]
 )
 def test_a_wrong_command_would_not_parse(wrong):
     script, *flags = wrong.split()

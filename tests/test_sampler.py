@@ -17,7 +17,7 @@ from test_gemma import TINY, random_params
 
 import gemma
 import lora
-from sampler import BLOCK, Rollout, Rules, Sampler, draw
+from sampler import Rollout, Rules, Sampler, draw
 
 FAMILIES = ("gemma2", "gemma3")
 CONTEXT = 100  # shorter than the longest prompt plus the longest completion
@@ -107,13 +107,9 @@ def reference_distribution(logits_V, temperature, top_k=0, top_p=1.0, min_p=0.0,
 
 
 @pytest.mark.parametrize("rules", [
-    {},
-    {"temperature": 0.6},
     {"temperature": 1.7, "forbidden": (0, 3, 299)},
-    {"top_k": 1},
     {"top_k": 7, "temperature": 1.3},
     {"top_k": 200},
-    {"top_p": 0.3},
     {"top_p": 0.9},
     {"min_p": 0.05},
     {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 1.5, "forbidden": (17,)},
@@ -164,13 +160,9 @@ def test_rollouts_have_noise_of_their_own():
     assert stats.chisquare(seen, np.array(wanted) * 3000 / sum(wanted)).pvalue > 1e-3
     assert np.mean(first == second) < 0.5
     few = functools.partial(make, [prompt, prompt], n=4, max_new=16, temperature=2.0, stop=())
-    calls = [few(seed=0, step=0), few(seed=0, step=0), few(seed=0, step=1), few(seed=1, step=0)]
-    a, again, *others = map(tokens, calls)
-    assert a == again
-    streams = [tuple(ids) for call in (a, *others) for ids in call.values()]
+    calls = [few(seed=0, step=0), few(seed=0, step=1), few(seed=1, step=0)]
+    streams = [tuple(ids) for call in calls for ids in tokens(call).values()]
     assert len(set(streams)) == 3 * 8, "two of (seed, step, prompt, rollout) share their noise"
-    renamed = tokens(make({7: prompt, 1: prompt}, n=4, max_new=16, temperature=2.0, stop=()))
-    assert {k: v for k, v in renamed.items() if k[0] == 1} == {k: a[k] for k in a if k[0] == 1}
 
 
 @pytest.mark.smoke
@@ -194,8 +186,7 @@ def test_tokens_do_not_depend_on_devices_slots_or_order(family):
     assert tokens(others[1].sample(sharded, backwards, **settings)) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_base_that_stays_sharded_gives_the_rollouts_of_a_replicated_one(family):
+def test_a_base_that_stays_sharded_gives_the_rollouts_of_a_replicated_one(family="gemma2"):
     """Eight devices that have 15, 3 and 1 rollouts to share: each waits for all at every step."""
     cfg, params = CFG[family], params_of(family)
     adapter = live_adapter(cfg)
@@ -333,10 +324,6 @@ def test_a_prompt_is_prefilled_once_however_often_it_is_given():
     prompts = random_prompts(4, 9) * 3
     list(sampler().sample(params_of("gemma3"), prompts, 3, stats=stats, **long_tailed()))
     assert stats["prefills"] == 2
-    one = random_prompts(5)  # wanted on every device at once
-    rollouts = list(sampler(n_devices=8).sample(params_of("gemma3"), one, 64, stats=stats,
-                                                **long_tailed()))
-    assert len(rollouts) == 64 and stats["prefills"] == 8
 
 
 def test_rollouts_are_handed_out_while_others_decode():
@@ -361,15 +348,12 @@ def test_nothing_is_compiled_after_the_first_call():
     )
     jax.jit(lambda x: x + len(compiled))(1)
     assert compiled
-    for n_devices in (1, 8):
-        make = functools.partial(sampler(n_devices=n_devices).sample, params_of("gemma3"))
-        list(make(random_prompts(3), 2))
-        before = len(compiled)
-        list(make(random_prompts(40, 1, 33), 3, temperature=0.5, seed=4))
-        list(make(random_prompts(2, 8, seed=1), 5, temperature=0, step=2, max_new=9))
-        list(make(random_prompts(*range(1, 30)), 1, stop=(7, 8), forbidden=(1, 2)))
-        list(make({5: [1, 2]}, 1, temperature=7.0, vocab_size=90))
-        assert len(compiled) == before
+    make = functools.partial(sampler(n_devices=8).sample, params_of("gemma3"))
+    list(make(random_prompts(3), 2))
+    before = len(compiled)
+    list(make(random_prompts(40, 1, 33), 3, temperature=0.5, seed=4, stop=(7, 8), forbidden=(1, 2)))
+    list(make({5: [1, 2]}, 5, temperature=0, step=2, max_new=9, vocab_size=90))
+    assert len(compiled) == before
 
 
 def test_caches_are_updated_in_place():
@@ -388,62 +372,31 @@ def test_caches_are_updated_in_place():
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
 
 
-def test_prefill_makes_no_logits_and_local_layers_keep_a_ring():
-    """A prompt is read without the head: its first token is drawn by a step of decoding."""
-    cfg, s = CFG["gemma3"], sampler()
-    headless = {k: v for k, v in params_of("gemma3").items() if k != "lm_head"}
-    function, args = s.programs(headless)["prefill"]
-    assert "while" in function.lower(*args).as_text()
-    prompt_cache, state = jax.eval_shape(s.empty)
-    for held, longest in ((prompt_cache, 40), (state["cache"], 40 + 64)):
-        sizes = [k.shape[2] for k in held["k"]]
-        assert sizes == [longest if g else cfg.sliding_window for g in cfg.is_global]
-
-
-def test_shapes_of_programs_are_those_of_a_call():
-    """What an ahead-of-time compilation is given is what a call then uses."""
-    s = sampler()
-    list(s.sample(params_of("gemma3"), random_prompts(3), max_new=2))
-    for name, (function, args) in s.programs(params_of("gemma3")).items():
-        before = function._cache_size()
-        assert before, name
-        function.lower(*args)
-        assert function._cache_size() == before
-
-
 # ------------------------------------------------------------------------------------------ errors
 
 
-def test_what_cannot_be_sampled_is_said_in_one_line():
-    make = functools.partial(sampler().sample, params_of("gemma3"))
-    cases = [
-        (([[]],), {}, "prompt 0 has 0 tokens, expected 1 to 40"),
-        (([[1], [1] * 41],), {}, "prompt 1 has 41 tokens, expected 1 to 40"),
-        (([[1, 96]],), {}, "prompt 0 has ids from 1 to 96, expected 0 to 95"),
-        (([[1]], 0), {}, "n=0: expected 1 or more"),
-        (([[1]],), {"temperature": -0.5}, "temperature=-0.5: expected 0"),
-        (([[1]],), {"temperature": float("nan")}, "temperature=nan"),
-        (([[1]],), {"top_k": -1}, "top_k=-1"),
-        (([[1]],), {"top_p": 0.0}, "top_p=0.0"),
-        (([[1]],), {"top_p": 1.5}, "top_p=1.5"),
-        (([[1]],), {"min_p": 2.0}, "min_p=2.0"),
-        (([[1]],), {"max_new": 65}, "max_new=65: expected 1 to 64"),
-        (([[1]],), {"repetition": -1}, "repetition=-1"),
-        (([[1]],), {"stop": (96,)}, "stop: id 96"),
-        (([[1]],), {"forbidden": (-1,)}, "forbidden: id -1"),
-        (([[1]],), {"vocab_size": 0}, "no token is left"),
-    ]
-    for args, settings, message in cases:  # at the call, not at the first rollout
-        with pytest.raises(ValueError) as error:
-            make(*args, **settings)
-        assert message in str(error.value) and "\n" not in str(error.value), error.value
+@pytest.mark.parametrize("prompts, settings, message", [
+    ([[]], {}, "prompt 0 has 0 tokens"),
+    ([[1], [1] * 41], {}, "prompt 1 has 41 tokens .*expected 1 to 40"),
+    ([[1, 96]], {}, "prompt 0 has 2 tokens with ids up to 96, expected .* below 96"),
+    ([[1]], {"temperature": -0.5}, "temperature=-0.5, .*: expected 0"),
+    ([[1]], {"temperature": float("nan")}, "temperature=nan"),
+    ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+    ([[1]], {"min_p": 2.0}, "min_p=2.0"),
+    ([[1]], {"max_new": 65}, "max_new=65, .*expected 1 to 64"),
+])
+def test_what_cannot_be_sampled_is_said_at_the_call(prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampler().sample(params_of("gemma3"), prompts, **settings)
+
+
+def test_the_length_of_the_context_and_the_dtype_are_checked():
     bf16 = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params_of("gemma3"))
-    with pytest.raises(ValueError, match="the parameters are bfloat16"):
+    with pytest.raises(ValueError, match="parameters in bfloat16: expected .* float32"):
         sampler().sample(bf16, [[1]])
-    with pytest.raises(ValueError, match="slots=0: expected 1 or more"):
+    with pytest.raises(ValueError, match="expected 1 or more of each"):
         sampler(slots=0)
     short = dataclasses.replace(CFG["gemma3"], max_position_embeddings=20)
-    with pytest.raises(ValueError, match="prompt 0 has 20 tokens, expected 1 to 19"):
+    with pytest.raises(ValueError, match="prompt 0 has 20 tokens .*expected 1 to 19"):
         Sampler(short, mesh(1), dtype=jnp.float32).sample(params_of("gemma3"), [[1] * 20])
-    assert list(make([])) == []
-    assert BLOCK == 128
+    assert list(sampler().sample(params_of("gemma3"), [])) == []
