@@ -137,7 +137,7 @@ def test_without_the_compiler_arguments_are_added_up(no_compiler, module, capsys
 def test_flags_reach_the_plan(no_compiler, tmp_path, capsys):
     """The time limit is the session; a judge takes memory beside every other phase."""
     config = train_grpo.Config(
-        weights=config_in(tmp_path), model="gemma3-1b", plan=True, time_limit="90m",
+        weights=config_in(tmp_path), plan=True, time_limit="90m",
         judge="gemma3-12b", kl_coef=0.0, lora_rank=8,
     )
     out = train_grpo.main(config)
