@@ -622,7 +622,9 @@ def plan_scripts(config: Config) -> dict:
     out = {"hbm_bytes": {}, "phases": {}}
     for script in SCRIPTS:
         if only := tuple(phase for phase in wanted if phase.startswith(script)):
-            found = plan(script, script_config(script, config), config.target, only)
+            judged = {"rewards": "judge:1"} if config.judge else {}
+            given = script_config(script, config, **judged)
+            found = plan(script, given, config.target, only)
             out["hbm_bytes"] |= found.pop("hbm_bytes")
             out["phases"] |= found.pop("phases")
             out[script] = found
