@@ -292,6 +292,10 @@ FIELDS = {"rows": "batch_rows", "length": "max_length", "prompt_length": "max_pr
 def script_config(script: str, config: Config, **more):
     """The script's resolved Config with the fields that are set here, and some more."""
     module = SCRIPTS[script]
+    if config.weights:  # --model names its defaults: those of the size nearest to the folder's
+        size = gemma.read_config(config.weights).n_params
+        apart = lambda name: abs(math.log(gemma.CONFIGS[name].n_params / size))
+        config = dataclasses.replace(config, model=min(gemma.CONFIGS, key=apart))
     given = {FIELDS.get(k, k): v for k, v in vars(config).items() if v is not None} | more
     known = {field.name for field in dataclasses.fields(module.Config)}
     return module.resolve(module.Config(**{k: v for k, v in given.items() if k in known}))
@@ -618,7 +622,9 @@ def plan_scripts(config: Config) -> dict:
     out = {"hbm_bytes": {}, "phases": {}}
     for script in SCRIPTS:
         if only := tuple(phase for phase in wanted if phase.startswith(script)):
-            found = plan(script, script_config(script, config), config.target, only)
+            judged = {"rewards": "judge:1"} if config.judge else {}
+            given = script_config(script, config, **judged)
+            found = plan(script, given, config.target, only)
             out["hbm_bytes"] |= found.pop("hbm_bytes")
             out["phases"] |= found.pop("phases")
             out[script] = found

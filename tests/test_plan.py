@@ -137,8 +137,8 @@ def test_without_the_compiler_arguments_are_added_up(no_compiler, module, capsys
 def test_flags_reach_the_plan(no_compiler, tmp_path, capsys):
     """The time limit is the session; a judge takes memory beside every other phase."""
     config = train_grpo.Config(
-        weights=config_in(tmp_path), model="gemma3-1b", plan=True, time_limit="90m",
-        judge="gemma3-12b", kl_coef=0.0, lora_rank=8,
+        weights=config_in(tmp_path), plan=True, time_limit="90m",
+        judge="gemma3-12b", rewards="judge:1", kl_coef=0.0, lora_rank=8,
     )
     out = train_grpo.main(config)
     assert out["session_s"] == 5400 and "grpo_reference" not in out["phases"]
@@ -151,7 +151,7 @@ def test_flags_reach_the_plan(no_compiler, tmp_path, capsys):
 
 def test_json_and_phases(no_compiler, capsys):
     config = bench.Config(model="tiny", target="v5e:2x4", phases="sft,grpo_update", json=True,
-                          prompts=3, group=5, new_tokens=7)
+                          judge="tiny", prompts=3, group=5, new_tokens=7)
     out = bench.main(config)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["hbm_bytes"] == out["hbm_bytes"]
     assert out["hbm_bytes"].keys() == {"sft", "sft_eval", "grpo_update"}
