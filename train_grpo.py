@@ -290,6 +290,8 @@ def resolve(config: Config) -> Config:
     config = stage.resolve(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature {config.temperature:g}: expected more than 0")
     if config.group < 2:
         raise ValueError(f"--group {config.group}: expected 2 or more, to compare")
     if config.pack_length < (longest := config.max_prompt + config.max_new):

@@ -535,7 +535,7 @@ def test_curriculum():
                        ("0:1,0.9:2,0.5:3", "start at 0")):
         with pytest.raises(ValueError, match=why):
             Order(problems, wrong, 0)
-    with pytest.raises(ValueError, match="no difficulty"):
+    with pytest.raises(ValueError, match="expected a number as difficulty"):
         Order([sample([3], [4]).problem], "ordered", 0)
 
 

@@ -71,7 +71,7 @@ def test_evaluation_is_on_the_data_of_the_training(tmp_path):
     for flags, expected in (
         (["--data", "gsm8k"], "data='gsm8k:test'"),
         (["--data", "mine.jsonl"], "data=held_out"),
-        (["--data", "mine.jsonl", "--eval-data", "other.jsonl"], "data='other.jsonl'"),
+        (["--data", "mine.jsonl", "--eval-data", "other.jsonl"], "data=held_out"),
     ):
         cells = json.loads(export(tmp_path / "nb", *flags).read_text())["cells"]
         text = next("".join(cell["source"]) for cell in cells if cell["id"] == "eval")
