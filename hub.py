@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gemma
+import runs
 
 KAGGLE = Path("/kaggle")  # inputs lie in input/; only what is in working/ survives the session
 
@@ -174,7 +175,9 @@ def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
     if (folder / "adapter_config.json").exists():
         base = _trained_base(folder)
         if base is None or weights and not base.exists():
-            return Start(find_model(model, weights), folder)
+            found = find_model(model, weights)
+            _compare_base(folder, found, hub_name(model))
+            return Start(found, folder)
         if not base.exists():
             raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
                              "is not there; --weights names it where it is now")
@@ -185,10 +188,23 @@ def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
                      "(a whole model), or a run folder with final/")
 
 
+def _named_base(adapter: Path) -> Path:
+    """What an adapter's config calls the model that it was trained on."""
+    config = gemma.read_json(adapter / "adapter_config.json")
+    return Path(str(config.get("base_model_name_or_path") or ""))
+
+
+def _compare_base(adapter: Path, weights: Path, name: str) -> None:
+    """Says so where an adapter was trained on a model of another name than these weights have."""
+    base = _named_base(adapter)
+    if base.name not in ("", name) and base.name not in str(weights.resolve()):
+        runs.say(f"--adapter {adapter} was trained on {base}, and is put on {weights}: is that the "
+                 "same model?")
+
+
 def _trained_base(adapter: Path) -> Path | None:
     """The fully fine-tuned model of ours that an adapter was trained on; None: a published one."""
-    config = gemma.read_json(adapter / "adapter_config.json")
-    base = Path(config.get("base_model_name_or_path") or "")
+    base = _named_base(adapter)
     ours = base.name == "final" or base.name.startswith("step_")  # see runs.py
     return base if ours and ((base / "prompt.json").exists() or not base.exists()) else None
 

@@ -52,7 +52,7 @@ def init(cfg: Config, key: jax.Array, rank: int, alpha: float, targets: str = ",
         key, sub = jax.random.split(key)
         adapter["a"][name] = jax.random.uniform(sub, a_shape, minval=-bound, maxval=bound)
         adapter["b"][name] = jnp.zeros(b_shape)
-        scale = alpha / (math.sqrt(rank) if rslora else rank)
+        scale = scaling(alpha, rank, rslora)
         adapter["scale"][name] = jnp.full(cfg.num_hidden_layers, scale)
     return adapter
 
@@ -67,6 +67,11 @@ def shapes(spec: Spec, cfg: Config, rank: int) -> tuple[tuple, tuple]:
 def split(adapter: dict) -> tuple[dict, dict]:
     """(the trained part, the fixed part) of an adapter; `trained | fixed` joins them again."""
     return {k: adapter[k] for k in "ab"}, {"scale": adapter["scale"]}
+
+
+def scaling(alpha: float, rank: int, rslora: bool) -> float:
+    """What the product of A and B is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def rank(adapter: dict) -> int:
@@ -245,7 +250,7 @@ def load(path: str | Path, cfg: Config) -> dict:
             b[i, :r] = pair["B"].T.reshape(r, *b.shape[2:])
             # PEFT's rule: the first key that is the name or the end of it.
             own = (v for k, v in alphas.items() if f".{pair['module']}".endswith(f".{k}"))
-            s_L[i] = next(own, alpha) / (math.sqrt(r) if rslora else r)
+            s_L[i] = scaling(next(own, alpha), r, rslora)
         adapter["a"][name], adapter["b"][name], adapter["scale"][name] = a, b, s_L
     if not adapter["a"]:
         raise ValueError(f"{file}: holds no LoRA matrices")

@@ -245,6 +245,11 @@ def continue_from(path: Path, base: dict, cfg: gemma.Config,
     """
     adapter, targets = lora.load(path, cfg), lora.parse_targets(config.lora_targets)
     if config.lora_rank == lora.rank(adapter) and set(adapter["a"]) == set(targets):
+        own = adapter["scale"][targets[0]][0]
+        new = lora.scaling(config.lora_alpha, config.lora_rank, config.rslora)
+        if not math.isclose(own, new, rel_tol=1e-5):
+            runs.say(f"--adapter {path} keeps its own scale of {own:.4g}; the {new:.4g} of "
+                     f"--lora-alpha {config.lora_alpha:g} would be a new adapter's")
         return base, adapter, None
     runs.say(f"--adapter {path} merged into the base: {lora.describe(adapter)}")
     return lora.merge(base, adapter, cfg), None, adapter

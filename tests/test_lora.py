@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import gemma
+import hub
 import lora
 import stage
 
@@ -181,7 +182,8 @@ def test_the_same_rank_is_continued_and_another_merged(tmp_path):
     cfg, params = base()
     adapter = random_adapter(cfg)
     lora.save(tmp_path, adapter, cfg)
-    stage_of = lambda rank, names: types.SimpleNamespace(lora_rank=rank, lora_targets=names)
+    stage_of = lambda rank, names: types.SimpleNamespace(
+        lora_rank=rank, lora_targets=names, lora_alpha=8.0, rslora=False)
     for names in (ALL, ",".join(ALL.split(",")[::-1])):
         same, live, merged = stage.continue_from(tmp_path, params, cfg, stage_of(4, names))
         assert same is params and merged is None
@@ -356,3 +358,16 @@ def test_what_cannot_be_merged(trained, monkeypatch):
         lora.main("tiny", "merged-twice")
     with pytest.raises(ValueError, match="--out tiny is the base itself"):
         lora.main("runs/grpo", "tiny", weights="tiny")
+
+
+def test_another_base_and_another_alpha_are_said(tmp_path, capsys):
+    cfg, params = base()
+    config = types.SimpleNamespace(lora_rank=4, lora_targets=ALL, lora_alpha=64.0, rslora=False)
+    lora.save(tmp_path / "final", random_adapter(cfg), cfg, "google/gemma-3-1b-pt")
+    stage.continue_from(tmp_path / "final", params, cfg, config)
+    assert "keeps its own scale" in capsys.readouterr().err
+    hub.find_start("tiny", None, str(tmp_path))
+    assert "was trained on google/gemma-3-1b-pt" in capsys.readouterr().err
+    lora.save(tmp_path / "final", random_adapter(cfg), cfg, str(ROOT / "tiny"))
+    hub.find_start("tiny", None, str(tmp_path))
+    assert not capsys.readouterr().err
