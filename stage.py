@@ -104,7 +104,7 @@ def check_name(config) -> None:
     if folder is None or not (folder / "config.json").exists():
         return
     cfg, named = gemma.read_config(folder), gemma.CONFIGS[hub.base_name(config.model)]
-    if max(cfg.n_params, named.n_params) > max(10**8, 1.5 * min(cfg.n_params, named.n_params)):
+    if cfg.n_params > max(10**8, 1.5 * named.n_params):
         raise ValueError(f"--model {config.model} has {named.n_params:,} weights, but {folder} "
                          f"holds {cfg.n_params:,}: name its size with --model")
 

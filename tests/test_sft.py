@@ -250,6 +250,14 @@ def test_what_is_split_and_what_rollouts_gather_follows_from_the_sizes(model, ra
     assert not stage.rollouts_are_sharded(args[0], whole, args[2])
 
 
+def test_a_real_gemma_does_not_get_the_tiny_models_defaults(tmp_path):
+    hf = gemma.config_to_dict(gemma.CONFIGS["gemma3-270m"])
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match="--model tiny has 887,168 weights, but .* holds 268,098"):
+        train_sft.resolve(train_sft.Config(weights=str(tmp_path)))
+    train_sft.resolve(train_sft.Config(model="gemma3-270m-pt", weights=str(tmp_path)))
+
+
 @pytest.mark.parametrize("rank, dtype", [(4, "float32"), (0, "bfloat16")])
 def test_a_reference_is_kept_in_the_precision_it_is_read_in(rank, dtype):
     """By GRPO and DPO alike: an adapter in float32, all weights in the compute dtype."""
