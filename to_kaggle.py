@@ -201,7 +201,7 @@ import hub
 folder = hub.output(config.out)
 subprocess.run([sys.executable, "code/report.py", folder], check=True, capture_output=True)
 page = html.escape((folder / "report.html").read_text(encoding="utf-8"))
-HTML(f'<iframe srcdoc="{{page}}" width="100%" height="900"></iframe>')
+HTML(f'<iframe srcdoc="{page}" width="100%" height="900"></iframe>')
 """
 COMPLETIONS = """\
 import json

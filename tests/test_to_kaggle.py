@@ -62,6 +62,8 @@ def test_notebook_trains_evaluates_and_reports(tmp_path, one_device):
     results = json.loads((path.parent / "runs/grpo-eval/results.json").read_text())
     assert results["n"] == 4 and "pass@1" in results and results["compare"]["n"] == 4
     outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
+    (page,) = (o.data["text/html"] for o in outputs["report"] if o.output_type == "execute_result")
+    assert page.count("&lt;figure") > 3  # the report itself, quoted
     assert not [o for out in outputs.values() for o in out if o.output_type == "execute_result"
                 and "text/html" not in o.data]  # no stray values
 
