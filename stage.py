@@ -65,30 +65,25 @@ def resolve(config, defaults: dict[str, dict]):
     return config
 
 
-RANGES = {  # field -> lowest and highest allowed value
-    "lora_rank": (0, 4096), "steps": (0, math.inf), "batch_rows": (1, math.inf),
-    "micro_rows": (1, math.inf), "max_length": (2, math.inf), "max_prompt": (1, math.inf),
-    "max_new": (1, math.inf), "slots": (1, math.inf), "prompts": (1, math.inf),
-    "group": (1, math.inf), "inner_epochs": (1, math.inf), "learning_rate": (0, math.inf),
-    "warmup": (0, 1), "final_lr": (0, 1), "weight_decay": (0, math.inf), "adam_b2": (0, 1),
-    "clip_norm": (1e-9, math.inf), "lora_dropout": (0, 0.999), "prompt_loss": (0, 1),
-    "kl_coef": (0, math.inf), "clip_low": (0, 1), "clip_high": (0, math.inf),
-    "cispo_cap": (0, math.inf), "is_cap": (0, math.inf), "top_k": (0, math.inf),
-    "top_p": (1e-9, 1), "min_p": (0, 1), "repetition": (0, math.inf), "resample": (0, math.inf),
-    "rows": (0, math.inf), "eval_rows": (0, math.inf), "eval_every": (0, math.inf),
-    "eval_accuracy": (0, math.inf), "save_every": (0, math.inf), "keep": (0, math.inf),
-    "show": (0, math.inf), "show_every": (0, math.inf), "log_samples": (0, math.inf),
-    "reward_threads": (1, 1024), "reward_timeout": (0, math.inf), "max_missing": (0, 1),
-    "overlong_buffer": (0, 1), "max_drift": (0, math.inf),
-}
+RANGES = (  # the least and the largest value that make sense, and the fields
+    (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
+     "reward_threads"),
+    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef clip_high cispo_cap is_cap "
+     "top_k repetition resample rows eval_rows eval_every eval_accuracy save_every keep show "
+     "show_every log_samples reward_timeout max_drift"),
+    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer"),
+    (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm"), (0, 0.999, "lora_dropout"),
+)
 
 
 def check_ranges(config) -> None:
-    """Raises ValueError for a number out of range, before anything is loaded."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name, None)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {low:g} to {high:g}")
+    """Raises ValueError for a number that makes no sense, before anything is loaded."""
+    for low, high, names in RANGES:
+        for name in names.split():
+            value = getattr(config, name, None)
+            if value is not None and not low <= value <= high:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {value}: expected {low:g} to {high:g}")
     if hasattr(config, "lora_targets"):
         lora.parse_targets(config.lora_targets)
 

@@ -737,3 +737,16 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
     assert set(programs) == {"prefill", "decode", "reference", "train_step"}
     for name, (f, arguments) in programs.items():
         assert f.lower(*arguments) is not None, name
+
+
+@pytest.mark.parametrize("flags, why", [
+    ({"slots": 0}, "--slots 0: expected 1 to inf"), ({"top_p": 0.0}, "--top-p 0.0"),
+    ({"kl_coef": -1.0}, "--kl-coef -1.0"), ({"warmup": 2.0}, "--warmup 2.0: expected 0 to 1"),
+    ({"lora_targets": "zz"}, "--lora-targets"), ({"eval_rows": -3}, "--eval-rows -3"),
+    ({"rewards": "judge:1"}, "--rewards judge: needs --judge"),
+    ({"judge": "tiny"}, "--judge tiny: needs --rewards"),
+    ({"curriculum": "0:1,2:3"}, "stay below 1"),
+])
+def test_a_wrong_value_is_refused_before_anything_is_loaded(flags, why):
+    with pytest.raises(ValueError, match=why):
+        train_grpo.resolve(train_grpo.Config(**flags))
