@@ -343,11 +343,12 @@ def claim(folder: Path, kind: str = "run") -> None:
         return
     try:
         begun = json.loads((folder / "config.json").read_bytes())["code"]["kind"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        begun = error
+    except (OSError, ValueError, LookupError, TypeError):
+        begun = None
     if begun != kind:
-        raise SystemExit(f"--out {folder} is not empty, and by its config.json no {kind!r} folder "
-                         f"({begun}): choose another --out; nothing in it was touched")
+        instead = f", but one of kind {begun!r}" if begun else ""
+        raise SystemExit(f"--out {folder} is not empty, and not a folder of kind {kind!r}"
+                         f"{instead}: choose another --out; nothing in it was touched")
 
 
 @contextlib.contextmanager
