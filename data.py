@@ -19,14 +19,16 @@ import bisect
 import functools
 import json
 import re
+import struct
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, pairwise, starmap, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
+import gemma
 import hub
 import runs
 
@@ -57,22 +59,34 @@ CHAT_TEMPLATE = r"""
 
 
 class Tokenizer:
-    """Gemma's SentencePiece model and chat template, from a model directory or a `tokenizer.model`.
+    """Gemma's SentencePiece model and chat template, from a model directory or a file in it.
+
+    The file is `tokenizer.model`, or `tokenizer.json` where that is alone (transformers 5 saves no
+    other) or has added tokens that `tokenizer.model` lacks (a fine-tune's).
 
     Messages are `{"role": "system" | "user" | "assistant", "content": str}`; "model" is another
     name for "assistant". System text goes into the first user turn, as in Gemma 3's template.
     """
 
     def __init__(self, path: str | Path):
-        self.file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        files = [Path(path)]
+        if files[0].is_dir():
+            _check_chat_template(files[0])
+            files = [files[0] / name for name in ("tokenizer.model", "tokenizer.json")]
+            files = [file for file in files if file.exists()] or files[:1]
+        self.file, *newer = files
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+            self.sp = _open(self.file)
+            if newer and any(piece not in self for piece in _read_json(newer[0])[1]):
+                self.file = newer[0]
+                self.sp = _open(self.file)
             found = [self.sp.encode(piece, out_type=str) for piece in PIECES[-2:]]
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError, ValueError) as e:
             found = e
         if found != [[piece] for piece in PIECES[-2:]]:
-            raise ValueError(f"{self.file}: expected Gemma's tokenizer.model (--tokenizer DIR), to "
-                             f"which {PIECES[-2:]} are one piece each, found {found}")
+            raise ValueError(f"{self.file}: expected Gemma's tokenizer.model or tokenizer.json "
+                             f"(--tokenizer DIR), to which {PIECES[-2:]} are one piece each, found "
+                             f"{found}")
         self.vocab_size = self.sp.get_piece_size()
         ids = self.sp.piece_to_id(list(PIECES))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
@@ -134,7 +148,10 @@ class Tokenizer:
             yield self.encode("model\n"), 0
 
     def save(self, directory: str | Path) -> None:
-        """Writes `tokenizer.model` and `tokenizer_config.json`, all that AutoTokenizer needs."""
+        """Writes what AutoTokenizer needs: `tokenizer.model` and `tokenizer_config.json`.
+
+        Where tokenizer.json was read, it is copied too: transformers reads that first.
+        """
         # added_tokens_decoder makes transformers' skip_special_tokens drop the turn markers. With
         # extra_special_tokens instead, HTML tags would fall apart (transformers 5.23).
         markers = (self.start_of_turn, self.end_of_turn)
@@ -150,8 +167,82 @@ class Tokenizer:
         }
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        if self.file.suffix == ".json":
+            del config["added_tokens_decoder"]  # those of tokenizer.json count without it
+            (directory / "tokenizer.json").write_bytes(self.file.read_bytes())
         (directory / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_chat_template(folder: Path) -> None:
+    """ValueError where a model folder has a chat template that is not Gemma's."""
+    templates = [file.read_text("utf-8") for file in folder.glob("chat_template.jinja")]
+    for file in folder.glob("tokenizer_config.json"):
+        templates.append(gemma.read_json(file).get("chat_template"))
+    for template in templates:
+        if template and PIECES[-2] not in str(template):
+            raise ValueError(f"{folder}: expected Gemma's chat template, which has {PIECES[-2]}, "
+                             f"found {str(template)!r:.60}")
+
+
+def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
+    if file.suffix == ".json":
+        return sentencepiece.SentencePieceProcessor(model_proto=_model_proto(*_read_json(file)))
+    return sentencepiece.SentencePieceProcessor(model_file=str(file))
+
+
+def _read_json(file: Path) -> tuple[list[str], list[str], list[str]]:
+    """tokenizer.json: all pieces by id, those that are never split, and what each merge makes."""
+    content = gemma.read_json(file)
+    try:
+        added = {t["id"]: t["content"].replace(" ", "▁") for t in content["added_tokens"]}
+        by_id = {i: piece for piece, i in content["model"]["vocab"].items()} | added
+        merges = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
+        if by_id.get(last := len(by_id) - 1) == IMAGE_PIECES[-1]:
+            del by_id[last], added[last]  # tokenizer.model lacks it, and text models a row for it
+        pieces = [by_id[i] for i in range(len(by_id))]
+        if missing := set(PIECES) - set(pieces):
+            raise ValueError(f"{file} without {sorted(missing)}")
+        return pieces, list(added.values()), ["".join(merge) for merge in merges]
+    except (KeyError, TypeError, AttributeError) as e:  # KeyError 7: no token has that id
+        raise ValueError(f"{file} without a key or id that a BPE has: {e!r}") from None
+
+
+def _model_proto(pieces: list[str], added: list[str], merged: list[str]) -> bytes:
+    """SentencePiece's own format; the numbers of fields are in its sentencepiece_model.proto.
+
+    SentencePiece joins the two neighbours whose piece has the highest score, transformers those
+    whose merge comes first: the scores are 0, -1, ... in the order of the merges.
+    """
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+    types = dict.fromkeys(added, USER_DEFINED) | dict.fromkeys(PIECES[1:4], CONTROL)
+    types |= {PIECES[0]: UNKNOWN} | {f"<0x{byte:02X}>": BYTE for byte in range(256)}
+    normal = (piece for piece in dict.fromkeys([*merged, *pieces]) if piece not in types)
+    scores = {piece: -float(n) for n, piece in enumerate(normal)}
+    fields = [(1, {1: piece, 2: scores.get(piece, 0.0), 3: types.get(piece, NORMAL)})
+              for piece in pieces]
+    # model_type = BPE, vocab_size, split_digits, allow_whitespace_only_pieces, byte_fallback
+    trainer = {3: 2, 4: len(pieces), 25: True, 26: True, 35: True}
+    for n, piece in enumerate(("<unk>", "<bos>", "<eos>", "<pad>")):
+        trainer |= {40 + n: pieces.index(piece), 45 + n: piece}
+    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    normalizer = {1: "identity", 3: False, 4: False, 5: True}
+    return b"".join(starmap(_field, [*fields, (2, trainer), (3, normalizer)]))
+
+
+def _field(number: int, value: dict | str | float | int | bool) -> bytes:
+    """A field in protobuf's encoding: number and wire type, then varint, float, or sized bytes."""
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    content = value.encode() if isinstance(value, str) else b"".join(starmap(_field, value.items()))
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(n: int) -> bytes:
+    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + _varint(n >> 7)
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def find_model(model: str, weights: str | Path | None = None,
 
 def _download(name: str, handle: str) -> tuple[Path | None, str]:
     """Asks kagglehub (on Kaggle) and huggingface_hub, where they are installed -> (folder, why)."""
-    files = ["*.json", "*.safetensors", "tokenizer.model"]
+    files = ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
     tools, why = {}, []
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         tools["kagglehub"] = lambda tool: tool.model_download(handle)

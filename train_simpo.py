@@ -65,7 +65,7 @@ class Config:
     weights: str | None = None
     """Folder of the weights (config.json, safetensors); default: looked for by name."""
     tokenizer: str | None = None
-    """Tokenizer folder or file, if the weights folder has no tokenizer.model."""
+    """Tokenizer folder or file, if the weights folder holds no tokenizer."""
     adapter: str | None = None
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None

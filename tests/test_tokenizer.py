@@ -1,7 +1,9 @@
 """The tokenizer and chat template, against transformers and the official templates."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import SHARED
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from make_tokenizer import TAGS, special_pieces, train_tokenizer
@@ -246,6 +249,119 @@ def test_files_that_are_no_tokenizer(directories, tmp_path):
                 sentence_iterator=iter(["ab abc abcd"]), model_writer=model, model_type="bpe",
                 vocab_size=16, hard_vocab_limit=False, minloglevel=2, **symbols)
         refused(tmp_path, "are one piece each, found")
+
+
+@pytest.fixture(scope="module")
+def json_folder(directories, tmp_path_factory):
+    """The tokenizer as transformers 5 saves it: tokenizer.json, and no tokenizer.model."""
+    folder = tmp_path_factory.mktemp("json")
+    auto = pytest.importorskip("transformers", "5").AutoTokenizer
+    auto.from_pretrained(directories["gemma3"]).save_pretrained(folder)
+    assert not (folder / "tokenizer.model").exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_json(json_folder):
+    return Tokenizer(json_folder)
+
+
+@many
+@given(text=hostile_texts)
+def test_tokenizer_json_gives_the_same_ids(ours, from_json, text):
+    ids = ours["gemma3"].sp.encode(text)
+    assert from_json.sp.encode(text) == ids
+    assert from_json.decode(ids, keep_special=True) == ours["gemma3"].decode(ids, keep_special=True)
+
+
+def test_tokenizer_json_gives_the_same_pieces(ours, from_json, json_folder, tmp_path):
+    old, new = ours["gemma3"].sp, from_json.sp
+    for i in range(old.get_piece_size()):
+        for fact in ("id_to_piece", "is_control", "is_unknown", "is_byte", "is_unused"):
+            assert getattr(old, fact)(i) == getattr(new, fact)(i), (i, fact)
+    assert len(old) == len(new) and old.pad_id() == new.pad_id() and old.bos_id() == new.bos_id()
+    text = (ROOT / "data.py").read_text()
+    assert old.encode(text) == new.encode(text)
+    content = json.loads((json_folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]  # as once
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer(tmp_path).sp.serialized_model_proto() == new.serialized_model_proto()
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["json alone", "beside tokenizer.model"])
+def test_added_tokens_are_read_and_kept(directories, json_folder, tmp_path, beside):
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    theirs = auto.from_pretrained(json_folder)
+    theirs.add_tokens(["<think>", "</think>", "<a tool>"])
+    theirs.save_pretrained(tmp_path / "tuned")
+    if beside:
+        shutil.copy(directories["gemma3"] / "tokenizer.model", tmp_path / "tuned")
+    tok = Tokenizer(tmp_path / "tuned")
+    tok.save(tmp_path / "saved")
+    text = "<think>Is it  4?</think>\n\n\n<b>4</b><a tool>"
+    ids, chat = tok.encode(text), [user(text), assistant(text)]
+    assert {512, 513, 514} < set(ids) and tok.decode(ids) == text and tok.vocab_size == 515
+    assert tok.chat(chat) == Tokenizer(tmp_path / "saved").chat(chat)
+    for folder in ("tuned", "saved"):
+        theirs = auto.from_pretrained(tmp_path / folder)
+        assert theirs(text, add_special_tokens=False).input_ids == ids and len(theirs) == 515
+        assert theirs.apply_chat_template(chat, return_dict=False) == tok.chat(chat)
+    assert theirs.decode(tok.chat(chat)[-9:], skip_special_tokens=True) == (
+        tok.decode(tok.chat(chat)[-9:]))
+
+
+def test_tokenizer_model_comes_first_where_it_lacks_nothing(directories, json_folder, tmp_path):
+    for file in (*directories["gemma3"].iterdir(), json_folder / "tokenizer.json"):
+        shutil.copy(file, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"].append({"id": 512, "content": "<image_soft_token>"})  # as published
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer(tmp_path).file == tmp_path / "tokenizer.model"
+    (tmp_path / "tokenizer.model").unlink()
+    tok = Tokenizer(tmp_path)
+    assert tok.file == tmp_path / "tokenizer.json" and tok.vocab_size == 512
+
+
+def test_files_that_are_no_tokenizer_json(json_folder, tmp_path):
+    content = json.loads((json_folder / "tokenizer.json").read_text())
+    added, model = content["added_tokens"], content["model"]
+    for bad, why in [
+        ("", "cannot be read as JSON"), ("[]", "expected a JSON object"), ("{}", "added_tokens"),
+        ({"added_tokens": added, "model": {"vocab": [["a", -1.0]]}}, "items"),  # a unigram model
+        ({"added_tokens": added, "model": model | {"merges": [1]}}, "TypeError"),
+        ({"added_tokens": [], "model": {"vocab": {"a": 0}, "merges": []}}, "without.*<bos>"),
+        ({"added_tokens": [*added, {"id": 600, "content": "x"}], "model": model}, "KeyError.512"),
+    ]:
+        (tmp_path / "tokenizer.json").write_text(bad if isinstance(bad, str) else json.dumps(bad))
+        with pytest.raises(ValueError, match=why) as error:
+            Tokenizer(tmp_path)
+        assert "tokenizer.json: expected Gemma's" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chat_template_of_another_model(directories, tmp_path, file):
+    shutil.copy(directories["gemma3"] / "tokenizer.model", tmp_path)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    is_json = file.endswith(".json")
+    (tmp_path / file).write_text(json.dumps({"chat_template": template}) if is_json else template)
+    with pytest.raises(ValueError, match="Gemma's chat template.*found.*im_start") as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert Tokenizer(tmp_path / "tokenizer.model")  # which brings no template
+
+
+def test_published_tokenizer_json():
+    """Ids of transformers; $GEMMA_TOKENIZER is a folder with Gemma 3's tokenizer.json."""
+    folder, golden = os.environ.get("GEMMA_TOKENIZER"), SHARED / "real/golden_tokens.json"
+    if not folder or not golden.exists():
+        pytest.skip("no $GEMMA_TOKENIZER, or ../shared/real is absent")
+    tok, golden = Tokenizer(folder), json.loads(golden.read_text())
+    assert tok.vocab_size == 262144
+    for chat in golden["chats"]:
+        assert tok.chat(chat["messages"], chat["generate"]) == chat["ids"]
+    wrong = {row["text"] for row in golden["texts"] if tok.encode(row["text"]) != row["ids"]}
+    assert wrong == {"[multimodal]", "<unused0>", "<mask>"}  # which text never becomes
 
 
 def test_training_is_deterministic(tmp_path):
