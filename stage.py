@@ -207,6 +207,9 @@ def load_model(config, mesh: Mesh) -> Model:
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     cfg, merged, adapter = gemma.read_config(start.weights), None, None
+    if tok.vocab_size > cfg.vocab_size:
+        raise ValueError(f"{tok.file} has {tok.vocab_size} tokens, but the embedding of "
+                         f"{start.weights} only {cfg.vocab_size} rows")
     sharded = base_is_sharded(cfg, config, mesh)
     if getattr(config, "from_scratch", False):
         base = gemma.init(cfg, jax.random.key(config.seed))
