@@ -1,0 +1,20 @@
+"""on_gpu.py, all of it with the tiny model on a CPU, so that it is ready when a GPU is there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.slow
+def test_quick(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as there
+    command = [sys.executable, "tests/on_gpu.py", "--quick", f"--out={tmp_path}", "--budget=900s"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert {row["status"] for row in rows} == {"ok"} and len(rows) == 12
+    assert (tmp_path / "table.md").read_text() in done.stdout
