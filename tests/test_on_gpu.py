@@ -5,8 +5,22 @@ import os
 import subprocess
 import sys
 
+import on_gpu
 import pytest
+import tyro
 from conftest import ROOT
+from test_readme import parse
+
+
+def test_the_commands_for_a_real_model_parse():
+    tasks = on_gpu.plan(on_gpu.Config(weights=str(ROOT / "tiny"), gsm8k="gsm8k"))
+    assert len(tasks) == 13
+    for task in tasks:
+        script, *flags = (word.replace("{left}", "60") for word in task.command)
+        if script.startswith("tests/"):
+            tyro.cli(on_gpu.Config, args=flags)
+        else:
+            parse(script, flags)
 
 
 @pytest.mark.slow
