@@ -132,6 +132,7 @@ PEAKS = {  # by jax's device_kind: what its maker says it does in a second, in d
     # two of the ports.
     "TPU v5 lite": Work(197e12, 819e9, 100e9),
     "NVIDIA H100 80GB HBM3": Work(989e12, 3.35e12, 450e9),  # nvidia.com/en-us/data-center/h100, SXM
+    "NVIDIA H200": Work(989e12, 4.8e12, 450e9),  # nvidia.com/en-us/data-center/h200, SXM
 }
 HBM_BYTES = {"TPU v5 lite": 15.75 * 2**30}  # of 16 GiB a program gets these (its compiler says so)
 EFFICIENCY = 0.5  # assumed share of the peaks that a session reaches
