@@ -346,9 +346,9 @@ def claim(folder: Path, kind: str = "run") -> None:
     except (OSError, ValueError, LookupError, TypeError):
         begun = None
     if begun != kind:
-        instead = f", but one of kind {begun!r}" if begun else ""
-        raise SystemExit(f"--out {folder} is not empty, and not a folder of kind {kind!r}"
-                         f"{instead}: choose another --out; nothing in it was touched")
+        raise SystemExit(f"--out {folder} is not empty, and no config.json in it says that it is "
+                         f"a {kind!r} folder (kind: {begun}): choose another --out; nothing in it "
+                         "was touched")
 
 
 @contextlib.contextmanager

@@ -212,8 +212,8 @@ FOREIGN = {  # files -> what the line says
               "is not empty"),
     "parent": ({"sft/config.json": "{}"}, "is not empty"),
     "eval": ({"config.json": '{"code": {"kind": "eval"}}', "samples.jsonl": "x"},
-             "but one of kind 'eval'"),
-    "broken": ({"config.json": '{"code', "final/x": "x"}, "not a folder of kind 'run'"),
+             "[(]kind: eval[)]"),
+    "broken": ({"config.json": '{"code', "final/x": "x"}, "[(]kind: None[)]"),
     "other": ({"config.json": '[{"code": "x"}]'}, "is not empty"),
 }
 
@@ -237,7 +237,7 @@ def test_a_folder_is_claimed_by_kind(tmp_path):
     runs.claim(tmp_path, "pairs")
     runs.write_config(tmp_path, Config(), {"checksum of the weights": "3f"}, "pairs")
     runs.claim(tmp_path, "pairs")
-    with pytest.raises(SystemExit, match="but one of kind 'pairs': choose another --out"):
+    with pytest.raises(SystemExit, match="[(]kind: pairs[)]: choose another --out"):
         runs.claim(tmp_path)
     runs.check_unchanged(tmp_path, Config(), {"checksum of the weights": "3f"})
     with pytest.raises(SystemExit, match="^checksum of the weights was '3f' when .* it is '40'"):
