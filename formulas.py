@@ -44,6 +44,8 @@ class Verifier:
 
     def __init__(self):
         self.lock = threading.Lock()
+        # A completion is graded for its reward and once more for the accuracy that is logged.
+        self.equal = functools.lru_cache(maxsize=4096)(self.ask)
         self.start()
 
     def start(self) -> None:
@@ -52,7 +54,7 @@ class Verifier:
                                         stderr=subprocess.DEVNULL)
         self.installed = self.process.stdout.readline() == "ready\n"
 
-    def equal(self, guess: str, gold: str) -> bool:
+    def ask(self, guess: str, gold: str) -> bool:
         with self.lock:
             if self.process.poll() is not None:
                 self.start()
