@@ -67,11 +67,13 @@ def resolve(config, defaults: dict[str, dict]):
 
 RANGES = (  # the least and the largest value that make sense, and the fields
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
-     "reward_threads"),
+     "reward_threads minibatches dual_clip"),
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef clip_high cispo_cap is_cap "
      "top_k repetition resample rows eval_rows eval_every eval_accuracy save_every keep show "
-     "show_every log_samples reward_timeout max_drift"),
-    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer"),
+     "show_every log_samples reward_timeout max_drift value_clip value_lr "
+     "value_warmup"),
+    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer gamma "
+     "lam"),
     (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm"), (0, 0.999, "lora_dropout"),
 )
 
@@ -160,6 +162,15 @@ def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> b
     is_here = device.platform != "cpu" and device in jax.local_devices()  # else compile-only
     limit = ((device.memory_stats() if is_here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
+
+
+def make_sampler(cfg: gemma.Config, config, mesh: Mesh):
+    """The Sampler of a stage that learns from its own completions."""
+    from sampler import Sampler  # here: SFT needs none
+
+    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   shard=rollouts_are_sharded(cfg, config, mesh))
 
 
 def partition_specs(cfg: gemma.Config, config, sharded: bool) -> tuple[dict, dict]:

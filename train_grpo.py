@@ -93,8 +93,6 @@ class Config(rollouts.Settings):
     is_cap: float | None = None
     """Truncated importance sampling: weight tokens by p_trainer / p_sampler, capped here; 0: off,
     as for the tiny model in float32, where the two agree."""
-    max_drift: float = 0.5
-    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
 
 REAL = dict(

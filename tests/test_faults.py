@@ -33,13 +33,14 @@ import runs
 import sampler
 import synthesize
 import train_grpo
+import train_ppo
 import train_sft
 import train_simpo
 
-TRAINERS = ("train_sft", "train_simpo", "train_grpo")
+TRAINERS = ("train_sft", "train_simpo", "train_grpo", "train_ppo")
 SCRIPTS = (*TRAINERS, "eval", "synthesize")
 MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
-          "eval": evaluation, "synthesize": synthesize}
+          "train_ppo": train_ppo, "eval": evaluation, "synthesize": synthesize}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
@@ -59,6 +60,9 @@ def configs(folder: Path) -> dict:
                                         inner_epochs=2, kl_coef=0.1, pack_length=40,
                                         is_cap=2.0, resample=1, curriculum="ordered",
                                         rewards="language:1,repetition:1"),
+        "train_ppo": train_ppo.Config(**start, **run | rollouts, prompts=2, group=4, eval_rows=4,
+                                      inner_epochs=2, minibatches=2, value_warmup=1, kl_coef=0.1,
+                                      pack_length=40, rewards="language:1,repetition:1"),
         "eval": evaluation.Config(**start, **rollouts, samples=2, rows=8),
         "synthesize": synthesize.Pairs(**start, **rollouts, samples=3, rows=8, margin=0.01,
                                        rewards="language:1,repetition:1"),
@@ -102,7 +106,8 @@ class World:
     def stop(self, name: str, out: Path, number: signal.Signals) -> None:
         owner, step, last = (evaluation, "grade", 20)
         if name in TRAINERS:
-            owner, step, last = runs.Run, "log", 2 + (name == "train_grpo")  # it evaluates first
+            evaluates_first = name in ("train_grpo", "train_ppo")
+            owner, step, last = runs.Run, "log", 2 + evaluates_first
         real, calls = getattr(owner, step), []
 
         def one(*a, **k):
@@ -272,6 +277,7 @@ MEMORY = {
     "train_sft": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_simpo": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_grpo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
+    "train_ppo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
     "eval": dict(slots=2),
     "synthesize": dict(slots=2),
 }
