@@ -18,6 +18,7 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 import bisect
 import functools
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -176,7 +177,7 @@ class Tokenizer:
 
 def _check_chat_template(folder: Path) -> None:
     """ValueError where a model folder has a chat template that is not Gemma's."""
-    templates = [file.read_text("utf-8") for file in folder.glob("chat_template.jinja")]
+    templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
     for file in folder.glob("tokenizer_config.json"):
         templates.append(gemma.read_json(file).get("chat_template"))
     for template in templates:
@@ -188,6 +189,7 @@ def _check_chat_template(folder: Path) -> None:
 def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
     if file.suffix == ".json":
         return sentencepiece.SentencePieceProcessor(model_proto=_model_proto(*_read_json(file)))
+    gemma.check_file(file)
     return sentencepiece.SentencePieceProcessor(model_file=str(file))
 
 
@@ -512,12 +514,14 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         return
     path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
     lines = runs.read_jsonl(path)
-    if path.suffix == ".json" and (text := path.read_text("utf-8-sig").lstrip()).startswith("["):
+    if path.suffix == ".json" and (text := gemma.read_text(path, math.inf)).lstrip()[:1] == "[":
         try:
-            lines = enumerate(json.loads(text), 1)
+            lines = enumerate(gemma.parse_json(text), 1)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
     for n, row in lines:
+        if not isinstance(row, dict | ValueError):
+            row = ValueError(f"expected a JSON object, found a {type(row).__name__}")
         yield f"{path}:{n}", row
 
 

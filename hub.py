@@ -95,6 +95,7 @@ def find_model(model: str, weights: str | Path | None = None,
         if other or not (Path(weights) / "config.json").exists():
             raise ValueError(f"{flags[1]} {weights}: expected the Transformers version, a folder "
                              f"with config.json and safetensors, found {other or 'no config.json'}")
+        _check_manifest(Path(weights), flags[1])
         return Path(weights)
     base = base_name(model)
     if base not in gemma.CONFIGS:
@@ -172,6 +173,7 @@ def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
     if adapter is None:
         return Start(find_model(model, weights), None)
     folder = find_adapter(adapter)
+    _check_manifest(folder, "--adapter")
     if (folder / "adapter_config.json").exists():
         base = _trained_base(folder)
         if base is None or weights and not base.exists():
@@ -181,6 +183,7 @@ def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
         if not base.exists():
             raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
                              "is not there; --weights names it where it is now")
+        _check_manifest(base, "--weights")
         return Start(base, folder)
     if (folder / "config.json").exists():
         return Start(folder, None)
@@ -188,10 +191,19 @@ def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
                      "(a whole model), or a run folder with final/")
 
 
+def _check_manifest(folder: Path, flag: str) -> None:
+    """Raises ValueError where a folder that a run wrote is no longer what the run wrote."""
+    if (folder / "manifest.json").exists() and (wrong := runs.find_change(folder)):
+        raise ValueError(f"{flag} {folder}: {wrong}")
+
+
 def _named_base(adapter: Path) -> Path:
     """What an adapter's config calls the model that it was trained on."""
-    config = gemma.read_json(adapter / "adapter_config.json")
-    return Path(str(config.get("base_model_name_or_path") or ""))
+    file = adapter / "adapter_config.json"
+    name = gemma.json_value(gemma.read_json(file), "base_model_name_or_path", str, "", file)
+    if len(name) > 4000 or max(map(len, Path(name).parts), default=0) > 255:  # no path is longer
+        raise ValueError(f"{file}: base_model_name_or_path has {len(name):,} characters")
+    return Path(name)
 
 
 def _compare_base(adapter: Path, weights: Path, name: str) -> None:

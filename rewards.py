@@ -205,9 +205,15 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
     wrong = f"--reward-file {given}: "
     try:
         module = _run(str(path.resolve()), path.stat().st_mtime_ns)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(wrong + f"{type(e).__name__}: {e}") from e
     functions, weights = getattr(module, "REWARDS", {}), getattr(module, "WEIGHTS", None)
+    limits, numbers = getattr(module, "RANGE", ()), [None]
+    if isinstance(functions, dict) and isinstance(weights, dict | None):
+        numbers = [*(weights or {}).values(), *limits]
+    if not all(isinstance(n, int | float) for n in numbers) or len(limits) not in (0, 2):
+        raise ValueError(wrong + "expected REWARDS = {name: function}, WEIGHTS = {name: number} "
+                         "and RANGE = (low, high)")
     if name:
         functions, weights = {name: functions.get(name) or getattr(module, name, None)}, None
     for reward, function in functions.items():
@@ -219,7 +225,7 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
     if not weights:
         raise ValueError(wrong + "expected REWARDS = {name: function} in it, or my.py:score")
     rewards = {name: f if isinstance(f, Reward) else Reward(f) for name, f in functions.items()}
-    mix = Mix(weights, *getattr(module, "RANGE", ()))
+    mix = Mix(weights, *limits)
     return rewards, mix, getattr(module, "fit", None)
 
 

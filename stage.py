@@ -200,6 +200,7 @@ class Model(NamedTuple):
     specs: dict  # PartitionSpecs of `trained`
     sharded: bool  # whether the base is sharded over the mesh
     merged: dict | None  # an adapter that was merged into the base
+    checksums: dict[str, str]  # of the files that it was read from
 
 
 def load_model(config, mesh: Mesh) -> Model:
@@ -232,7 +233,26 @@ def load_model(config, mesh: Mesh) -> Model:
         where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
     runs.say(f"{cfg.n_params:,} weights {where}")
     trained = put(trained, mesh, specs)
-    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
+    sums = checksums(start, tok, with_weights=not getattr(config, "from_scratch", False))
+    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged, sums)
+
+
+def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) -> dict[str, str]:
+    """The facts of runs.check_unchanged() about the files of a model, an adapter, a tokenizer."""
+    files = [start.weights / "config.json", tok.file]
+    for folder in [start.weights, start.adapter] if with_weights else []:
+        files += [] if folder is None else sorted(folder.glob("*.safetensors"))
+    files += [start.adapter / "adapter_config.json"] if start.adapter else []
+    return {f"checksum of {file.name}": runs.file_checksum(file) for file in files}
+
+
+def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
+    """What a resumed run must find as it was, beside its flags: the model's files and the rows."""
+    rows = [item.fields for items in sources for item in items]
+    return model.checksums | {
+        f"checksum of the rows of --data {config.data}": runs.checksum(rows),
+        f"checksum of the held-out rows of {config.eval_data or config.data}":
+            runs.checksum(item.fields for item in held_out)}
 
 
 def continue_from(path: Path, base: dict, cfg: gemma.Config,

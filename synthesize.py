@@ -156,10 +156,8 @@ class Teacher(Endpoint):
                  price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):
         self.price, self.budget, self.dollars = price, budget, 0.0
         super().__init__(url, model, **more)
-
-    def load(self, entry: dict) -> None:
-        super().load(entry)
-        self.dollars += entry.get("dollars", 0.0)
+        if self.cache is not None:
+            self.dollars = sum(row["dollars"] for row in runs.good_rows(self.cache, dollars=float))
 
     def admit(self) -> None:
         super().admit()
@@ -356,7 +354,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 @runs.one_line
 def main(config: Config) -> Path:
     """Writes the rows or the pairs and returns their file."""
-    runs.check_jax()
+    runs.check_versions()
     runs.compilation_cache()
     config = resolve(config)
     out = Path(config.out)
@@ -379,7 +377,7 @@ def main(config: Config) -> Path:
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
-            evaluation.begin_folder(config, name, start, problems)
+            evaluation.begin_folder(config, name, start, tok, problems)
             rows = evaluation.answer(config, problems, tok, start, greedy=False)
         made, rejects = make(problems, rows, tok, config)
         rejects += [{"reason": "bad row", "detail": line} for line in bad]

@@ -671,7 +671,7 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
 @runs.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_jax()
+    runs.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -702,7 +702,8 @@ def main(config: Config) -> Path | dict:
     sampler = make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    with (runs.Run(config, LABELS, every_s=0.0) as run,
+    facts = stage.facts(config, model, sources, held_out)
+    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems, held_out,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,

@@ -157,9 +157,12 @@ BROKEN = {  # what happens to step_6 -> why it is refused
     "truncated": (lambda d: os.truncate(d / ARRAYS, 99), f"{ARRAYS} has changed"),
     "edited": (lambda d: flip(d / STATE), f"{STATE} has changed"),
     "missing": (lambda d: (d / "adapter.txt").unlink(), "adapter.txt has changed"),
-    "unsealed": (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read"),
-    "manifest": (lambda d: os.truncate(d / "manifest.json", 1), "manifest.json cannot be read"),
-    "renamed": (lambda d: d.rename(d.with_name("step_8")), "was saved as step_6"),
+    "unsealed": (lambda d: (d / "manifest.json").unlink(), "manifest.json: cannot be read"),
+    "manifest": (lambda d: os.truncate(d / "manifest.json", 1), "manifest.json: cannot be read"),
+    "blank": (lambda d: (d / "manifest.json").write_text('{"name": "step_6", "sha256": {}}'),
+              "manifest.json lists no files"),
+    "added": (lambda d: (d / "model.safetensors").touch(), "model.safetensors is not in its man"),
+    "renamed": (lambda d: d.rename(d.with_name("step_8")), "was saved as 'step_6'"),
 }
 
 
@@ -177,6 +180,23 @@ def test_broken_checkpoint_is_refused_by_name(whole, tmp_path, capsys, how):
     train(out)  # and trains over it, to the same end
     again = contents(out)
     assert contents(whole) == {key: value for key, value in again.items() if "step_8" not in key}
+
+
+def test_a_large_file_is_known_by_its_pieces(tmp_path, monkeypatch):
+    """A flipped bit at either end is seen; the text says how much of the file was read."""
+    file = tmp_path / "x"
+    with open(file, "wb") as sparse:
+        sparse.truncate(2**28 + 5)
+    first = runs.file_checksum(file)
+    assert first.endswith(" (64 x 1,048,576 of 268,435,461 bytes)")
+    for at in (0, 2**28 + 4):
+        with open(file, "r+b") as sparse:
+            sparse.seek(at)
+            sparse.write(b"\1")
+        assert (second := runs.file_checksum(file)) != first
+        first = second
+    file.write_bytes(b"a")
+    assert runs.file_checksum(file) == "ca978112ca1bbdca (1 x 1 of 1 bytes)"  # sha256 of "a"
 
 
 def test_no_valid_checkpoint_starts_again(whole, tmp_path):
@@ -726,10 +746,19 @@ def test_old_jax_names_the_one_command(monkeypatch, version, installed, command)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == installed)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     if command is None:
-        return runs.check_jax(version)
+        return runs.check_versions(jax=version)
     with pytest.raises(SystemExit) as stop:
-        runs.check_jax(version)
+        runs.check_versions(jax=version)
     assert str(stop.value) == f"JAX {version} is too old, 0.10 is needed: {command}"
+
+
+def test_an_old_sentencepiece_is_named_too():
+    """CVE-2026-1260: a tokenizer's file writes where it should not."""
+    for version in ("0.2.1", "0.2.1.dev0", "0.3", "1.0"):
+        runs.check_versions(sentencepiece=version)
+    for version in ("0.2.0", "0.1.99", "0.2"):
+        with pytest.raises(SystemExit, match=f"^sentencepiece {version} is too old, 0.2.1 is need"):
+            runs.check_versions(sentencepiece=version)
 
 
 OLD_JAX = """
@@ -757,7 +786,7 @@ for script in sys.argv[1:]:
 
 
 def test_scripts_can_be_imported_on_an_old_jax():
-    """check_jax can only speak if no import fails before: names that came later are looked up late.
+    """It can only be named if no import fails before: names that came later are looked up late.
 
     Tried on JAX 0.4.30, 0.5.3 and 0.7.2 themselves; here what they lack is taken away.
     """
