@@ -604,8 +604,12 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
 
 def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
     """--mix 0.7,0.3 as numbers, one for each source; None without --mix."""
-    weights = [float(weight) for weight in mix.split(",")] if mix else None
-    if weights and (len(weights) != len(sources) or min(weights) < 0 or not sum(weights)):
+    try:
+        weights = [float(weight) for weight in mix.split(",")] if mix else None
+    except ValueError:
+        weights = []
+    if weights is not None and not (len(weights) == len(sources) and 0 < sum(weights) < math.inf
+                                    and min(weights) >= 0):
         raise ValueError(f"--mix {mix}: expected {len(sources)} weights, one for each of --data")
     return weights
 

@@ -28,7 +28,6 @@ results are those of an uninterrupted run. Scoring comes last: new --rewards sam
 import dataclasses
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -498,7 +497,4 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

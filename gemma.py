@@ -115,6 +115,8 @@ LAYER_TYPES = ("sliding_attention", "full_attention")  # by is_global
 
 def check_file(path: str | Path, limit: float = math.inf) -> None:
     """OSError unless this is a file of at most `limit` bytes: a pipe or a device may never end."""
+    if "\0" in str(path):
+        raise OSError("its name holds a zero byte")
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
         raise OSError(f"not a file of at most {limit:,} bytes")

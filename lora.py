@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +28,7 @@ from safetensors.numpy import save_file
 
 import gemma
 import hub
+import runs
 from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 
 
@@ -293,7 +293,4 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
 if __name__ == "__main__":
     import tyro
 
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: tyro.cli(main))

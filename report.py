@@ -26,7 +26,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from typing import NamedTuple
 import tyro
 
 import gemma
-from runs import good_rows
+from runs import command, good_rows
 
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 SAMPLE = ("prompt", "completion", "gold", "correct", "format", "reward", "rewards", "errors",
@@ -331,7 +330,7 @@ def charts(runs: list[Run]) -> str:
             f"other metrics</summary><div class=charts>{more}</div></details></section>")
 
 
-def command(config: dict) -> str:
+def command_of(config: dict) -> str:
     """The command that repeats a run, with every setting that was not left empty."""
     words = ["python", f"{config['code']['script']}.py"]
     for name, value in config.items():
@@ -354,7 +353,7 @@ def settings(runs: list[Run]) -> str:
     head = "<tr><th>" + "".join(f"<th>{tag(i, run.name)}" for i, run in enumerate(runs))
     cells = lambda k: "".join(f"<td><bdi>{esc(table.get(k, ''))}</bdi>" for table in tables)
     rows = lambda keys: "".join(f"<tr><th>{esc(k)}{cells(k)}" for k in keys)
-    commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(command(run.config))}</pre>"
+    commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(command_of(run.config))}</pre>"
                        for i, run in enumerate(runs)
                        if tables[i].get("code: script", "notebook") != "notebook")
     same = rows(k for k in keys if k not in differ)
@@ -613,7 +612,4 @@ if (data.runs.length) {
 </script>"""
 
 if __name__ == "__main__":
-    try:
-        print(main(tyro.cli(Config, description=__doc__)))
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    command(lambda: print(main(tyro.cli(Config, description=__doc__))))

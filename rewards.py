@@ -5,8 +5,9 @@
     score(mix, functions, completion, row)          # (total, parts, errors)
 
 A reward is a function of (completion, row) that returns a number, or None where it could not be
-computed. `row` is the data's row and what the trainer adds: question, answer, kind, choices,
-n_tokens, max_new, overlong_buffer (tokens), stop, progress (share of the run, 0 to 1).
+computed. `row` is the data's row and what the trainer adds: question, conversation (all messages
+up to the completion, the system text first), answer, kind, choices, n_tokens, max_new,
+overlong_buffer (tokens), stop, progress (share of the run, 0 to 1).
 
 A file of rewards (--reward-file my.py, and recipes/NAME.py for --rewards NAME) defines
 
@@ -100,7 +101,7 @@ def language(completion: str, row: dict) -> float:
     Scripts are words of Unicode's character names: French and gibberish score as English does, and
     π lowers the score of a proof. Without letters the share is 1.
     """
-    scripts = set((row.get("script") or "LATIN").upper().split())
+    scripts = set(str(row.get("script") or "LATIN").upper().split())
     letters = Counter(filter(str.isalpha, TAG.sub("", completion)))
     inside = sum(n for c, n in letters.items() if scripts & {*unicodedata.name(c, "").split()})
     return inside / letters.total() if letters else 1.0

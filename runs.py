@@ -35,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +142,23 @@ def one_line(main: Callable) -> Callable:
                 raise SystemExit(f"out of memory: {advice} ({first})") from error
 
     return call
+
+
+def command(call: Callable[[], Any]) -> None:
+    """Runs a script's command line: a mistake of the user's ends it in one line, exit code 1.
+
+    Such a line is what a `raise ValueError` in these files states, or the system about a file. Any
+    other error is a bug, and keeps its traceback.
+    """
+    try:
+        call()
+    except (ValueError, OSError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(last.filename).parent in (Path(__file__).parent, Path(sys.argv[0]).parent)
+        stated = ours and last.line.startswith("raise ")
+        if not stated and getattr(error, "filename", None) is None:
+            raise
+        sys.exit(f"error: {error}")
 
 
 def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:

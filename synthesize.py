@@ -27,7 +27,6 @@ It reads the data that eval.py reads; the README shows rows of several domains.
 import dataclasses
 import json
 import math
-import sys
 from collections import Counter
 from concurrent.futures import as_completed
 from contextlib import closing
@@ -174,7 +173,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
     """A row for each completion: {"problem", "sample"} and {"completion", "stop"} or {"error"}."""
     futures, rows, failed = {}, {}, 0
     for i, problem in enumerate(problems):
-        chat = data.with_system(data.parse_row(problem.fields).chat, config.system)
+        chat = data.with_system(problem.chat, config.system)
         for sample in range(config.samples):
             future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
                                  temperature=config.temperature)
@@ -198,8 +197,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
 
 def prompt_of(problem: Problem) -> str | list[dict]:
     """The question without the system text, as messages where there are several."""
-    chat = data.parse_row(problem.fields).chat
-    return problem.question if len(chat) == 1 else chat
+    return problem.question if len(problem.chat) == 1 else problem.chat
 
 
 # ---------------------------------------------------------------------------------------- traces
@@ -393,7 +391,4 @@ def main(config: Config) -> Path:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

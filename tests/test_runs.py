@@ -418,7 +418,7 @@ def test_one_reader_of_lines_survives_what_is_torn(tmp_path):
     assert [n for n, _ in read] == [1, 4, 5, 6, 7, 8, 9, 10]
     assert [row for _, row in read if isinstance(row, dict)] == rows == runs.good_rows(file)
     wrong = [str(row) for _, row in read if isinstance(row, ValueError)]
-    assert len(wrong) == 6 and wrong[2] == "expected a JSON object, found int"
+    assert len(wrong) == 5 and read[3] == (6, 3)
     assert runs.good_rows(tmp_path / "none") == []
 
 
@@ -689,7 +689,7 @@ def test_nan_stops_with_the_batch(tmp_path):
         for metrics in ({"loss": jnp.float32(jnp.nan)}, {"loss": 1.0, "grad_norm": jnp.inf}):
             with pytest.raises(SystemExit, match="step 7 of .* is (nan|inf); .*nan_step_7.npz"):
                 run.check_finite(7, metrics, batch)
-    with np.load(tmp_path / "x/nan_step_7.npz", allow_pickle=False) as saved:
+    with np.load(tmp_path / "x/nan_step_7.npz") as saved:
         assert saved["tokens_BT"].tolist() == [[0, 1, 2], [3, 4, 5]]
         assert saved["rest/0"].tolist() == [1, 1] and saved["rest/1/0"] == "a"
 
@@ -750,6 +750,25 @@ def test_old_jax_names_the_one_command(monkeypatch, version, installed, command)
     with pytest.raises(SystemExit) as stop:
         runs.check_versions(jax=version)
     assert str(stop.value) == f"JAX {version} is too old, 0.10 is needed: {command}"
+
+
+def test_a_mistake_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
+    """A script's own `raise`, ours, a file's error; int(), unpacking and numpy raise bugs."""
+
+    def end(line: str) -> str:
+        script = tmp_path / "script.py"
+        script.write_text("import sys\nimport numpy as np\nimport runs\nimport stage\n\n\n"
+                          f"def main():\n    {line}\n\n\nruns.command(main)\n")
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 1
+        return done.stderr
+
+    assert end('raise ValueError("--lr 9: "\n        "too high")') == "error: --lr 9: too high\n"
+    assert end('stage.parse = runs.parse_time("soon")').startswith("error: --time-limit soon: ")
+    assert end('open("/nowhere")').startswith("error: [Errno 2] No such file or directory: '/now")
+    for bug in ('int("x")', "a, b = [1]", "np.zeros(2).reshape(3)", "{}[0]"):
+        assert end(bug).startswith("Traceback (most recent call last)")
 
 
 def test_an_old_sentencepiece_is_named_too():
