@@ -8,7 +8,6 @@
 512, 1024, ... tokens of conversation: a turn compiles only where it outgrows the last size.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -118,7 +117,7 @@ def main(config: Config) -> None:
     """Answers --prompt, or what is typed or piped in, line by line."""
     runs.check_jax()
     runs.compilation_cache()
-    with contextlib.suppress(ImportError):  # not on Windows
+    if os.name != "nt":  # Windows has none
         import readline  # noqa: F401  input() then edits lines
     chat = Chat(stage.resolve(config, DEFAULTS))
     if config.prompt is not None:
