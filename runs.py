@@ -154,8 +154,8 @@ def command(call: Callable[[], Any]) -> None:
         call()
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(last.filename).parent in (Path(__file__).parent, Path(sys.argv[0]).parent)
-        stated = ours and last.line.startswith("raise ")
+        folder, *ours = (Path(f).resolve().parent for f in (last.filename, __file__, sys.argv[0]))
+        stated = folder in ours and last.line.startswith("raise ")
         if not stated and getattr(error, "filename", None) is None:
             raise
         sys.exit(f"error: {error}")
