@@ -67,7 +67,7 @@ class Sampling(judge.Config):
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     system: str | None = None
