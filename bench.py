@@ -354,7 +354,7 @@ def grpo_steps(config: Config, cfg: gemma.Config, mesh: Mesh) -> Iterator[dict]:
     train_step, shapes = programs["train_step"]
     trained, opt, fixed = start_of(shapes)
     reference = jax.tree.map(jnp.copy, trained)
-    sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
+    sampler, dtype = stage.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)
     n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
     cost = policy_cost(c, cfg, mesh, trained, stage.rollouts_are_sharded)
@@ -661,7 +661,4 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

@@ -27,7 +27,6 @@ return, 0: only their mean) follows slowly.
 """
 
 import dataclasses
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -433,7 +432,7 @@ def update(config: Config, mesh: Mesh, fixed: dict, steps: tuple, reference: dic
 @runs.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_jax()
+    runs.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -458,7 +457,8 @@ def main(config: Config) -> Path | dict:
     sampler = stage.make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    with (runs.Run(config, LABELS, every_s=0.0) as run,
+    facts = stage.facts(config, model, [problems], held_out)
+    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
         order = rollouts.Order(problems, config.curriculum, config.seed)
         stage.keep_held_out(config, held_out)
@@ -514,7 +514,4 @@ def main(config: Config) -> Path | dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
