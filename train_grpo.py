@@ -78,8 +78,7 @@ class Config(rollouts.Settings):
     clip_high: float = 0.28
     """Ratios above 1 + clip_high are clipped; 0.2 in GRPO, 0.28 in DAPO (clip-higher)."""
     dual_clip: float = 0.0
-    """Ratios of negative advantages are capped here, as in 3 (two-sided clip, TRL's delta); 0: off.
-    """
+    """Ratios of negative advantages are capped here, as in 3 (TRL's delta, two-sided); 0: off."""
     cispo_cap: float = 0.0
     """CISPO: weight the log-prob's gradient by the ratio, capped here; 0: clip as PPO does."""
     sapo: bool = False
