@@ -5,8 +5,9 @@
     score(mix, functions, completion, row)          # (total, parts, errors)
 
 A reward is a function of (completion, row) that returns a number, or None where it could not be
-computed. `row` is the data's row and what the trainer adds: question, answer, kind, choices,
-n_tokens, max_new, overlong_buffer (tokens), stop, progress (share of the run, 0 to 1).
+computed. `row` is the data's row and what the trainer adds: question, conversation (all messages
+up to the completion, the system text first), answer, kind, choices, n_tokens, max_new,
+overlong_buffer (tokens), stop, progress (share of the run, 0 to 1).
 
 A file of rewards (--reward-file my.py, and recipes/NAME.py for --rewards NAME) defines
 
@@ -100,7 +101,7 @@ def language(completion: str, row: dict) -> float:
     Scripts are words of Unicode's character names: French and gibberish score as English does, and
     π lowers the score of a proof. Without letters the share is 1.
     """
-    scripts = set((row.get("script") or "LATIN").upper().split())
+    scripts = set(str(row.get("script") or "LATIN").upper().split())
     letters = Counter(filter(str.isalpha, TAG.sub("", completion)))
     inside = sum(n for c, n in letters.items() if scripts & {*unicodedata.name(c, "").split()})
     return inside / letters.total() if letters else 1.0
@@ -206,9 +207,15 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
     wrong = f"--reward-file {given}: "
     try:
         module = _run(str(path.resolve()), path.stat().st_mtime_ns)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(wrong + f"{type(e).__name__}: {e}") from e
     functions, weights = getattr(module, "REWARDS", {}), getattr(module, "WEIGHTS", None)
+    limits, numbers = getattr(module, "RANGE", ()), [None]
+    if isinstance(functions, dict) and isinstance(weights, dict | None):
+        numbers = [*(weights or {}).values(), *limits]
+    if not all(isinstance(n, int | float) for n in numbers) or len(limits) not in (0, 2):
+        raise ValueError(wrong + "expected REWARDS = {name: function}, WEIGHTS = {name: number} "
+                         "and RANGE = (low, high)")
     if name:
         functions, weights = {name: functions.get(name) or getattr(module, name, None)}, None
     for reward, function in functions.items():
@@ -220,7 +227,7 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
     if not weights:
         raise ValueError(wrong + "expected REWARDS = {name: function} in it, or my.py:score")
     rewards = {name: f if isinstance(f, Reward) else Reward(f) for name, f in functions.items()}
-    mix = Mix(weights, *getattr(module, "RANGE", ()))
+    mix = Mix(weights, *limits)
     return rewards, mix, getattr(module, "fit", None)
 
 

@@ -61,7 +61,7 @@ class Settings:
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     eval_data: str | None = None
@@ -213,6 +213,7 @@ class Problem:
     choices: tuple[str, ...]
     domain: str
     trace: str = ""  # the row's own reasoning
+    chat: list[dict] = dataclasses.field(default_factory=list, compare=False)  # its messages
     fields: dict = dataclasses.field(default_factory=dict, compare=False)  # of the row itself
 
 
@@ -232,7 +233,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         prompt=tuple(tok.chat(data.with_system(chat, system))),
         question=chat[-1]["content"], gold=gold, kind=kind, choices=choices,
         domain=str(fields.get("task_type") or fields.get("domain") or source),
-        trace=trace or "", fields=fields,
+        trace=trace or "", chat=chat, fields=fields,
     )
 
 
@@ -302,7 +303,7 @@ class Order:
             return
         difficulty = [p.fields.get("difficulty") for p in problems]
         for p, d in zip(problems, difficulty, strict=True):
-            if not isinstance(d, int | float) or not math.isfinite(d):
+            if not isinstance(d, int | float) or not abs(d) < 1e15:
                 raise ValueError(f"--curriculum: expected a number as difficulty, found {d!r} in "
                                  f"the row {p.question!r:.60}")
         if self.ordered:
@@ -361,10 +362,13 @@ class Sample:
 
 def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.0) -> dict:
     """The `row` of a reward function: the data's row and what the trainer adds."""
-    overlong = getattr(config, "overlong_buffer", 0.2)
+    overlong, chat = getattr(config, "overlong_buffer", 0.2), problem.chat
+    if chat and chat[0]["role"] != "system" and getattr(config, "system", None):
+        chat = [{"role": "system", "content": config.system}, *chat]
     return problem.fields | {
-        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-        "choices": problem.choices, "n_tokens": n_tokens, "max_new": config.max_new,
+        "question": problem.question, "conversation": chat, "answer": problem.gold,
+        "kind": problem.kind, "choices": problem.choices, "n_tokens": n_tokens,
+        "max_new": config.max_new,
         "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
     } | ({"reasoning": problem.trace} if problem.trace else {})
 

@@ -50,7 +50,9 @@ def resolve(config, defaults: dict[str, dict]):
     --steps the clock alone decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(hub.output(config.out)))
+    config = dataclasses.replace(config, system=system)
+    if hasattr(config, "out"):
+        config = dataclasses.replace(config, out=str(hub.output(config.out)))
     names = [name for name in defaults if config.model == name
              or name.startswith("gemma") and config.model.startswith(name)]
     if not names:
@@ -201,6 +203,7 @@ class Model(NamedTuple):
     specs: dict  # PartitionSpecs of `trained`
     sharded: bool  # whether the base is sharded over the mesh
     merged: dict | None  # an adapter that was merged into the base
+    checksums: dict[str, str]  # of the files that it was read from
 
 
 def load_model(config, mesh: Mesh) -> Model:
@@ -233,7 +236,26 @@ def load_model(config, mesh: Mesh) -> Model:
         where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
     runs.say(f"{cfg.n_params:,} weights {where}")
     trained = put(trained, mesh, specs)
-    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
+    sums = checksums(start, tok, with_weights=not getattr(config, "from_scratch", False))
+    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged, sums)
+
+
+def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) -> dict[str, str]:
+    """The facts of runs.check_unchanged() about the files of a model, an adapter, a tokenizer."""
+    files = [start.weights / "config.json", tok.file]
+    for folder in [start.weights, start.adapter] if with_weights else []:
+        files += [] if folder is None else sorted(folder.glob("*.safetensors"))
+    files += [start.adapter / "adapter_config.json"] if start.adapter else []
+    return {f"checksum of {file.name}": runs.file_checksum(file) for file in files}
+
+
+def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
+    """What a resumed run must find as it was, beside its flags: the model's files and the rows."""
+    rows = [item.fields for items in sources for item in items]
+    return model.checksums | {
+        f"checksum of the rows of --data {config.data}": runs.checksum(rows),
+        f"checksum of the held-out rows of {config.eval_data or config.data}":
+            runs.checksum(item.fields for item in held_out)}
 
 
 def continue_from(path: Path, base: dict, cfg: gemma.Config,
@@ -258,6 +280,18 @@ def new_adapter(cfg: gemma.Config, config) -> dict:
     key = jax.random.key(config.seed)
     return lora.init(cfg, key, config.lora_rank, config.lora_alpha, config.lora_targets,
                      config.rslora)
+
+
+def load_to_sample(start: hub.Start, dtype: str) -> tuple[dict, tuple]:
+    """Loads a model only to sample from it -> (arguments of Sampler, (params, adapter))."""
+    mesh, dtype = gemma.all_devices(), jnp.dtype(dtype)
+    cfg = gemma.read_config(start.weights)
+    shard = mesh.size > 1 and copy_is_too_large(cfg, dtype.itemsize, mesh)
+    cfg, params = gemma.load(start.weights, dtype, mesh, shard)
+    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
+    if adapter is not None:
+        runs.say(lora.describe(adapter))
+    return {"cfg": cfg, "mesh": mesh, "dtype": dtype, "shard": shard}, (params, adapter)
 
 
 # ---------------------------------------------------------------------------------- optimisation

@@ -32,7 +32,6 @@ construction, so watch reward, grad_norm and the evaluations instead.
 """
 
 import dataclasses
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -624,7 +623,7 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
 @runs.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_jax()
+    runs.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -655,7 +654,8 @@ def main(config: Config) -> Path | dict:
     sampler = make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    with (runs.Run(config, LABELS, every_s=0.0) as run,
+    facts = stage.facts(config, model, sources, held_out)
+    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems, held_out,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
@@ -701,7 +701,4 @@ def main(config: Config) -> Path | dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

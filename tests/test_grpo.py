@@ -599,7 +599,7 @@ def stepping(config, problems, monkeypatch):
         return groups, {"rollout_s": 1.0, "reward_s": 0.5}
 
     monkeypatch.setattr(rollouts, "sample_groups", sample_groups)
-    model = stage.Model(CFG, None, None, {}, {}, {}, False, None)
+    model = stage.Model(CFG, None, None, {}, {}, {}, False, None, {})
     order = Order(problems, config.curriculum, 0)
     scorer = types.SimpleNamespace(mix=mix)
     setup = train_grpo.Setup(config, None, model, problems, [], order, None, scorer, (), None)
