@@ -73,8 +73,8 @@ class Config(rollouts.Settings):
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = 0.2
     """Ratios above 1 + clip_high are clipped."""
-    dual_clip: float | None = None
-    """A token of negative advantage loses at most this many times it (arXiv 1912.09729)."""
+    dual_clip: float = 0.0
+    """Ratios of negative advantages are capped here, as in 3 (arXiv 1912.09729); 0: off."""
     value_clip: float = 0.2
     """A value gains nothing by moving farther than this from its old one; 0: no clipping."""
     value_lr: float | None = None
@@ -120,6 +120,9 @@ def resolve(config: Config) -> Config:
                          "critic are adapters on one frozen base")
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
+    if config.dual_clip and config.dual_clip <= 1 + config.clip_high:
+        raise ValueError(f"--dual-clip {config.dual_clip:g}: expected more than 1 + --clip-high = "
+                         f"{1 + config.clip_high:g}")
     rollouts.check_flags(config)
     return config
 
@@ -205,7 +208,7 @@ def set_advantages(samples: list[Sample], spans: list, before: dict, config: Con
 
 
 def policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, clip_low: float = 0.2,
-                clip_high: float = 0.2, dual_clip: float | None = None) -> tuple:
+                clip_high: float = 0.2, dual_clip: float = 0.0) -> tuple:
     """The clipped loss -> (sum over the mask, count, sums of metrics).
 
     old_BT: log-probs of the same tokens before the updates.

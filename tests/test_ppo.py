@@ -77,7 +77,7 @@ TARGET = [[0.17, -0.05, 0.99, 1.89], [1.56, -2.09, 1.37, 0.78]]
 KEPT = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], np.float32)
 
 
-@pytest.mark.parametrize("dual_clip, loss, second", [(None, 0.915691, 1.061364),
+@pytest.mark.parametrize("dual_clip, loss, second", [(0.0, 0.915691, 1.061364),
                                                      (3.0, 0.497184, 0.0)])
 def test_policy_loss_is_tunix(dual_clip, loss, second):
     """ppo_policy_loss_fn of google/tunix c7d8950, epsilon 0.2; the first is TRL 1.9's PPO too."""
@@ -336,7 +336,7 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
 
 @pytest.mark.parametrize("flags, why", [
     (["--lora-rank", "0"], "--lora-rank 0: expected 1 or more"),
-    (["--dual-clip", "0.9"], "--dual-clip 0.9: expected 1 to inf"),
+    (["--dual-clip", "0.9"], "--dual-clip 0.9: expected more than 1 [+] --clip-high"),
     (["--gamma", "1.1"], "--gamma 1.1: expected 0 to 1"),
     (["--minibatches", "0"], "--minibatches 0: expected 1"),
     (["--temperature", "0"], "--temperature 0"), (["--pack-length", "64"], "--pack-length 64"),
