@@ -282,13 +282,11 @@ def critic_part(critic, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp:
     return total, (count, metrics | {"value_loss": total})
 
 
-PARTS = {"policy": policy_part, "critic": critic_part}
-
 # ----------------------------------------------------------------------------------- train steps
 
 
-def grads(trained, fixed, batch, minibatch, *, part, cfg, config, fsdp):
-    """Gradient of one part's loss over a minibatch; runs on each device (per-device sizes).
+def grads(trained, fixed, batch, minibatch, *, loss, cfg, config, fsdp):
+    """Gradient of a loss over one minibatch; runs on each device (per-device sizes).
 
     batch: arrays [max. micro-batches, B, T]; minibatch: (chosen, n), of which chosen[:n] are
     computed, traced so that new values do not recompile. -> (gradient, metrics), means over tokens.
@@ -296,7 +294,7 @@ def grads(trained, fixed, batch, minibatch, *, part, cfg, config, fsdp):
     chosen, n = minibatch
     # Make replicated leaves varying; otherwise their gradients arrive summed over devices.
     trained = jax.tree.map(stage.vary, trained)
-    f = jax.value_and_grad(partial(PARTS[part], cfg=cfg, config=config, fsdp=fsdp), has_aux=True)
+    f = jax.value_and_grad(partial(loss, cfg=cfg, config=config, fsdp=fsdp), has_aux=True)
 
     def one(i):
         (_, (count, metrics)), g = f(trained, fixed, jax.tree.map(lambda x: x[chosen[i]], batch))
@@ -337,8 +335,8 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
     tx = stage.optimizer(config)
     here = cfg, config, mesh, sharded, not gemma.on_tpu(mesh)  # splash attention raises under True
 
-    def make_step(part: str, norm: str):
-        mesh_grads = on_mesh(partial(grads, part=part), P(), *here)
+    def make_step(part: str, loss, norm: str):
+        mesh_grads = on_mesh(partial(grads, loss=loss), P(), *here)
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(trained, opt, fixed, batch, minibatch, lr):
@@ -351,7 +349,8 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
         return step
 
     estimate = jax.jit(on_mesh(estimates, P(None, "data"), *here))
-    return estimate, make_step("policy", "grad_norm"), make_step("critic", "value_grad_norm")
+    return (estimate, make_step("policy", policy_part, "grad_norm"),
+            make_step("critic", critic_part, "value_grad_norm"))
 
 
 def programs(config: Config, mesh: Mesh) -> dict:

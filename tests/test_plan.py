@@ -127,7 +127,8 @@ def test_without_the_compiler_arguments_are_added_up(no_compiler, module, capsys
     phase = {"grpo": "grpo_update", "ppo": "ppo_update"}.get(name, name)
     row = out["phases"][phase]
     weights = 2 * gemma.CONFIGS["gemma3-1b"].n_params
-    assert weights < row["arguments_bytes"] < weights + 0.7 * GIB and "total_bytes" not in row
+    trained = 1.4 * GIB if name == "ppo" else 0.7 * GIB  # PPO has two adapters
+    assert weights < row["arguments_bytes"] < weights + trained and "total_bytes" not in row
     assert out["session"]["steps"] == int(9 * 3600 / out["step_s"])
     assert out["step_s"] == pytest.approx(2 * sum(
         p.get("roofline_s", 0.0) for p in out["phases"].values()))

@@ -22,7 +22,7 @@ CONFIG = train_ppo.resolve(train_ppo.Config(
     lora_rank=4, prompts=4, group=4, max_prompt=8, max_new=12, pack_length=32, slots=8, steps=9,
     kl_coef=0.1, value_warmup=1,
 ))
-PARTS = ("policy", "critic")
+LOSS = {"policy": train_ppo.policy_part, "critic": train_ppo.critic_part}
 
 
 def change(**fields):
@@ -151,7 +151,7 @@ def start(config, seed=0):
     trained, scale = lora.split(stage.new_adapter(CFG, config))
     trained = train_ppo.start_of(trained, CFG, config)["trained"]
     trained = {part: jax.tree.map(partial(noise, n=n), trained[part])
-               for n, part in enumerate(PARTS)}
+               for n, part in enumerate(LOSS)}
     return trained, {"base": gemma.init(CFG, jax.random.key(seed), jnp.dtype(config.dtype))} | scale
 
 
@@ -175,7 +175,7 @@ def gradient(part, batch, chosen, config, devices=1, sharded=False, check_vma=Tr
     mesh = mesh_of(devices)
     trained, fixed = start(config)
     fixed = stage.put(fixed, mesh, stage.partition_specs(CFG, config, sharded)[1])
-    f = jax.jit(train_ppo.on_mesh(partial(train_ppo.grads, part=part), P(), CFG, config, mesh,
+    f = jax.jit(train_ppo.on_mesh(partial(train_ppo.grads, loss=LOSS[part]), P(), CFG, config, mesh,
                                   sharded, check_vma))
     padded = np.zeros(len(batch["mask"]), np.int32)
     padded[: len(chosen)] = chosen
@@ -193,7 +193,7 @@ def close(got, expected, rtol=2e-5):
 LOSSES = dict(kl_in="loss", dual_clip=3.0)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", LOSS)
 def test_packed_is_unpacked_and_minibatches_add_up(part):
     config, samples = change(**LOSSES), rewarded()
     packed, n, spans = pack(samples, there(samples), config, 1, True)
@@ -209,7 +209,7 @@ def test_packed_is_unpacked_and_minibatches_add_up(part):
 @pytest.mark.smoke
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", LOSS)
 def test_eight_devices_change_no_gradient(part, sharded, check_vma):
     config, samples = change(**LOSSES), rewarded()
     one, n_one, _ = pack(samples, there(samples), config, 1, True)
