@@ -143,6 +143,7 @@ REWARDS = {
     "language": Reward(language), "reasoning": Reward(reasoning),
 }
 JUDGED = ("judge", "judge_correctness", "judge_reasoning", "judge_penalty")  # by another model
+BY_POLICY = ("prob",)  # by the model in training, see rollouts.answer_probs
 PRESETS = ("tunix", "ideae", "pinocchio", "grar")  # recipes/NAME.py
 
 
@@ -152,7 +153,7 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
     A bare name has weight 1. A reward file adds its own weights, unless --rewards names them.
     """
     items = [item.strip() for item in text.split(",")] if text.strip() else []
-    mix, known = Mix({}), {*REWARDS, *JUDGED}
+    mix, known = Mix({}), {*REWARDS, *JUDGED, *BY_POLICY}
     if items and items[0] in PRESETS:
         preset = items.pop(0)
         rewards, mix, _ = read_file(str(preset_file(preset)))
@@ -220,7 +221,7 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
     for reward, function in functions.items():
         if not callable(getattr(function, "function", function)):
             raise ValueError(wrong + f"the file has no function {reward}")
-        if reward in {*REWARDS, *JUDGED, *PRESETS}:
+        if reward in {*REWARDS, *JUDGED, *BY_POLICY, *PRESETS}:
             raise ValueError(wrong + f"rename {reward}, a reward of that name is built in")
     weights = dict.fromkeys(functions, 1.0) if weights is None else dict(weights)
     if not weights:
@@ -258,9 +259,12 @@ def files(text: str | None, reward_file: str | None = None) -> list[Path]:
 
 
 def prepare(mix: Mix, traces: Iterable[str], reward_file: str | None = None,
-            judge: Mapping[str, Reward] | None = None) -> dict[str, Reward]:
-    """The functions of a mix; a file's fit() is called here, on the reference traces."""
-    functions = REWARDS | dict(judge or {})
+            by_model: Mapping[str, Reward] | None = None) -> dict[str, Reward]:
+    """The functions of a mix; a file's fit() is called here, on the reference traces.
+
+    by_model: functions of JUDGED and BY_POLICY.
+    """
+    functions = REWARDS | dict(by_model or {})
     chosen = [str(preset_file(mix.preset))] if mix.preset else []
     for path in [*chosen, reward_file] if reward_file else chosen:
         rewards, _, fit = read_file(path)

@@ -70,11 +70,12 @@ def resolve(config, defaults: dict[str, dict]):
 RANGES = (  # the least and the largest value that make sense, and the fields
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
      "reward_threads"),
-    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef clip_high cispo_cap is_cap "
-     "top_k repetition resample rows eval_rows eval_every eval_accuracy save_every keep show "
-     "show_every log_samples reward_timeout max_drift"),
+    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
+     "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
+     "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
+     "max_drift"),
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer"),
-    (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm"), (0, 0.999, "lora_dropout"),
+    (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm sapo_pos sapo_neg"), (0, 0.999, "lora_dropout"),
 )
 
 
