@@ -25,8 +25,10 @@ from collections import Counter
 from concurrent.futures import Future, wait
 from pathlib import Path
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import data
 import hosts
@@ -423,6 +425,16 @@ def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
     return hosts.join([rows[i] for i in mine])
 
 
+def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
+             step: int, run: runs.Run) -> float:
+    """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
+    with run.budget.measure("eval"):
+        metrics = accuracy(answer(sampler, weights, tok, problems))
+    run.log(step, metrics)
+    runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    return metrics.get("eval_accuracy", metrics["eval_format"])
+
+
 def accuracy(rows: list[dict]) -> dict[str, float]:
     """The metrics of these answers; no accuracy if no row has an answer to check."""
     graded = [row["correct"] for row in rows if row["correct"] is not None]
@@ -464,6 +476,14 @@ def packed_size(config, n_devices: int) -> tuple[int, int]:
     return -(-n_rows // rows), rows
 
 
+def packed_shapes(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of `pack` on the mesh, as shapes."""
+    n_max, rows = packed_size(config, mesh.size)
+    array = functools.partial(jax.ShapeDtypeStruct, (n_max, rows, config.pack_length),
+                              sharding=NamedSharding(mesh, P(None, "data")))
+    return {k: array(np.int32 if k in INTS else np.float32) for k in INTS + FLOATS}
+
+
 def pack(samples: list[Sample], weights: list[float], config,
          n_devices: int) -> tuple[dict, int, list]:
     """-> (arrays [max. micro-batches, rows, pack_length], micro-batches used, spans).
@@ -476,7 +496,8 @@ def pack(samples: list[Sample], weights: list[float], config,
     n_max, rows = packed_size(config, n_devices)
     groups = {}  # prompt -> its samples
     for i, s in enumerate(samples):
-        if weights[i] and (s.advantage or config.kl_coef):
+        # Without such a flag, as in distillation, every sample has a gradient.
+        if weights[i] and (s.advantage or getattr(config, "kl_coef", 1.0)):
             groups.setdefault(s.problem.prompt, []).append(i)
     prompts, live = list(groups), list(groups.values())
     lengths = [[len(samples[i].rollout.ids) for i in group] for group in live]
@@ -561,6 +582,14 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
     name = "sampling/sampling_logp_difference/"
     return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
             name + "max": float(d.max())}
+
+
+def check_drift(step: int, metrics: dict[str, float], config) -> None:
+    """Stops a run whose sampler and trainer disagree."""
+    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if drift > config.max_drift:
+        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
+                         f"on average, more than --max-drift {config.max_drift}")
 
 
 def show(samples: list[Sample]) -> None:

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
+           ("train_distill", "Config"),
            ("eval", "Config"), ("synthesize", "Traces"), ("synthesize", "Pairs")]
 
 
