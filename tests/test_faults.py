@@ -63,9 +63,9 @@ def configs(folder: Path) -> dict:
                                         is_cap=2.0, resample=1, curriculum="ordered",
                                         rewards="language:1,repetition:1"),
         "train_distill": train_distill.Config(
-            **start, **run | rollouts, teacher=str(folder), teacher_adapter=str(folder / "teacher"),
-            prompts=4, group=3, on_policy=0.5, max_new=24, eval_rows=4, pack_length=64, beta=0.4,
-            rewards="language:1,repetition:1"),
+            **start, **run | rollouts | dict(max_new=32), teacher=str(folder), prompts=4, group=3,
+            teacher_adapter=str(folder / "teacher"), on_policy=0.5, eval_rows=4, pack_length=64,
+            beta=0.4, rewards="language:1,repetition:1"),
         "eval": evaluation.Config(**start, **rollouts, samples=2, rows=8),
         "synthesize": synthesize.Pairs(**start, **rollouts, samples=3, rows=8, margin=0.01,
                                        rewards="language:1,repetition:1"),
@@ -162,7 +162,7 @@ def save_adapter(folder, cfg, seed=3):
 
 
 def once_for_each_shape(make_steps, compiled):
-    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards=None)
+    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards="any")
 
     @functools.cache
     def made(*a):
