@@ -498,16 +498,30 @@ def _conversation(row: dict, system: str) -> list[dict]:
 # --- sources of rows ------------------------------------------------------------------------------
 
 BUILT_IN = ("problems", "solutions", "gsm8k")
+SLICE = re.compile(r"(.*)\[(\d*)(%?):(\d*)(%?)\]")  # gsm8k[:50%], mine.jsonl[100:200]
+
+
+def split_of(source: str) -> tuple[str, str]:
+    """"gsm8k:test[:9]" -> ("gsm8k", "test"); the split of a file is "train"."""
+    part = SLICE.fullmatch(source)
+    name, _, split = (part[1] if part else source).partition(":")
+    return name, split or "train"
 
 
 def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | ValueError]]:
     """(where, row) of "problems", "solutions" or "gsm8k", each with :train or :test, or of a file.
 
-    "solutions" are the problems with every step in their traces. A line that is no JSON object
-    comes as a ValueError in the row's place.
+    "solutions" are the problems with every step in their traces. A slice takes some of the rows, by
+    number or by percentage, as in Hugging Face's datasets: gsm8k[:50%]. A line that is no JSON
+    object comes as a ValueError in the row's place.
     """
-    name, _, split = source.partition(":")
-    split = split or "train"
+    if part := SLICE.fullmatch(source):
+        rows = list(read_rows(part[1], flag))
+        start, stop = (int(n or 0) * len(rows) // 100 if percent else int(n) if n else None
+                       for n, percent in (part.group(2, 3), part.group(4, 5)))
+        yield from rows[start:stop]
+        return
+    name, split = split_of(source)
     if name in BUILT_IN and split not in ("train", "test"):
         raise ValueError(f"{flag} {source}: expected nothing, :train or :test after the name")
     if name in ("problems", "solutions"):
@@ -566,7 +580,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
             raise ValueError(f"{flag} {one}: no usable row{note}")
         runs.say(f"data: {len(items):,} {what} of {one}{note}")
         unread = ", ".join(sorted(columns.difference(*COLUMNS.values())))
-        if unread and one.partition(":")[0] not in BUILT_IN:
+        if unread and split_of(one)[0] not in BUILT_IN:
             runs.say(f"data: {one}: columns nothing reads: {unread} (but a --reward-file may)")
         sets.append(items)
         bad += faults
@@ -575,10 +589,10 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
 
 def test_split(source: str) -> str | None:
     """What a --data value is evaluated on: "gsm8k" -> "gsm8k:test"; None where a part has none."""
-    parts = [part.strip().partition(":") for part in source.split(",")]
-    if any(name not in BUILT_IN or split == "test" for name, _, split in parts):
+    parts = [split_of(part.strip()) for part in source.split(",")]
+    if any(name not in BUILT_IN or split == "test" for name, split in parts):
         return None
-    return ",".join(f"{name}:test" for name, _, _ in parts)
+    return ",".join(f"{name}:test" for name, _ in parts)
 
 
 def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[list[list], list]:

@@ -376,7 +376,8 @@ def update(setup: Setup, state: State, groups: list[list[Sample]], given: list[S
     samples = [s for group in groups for s in group]
     n_own, samples = len(samples), samples + given
     weight = 1 / sum(len(s.rollout.ids) for s in samples)
-    host, n_micro, spans = rollouts.pack(samples, [weight] * len(samples), config, setup.mesh.size)
+    host, n_micro, spans = rollouts.pack(samples, [weight] * len(samples), config,
+                                         setup.mesh.size, all_advantages=True)
     batch = stage.put(host, setup.mesh, P(None, "data"))
     trained, opt, metrics, logp = setup.train_step(
         state.trained, state.opt, setup.model.fixed, batch, np.int32(n_micro), np.float32(lr))

@@ -194,7 +194,7 @@ def samples_of(n=16, seed=0):
         problem = Problem("id", prompt, "question", "1", "number", (), "math")
         out.append(Sample(problem, i // 4, Rollout(0, 0, ids, np.zeros(len(ids), np.float32),
                                                    "stop"), "", None, False,
-                          rewards.Scored(1.0, {}, {}), rng.normal()))
+                          rewards.Scored(1.0, {}, {}), rng.normal() if i % 3 else 0.0))
     return out
 
 
@@ -217,7 +217,7 @@ def weights_for(config):
 
 def packed(samples, config, devices):
     n = sum(len(s.rollout.ids) for s in samples)
-    batch, n_micro, spans = pack(samples, [1 / n] * len(samples), config, devices)
+    batch, n_micro, spans = pack(samples, [1 / n] * len(samples), config, devices, True)
     assert len(spans) == len(samples)  # also those without an advantage
     return batch, n_micro
 
@@ -262,7 +262,7 @@ def test_devices_and_shards_change_no_gradient(rank, student, teacher, check_vma
 def test_packed_is_unpacked():
     samples, config = samples_of(), change()
     n = sum(len(s.rollout.ids) for s in samples)
-    rows = [pack([s], [1 / n], config, 1)[0] for s in samples]
+    rows = [pack([s], [1 / n], config, 1, True)[0] for s in samples]
     each = {k: np.stack([r[k].reshape(-1, 32)[0] for r in rows])[None] for k in rows[0]}
     batch, n_micro = packed(samples, config, 1)
     assert batch["segments"].max() > 1 and n_micro > 1
