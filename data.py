@@ -18,6 +18,7 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 import bisect
 import functools
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ class Tokenizer:
 
 def _check_chat_template(folder: Path) -> None:
     """ValueError where a model folder has a chat template that is not Gemma's."""
-    templates = [file.read_text("utf-8") for file in folder.glob("chat_template.jinja")]
+    templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
     for file in folder.glob("tokenizer_config.json"):
         templates.append(gemma.read_json(file).get("chat_template"))
     for template in templates:
@@ -196,6 +197,7 @@ def _check_chat_template(folder: Path) -> None:
 def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
     if file.suffix == ".json":
         return sentencepiece.SentencePieceProcessor(model_proto=_model_proto(*_read_json(file)))
+    gemma.check_file(file)
     return sentencepiece.SentencePieceProcessor(model_file=str(file))
 
 
@@ -534,12 +536,14 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         return
     path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
     lines = runs.read_jsonl(path)
-    if path.suffix == ".json" and (text := path.read_text("utf-8-sig").lstrip()).startswith("["):
+    if path.suffix == ".json" and (text := gemma.read_text(path, math.inf)).lstrip()[:1] == "[":
         try:
-            lines = enumerate(json.loads(text), 1)
+            lines = enumerate(gemma.parse_json(text), 1)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
     for n, row in lines:
+        if not isinstance(row, dict | ValueError):
+            row = ValueError(f"expected a JSON object, found a {type(row).__name__}")
         yield f"{path}:{n}", row
 
 
@@ -622,8 +626,12 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
 
 def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
     """--mix 0.7,0.3 as numbers, one for each source; None without --mix."""
-    weights = [float(weight) for weight in mix.split(",")] if mix else None
-    if weights and (len(weights) != len(sources) or min(weights) < 0 or not sum(weights)):
+    try:
+        weights = [float(weight) for weight in mix.split(",")] if mix else None
+    except ValueError:
+        weights = []
+    if weights is not None and not (len(weights) == len(sources) and 0 < sum(weights) < math.inf
+                                    and min(weights) >= 0):
         raise ValueError(f"--mix {mix}: expected {len(sources)} weights, one for each of --data")
     return weights
 

@@ -22,7 +22,6 @@ teacher's.
 """
 
 import dataclasses
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,6 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import divergence
-import flags
 import gemma
 import hosts
 import hub
@@ -54,7 +52,7 @@ from sampler import Rollout, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(flags.Rollouts):
+class Config(rollouts.Settings):
     """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
     # distillation
@@ -72,6 +70,8 @@ class Config(flags.Rollouts):
     """Add GRPO's advantage by these rewards, as in format:1,answer:3; default: no rewards."""
     reward_coef: float = 1.0
     """Weight of the advantage beside the divergence, with --rewards."""
+    max_drift: float = 0.5
+    """Stop if sampler and trainer log-probs differ by more than this on average."""
     out: str = "runs/distill"
     """Run folder; the same command continues the run in it."""
 
@@ -479,7 +479,4 @@ def main(config: Config) -> Path | dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

@@ -244,7 +244,7 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
     [items], bad = data.load(f" {file} ", read, skip_bad_rows=True, what="prompts")
     assert items == ["a", "b"]
     assert [fault.split(":")[1] for fault in bad] == ["2", "3", "4", "5", "6", "7"]
-    assert "expected a JSON object, found list" in bad[1] and "recursion" in bad[3]
+    assert "expected a JSON object, found a list" in bad[1] and "recursion" in bad[3]
     assert bad[4].endswith(": 5 tokens, more than --max-length 3")
     assert said == [f"data: 2 prompts of {file}, 6 bad rows left out; first: {bad[0]}; "
                     "the longest has 5 tokens"]
