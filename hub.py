@@ -89,8 +89,11 @@ def find_model(model: str, weights: str | Path | None = None,
                flags: tuple[str, str] = ("--model", "--weights")) -> Path:
     """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
 
-    model: a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the errors.
+    model: a folder, or a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the
+    errors.
     """
+    if weights is None and base_name(model) not in gemma.CONFIGS and Path(model).is_dir():
+        weights, flags = model, (flags[0], flags[0])
     if weights is not None:
         other = other_format(Path(weights))
         if other or not (Path(weights) / "config.json").exists():

@@ -110,6 +110,8 @@ class Settings:
     """Stop a completion after this many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
     """Completions decoded at once on each device; lower it when out of memory."""
+    max_drift: float = 0.5
+    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
     # LoRA
     lora_rank: int | None = None
@@ -372,6 +374,14 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
         "max_new": config.max_new,
         "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
     } | ({"reasoning": problem.trace} if problem.trace else {})
+
+
+def check_settings(config) -> None:
+    """Raises ValueError for settings that cannot work, before anything is loaded."""
+    if config.pack_length < (longest := config.max_prompt + config.max_new):
+        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
+                         f"{longest} or more")
+    read_curriculum(config.curriculum)
 
 
 def check_rewards(config, trains: bool = False) -> None:

@@ -120,13 +120,14 @@ def model_config(config) -> gemma.Config:
     return shape_of(config.model, config.weights)
 
 
-def shape_of(model: str, folder: str | Path | None, flag: str = "--model") -> gemma.Config:
+def shape_of(model: str, folder: str | None = None, flag: str = "--model") -> gemma.Config:
     """The shape of a model by name, or from a folder's config.json, without its weights."""
-    if folder:
-        return gemma.read_config(folder)
-    if (name := hub.base_name(model)) not in gemma.CONFIGS:
+    known = gemma.CONFIGS.get(hub.base_name(model))
+    if folder or known is None and Path(model).is_dir():
+        return gemma.read_config(folder or model)
+    if known is None:
         raise ValueError(f"{flag} {model}: expected one of {', '.join(gemma.CONFIGS)}, or a folder")
-    return gemma.CONFIGS[name]
+    return known
 
 
 # ----------------------------------------------------------------------------------- on the mesh

@@ -16,9 +16,6 @@ Deviations from common practice, and why:
 2. As in GKD, no gradient goes through the sampling of the tokens. --rewards adds GRPO's
    - A log p(token), whose gradient does follow the sampling.
 3. Rows of the vocabulary behind the tokenizer's last token are left out of both distributions.
-
-What to expect: the divergence falls from the first steps, and held-out accuracy moves towards the
-teacher's.
 """
 
 import dataclasses
@@ -70,15 +67,13 @@ class Config(rollouts.Settings):
     """Add GRPO's advantage by these rewards, as in format:1,answer:3; default: no rewards."""
     reward_coef: float = 1.0
     """Weight of the advantage beside the divergence, with --rewards."""
-    max_drift: float = 0.5
-    """Stop if sampler and trainer log-probs differ by more than this on average."""
     out: str = "runs/distill"
     """Run folder; the same command continues the run in it."""
 
 
 REAL = dict(
-    dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, prompts=64,
-    max_prompt=512, max_new=768, slots=32, lora_rank=64, steps=200, pack_length=2048, micro_rows=1,
+    dtype="bfloat16", data="gsm8k", rows=0, system=data.SYSTEM, prompts=64, max_prompt=512,
+    max_new=768, slots=32, lora_rank=64, steps=200, pack_length=2048, micro_rows=1,
     learning_rate=1e-4, remat="auto", eval_every=50, eval_rows=256, save_every=25,
 )
 DEFAULTS = {
@@ -108,10 +103,7 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"--beta {config.beta:g}: expected 0 to 1")
     if config.group < (least := 2 if config.rewards else 1):
         raise ValueError(f"--group {config.group}: expected {least} or more")
-    if config.pack_length < (longest := config.max_prompt + config.max_new):
-        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
-                         f"{longest} or more")
-    rollouts.read_curriculum(config.curriculum)  # report mistakes before loading anything
+    rollouts.check_settings(config)
     if config.rewards:
         rollouts.check_rewards(config)
     for flag, value in (("--judge", config.judge), ("--reward-file", config.reward_file)):
@@ -134,25 +126,22 @@ class Pair(NamedTuple):
     has_adapter: bool  # the teacher
 
 
-def folder_of(teacher: str) -> str | None:
-    return teacher if Path(teacher).is_dir() else None  # else it is a name
-
-
 def teacher_of(config: Config, mesh: Mesh) -> tuple[gemma.Config, jnp.dtype, bool]:
     """(shape, dtype, whether it is sharded) of the teacher, without its weights."""
-    cfg = stage.shape_of(config.teacher, folder_of(config.teacher), "--teacher")
+    cfg = stage.shape_of(config.teacher, flag="--teacher")
     return cfg, *stage.frozen_layout(cfg, mesh)
 
 
 def add_teacher(model: stage.Model, config: Config, mesh: Mesh) -> tuple[stage.Model, Pair]:
     """Loads the teacher into fixed["teacher"]; raises ValueError if it cannot teach this model."""
     given = f"--teacher {config.teacher}"
-    start = hub.find_start(config.teacher, folder_of(config.teacher), config.teacher_adapter,
+    start = hub.find_start(config.teacher, None, config.teacher_adapter,
                            ("--teacher", "--teacher", "--teacher-adapter"))
     if start == hub.find_start(config.model, config.weights, config.adapter):
         raise ValueError(f"{given}: it is the student itself; name a larger model, or a better one "
                          "with --teacher-adapter")
-    if difference := data.Tokenizer(start.weights).differs(model.tok):
+    tok = data.Tokenizer(start.weights)
+    if difference := tok.differs(model.tok):
         raise ValueError(f"{given}: its tokenizer is not the student's: {difference}")
     dtype, sharded = stage.frozen_layout(gemma.read_config(start.weights), mesh)
     cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
@@ -160,8 +149,10 @@ def add_teacher(model: stage.Model, config: Config, mesh: Mesh) -> tuple[stage.M
     if start.adapter is not None:
         teacher["adapter"] = stage.put(lora.load(start.adapter, cfg), mesh, P())
     runs.say(f"the teacher's {cfg.n_params:,} weights {'sharded' if sharded else 'on each'}")
-    model = model._replace(fixed=model.fixed | {"teacher": teacher})
-    return model, Pair(model.cfg, cfg, model.tok.vocab_size, sharded, start.adapter is not None)
+    facts = {f"{k} of the teacher": v for k, v in stage.checksums(start, tok).items()}
+    model = model._replace(fixed=model.fixed | {"teacher": teacher},
+                           checksums=model.checksums | facts)
+    return model, Pair(model.cfg, cfg, tok.vocab_size, sharded, start.adapter is not None)
 
 
 def partition_specs(pair: Pair, config: Config, sharded: bool) -> tuple[dict, dict]:
@@ -182,7 +173,6 @@ class Setup(NamedTuple):
     mesh: Mesh
     model: stage.Model
     problems: list[Problem]
-    held_out: list[Problem]
     order: rollouts.Order
     sampler: Sampler
     scorer: rollouts.Scorer
@@ -209,9 +199,11 @@ def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
                    shard=stage.rollouts_are_sharded(cfg, config, mesh))
 
 
-def solution(problem: Problem, config: Config, tok: data.Tokenizer) -> np.ndarray:
-    """Token ids of a row's own completion, with the stop token."""
-    return data.read_example(problem.fields, tok, config.system).ids[len(problem.prompt) :]
+def from_row(problem: Problem, config: Config, tok: data.Tokenizer) -> Sample:
+    """A row's own completion, with the stop token, in the place of one by the student."""
+    ids = data.read_example(problem.fields, tok, config.system).ids[len(problem.prompt) :]
+    done = Rollout(0, 0, ids, np.zeros(len(ids), np.float32), "stop")
+    return Sample(problem, 0, done, "", None, False, rewards.Scored(None, {}, {}))
 
 
 def reader(config: Config, tok: data.Tokenizer):
@@ -220,17 +212,12 @@ def reader(config: Config, tok: data.Tokenizer):
 
     def read_both(row: dict) -> Problem:
         problem = read(row)
-        if config.on_policy < 1 and (n := len(solution(problem, config, tok))) > config.max_new:
+        n = len(from_row(problem, config, tok).rollout.ids) if config.on_policy < 1 else 0
+        if n > config.max_new:
             raise data.TooLong(n, config.max_new, "--max-new")
         return problem
 
     return read_both
-
-
-def from_row(problem: Problem, config: Config, tok: data.Tokenizer) -> Sample:
-    ids = solution(problem, config, tok)
-    done = Rollout(0, 0, ids, np.zeros(len(ids), np.float32), "stop")
-    return Sample(problem, 0, done, "", None, False, rewards.Scored(None, {}, {}))
 
 
 def is_own(i: int, share: float) -> bool:
@@ -288,10 +275,7 @@ def loss(trained, fixed, b: dict, pair: Pair, config: Config, fsdp: str | None):
 
 
 def grads(trained, fixed, batch, n_micro, *, specs, **kw):
-    """Gradient of the loss over one update -> (gradient, metrics, logp). Per-device sizes.
-
-    batch: arrays [max. micro-batches, B, T], of which the first n_micro are computed.
-    """
+    """Gradient of the first n_micro micro-batches [n, B, T] -> (gradient, metrics, logp)."""
     replicated = jax.tree.map(lambda s: "data" not in s, specs)
     # Make replicated leaves varying; otherwise their gradients arrive summed over devices.
     trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
@@ -390,22 +374,10 @@ def update(setup: Setup, state: State, groups: list[list[Sample]], given: list[S
                  state.num_tokens + n_tokens), metrics, host
 
 
-def log_step(setup: Setup, step: int, run: runs.Run, groups: list[list[Sample]],
-             metrics: dict[str, float]) -> None:
-    """Logs and prints a step; stops a run whose sampler and trainer disagree."""
-    config, samples = setup.config, [s for group in groups for s in group]
-    seen = rollouts.summarize(groups, setup.scorer.mix) if groups else {}
-    run.log(step, seen | metrics | setup.scorer.stats())
-    run.log_samples(step, [s.row() for s in samples[: config.log_samples]])
-    if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
-        rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
-    rollouts.check_drift(step, metrics, config)
-
-
 @runs.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_jax()
+    runs.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -432,9 +404,10 @@ def main(config: Config) -> Path | dict:
 
     # loop: rollout -> update -> log -> save
     scored = dataclasses.replace(config, rewards=config.rewards or "format")  # there is one to log
-    with (runs.Run(config, LABELS, every_s=0.0) as run,
+    facts = stage.facts(config, model, sources, held_out)
+    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(scored, problems, mesh) as scorer):
-        setup = Setup(config, mesh, model, problems, held_out,
+        setup = Setup(config, mesh, model, problems,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
                       train_step)
         stage.keep_held_out(config, held_out)
@@ -463,10 +436,16 @@ def main(config: Config) -> Path | dict:
             state, metrics, batch = update(setup, state, groups, given, lr)
             run.check_finite(state.step, metrics, batch)
             step_s = time.perf_counter() - began
-            log_step(setup, state.step, run, groups, metrics | times | {
+            seen = rollouts.summarize(groups, scorer.mix) if groups else {}
+            run.log(state.step, seen | metrics | times | scorer.stats() | {
                 "learning_rate": lr, "p": p, "num_tokens": state.num_tokens, "step_s": step_s,
                 "tokens_per_s": (state.num_tokens - before) / step_s})
-            if trouble := scorer.trouble([s.scored for group in groups for s in group]):
+            samples = [s for group in groups for s in group]
+            run.log_samples(state.step, [s.row() for s in samples[: config.log_samples]])
+            if config.show and (state.step == 1 or run.due(config.show_every, state.step)):
+                rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
+            rollouts.check_drift(state.step, metrics, config)
+            if trouble := scorer.trouble([s.scored for s in samples]):
                 save()
                 raise SystemExit(f"step {state.step}: {trouble}")
             if run.due(config.eval_every, state.step):

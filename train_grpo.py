@@ -115,8 +115,6 @@ class Config(rollouts.Settings):
     off_policy_mask: float = 0.0
     """Drop a completion with a negative advantage if its tokens' mean log-prob has fallen by more
     than this since it was sampled (DeepSeek-V3.2); 0: never."""
-    max_drift: float = 0.5
-    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
 
 REAL = dict(
@@ -155,10 +153,7 @@ def resolve(config: Config) -> Config:
     check_algorithm(config)
     if config.group < 2:
         raise ValueError(f"--group {config.group}: expected 2 or more, to compare")
-    if config.pack_length < (longest := config.max_prompt + config.max_new):
-        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
-                         f"{longest} or more")
-    rollouts.read_curriculum(config.curriculum)  # report mistakes before loading anything
+    rollouts.check_settings(config)
     rollouts.check_rewards(config, trains=True)
     return config
 
