@@ -2,8 +2,7 @@
 
     loss = mean over completion tokens of D(student, teacher)     (GKD, arXiv 2306.13649)
 
-D, between the two distributions over the whole vocabulary, is a KL divergence or Jensen-Shannon's
-(--beta, see divergence.py).
+D, over the whole vocabulary, is a KL or Jensen-Shannon divergence (--beta, see divergence.py).
 
     python train_distill.py --teacher-adapter runs/teacher        # the tiny model, better trained
     python train_distill.py --model gemma3-1b --teacher gemma3-12b --time-limit 8h30m
