@@ -382,6 +382,14 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
     } | ({"reasoning": problem.trace} if problem.trace else {})
 
 
+def check_settings(config) -> None:
+    """Raises ValueError for settings that cannot work, before anything is loaded."""
+    if config.pack_length < (longest := config.max_prompt + config.max_new):
+        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
+                         f"{longest} or more")
+    read_curriculum(config.curriculum)
+
+
 def check_rewards(config, trains: bool = False) -> None:
     """Raises ValueError for --rewards, --reward-file and --judge that do not match.
 
@@ -400,17 +408,6 @@ def check_rewards(config, trains: bool = False) -> None:
         judge.check(config)
         if not judged:
             raise ValueError(f"--judge {config.judge}: needs --rewards, as in judge:1")
-
-
-def check_flags(config, trains: bool = False) -> None:
-    """Raises ValueError for flags that contradict each other, before anything is loaded."""
-    if config.temperature <= 0:
-        raise ValueError(f"--temperature {config.temperature:g}: expected more than 0")
-    if config.pack_length < (longest := config.max_prompt + config.max_new):
-        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
-                         f"{longest} or more")
-    read_curriculum(config.curriculum)
-    check_rewards(config, trains)
 
 
 class Scorer:

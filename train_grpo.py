@@ -153,7 +153,8 @@ def resolve(config: Config) -> Config:
     check_algorithm(config)
     if config.group < 2:
         raise ValueError(f"--group {config.group}: expected 2 or more, to compare")
-    rollouts.check_flags(config, trains=True)
+    rollouts.check_settings(config)
+    rollouts.check_rewards(config, trains=True)
     return config
 
 

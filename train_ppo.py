@@ -123,7 +123,8 @@ def resolve(config: Config) -> Config:
     if config.dual_clip and config.dual_clip <= 1 + config.clip_high:
         raise ValueError(f"--dual-clip {config.dual_clip:g}: expected more than 1 + --clip-high = "
                          f"{1 + config.clip_high:g}")
-    rollouts.check_flags(config)
+    rollouts.check_settings(config)
+    rollouts.check_rewards(config)
     return config
 
 
