@@ -279,9 +279,17 @@ def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) 
 
 
 def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
-    """What a resumed run must find as it was, beside its flags: the model's files and the rows."""
+    """What a resumed run must find as it was, beside its flags: the files it reads, the rows."""
     rows = [item.fields for items in sources for item in items]
-    return model.checksums | {
+    sums, own = dict(model.checksums), getattr(config, "reward_file", None)
+    if own:
+        import rewards  # here: SFT has none
+
+        sums |= {f"checksum of {f.name}": runs.file_checksum(f) for f in rewards.files(None, own)}
+    if judge := getattr(config, "judge_weights", None) or getattr(config, "judge", None):
+        sums |= {f"checksum of the judge's {file.name}": runs.file_checksum(file)
+                 for file in sorted(Path(judge).glob("*.safetensors"))}  # none for an address
+    return sums | {
         f"checksum of the rows of --data {config.data}": runs.checksum(rows),
         f"checksum of the held-out rows of {config.eval_data or config.data}":
             runs.checksum(item.fields for item in held_out)}

@@ -271,6 +271,7 @@ def test_files_of_the_user_survive_in_a_run_folder(whole, tmp_path):
     out, mine = tmp_path / "x", {}
     train(out, until=3)
     for name in ("mine.jsonl", "tmp-notes", "old-thesis/a.tex", "checkpoints/tmp-x",
+                 ".tmp-mine", ".old-mine/a", "checkpoints/.tmp-step_x",
                  "checkpoints/step_1_copy/a", "checkpoints/step_007/a", "tmp-step_x/a"):
         mine[name] = b'{"step": 5}\n{"torn'
         (out / name).parent.mkdir(exist_ok=True)
