@@ -15,12 +15,15 @@ import pytest
 from conftest import FLAGS, ROOT, contents
 from safetensors.numpy import load_file
 
+import gemma
 import hosts
+import lora
 import runs
+import train_distill
 import train_grpo
 import train_sft
 
-SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo}
+SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "train_distill": train_distill}
 WORKER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -69,7 +72,11 @@ JOBS = {
                              slots=4, inner_epochs=2, kl_coef=0.0, rows=30, lora_rank=8,
                              shard="yes", rewards="score:1,judge:0.1", judge="tiny",
                              log_samples=99),
+    # in one process each device has a copy of the teacher, in two it is split over all eight
+    "train_distill": RUN | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
+                                slots=4, rows=30, lora_rank=8, rewards="score:1", log_samples=99),
 }
+SPLIT = "import stage; stage.REPLICATED_BYTES = 1e3"
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +84,19 @@ def folder(small, tmp_path_factory):
     """The small model beside its rows and a reward."""
     out = tmp_path_factory.mktemp("hosts")
     shutil.copytree(small, out / "model")
+    cfg = gemma.read_config(out / "model")
+    adapter = lora.init(cfg, jax.random.key(3), 4, 8.0)
+    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(4), b.shape)
+    lora.save(out / "teacher", adapter | {"b": jax.tree.map(noise, adapter["b"])}, cfg)
     (out / "own.py").write_text("score = lambda text, row: sum(map(ord, text)) % 7 / 7\n")
     return out
 
 
 def job(folder, out, script, **fields):
-    if script == "train_grpo":
+    if script != "train_sft":
         fields = {"reward_file": str(folder / "own.py:score")} | fields
+    if script == "train_distill":
+        fields |= {"teacher": str(folder / "model"), "teacher_adapter": str(folder / "teacher")}
     fields = JOBS[script] | fields
     return script, fields | dict(weights=str(folder / "model"), out=str(folder / out),
                                  data=str(folder / "model/rows.jsonl"))
@@ -150,7 +163,8 @@ def both(folder):
     wrong = job(folder, "two/wrong", "train_sft")
     wrong[1]["each"] = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
     jobs = [("exec", "import hosts; hosts.HEARTBEAT_S = 10"), wrong, ("exec", AGREE),
-            *(job(folder, f"two/{script}", script) for script in SCRIPTS),
+            *(job(folder, f"two/{script}", script) for script in ("train_sft", "train_grpo")),
+            ("exec", SPLIT), job(folder, "two/train_distill", "train_distill"),
             ("exec", DIES), job(folder, "dies", "train_sft", steps=10**6)]
     processes = start(jobs, folder)
     try:
