@@ -21,9 +21,11 @@ import lora
 import runs
 import train_distill
 import train_grpo
+import train_ppo
 import train_sft
 
-SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "train_distill": train_distill}
+SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "train_ppo": train_ppo,
+           "train_distill": train_distill}
 WORKER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -72,6 +74,9 @@ JOBS = {
                              slots=4, inner_epochs=2, kl_coef=0.0, rows=30, lora_rank=8,
                              shard="yes", rewards="score:1,judge:0.1", judge="tiny",
                              log_samples=99),
+    "train_ppo": RUN | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
+                            slots=4, kl_coef=0.1, rows=30, lora_rank=8, rewards="score:1",
+                            value_warmup=1, log_samples=99),
     # in one process each device has a copy of the teacher, in two it is split over all eight
     "train_distill": RUN | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
                                 slots=4, rows=30, lora_rank=8, rewards="score:1", log_samples=99),
@@ -163,7 +168,7 @@ def both(folder):
     wrong = job(folder, "two/wrong", "train_sft")
     wrong[1]["each"] = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
     jobs = [("exec", "import hosts; hosts.HEARTBEAT_S = 10"), wrong, ("exec", AGREE),
-            *(job(folder, f"two/{script}", script) for script in ("train_sft", "train_grpo")),
+            *(job(folder, f"two/{script}", script) for script in [*SCRIPTS][:-1]),
             ("exec", SPLIT), job(folder, "two/train_distill", "train_distill"),
             ("exec", DIES), job(folder, "dies", "train_sft", steps=10**6)]
     processes = start(jobs, folder)
