@@ -1,7 +1,8 @@
 """The run folder that every script shares: metrics, samples, checkpoints, resume, time budget.
 
     runs/NAME/
-        config.json           the resolved config; under `code`: the script, versions and devices
+        config.json           the resolved config, checksums of the rows and of the files of the
+                              model; under `code`: the script, versions and devices
         metrics.jsonl         one object a step; keys ending in _s or holding per_s are timings
         samples.jsonl         prompt, completion, every reward component
         checkpoints/step_N/   the state after N updates: the adapter, resume/ (arrays and
