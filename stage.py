@@ -69,13 +69,13 @@ def resolve(config, defaults: dict[str, dict]):
 
 RANGES = (  # the least and the largest value that make sense, and the fields
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
-     "reward_threads"),
+     "reward_threads minibatches"),
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
      "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
      "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
-     "max_drift reward_coef"),
+     "max_drift reward_coef value_clip value_lr value_warmup"),
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
-     "on_policy"),
+     "on_policy gamma lam"),
     (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
     (1e-9, math.inf, "clip_norm sapo_pos sapo_neg temperature"),
 )
@@ -171,6 +171,15 @@ def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> b
     is_here = device.platform != "cpu" and device in jax.local_devices()  # else compile-only
     limit = ((device.memory_stats() if is_here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
+
+
+def make_sampler(cfg: gemma.Config, config, mesh: Mesh):
+    """The Sampler of a stage that learns from its own completions."""
+    from sampler import Sampler  # here: SFT needs none
+
+    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   shard=rollouts_are_sharded(cfg, config, mesh))
 
 
 REPLICATED_BYTES = 2.5e9  # weights of a larger frozen model are sharded over the mesh

@@ -13,7 +13,8 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
-           ("train_distill", "Config"), ("eval", "Config"), ("chat", "Config"),
+           ("train_ppo", "Config"), ("train_distill", "Config"), ("eval", "Config"),
+           ("chat", "Config"),
            ("synthesize", "Traces"), ("synthesize", "Pairs")]
 
 
