@@ -9,7 +9,7 @@ reward with it (arXiv 1506.02438), and both adapters make several clipped update
     policy loss = mean over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A)
     value loss = mean of max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2) / 2
 
-    python train_ppo.py                                    # the tiny model, CPU, five minutes
+    python train_ppo.py                                    # the tiny model, CPU, four minutes
     python train_ppo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
 
 Rollouts, packed rows and missing rewards are as in train_grpo.py. Besides:
