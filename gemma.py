@@ -118,8 +118,10 @@ def check_file(path: str | Path, limit: float = math.inf) -> None:
     if "\0" in str(path):
         raise OSError("its name holds a zero byte")
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise OSError(f"not a file of at most {limit:,} bytes")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no regular file")
+    if status.st_size > limit:
+        raise OSError(f"it has {status.st_size:,} bytes, more than {limit:,}")
 
 
 def read_text(path: str | Path, limit: float = 2**27) -> str:
@@ -170,7 +172,7 @@ def json_value(values: dict, key: str, kind: type, default, source: str | Path, 
     if value is None and default is not ...:
         return default
     is_number = kind in (int, float)
-    limits = f" from {low:g} to {high}" if is_number else ""
+    limits = f" from {math.ceil(low) if kind is int else low:g} to {high}" if is_number else ""
     right = isinstance(value, (int, float) if kind is float else kind)
     right = right and (kind is bool or not isinstance(value, bool))
     right = right and not (kind is str and re.search("[\0\ud800-\udfff]", value))

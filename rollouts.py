@@ -384,6 +384,9 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
 
 def check_settings(config) -> None:
     """Raises ValueError for settings that cannot work, before anything is loaded."""
+    if not 0 < config.temperature < math.inf:  # chat.py and eval.py take 0
+        raise ValueError(f"--temperature {config.temperature}: expected more than 0, as log-probs "
+                         "are divided by it")
     if config.pack_length < (longest := config.max_prompt + config.max_new):
         raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
                          f"{longest} or more")

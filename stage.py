@@ -77,7 +77,7 @@ RANGES = (  # the least and the largest value that make sense, and the fields
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
      "on_policy gamma lam"),
     (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
-    (1e-9, math.inf, "clip_norm sapo_pos sapo_neg temperature"),
+    (1e-9, math.inf, "clip_norm sapo_pos sapo_neg"),
 )
 
 
