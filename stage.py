@@ -46,8 +46,9 @@ import runs
 def resolve(config, defaults: dict[str, dict]):
     """Fills the fields of a script's Config left at None from its model's defaults.
 
-    The system text is the one that the adapter was trained under. With --time-limit and without
-    --steps the clock alone decides, so steps stays None.
+    The system text is the one that the adapter was trained under, and so are rank and alpha, so
+    that a chain of stages trains one adapter. With --time-limit and without --steps the clock alone
+    decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, system=system)
@@ -58,6 +59,8 @@ def resolve(config, defaults: dict[str, dict]):
     if not names:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3
+    if config.adapter and getattr(config, "lora_rank", 0) is None:
+        table = table | lora.read_size(hub.find_adapter(config.adapter))
     unset = {k: v for k, v in table.items() if getattr(config, k) is None}
     if runs.parse_time(getattr(config, "time_limit", None)) is not None:
         unset.pop("steps", None)
@@ -451,5 +454,5 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
-        tok.save(folder)
+        tok.save(folder, config.system)
     lora.write_prompt(folder, config.system)

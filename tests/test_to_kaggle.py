@@ -163,7 +163,7 @@ def test_the_same_flags_give_the_same_bytes(tmp_path):
     [
         ("train_grpo.py", ["--group", "1"], "--group 1: expected 2 or more"),
         ("train_grpo.py", ["--reward-file", "no.py:f"], "--reward-file no.py:f: no file 'no.py'"),
-        ("gemma.py", [], "gemma.py: expected one of bench.py, eval.py"),
+        ("gemma.py", [], "gemma.py: expected one of bench.py, chat.py, eval.py"),
     ],
 )
 def test_a_wrong_value_fails_at_export(tmp_path, script, flags, message):
