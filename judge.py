@@ -329,12 +329,16 @@ def fenced(completion: str, *others: str) -> str:
 
 
 def opening(style: str, row: dict, items: list[tuple[str, float]] = (), n: int = 1) -> str:
-    """The part of the prompt before the n responses, the same for all completions of a row."""
+    """The part of the prompt before the n responses, the same for all completions of a row.
+
+    The task is the whole conversation; its roles are named where it has more than a question.
+    """
 
     def text(value):  # a text, messages or several answers
-        values = value if isinstance(value, list) else [value]
-        values = [v.get("content") if isinstance(v, dict) else v for v in values]
-        return "\n".join(str(v) for v in values if v is not None).strip()
+        values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+        name = lambda turn: f"{str(turn.get('role')).capitalize()}: " if len(values) > 1 else ""
+        values = [f"{name(v)}{v.get('content')}" if isinstance(v, dict) else str(v) for v in values]
+        return "\n".join(values).strip()
 
     parts = [f"You grade {'a response' if n == 1 else f'{n} responses'} to a task."]
     if style in ("grar", "pinocchio"):
@@ -343,7 +347,7 @@ def opening(style: str, row: dict, items: list[tuple[str, float]] = (), n: int =
         weigh = len({w for _, w in items}) > 1
         lines = [text + f" (weight {w:g})" * weigh for text, w in items]
         parts.append("\n".join(["Criteria:", *(f"{n}. {s}" for n, s in enumerate(lines, 1))]))
-    if not (question := text(row.get("question") or row.get("prompt"))):
+    if not (question := text(row.get("conversation") or row.get("question") or row.get("prompt"))):
         raise ValueError(f"expected a question or a prompt to judge by, found keys {sorted(row)}")
     parts.append(f"Task:\n{question}")
     reference = row.get("reference") or row.get("reference_answer")  # RaR's name for it

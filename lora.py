@@ -18,18 +18,16 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 import gemma
 import hub
+import runs
 from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 
 
@@ -134,7 +132,8 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
     folder = hub.find_adapter(adapter)
     if not (folder / "prompt.json").exists():
         return system
-    trained = json.loads((folder / "prompt.json").read_text())["system"]
+    file = folder / "prompt.json"
+    trained = gemma.json_value(gemma.read_json(file), "system", str, ..., file)
     if system is not None and system != trained:
         raise ValueError(f"--system {system!r}, but {folder} was trained under {trained!r}: "
                          "leave --system out, or begin without --adapter")
@@ -233,11 +232,8 @@ def load(path: str | Path, cfg: Config) -> dict:
     """
     file = Path(path) / "adapter_model.safetensors"
     alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read as safetensors ({e}); a .bin is never opened, it "
-                         "could run code") from None
+    with gemma.open_tensors(file) as f:  # a .bin is never opened, it could run code
+        tensors = {key: f.get_tensor(key) for key in f.keys()}
     found = {name: {} for name in LINEARS}  # {layer: {"module": name, "A": [r, in], "B": [out, r]}}
     for key, tensor in tensors.items():
         m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
@@ -316,7 +312,4 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
 if __name__ == "__main__":
     import tyro
 
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: tyro.cli(main))

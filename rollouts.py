@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import queue
+import re
 import threading
 import time
 from collections import Counter
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import data
 import hosts
@@ -59,7 +61,7 @@ class Settings:
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     eval_data: str | None = None
@@ -211,6 +213,7 @@ class Problem:
     choices: tuple[str, ...]
     domain: str
     trace: str = ""  # the row's own reasoning
+    chat: list[dict] = dataclasses.field(default_factory=list, compare=False)  # its messages
     fields: dict = dataclasses.field(default_factory=dict, compare=False)  # of the row itself
 
 
@@ -230,7 +233,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         prompt=tuple(tok.chat(data.with_system(chat, system))),
         question=chat[-1]["content"], gold=gold, kind=kind, choices=choices,
         domain=str(fields.get("task_type") or fields.get("domain") or source),
-        trace=trace or "", fields=fields,
+        trace=trace or "", chat=chat, fields=fields,
     )
 
 
@@ -300,7 +303,7 @@ class Order:
             return
         difficulty = [p.fields.get("difficulty") for p in problems]
         for p, d in zip(problems, difficulty, strict=True):
-            if not isinstance(d, int | float) or not math.isfinite(d):
+            if not isinstance(d, int | float) or not abs(d) < 1e15:
                 raise ValueError(f"--curriculum: expected a number as difficulty, found {d!r} in "
                                  f"the row {p.question!r:.60}")
         if self.ordered:
@@ -359,17 +362,26 @@ class Sample:
 
 def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.0) -> dict:
     """The `row` of a reward function: the data's row and what the trainer adds."""
-    overlong = getattr(config, "overlong_buffer", 0.2)
+    overlong, chat = getattr(config, "overlong_buffer", 0.2), problem.chat
+    if chat and chat[0]["role"] != "system" and getattr(config, "system", None):
+        chat = [{"role": "system", "content": config.system}, *chat]
     return problem.fields | {
-        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-        "choices": problem.choices, "n_tokens": n_tokens, "max_new": config.max_new,
+        "question": problem.question, "conversation": chat, "answer": problem.gold,
+        "kind": problem.kind, "choices": problem.choices, "n_tokens": n_tokens,
+        "max_new": config.max_new,
         "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
     } | ({"reasoning": problem.trace} if problem.trace else {})
 
 
-def check_rewards(config) -> None:
-    """Raises ValueError for --rewards, --reward-file and --judge that do not match."""
+def check_rewards(config, trains: bool = False) -> None:
+    """Raises ValueError for --rewards, --reward-file and --judge that do not match.
+
+    trains: whether the script gives sample_groups the policy's log-probs.
+    """
     mix = rewards.read_mix(config.rewards, config.reward_file)
+    for name in mix.weights:
+        if name in rewards.BY_POLICY and not trains:
+            raise ValueError(f"--rewards {name}: only train_grpo.py computes it")
     judged = [name for name in mix.weights if name in rewards.JUDGED]
     if judged and config.judge is None:
         raise ValueError(f"--rewards {judged[0]}: needs --judge")
@@ -389,7 +401,7 @@ class Scorer:
     """
 
     def __init__(self, config, problems: list[Problem], mesh: Mesh | None = None):
-        self.config, self.judge = config, None
+        self.config, self.mesh, self.judge = config, mesh, None
         self.mix = rewards.read_mix(config.rewards, config.reward_file)
         traces = [p.trace for p in problems if p.trace]
         judged = {}
@@ -398,7 +410,8 @@ class Scorer:
 
             names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
             judged = {n: rewards.Reward(functools.partial(verdict, n)) for n in names}
-        self.functions = rewards.prepare(self.mix, traces, config.reward_file, judged)
+        by_model = judged | {"prob": rewards.Reward(answer_prob, needs="answer")}
+        self.functions = rewards.prepare(self.mix, traces, config.reward_file, by_model)
         if judged:
             cache = Path(config.out) / "judge" / "replies.jsonl"
             self.judge = judge.open(config, mesh, cache=cache)
@@ -504,6 +517,49 @@ def verdict(name: str, completion: str, row: dict) -> float:
     return parts[name]
 
 
+def answer_prob(completion: str, row: dict) -> float:
+    """Waits for the reward `prob`."""
+    return row["prob"].result()
+
+
+def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.Tokenizer, config,
+                 mesh: Mesh, logps) -> list[list[float | None]]:
+    """The policy's mean probability of the right answer's tokens after each trace (RLPR).
+
+    arXiv 2506.18254. The right answer replaces what follows the completion's first <answer>. 0
+    where there is no <answer>, or no room for the right answer within --max-new; None where no
+    right answer is known. Probabilities are at --temperature. RLPR subtracts the probability
+    without a trace, but that is the same for all of a group, and so is in its mean anyway.
+
+    logps: (arrays of pack, micro-batches used) -> log-probs of the policy, of the same shape.
+    """
+    probs_QG = [[None if q.gold is None else 0.0] * len(texts)
+                for q, texts in zip(problems, texts_QG, strict=True)]
+    samples, places = [], []
+    for q, texts in enumerate(texts_QG):
+        gold = tok.encode((problems[q].gold or "").strip())
+        for g, text in enumerate(texts):
+            opened = re.search(r"(?i)<answer>\s*", text)
+            ids = tok.encode(text[: opened.end()]) + gold if opened else []
+            if gold and ids and len(ids) <= config.max_new:
+                rollout = Rollout(q, g, np.array(ids, np.int32), np.zeros(len(ids)), "stop")
+                samples.append(Sample(problems[q], q, rollout, text, None, False,
+                                      rewards.Scored(None, {}, {})))
+                places.append((q, g, len(gold)))
+    if not samples:
+        return probs_QG
+    batch, n_micro, spans = pack(samples, [1.0] * len(samples), config, mesh.size, True)
+    mask_RT = batch["mask"].reshape(-1, config.pack_length)
+    for i, r, span in spans:  # log-probs of the answer alone: the rest needs no logits
+        mask_RT[r, span.start : span.stop - places[i][2]] = 0.0
+    batch = {k: hosts.put(v, NamedSharding(mesh, P(None, "data"))) for k, v in batch.items()}
+    logp_RT = np.asarray(hosts.whole(logps(batch, np.int32(n_micro)))).reshape(mask_RT.shape)
+    for i, r, span in spans:
+        q, g, n = places[i]
+        probs_QG[q][g] = float(np.exp(logp_RT[r, span.stop - n : span.stop]).mean())
+    return probs_QG
+
+
 # -------------------------------------------------------------------------------------- sampling
 
 
@@ -513,14 +569,15 @@ def token_rules(tok: data.Tokenizer) -> dict:
 
 
 def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
-                  scorer: Scorer, config, *, step: int, first: int,
-                  p: float) -> tuple[list[list[Sample]], dict[str, float]]:
+                  scorer: Scorer, config, *, step: int, first: int, p: float,
+                  logps=None) -> tuple[list[list[Sample]], dict[str, float]]:
     """Samples and scores --group completions per problem -> (one group per problem, seconds).
 
     weights: (params, adapter). first: number of prompts that this step has sampled already; a
     rollout's noise depends on (seed, step, its prompt's index in the step, its index in the group).
+    logps: the policy's log-probs, for the reward `prob`, see answer_probs.
     """
-    began, futures, finished = time.perf_counter(), {}, {}
+    began, futures, finished, probs = time.perf_counter(), {}, {}, {}
     mine = hosts.share(range(len(problems)))
     params, adapter = weights
     completions = sampler.sample(
@@ -530,9 +587,16 @@ def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problem
     for r in completions:
         problem, text = problems[r.prompt - first], tok.decode(r.ids)
         row = reward_row(problem, len(r.ids), r.stop, config, p)
+        if "prob" in scorer.mix.weights:
+            row["prob"] = probs[r.prompt, r.index] = Future()
         futures[r.prompt, r.index] = scorer.submit(text, row, (r.prompt, r.index, config.group))
         finished[r.prompt, r.index] = r, text
     rollout_s = time.perf_counter() - began
+    if "prob" in scorer.mix.weights:  # one forward pass, of which every host has its part
+        texts = hosts.join([[finished[first + i, g][1] for g in range(config.group)] for i in mine])
+        found = answer_probs(problems, texts, tok, config, scorer.mesh, logps)
+        for (q, g), future in probs.items():
+            future.set_result(found[q - first][g])
     keys = sorted(futures)
     scores = dict(zip(keys, scorer.collect([futures[key] for key in keys]), strict=True))
     groups = []

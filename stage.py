@@ -73,11 +73,12 @@ def resolve(config, defaults: dict[str, dict]):
 RANGES = (  # the least and the largest value that make sense, and the fields
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
      "reward_threads"),
-    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef clip_high cispo_cap is_cap "
-     "top_k repetition resample rows eval_rows eval_every eval_accuracy save_every keep show "
-     "show_every log_samples reward_timeout max_drift"),
+    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
+     "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
+     "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
+     "max_drift"),
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer"),
-    (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm"), (0, 0.999, "lora_dropout"),
+    (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm sapo_pos sapo_neg"), (0, 0.999, "lora_dropout"),
 )
 
 
@@ -205,6 +206,7 @@ class Model(NamedTuple):
     specs: dict  # PartitionSpecs of `trained`
     sharded: bool  # whether the base is sharded over the mesh
     merged: dict | None  # an adapter that was merged into the base
+    checksums: dict[str, str]  # of the files that it was read from
 
 
 def load_model(config, mesh: Mesh) -> Model:
@@ -237,7 +239,26 @@ def load_model(config, mesh: Mesh) -> Model:
         where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
     runs.say(f"{cfg.n_params:,} weights {where}")
     trained = put(trained, mesh, specs)
-    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
+    sums = checksums(start, tok, with_weights=not getattr(config, "from_scratch", False))
+    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged, sums)
+
+
+def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) -> dict[str, str]:
+    """The facts of runs.check_unchanged() about the files of a model, an adapter, a tokenizer."""
+    files = [start.weights / "config.json", tok.file]
+    for folder in [start.weights, start.adapter] if with_weights else []:
+        files += [] if folder is None else sorted(folder.glob("*.safetensors"))
+    files += [start.adapter / "adapter_config.json"] if start.adapter else []
+    return {f"checksum of {file.name}": runs.file_checksum(file) for file in files}
+
+
+def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
+    """What a resumed run must find as it was, beside its flags: the model's files and the rows."""
+    rows = [item.fields for items in sources for item in items]
+    return model.checksums | {
+        f"checksum of the rows of --data {config.data}": runs.checksum(rows),
+        f"checksum of the held-out rows of {config.eval_data or config.data}":
+            runs.checksum(item.fields for item in held_out)}
 
 
 def continue_from(path: Path, base: dict, cfg: gemma.Config,

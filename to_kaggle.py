@@ -34,6 +34,7 @@ import tyro
 
 import data
 import rewards
+import runs
 
 HERE = Path(__file__).resolve().parent
 
@@ -387,7 +388,4 @@ def main(config: Config, flags: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(*tyro.cli(Config, description=__doc__, return_unknown_args=True))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(*tyro.cli(Config, description=__doc__, return_unknown_args=True)))

@@ -244,7 +244,7 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
     [items], bad = data.load(f" {file} ", read, skip_bad_rows=True, what="prompts")
     assert items == ["a", "b"]
     assert [fault.split(":")[1] for fault in bad] == ["2", "3", "4", "5", "6", "7"]
-    assert "expected a JSON object, found list" in bad[1] and "recursion" in bad[3]
+    assert "expected a JSON object, found a list" in bad[1] and "recursion" in bad[3]
     assert bad[4].endswith(": 5 tokens, more than --max-length 3")
     assert said == [f"data: 2 prompts of {file}, 6 bad rows left out; first: {bad[0]}; "
                     "the longest has 5 tokens"]
@@ -283,6 +283,7 @@ def test_the_built_in_sources():
         next(data.read_rows("gsm8k:tset", "--eval-data"))
     assert data.test_split("gsm8k") == data.test_split("gsm8k:train") == "gsm8k:test"
     assert data.test_split("problems, solutions:train") == "problems:test,solutions:test"
+    assert data.test_split("gsm8k[:50%]") == data.test_split("gsm8k:train[9:]") == "gsm8k:test"
     assert data.test_split("mine.jsonl,gsm8k") is data.test_split("gsm8k:test") is None
 
 
@@ -304,6 +305,15 @@ def test_no_prompt_is_on_both_sides_of_a_hold_out(tmp_path, said):
     assert len(split(eval_rows=2)[1]) == 2
     with pytest.raises(ValueError, match="1 prompts are too few to hold some out; --eval-data"):
         data.load_split(config(data=write(tmp_path / "q.jsonl", [{"prompt": "Q"}] * 99)), read)
+
+
+@pytest.mark.parametrize("part, expected", [
+    ("[:3]", [0, 1, 2]), ("[8:]", [8, 9]), ("[2:4]", [2, 3]), ("[:40%]", [0, 1, 2, 3]),
+    ("[90%:]", [9]), ("[25%:5]", [2, 3, 4]), ("[:]", [*range(10)]), ("[:0]", []), ("[20:]", [])])
+def test_a_slice_takes_rows_by_number_or_percentage(tmp_path, part, expected):
+    file = tmp_path / "a[b].jsonl"
+    file.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(10)))
+    assert [row["n"] for _, row in data.read_rows(f"{file}{part}")] == expected
 
 
 def test_held_out_rows_are_those_named_or_a_test_split(tmp_path, said):

@@ -30,6 +30,8 @@ from test_gemma import random_params
 import data
 import gemma
 import judge
+import rollouts
+import synthesize
 import train_grpo
 from endpoint import Endpoint, Unavailable, tokens_of
 from sampler import Sampler
@@ -285,6 +287,22 @@ def test_what_a_prompt_says():
     shared, rests = judge.digit_prompts("explicit", "MINE", ROW)
     assert shared.count("MINE") == 1 and len(rests) == 2 and "Short: It is short." in rests[1]
     assert "Write a line on rain." in judge.opening("implicit", OTHER)
+
+
+def test_a_judge_reads_the_whole_conversation(small):
+    """All turns and the system text, the row's or --system's; a question alone has no role."""
+    tok = data.Tokenizer(small)
+    turns = [("user", "Name a river."), ("assistant", "Rhine."), ("user", "And another?")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    for own, flag, said in (("Be brief.", "Think.", "Be brief."), ("", "Think.", "Think.")):
+        problem = rollouts.read_problem(row | ({"system": own} if own else {}), tok, flag)
+        told = rollouts.reward_row(problem, 1, "stop", synthesize.Pairs(max_new=9, system=flag))
+        task = f"Task:\nSystem: {said}\nUser: Name a river.\nAssistant: Rhine.\nUser: And another?"
+        for style in judge.STYLES:
+            assert task in judge.opening(style, told)
+    problem = rollouts.read_problem({"question": "2 + 2?", "context": "Add."}, tok)
+    told = rollouts.reward_row(problem, 1, "stop", synthesize.Pairs(max_new=9, system=""))
+    assert "Task:\nAdd.\n\n2 + 2?\n\n" in judge.opening("grar", told)
 
 
 words = st.text(alphabet="abcdefghijklmnopABCDEFG\n <>", max_size=40) | st.text(max_size=40)

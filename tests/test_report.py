@@ -146,7 +146,7 @@ def test_the_command_repeats_the_run(module, tmp_path, monkeypatch):
         config = dataclasses.replace(config, reward_file="my rewards.py:score", mask_truncated=True)
     config, name = module.resolve(config), module.__name__
     stored = json.loads(json.dumps(dataclasses.asdict(config) | {"code": {"script": name}}))
-    python, script, *flags = shlex.split(report.command(stored))
+    python, script, *flags = shlex.split(report.command_of(stored))
     assert (python, script) == ("python", f"{name}.py")
     assert module.resolve(tyro.cli(module.Config, args=flags)) == config
 
