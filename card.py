@@ -67,15 +67,20 @@ def ending(folder: Path, run_folder: Path, step: int) -> list[str]:
 
 
 def which(run: report.Run, step: int) -> str:
-    """Which step a model is: "step 60, the best of 80" or "step 80, the last"."""
-    last, scored = max(run.steps, default=step), n_evaluations(run)
-    return f"step {step}, the best of {last}" if scored > 1 else f"step {step}, the last"
+    """Which step a model is: "best step 60 of 80", or "last step, 80"."""
+    if n_evaluated(run, step) > 1:
+        return f"best step {step} of {max(run.steps)}"
+    return f"last step, {step}"
 
 
-def n_evaluations(run: report.Run) -> int:
-    """Evaluations after training began: the best checkpoint is chosen among these."""
-    return sum(step > 0 and any(k.startswith("eval_") for k in row)
-               for step, row in run.steps.items())
+def n_evaluated(run: report.Run, step: int) -> int:
+    """Of how many evaluated steps this one is the best; 0 if it is not."""
+    for name, sign in (("eval_accuracy", 1), ("eval_loss", -1), ("eval_format", 1)):
+        scores = {s: sign * row[name] for s, row in run.steps.items()
+                  if s and row.get(name) is not None}  # step 0 is the start, and no checkpoint
+        if scores:
+            return len(scores) if scores.get(step) == max(scores.values()) else 0
+    return 0
 
 
 def results(run: report.Run, step: int) -> str:
@@ -100,9 +105,8 @@ def results(run: report.Run, step: int) -> str:
         lines.append(f"| {f'**{s}, this model**' if s == step else s} | " + " | ".join(cells)
                      + " |")
     text = "\n".join(lines) + "\n\nGreedy answers; 95 % intervals in brackets."
-    if n_evaluations(run) > 1:
-        text += (f" This step is the best of {n_evaluations(run)} evaluations on the same problems,"
-                 " so its figure flatters a little.")
+    if (n := n_evaluated(run, step)) > 1:
+        text += f" The best of {n} evaluations on the same problems: the figure flatters a little."
     return text + "\n"
 
 

@@ -112,9 +112,9 @@ class Settings:
 
     # LoRA
     lora_rank: int | None = None
-    """Rank of the adapter; 0 trains every weight of the model."""
+    """Rank of the adapter, by default that of --adapter; 0 trains every weight of the model."""
     lora_alpha: float | None = None
-    """The adapter's output is scaled by alpha / rank; default: the rank."""
+    """The adapter's output is scaled by alpha / rank; default: --adapter's, or the rank."""
     lora_targets: str = "q,k,v,o,gate,up,down"
     """Which matrices get an adapter."""
     rslora: bool = False

@@ -40,13 +40,14 @@ def run(tmp_path_factory):
 def test_the_end_of_a_run_says_what_came_out_and_what_to_do_next(run):
     flags = f"--adapter {run} --model gemma3-1b --weights /models/gemma-3-1b-it"
     assert card.ending(run / "final", run, 60) == [
-        "  step 60, the best of 80",
+        "  best step 60 of 80",
         "  held-out accuracy 38.0 % -> 59.5 % (+12.0 ... +31.0 points)",
         f"  report: {run}/report.html",
         f"  talk: python chat.py {flags}",
         f"  export: python lora.py {flags} --out merged"]
     once = report.read_run(run)._replace(steps={80: {"eval_loss": 1.25}})
-    assert card.which(once, 80) == "step 80, the last"
+    assert card.which(once, 80) == "last step, 80"
+    assert card.which(report.read_run(run), 80) == "last step, 80"  # as where the best is damaged
     assert card.outcome(once, 80) == "held-out loss 1.250 at step 80, the only evaluation"
     assert card.outcome(once, 70) == ""
 
@@ -60,7 +61,8 @@ def test_a_card_has_the_hubs_metadata_results_and_the_real_rank(run):
         "library_name": "peft", "pipeline_tag": "text-generation", "datasets": ["openai/gsm8k"],
         "tags": ["reasoning", "grpo", "lora"]}
     assert "| 0 | 38.0 [31.2, 44.7] | 100.0 | 52.0 |" in text
-    assert "| **60, this model** | 59.5 [52.7, 66.2] |" in text and "best of 3" in text
+    assert "| **60, this model** | 59.5 [52.7, 66.2] |" in text
+    assert "The best of 3 evaluations" in text
     assert "| learning_rate | `1e-05` |" in text
     assert "--max-lora-rank 128 " in text and "vllm serve google/gemma-3-1b-it" in text
     assert f"> {SYSTEM}" in text and f"system = {SYSTEM!r}" in text
