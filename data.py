@@ -263,10 +263,10 @@ SYSTEM = (
     "Then write only the final answer between <answer> and </answer>."
 )
 COLUMNS = {  # what a row holds: the columns it may be in, of which the first with a value counts
-    "prompt": ("messages", "conversations", "prompt", "question", "instruction"),
+    "prompt": ("messages", "conversations", "prompt", "question", "problem", "instruction"),
     "completion": ("completion",),
     "output": ("output", "response"),  # the completion where no reasoning and answer make one
-    "answer": ("answer", "answerKey", "answer_idx"),
+    "answer": ("answer", "answerKey", "answer_idx", "ground_truth"),
     "choices": ("choices", "options"),
     "system": ("system", "system_prompt"),
     "reasoning": ("reasoning",), "context": ("context",), "input": ("input",),
@@ -277,10 +277,12 @@ COLUMNS = {  # what a row holds: the columns it may be in, of which the first wi
 ROLES = {"system": "system", "user": "user", "human": "user",
          "assistant": "assistant", "model": "assistant", "gpt": "assistant"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# The edges of a text that a chat template has wrapped already: Gemma's, Mistral's, <|any other|>.
+# The edges of a text that a chat template has wrapped already: Gemma's, Mistral's, <|any other|>,
+# and "\nAssistant:" or "### Response:" where the model would begin.
 TEMPLATED = re.compile(
     r"\A\s*(?:<bos>|<start_of_turn>|<[|｜]\w+[|｜]>|(?:<s>\s?)?\[INST])"
-    r"|(?:<end_of_turn>|<eos>|<[|｜]\w+[|｜]>|\[/INST]|<start_of_turn>model)\s*\Z"
+    r"|(?:<end_of_turn>|<eos>|<[|｜]\w+[|｜]>|\[/INST]|<start_of_turn>model"
+    r"|\n\s*Assistant:|\bASSISTANT:|### Response:)\s*\Z"
 )
 GSM8K = re.compile(r"(?s)(.*)####[ \t]*([^\n]*)")
 
@@ -548,6 +550,14 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         yield f"{path}:{n}", row
 
 
+def unread_in_messages(row: dict) -> set[str]:
+    """What the messages of a row hold beside role and text: {"messages.reasoning_content"}."""
+    turns = [(name, turn) for name in ("messages", "conversations", "prompt", "chosen", "rejected")
+             if isinstance(row.get(name), list) for turn in row[name] if isinstance(turn, dict)]
+    return {f"{name}.{key}" for name, turn in turns for key, value in turn.items()
+            if value and key not in ("role", "content", "from", "value")}
+
+
 class TooLong(ValueError):
     """What `read` raises in `load` for a row that is usable but for its length."""
 
@@ -572,7 +582,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
             try:
                 if isinstance(row, ValueError):
                     raise row
-                columns |= row.keys()
+                columns |= row.keys() | unread_in_messages(row)
                 items.append(read(row))
             except ValueError as e:
                 if not skip_bad_rows:

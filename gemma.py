@@ -810,6 +810,8 @@ def _safetensors_files(path: Path) -> list[Path]:
         return [single]
     if index.exists():
         weight_map = json_value(read_json(index), "weight_map", dict, {}, index)
+        if any(len(str(file)) > 255 for file in weight_map.values()):
+            raise ValueError(f"{index}: weight_map names a file by more than 255 characters")
         # .name: whatever an index names, only files of this folder are opened.
         return sorted({path / Path(str(file)).name for file in weight_map.values()})
     files = list(path.glob("*.safetensors"))
