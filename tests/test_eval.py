@@ -462,7 +462,7 @@ def test_rewards_and_a_judge(config, tmp_path, monkeypatch, capsys):
             0.6 * 0.75 + 0.2 * row["format"] + 0.2 * row["correct"]
         )
     assert results["reward_judge"] == 0.75 and results["missing"] == pytest.approx(1 / 6)
-    assert results == evaluation.summarize(rows) and "reward_judge" in printed
+    assert results == evaluation.summarize(rows) and "reward " in printed
     for file in (tmp_path / "out").rglob("*.json*"):
         assert "sk-of-this-evaluation" not in file.read_text(), file
     sampled = (tmp_path / "out/samples.jsonl").read_text()
