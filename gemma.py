@@ -614,10 +614,13 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, *args, **kwargs) -> 
     return forward(params, cfg, tokens_BT, *args, **kwargs)[0]
 
 
-def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array:
-    """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one."""
+def head(params: dict, cfg: Config, fsdp: str | None = None, n: int | None = None) -> jax.Array:
+    """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one.
+
+    n: only its first n rows, without those that pad the vocabulary.
+    """
     name = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
-    return all_gather_params(params[name], specs(cfg)[name], fsdp)
+    return all_gather_params(params[name][:n], specs(cfg)[name], fsdp)
 
 
 def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array,

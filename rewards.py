@@ -40,8 +40,8 @@ from answers import TAG, TAGS, correct, kind_of, parse, words
 from answers import vote as vote
 
 HERE = Path(__file__).resolve().parent
-OURS = {*"answers card check data endpoint formulas gemma hosts hub judge lora problems report "
-        "rewards rollouts runs sampler stage".split()}
+OURS = {*"answers card check data divergence endpoint formulas gemma hosts hub judge lora "
+        "problems report rewards rollouts runs sampler stage".split()}
 # A word, a sign, or a character of a script that writes no spaces. Words are cut after 20 letters,
 # so that an endless word counts as a repetition.
 WORDS = re.compile(
@@ -211,7 +211,8 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
         raise ValueError(wrong + f"{type(e).__name__}: {e}") from e
     functions, weights = getattr(module, "REWARDS", {}), getattr(module, "WEIGHTS", None)
     limits, numbers = getattr(module, "RANGE", ()), [None]
-    if isinstance(functions, dict) and isinstance(weights, dict | None):
+    shaped = isinstance(weights, dict | None) and isinstance(limits, tuple | list)
+    if isinstance(functions, dict) and shaped:
         numbers = [*(weights or {}).values(), *limits]
     if not all(isinstance(n, int | float) for n in numbers) or len(limits) not in (0, 2):
         raise ValueError(wrong + "expected REWARDS = {name: function}, WEIGHTS = {name: number} "

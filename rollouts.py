@@ -27,6 +27,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -109,6 +110,8 @@ class Settings:
     """Stop a completion after this many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
     """Completions decoded at once on each device; lower it when out of memory."""
+    max_drift: float = 0.5
+    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
     # LoRA
     lora_rank: int | None = None
@@ -266,6 +269,12 @@ def load_problems(config, tok: data.Tokenizer) -> tuple[list[Problem], list[str]
     return numbered([problem for source in sources for problem in source]), bad
 
 
+def load_split(config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
+    """(problems to learn from, held-out ones) of a script's --data and --eval-data."""
+    sources, held_out = data.load_split(config, problem_reader(config, tok), rows=config.rows)
+    return numbered([problem for source in sources for problem in source]), numbered(held_out)
+
+
 def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
     """(the answer, whether it is right (None: nothing to check), whether the format is strict)."""
     _, answer, strict = rewards.parse(completion)
@@ -371,6 +380,14 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
         "max_new": config.max_new,
         "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
     } | ({"reasoning": problem.trace} if problem.trace else {})
+
+
+def check_settings(config) -> None:
+    """Raises ValueError for settings that cannot work, before anything is loaded."""
+    if config.pack_length < (longest := config.max_prompt + config.max_new):
+        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
+                         f"{longest} or more")
+    read_curriculum(config.curriculum)
 
 
 def check_rewards(config, trains: bool = False) -> None:
@@ -649,6 +666,16 @@ def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
     return hosts.join([rows[i] for i in mine])
 
 
+def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
+             step: int, run: runs.Run) -> float:
+    """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
+    with run.budget.measure("eval"):
+        metrics = accuracy(answer(sampler, weights, tok, problems))
+    run.log(step, metrics)
+    runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    return metrics.get("eval_accuracy", metrics["eval_format"])
+
+
 def accuracy(rows: list[dict]) -> dict[str, float]:
     """The metrics of these answers; no accuracy if no row has an answer to check."""
     graded = [row["correct"] for row in rows if row["correct"] is not None]
@@ -688,6 +715,14 @@ def packed_size(config, n_devices: int) -> tuple[int, int]:
     n_rows = min(n_samples, 2 * total // config.pack_length + 1)
     rows = config.micro_rows * n_devices
     return -(-n_rows // rows), rows
+
+
+def packed_shapes(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of `pack` on the mesh, as shapes."""
+    n_max, rows = packed_size(config, mesh.size)
+    array = functools.partial(jax.ShapeDtypeStruct, (n_max, rows, config.pack_length),
+                              sharding=NamedSharding(mesh, P(None, "data")))
+    return {k: array(np.int32 if k in INTS else np.float32) for k in INTS + FLOATS}
 
 
 def pack(samples: list[Sample], weights: list[float], config, n_devices: int,
@@ -788,6 +823,22 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
     name = "sampling/sampling_logp_difference/"
     return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
             name + "max": float(d.max())}
+
+
+def check_drift(step: int, metrics: dict[str, float], config) -> None:
+    """Stops a run whose sampler and trainer disagree."""
+    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if drift > config.max_drift:
+        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
+                         f"on average, more than --max-drift {config.max_drift}")
+
+
+def log_samples(config, step: int, run: runs.Run, samples: list[Sample]) -> None:
+    """Writes some of a step's completions to samples.jsonl, and prints a few now and then."""
+    failed = [s for s in samples[config.log_samples :] if s.scored.errors]
+    run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
+    if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
+        show(samples[:: max(1, len(samples) // config.show)][: config.show])
 
 
 def show(samples: list[Sample]) -> None:

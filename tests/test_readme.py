@@ -96,7 +96,8 @@ def test_the_page_is_short_and_its_sizes_and_links_are_true():
         assert name == "my.py" or [*ROOT.glob(name), *ROOT.glob(f"recipes/{name}")], name
 
 
-TABLE = re.findall(r"^\| [^|]*\| `(--[^`]+)`", (ROOT / "README.md").read_text(), re.M)
+TABLE = [flags for page in PAGES
+         for flags in re.findall(r"^\| [^|]*\| `(--[^`]+)`", page.read_text(), re.M)]
 
 
 @pytest.mark.parametrize("flags", TABLE)
