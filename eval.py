@@ -533,7 +533,8 @@ def main(config: Config) -> dict:
         with runs.writing(out):
             runs.replace_file(out / "samples.jsonl", runs.to_jsonl(rows))
             runs.write_json(out / "results.json", results)
-    print(table(results) if config.all else summary(results))
+    # the names of domains are text of the rows
+    print(runs.clean(table(results)) if config.all else summary(results))
     if others is not None:
         print(sentence(results["compare"]))
     return results

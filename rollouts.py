@@ -387,6 +387,8 @@ def check_settings(config) -> None:
     if config.pack_length < (longest := config.max_prompt + config.max_new):
         raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
                          f"{longest} or more")
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature {config.temperature}: expected more than 0")
     read_curriculum(config.curriculum)
 
 
