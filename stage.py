@@ -75,8 +75,8 @@ RANGES = (  # the least and the largest value that make sense, and the fields
      "reward_threads minibatches"),
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
      "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
-     "eval_every eval_accuracy temperature save_every keep show show_every log_samples reward_timeout "
-     "max_drift reward_coef value_clip value_lr value_warmup"),
+     "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
+     "max_drift reward_coef value_clip value_lr value_warmup temperature"),
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
      "on_policy gamma lam"),
     (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
