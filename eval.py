@@ -1,9 +1,9 @@
 """Evaluation: pass@k, majority votes, format and length of a model, and two models compared.
 
-    python eval.py                                                 # the tiny model, word problems
-    python eval.py --model gemma3-1b --data gsm8k:test --samples 8 --adapter runs/sft
-    python eval.py --adapter runs/grpo --out runs/eval-grpo --compare runs/eval-sft
-    python eval.py --data mine.jsonl --rewards judge:0.6,format:0.2,answer:0.2 --judge gemma3-12b
+    python eval.py                               # the tiny model, word problems
+    python eval.py --model gemma3-1b --adapter runs/sft --data gsm8k:test
+    python eval.py --adapter runs/grpo --out runs/eval2 --compare runs/eval
+    python eval.py --data mine.jsonl --rewards judge,format --judge gemma3-12b
 
 Every problem is answered once greedily and --samples times at --temperature. What to know:
 
@@ -106,12 +106,15 @@ class Sampling(judge.Config):
 class Config(Sampling):
     """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
+    # evaluation
     greedy: bool = True
     """Answer every problem once greedily, for pass@1."""
     samples: int | None = None
     """Sampled completions per problem, the k of pass@k and maj@k; 0: none."""
     rewards: str = ""
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
+
+    # the run
     out: str = "runs/eval"
     """Folder of results.json and samples.jsonl; the same command continues what is there."""
     compare: str | None = None
@@ -486,6 +489,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

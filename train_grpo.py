@@ -2,13 +2,14 @@
 
 G completions are sampled per prompt; each one's advantage is how far it beats its group:
 
-    A = (reward - mean of the group) / std of the group                  (arXiv 2402.03300)
+    A = (reward - mean of the group) / std of the group     (arXiv 2402.03300)
     ratio = p(token) / p_old(token)
-    loss = mean over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + kl_coef k3
+    loss = mean over tokens of
+           -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + kl_coef k3
 
-    python train_grpo.py                                   # the tiny model, CPU, three minutes
-    python train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
-    python train_grpo.py --data mine.jsonl --rewards format:1,score:2 --reward-file my.py:score
+    python train_grpo.py                       # the tiny model, CPU, three minutes
+    python train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h
+    python train_grpo.py --data mine.jsonl --reward-file my.py:score --rewards score
 
 GRPO, Dr.GRPO, DAPO, GSPO, GMPO, CISPO, SAPO and RLOO are settings; the README has the table.
 Deviations from common practice, and why:
@@ -62,8 +63,11 @@ from sampler import Sampler
 class Config(rollouts.Settings):
     """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
+    # the run
     out: str = "runs/grpo"
     """Run folder; the same command continues the run in it."""
+
+    # algorithm
     inner_epochs: int = 1
     """Updates per batch of completions, mu; the first is on-policy."""
     baseline: Literal["mean", "loo"] = "mean"
@@ -699,6 +703,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

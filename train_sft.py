@@ -1,13 +1,13 @@
 """Supervised fine-tuning, by LoRA or in full: the model learns to write its rows' completions.
 
-    loss = - sum over completion tokens of log p(token | everything before it) / their number
+    loss = - sum over completion tokens of log p(token | all before it) / number
 
-The sum and the number run over the whole update: all micro-batches, all devices. The stop token
-counts as a completion token; prompts (unless --prompt-loss) and padding do not.
+The sum and the number of tokens run over the whole update: all micro-batches, all devices. The
+stop token counts as a completion token; prompts (unless --prompt-loss) and padding do not.
 
-    python train_sft.py                                    # the tiny model, CPU, three minutes
-    python train_sft.py --model gemma3-1b --data gsm8k     # a v5e-8, GPU, ...
-    python train_sft.py --model gemma3-1b --data a.jsonl,b.jsonl --mix 0.7,0.3 --time-limit 1h45m
+    python train_sft.py                        # the tiny model, CPU, three minutes
+    python train_sft.py --model gemma3-1b --data gsm8k --time-limit 1h45m
+    python train_sft.py --model gemma3-1b --data a.jsonl,b.jsonl --mix 0.7,0.3
 
 Deviations from common practice, and why:
 
@@ -384,6 +384,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

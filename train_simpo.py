@@ -1,17 +1,18 @@
 """Preference optimisation: the model learns to prefer the better of two completions of a prompt.
 
-    SimPO   - log σ(β (l̄_w - l̄_l) - γ)                                  arXiv 2405.14734
-    DPO     - log σ(β ((l_w - r_w) - (l_l - r_l)))                       arXiv 2305.18290
-    IPO     (d̄_w - d̄_l - 1 / 2β)²,  d̄ = (l - r) / tokens                arXiv 2310.12036
-    ORPO    - l̄_w - λ log σ(o_w - o_l),  o = log p / (1 - p), p = exp l̄   arXiv 2403.07691
+    SimPO   - log σ(β (l̄_w - l̄_l) - γ)                       arXiv 2405.14734
+    DPO     - log σ(β ((l_w - r_w) - (l_l - r_l)))            arXiv 2305.18290
+    IPO     (d̄_w - d̄_l - 1 / 2β)²,  d̄ = (l - r) / tokens     arXiv 2310.12036
+    ORPO    - l̄_w - λ log σ(o_w - o_l)                        arXiv 2403.07691
+            o = log p / (1 - p), p = exp l̄
 
 The indices w and l mean chosen and rejected. l is a completion's log-prob summed over its tokens,
 l̄ its mean per token, and r the sum under the reference: the model that this run starts from (base
 and --adapter). With label smoothing ε, SimPO and DPO are (1 - ε) L(z) + ε L(-z).
 
-    python train_simpo.py --data pairs.jsonl               # the tiny model, CPU
-    python train_simpo.py --model gemma3-1b --adapter runs/sft --data pairs.jsonl   # a v5e-8, ...
-    python train_simpo.py --adapter runs/sft --data pairs.jsonl --loss dpo --out runs/dpo
+    python train_simpo.py --data pairs.jsonl                # the tiny model, CPU
+    python train_simpo.py --data pairs.jsonl --model gemma3-1b --adapter runs/sft
+    python train_simpo.py --data pairs.jsonl --loss dpo --out runs/dpo
 
 A line of pairs.jsonl: {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, or message lists.
 
@@ -495,6 +496,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
