@@ -7,9 +7,9 @@ G completions are sampled per prompt; each one's advantage is how far it beats i
     loss = mean over tokens of
            -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + kl_coef k3
 
-    python train_grpo.py                       # the tiny model, CPU, three minutes
+    python train_grpo.py                   # the tiny model, CPU, three minutes
     python train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h
-    python train_grpo.py --data mine.jsonl --reward-file my.py:score --rewards score
+    python train_grpo.py --data mine.jsonl --reward-file my.py:score
 
 GRPO, Dr.GRPO, DAPO, GSPO, GMPO, CISPO, SAPO and RLOO are settings; the README has the table.
 Deviations from common practice, and why:

@@ -5,7 +5,7 @@
 The sum and the number of tokens run over the whole update: all micro-batches, all devices. The
 stop token counts as a completion token; prompts (unless --prompt-loss) and padding do not.
 
-    python train_sft.py                        # the tiny model, CPU, three minutes
+    python train_sft.py                    # the tiny model, CPU, three minutes
     python train_sft.py --model gemma3-1b --data gsm8k --time-limit 1h45m
     python train_sft.py --model gemma3-1b --data a.jsonl,b.jsonl --mix 0.7,0.3
 

@@ -10,8 +10,8 @@ The indices w and l mean chosen and rejected. l is a completion's log-prob summe
 l̄ its mean per token, and r the sum under the reference: the model that this run starts from (base
 and --adapter). With label smoothing ε, SimPO and DPO are (1 - ε) L(z) + ε L(-z).
 
-    python train_simpo.py --data pairs.jsonl                # the tiny model, CPU
-    python train_simpo.py --data pairs.jsonl --model gemma3-1b --adapter runs/sft
+    python train_simpo.py --data pairs.jsonl             # the tiny model, CPU
+    python train_simpo.py --model gemma3-1b --adapter runs/sft --data a.jsonl
     python train_simpo.py --data pairs.jsonl --loss dpo --out runs/dpo
 
 A line of pairs.jsonl: {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, or message lists.
