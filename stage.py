@@ -94,7 +94,7 @@ def cli(config_class, description: str, args: list[str] | None = None, default=N
     model = hub.short_name(words[words.index("--model") + 1] if "--model" in words[:-1] else "tiny")
     classes = classes or (config_class,)
     defaults = getattr(sys.modules[classes[0].__module__], "DEFAULTS", {})
-    table = model_defaults(model, defaults) or {}
+    table = runs.model_defaults(model, defaults) or {}
     grouped = {_in_groups(cls, default, table): cls for cls in classes}
     about = f"{introduction(description)}\n\n The defaults shown are those of --model {model}."
     found = tyro.cli(reduce(or_, grouped), description=about, args=args, config=(
@@ -129,13 +129,6 @@ def _in_groups(cls: type, default, table: dict) -> type:
 # -------------------------------------------------------------------------------------- defaults
 
 
-def model_defaults(model: str, defaults: dict[str, dict]) -> dict | None:
-    """The entry of a script's DEFAULTS for a model, or None: gemma3-12b-pt has gemma3-12b's."""
-    names = [name for name in defaults if model == name
-             or name.startswith("gemma") and model.startswith(name)]
-    return defaults[max(names, key=len)] if names else None
-
-
 def resolve(config, defaults: dict[str, dict]):
     """Fills the fields of a script's Config left at None from its model's defaults.
 
@@ -143,14 +136,11 @@ def resolve(config, defaults: dict[str, dict]):
     --steps the clock alone decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, model=hub.short_name(config.model), system=system)
     if hasattr(config, "out"):
         config = dataclasses.replace(config, out=str(hub.output(config.out)))
-    names = [name for name in defaults if config.model == name
-             or name.startswith("gemma") and config.model.startswith(name)]
-    if not names:
+    if (table := runs.model_defaults(config.model, defaults)) is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3
     unset = {k: v for k, v in table.items() if getattr(config, k) is None}
     if runs.parse_time(getattr(config, "time_limit", None)) is not None:
         unset.pop("steps", None)
@@ -200,10 +190,24 @@ def check_name(config) -> None:
                          f"holds {cfg.n_params:,}: name its size with --model")
 
 
+FACTS = ("model", "data", "steps", "learning_rate", "lora_rank", "samples", "max_new", "margin")
+
+
 def show_config(config) -> None:
-    """Prints the resolved settings."""
-    settings = dataclasses.asdict(config).items()
-    runs.say(" ".join(f"{k}={v}" for k, v in settings if v is not None))
+    """Prints the settings that were given, and five that matter of the others."""
+    values = dataclasses.asdict(config)
+    given = runs.given(values, type(config))
+    others = [k for k in FACTS if k not in given and values.get(k) is not None][:5]
+    for title, names in (("given", given), ("default", others)):
+        words = []
+        for name in names:
+            flag, value = "--" + name.replace("_", "-"), values[name]
+            text = textwrap.shorten(str(value), 60, placeholder="…")
+            words.append(flag if value is True else f"{flag}\u00a0{text}".replace(" ", "\u00a0"))
+        lines = textwrap.wrap(" ".join(words), 70, break_on_hyphens=False) or ["nothing"]
+        for n, line in enumerate(lines):
+            runs.say(f"{title if n == 0 else '':9}{line}".replace("\u00a0", " "))
+    runs.say(f"{'all':9}{config.out}/config.json")
 
 
 def model_config(config) -> gemma.Config:
@@ -537,7 +541,6 @@ class HeldOut:
                 if n := self.config.eval_accuracy:
                     metrics |= self.rollouts.accuracy(rows[:n])
         run.log(step, metrics)
-        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         run.log_samples(step, rows[: self.config.show])
         for row in rows[: self.config.show]:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")

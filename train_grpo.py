@@ -141,13 +141,9 @@ DEFAULTS = {
     "gemma2-9b": REAL | dict(lora_rank=32, slots=8),
     "gemma3-12b": REAL | dict(lora_rank=32, slots=8),
 }
-LABELS = {  # metrics printed each step, named as in TRL where TRL has them
-    "reward": "reward", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
-    "completions/clipped_ratio": "cut", "frac_reward_zero_std": "flat", "kl": "kl",
-    "clip_ratio/region_mean": "clip", "grad_norm": "grad",
-    "sampling/sampling_logp_difference/mean": "drift",
-    "sampling/sampling_logp_difference/p99": "p99", "tokens_per_s": "tok/s",
-    "rollout_s": "rollout", "reward_s": "+reward", "update_s": "+update", "step_s": "=s",
+SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
+    "reward": "reward {:5.2f}", "accuracy": "right {:4.0%}",
+    "completions/mean_length": "length {:4.0f}", "step_s": "{:5.1f} s",
 }
 
 
@@ -605,7 +601,6 @@ def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
         metrics = rollouts.accuracy(
             rollouts.answer(setup.sampler, weights, setup.model.tok, setup.held_out))
     run.log(state.step, metrics)
-    runs.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return metrics.get("eval_accuracy", metrics["eval_format"])
 
 
@@ -659,7 +654,7 @@ def main(config: Config) -> Path | dict:
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     facts = stage.facts(config, model, sources, held_out)
-    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
+    with (runs.Run(config, SHOWN, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems, held_out,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,

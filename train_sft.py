@@ -130,7 +130,7 @@ class Config:
     """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
     eval_rows: int = 256
     """Maximum number of held-out rows; 0: all of them."""
-    eval_accuracy: int = 0
+    eval_accuracy: int | None = None
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
     accurate, not the one with the lowest loss."""
     show: int = 2
@@ -159,18 +159,20 @@ class Config:
 REAL = dict(
     dtype="bfloat16", data="gsm8k", system=data.SYSTEM, max_length=1024, lora_rank=16, steps=500,
     batch_rows=32, micro_rows=2, learning_rate=2e-4, remat="auto", eval_every=100,
-    save_every=100, max_new=512,
+    save_every=100, max_new=512, eval_accuracy=64,
 )
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", system="", max_length=256, lora_rank=16, steps=200,
         batch_rows=16, micro_rows=16, learning_rate=2e-3, remat="none", eval_every=50,
-        save_every=50, max_new=104,
+        eval_accuracy=100, save_every=50, max_new=104,
     ),
     "gemma2": REAL,
     "gemma3": REAL,
 }
-SHOWN = {"loss": "loss", "tokens_per_s": "tok/s"}  # metrics printed each step
+SHOWN = {  # metrics printed each step
+    "loss": "loss {:.3f}", "tokens_per_s": "{:7,.0f} tokens/s", "step_s": "{:5.1f} s",
+}
 
 
 def resolve(config: Config) -> Config:
@@ -354,6 +356,8 @@ def main(config: Config) -> Path | dict:
             step = saved.step
             trained = stage.put_like(saved.arrays["trained"], trained)
             opt, saved = stage.put_like(saved.arrays["opt"], opt), None
+        elif config.eval_every:
+            evaluation.measure(trained, step, run)
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, trained)

@@ -146,7 +146,7 @@ class Config:
     """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
     eval_rows: int = 256
     """Maximum number of held-out rows; 0: all of them."""
-    eval_accuracy: int = 0
+    eval_accuracy: int | None = None
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
     accurate, not the one with the lowest loss."""
     show: int = 2
@@ -175,17 +175,20 @@ class Config:
 REAL = dict(
     dtype="bfloat16", system=data.SYSTEM, max_length=2048, lora_rank=16, steps=200, batch_rows=64,
     micro_rows=1, learning_rate=1e-6, remat="auto", eval_every=50, save_every=50, max_new=512,
+    eval_accuracy=64,
 )
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", system="", max_length=512, lora_rank=16, steps=60, batch_rows=8,
         micro_rows=4, learning_rate=1e-4, remat="none", eval_every=20, save_every=20, max_new=128,
+        eval_accuracy=100,
     ),
     "gemma2": REAL,
     "gemma3": REAL,
 }
 SHOWN = {  # metrics printed each step
-    "loss": "loss", "pair_accuracy": "pairs right", "margin": "margin", "tokens_per_s": "tok/s",
+    "loss": "loss {:.3f}", "pair_accuracy": "pairs right {:4.0%}", "margin": "margin {:6.3f}",
+    "step_s": "{:5.1f} s",
 }
 KNOBS = {  # the fields that each loss reads, with their defaults
     "simpo": dict(beta=2.0, gamma_ratio=0.5, label_smoothing=0.0),
@@ -466,6 +469,8 @@ def main(config: Config) -> Path | dict:
             step = saved.step
             trained = stage.put_like(saved.arrays["trained"], trained)
             opt, saved = stage.put_like(saved.arrays["opt"], opt), None
+        elif config.eval_every:
+            evaluation.measure(trained, step, run)
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, trained)
