@@ -19,6 +19,7 @@ What to know when comparing with other graders:
    installed, it decides about all others (formulas.py).
 """
 
+import calendar
 import contextlib
 import datetime
 import math
@@ -72,6 +73,7 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\*\*|__|`|</?(?:b|i|u|p|em|strong|code)>", ""),  # markdown and HTML
     (r"<=", "≤"), (r">=", "≥"), (r"[!=]=|\\not=", "≠"), (r"=>", "="), (r"(?<!\\)\bsqrt\b", "√"),
     (r"(?i)\b(it|that|there|what)'s\b", r"\1 is"), (r" & ", " and "),
+    (r"(?<![A-Za-z\\])pi\b", "π"),
 )]
 
 
@@ -104,15 +106,16 @@ def plain(text: str) -> str:
 _CUE = re.compile(r"\banswers?[*_ ]{0,3}(?:(?:is|are)\b|[:=])|####|\\(?:boxed|fbox) ?\{", re.I)
 _BALANCED = re.compile(r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*")  # \boxed{ ends at its own brace
 _REASON = re.compile(
-    r"(?<=\w)[)\s.,;*$-]{1,4}\b(?:because|since|which|where|given that)\b.*", re.I | re.S)
+    r"(?<=\w)[)\s.,;*$-]{1,4}\b(?:because|since|where|given that"
+    r"|which(?!.*\b(?:wrong|incorrect|false)\b))\b.*", re.I | re.S)
 _GLOSS = re.compile(r"(?<=\S)(?:\s\([^()]{1,200}\)|,? of course)(?=[\s.,!]*$)")  # Paris (France)
 _IS = re.compile(r"\b(?:is|are|was|were|be)\b(?:\s(?:called|named|known as)\b)?", re.I)
 _EQUALS = re.compile(rf"=|≈|{_IS.pattern}|\b(?:equals|makes?|gives?)\b", re.I)
 _NAME = re.compile(r"^\s*(?:[A-Za-z]\w?(?:\([A-Za-z]\))?|\(\w, ?\w\))\s*=")  # x = 5, f(x) = 2x
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
 _CLAUSE = re.compile(r"[,;:]\s|(?<!all )(?<!thing )\bbut\b|$")
-_DENIED = re.compile(r"\b(?:not?|cannot|\w{2,6}n't|never|neither|nor|none|except|without|wrong"
-                     r"|incorrect|false|(?:all|\w{2,5}thing) but)\b", re.I)
+_DENIED = re.compile(r"\b(?:not?|cannot|\w{2,6}n't|never|neither|nor|none|except|without|doubt"
+                     r"|nowhere|wrong|incorrect|false|(?:all|\w{2,5}thing) but)\b", re.I)
 _UNSURE = re.compile(r"\b(?:or|either|if|unless|otherwise|maybe|perhaps|possibly|depends|sometimes"
                      r"|some|partly|(?:could|might|may) be)\b", re.I)
 
@@ -171,9 +174,10 @@ _WORDS = re.compile(
     rf"\b(?:({'|'.join(_TENS[2:])})(?:[- ]({'|'.join(_ONES[1:10])})\b)?|({'|'.join(_ONES)}))\b")
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 _FIGURES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\b(?:a |1 )?half\b", "1/2"), (r"(?<=\d) and 1/2", " 1/2"),
+    (r"\b(?:a |1 )?half\b", "1/2"),
     (r"\b(?:(?:a|(1))[ -]|(\d+)[ -](?=\w+s\b))(?:(quarter)|(" + "|".join(_ORDINALS[2:]) + r"))s?\b",
      lambda m: f"{m[2] or 1}/{4 if m[3] else 1 + _ORDINALS.index(m[4])}"),  # 3 quarters, a third
+    (r"(?<=\d) and (?=\d{1,3}/\d)", " "),
     (r"\bkph\b", "km/h"), (r"\bmph\b", "mi/h"),
     (rf"\ba (?={'|'.join(_SCALES)})", "1 "),
     (r"\b(?:minus|negative) (?=[$€£¥]?\d)", "-"), (r"\bper ?cent\b", "%"), (r" per (?=[a-z])", "/"),
@@ -293,8 +297,8 @@ def bare(text: str) -> Quantity | None:
 # number beside it, a doubt.
 _NOT_AFTER = re.compile(
     r"(?:[-+*/^√±<>≤≥≠~_|]\(?|\w\(|(?:\d|hundred|thousand|illion)[)\]\s,:;-]*(?:\b(?:and|to|through|of|over))?[\s(]*"
-    r"|\b(?:than|over|under|above|below|before|until|at least|at most|up to|almost|nearly|exceed\w*"
-    r"|log|ln|sin|cos|tan)\b[ a-z]{0,15})$")
+    r"|\b(?:than|over|under|above|below|before|until|near|at least|at most|up to|almost|nearly"
+    r"|exceed\w*|log|ln|sin|cos|tan)\b[ a-z]{0,15})$")
 _NOT_BEFORE = re.compile(
     r"[\s)]*(?:[*/^√±<>≤≥≠∞π?_\\]|!+(?=[\w/*+^(-])|\+\s*$|[-+]\s*(?:[\d(√]|[a-z]\b)"
     r"|[\s,:;]*(?:(?:and|to|or)\s)?\s*[-$]?\.?\d|[,;.:-]?\s*(?:or|no|wrong|incorrect)\b)"
@@ -368,6 +372,7 @@ def same_quantity(guess: Quantity, gold: Quantity) -> bool:
 _DROP = re.compile(r"""[,;:!?"`´“”()\[\]{}…_*~¿¡$]|\.(?!\d)|-(?!\.?\d)""")
 _ARTICLE = re.compile(r"^\W{0,9}(?:(?:on|in|at)\s+)?(?:(?:the|an?)\s+)?(?=\w)")
 _RANGE = re.compile(r"^(?:(?:from )?(\d+) ?(?:to|-) ?|between (\d+) and )(?=\d+\W*$)")
+_BULLET = re.compile(r"(?m)\n?^\s{0,9}(?:[-*•]|\d{1,2}[.)])\s{1,9}(?=\S)")
 _PARTS = re.compile(r"(?<!\d),|,(?!\d{3}(?!\d))|[;\n]|\band\b", re.I)
 
 
@@ -388,13 +393,21 @@ def words(text: str, hyphen: str = " ") -> str:
 
 
 def same_day(guess: str, gold: str) -> bool:
-    """Whether a text names the day of an ISO date: January 15th, 2024 is 2024-01-15."""
-    said = sorted(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", words(guess)).split())
+    """Whether two texts name one day: January 15th, 2024 and 2024-01-15."""
+    return (day := _day(gold)) is not None and day == _day(guess)
+
+
+def _day(text: str) -> datetime.date | None:
     with contextlib.suppress(ValueError):
-        day = datetime.date.fromisoformat(gold)
-        dates = [f"{day.day} {day:{month}} {day.year}".casefold() for month in ("%B", "%b")]
-        return said in [sorted(date.split()) for date in dates]
-    return False
+        return datetime.date.fromisoformat(text.strip(" ."))
+    said = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b", "", words(text)).split()
+    months = [n for word in said for n, name in enumerate(calendar.month_name)
+              if len(word) > 2 and name.casefold().startswith(word)]
+    numbers = sorted(int(word) for word in said if re.fullmatch("[0-9]{1,4}", word))
+    if len(said) == 3 and len(months) == 1 and len(numbers) == 2:
+        with contextlib.suppress(ValueError):
+            return datetime.date(numbers[1], months[0], numbers[0])
+    return None
 
 
 def formula(text: str) -> str:
@@ -484,6 +497,8 @@ def _boolean(text: str) -> str | None:
         if value and denial <= 2:
             value, denial = {"yes": "no", "no": "yes"}[value], 99
         values |= {value} - {None}
+    if not values and told[-1:] == ["not"]:  # definitely not
+        return "no"
     places = {*told[:1], *told[-1:], *words(_IS.split(one)[-1]).split()[:1]}
     if _UNSURE.search(one) or "half" in told or places.isdisjoint(_POLARITY) or len(values) != 1:
         return None
@@ -508,6 +523,8 @@ def kind_of(gold: str, choices: tuple[str, ...] = ()) -> str:
         return "boolean"
     if bare(gold):
         return "number"
+    if _day(gold):
+        return "text"
     if text[:1] not in ("(", "[") and len(items(text)[1]) > 1:
         return "list"
     date = re.fullmatch(r"[\d\s.:/-]*", text)
@@ -525,6 +542,8 @@ def vote(answer: str | None, kind: str, choices: tuple[str, ...] = ()) -> str | 
     if kind == "boolean":
         return _boolean(answer)
     if kind == "list":
+        if len(_BULLET.findall(answer)) > 1:
+            answer = _BULLET.sub(", ", answer)
         *_, one = spans(answer)
         return None if _doubted(one) else " | ".join(sorted(items(one)[1])) or None
     if kind == "math":

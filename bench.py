@@ -35,6 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,6 +52,7 @@ import rewards
 import rollouts
 import runs
 import stage
+import train_distill
 import train_grpo
 import train_sft
 import train_simpo
@@ -69,7 +71,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the base weights and the activations."""
     phases: str | None = None
-    """To measure: sft and grpo. To compile: sft, simpo, grpo, or one of PHASES, as grpo_update."""
+    """To measure: sft and grpo. To compile: sft, simpo, grpo, distill, or one of PHASES."""
     lora_rank: int | None = None
     """Rank of the adapter; 0 trains every weight."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
@@ -251,7 +253,7 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
     adam = Work(0, 3 * tree_bytes(trained) + 2 * tree_bytes(opt))  # with the gradient
     if config.lora_rank or not cost.sharded:
         adam += Work(0, 0, 2 * cost.moved(tree_bytes(trained)).ici)  # the gradient's all-reduce
-    if script != "grpo":
+    if script not in ON_ROLLOUTS:
         work = cost.micro_batch(config, config.max_length, True, 1.0, splash)
         return {script: work * (config.batch_rows // (config.micro_rows * n)) + adam}
 
@@ -260,32 +262,36 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
     n_rows = len(data.pack([U] * config.prompts, completions, config.pack_length))
     n_micro = -(-n_rows // (config.micro_rows * n))
     wanted = n_samples * config.max_new / (n_micro * config.micro_rows * n * config.pack_length)
-    reference, update = (
-        cost.micro_batch(config, config.pack_length, train, wanted, False) * n_micro
-        for train in (False, True))
+    passes = partial(cost.micro_batch, config, config.pack_length, wanted=wanted, splash=False)
     rollout = policy_cost(config, cfg, mesh, trained, stage.rollouts_are_sharded)
     prefill = rollout.layers(U, U, splash=splash) + rollout.gathers(1, 0)
     n_steps = -(-n_samples // (n * config.slots)) * config.max_new
+    update = passes(train=True) * n_micro
+    if script == "distill":  # one more pass, of the teacher
+        teacher, dtype, sharded = train_distill.teacher_of(config, mesh)
+        taught = Cost(teacher, dtype.itemsize, n, sharded)
+        update += taught.micro_batch(config, config.pack_length, False, wanted, False) * n_micro
     phases = {
-        "grpo_prefill": prefill * -(-config.prompts // n),
-        "grpo_decode": rollout.decode_step(config.slots, U + config.max_new) * n_steps,
-        "grpo_update": (update + adam) * config.inner_epochs,
+        "prefill": prefill * -(-config.prompts // n),
+        "decode": rollout.decode_step(config.slots, U + config.max_new) * n_steps,
+        "update": (update + adam) * getattr(config, "inner_epochs", 1),
     }
     if "reference" in programs:
-        phases["grpo_reference"] = reference
+        phases["reference"] = passes(train=False) * n_micro
     if "judge" in programs:  # beginnings [X, U] that rows [B, C] continue
         judged_by, batch = judge.shape_of(config), programs["judge"][1][4]
-        dtype, sharded = judge.layout(judged_by, mesh)
+        dtype, sharded = stage.frozen_layout(judged_by, mesh)
         (X, U), (B, C) = batch["tokens_XU"].shape, batch["tokens_BC"].shape
         cost = Cost(judged_by, dtype.itemsize, n, sharded)
         work = cost.layers(X // n * U, U) + cost.layers(B // n * C, U + C) + cost.gathers(1, 0)
-        phases["grpo_judge"] = work * -(-n_samples // B)
-    return phases
+        phases["judge"] = work * -(-n_samples // B)
+    return {f"{script}_{phase}": work for phase, work in phases.items()}
 
 
 # ------------------------------------------------------------------------------------- measuring
 
-SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo}
+SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo, "distill": train_distill}
+ON_ROLLOUTS = ("grpo", "distill")  # those that learn from their own completions
 FIELDS = {"rows": "batch_rows", "length": "max_length", "prompt_length": "max_prompt",
           "new_tokens": "max_new"}  # a field here -> its name in the scripts
 
@@ -423,6 +429,10 @@ PHASES = {  # SCRIPT or SCRIPT_PART: its program, and the flags to lower if that
     "grpo_reference": ("reference", "--micro-rows"),
     "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
     "grpo_judge": ("judge", "--judge, to a smaller one"),
+    "distill_prefill": ("prefill", "--max-prompt"),
+    "distill_decode": ("decode", "--slots or --max-new"),
+    "distill_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
+    "distill_judge": ("judge", "--judge, to a smaller one"),
 }
 KEPT = {  # arguments of a program that outlive its call
     "train_step": (0, 1, 2), "eval_step": (0, 1), "reference": (0, 1), "judge": (0,),
@@ -600,7 +610,7 @@ def print_phases(phases: dict, limit: float, compiles: bool) -> None:
 
 def print_session(script: str, config, step_s: float, seconds: float) -> dict:
     """Prints and returns how much a session can do, in whole steps."""
-    if script == "grpo":
+    if script in ON_ROLLOUTS:
         n, what, length = config.prompts * config.group, "rollouts", config.max_new
     else:
         n, what, length = config.batch_rows, "rows", config.max_length

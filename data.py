@@ -22,7 +22,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise, starmap, takewhile
+from itertools import groupby, pairwise, starmap, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +97,14 @@ class Tokenizer:
 
     def __contains__(self, piece: str) -> bool:
         return self.sp.id_to_piece(self.sp.piece_to_id(piece)) == piece  # absent -> the id of <unk>
+
+    def differs(self, other: "Tokenizer") -> str | None:
+        """The first token that two tokenizers do not share, in words; None: they are the same."""
+        both = [tok.sp.id_to_piece(list(range(tok.vocab_size))) for tok in (self, other)]
+        for i, (mine, its) in enumerate(zip_longest(*both)):
+            if mine != its:
+                return f"token {i} is {mine!r} in {self.file}, {its!r} in {other.file}"
+        return None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that may say anything: no BOS, and none of the STEERING pieces."""
@@ -254,10 +262,10 @@ SYSTEM = (
     "Then write only the final answer between <answer> and </answer>."
 )
 COLUMNS = {  # what a row holds: the columns it may be in, of which the first with a value counts
-    "prompt": ("messages", "conversations", "prompt", "question", "instruction"),
+    "prompt": ("messages", "conversations", "prompt", "question", "problem", "instruction"),
     "completion": ("completion",),
     "output": ("output", "response"),  # the completion where no reasoning and answer make one
-    "answer": ("answer", "answerKey", "answer_idx"),
+    "answer": ("answer", "answerKey", "answer_idx", "ground_truth"),
     "choices": ("choices", "options"),
     "system": ("system", "system_prompt"),
     "reasoning": ("reasoning",), "context": ("context",), "input": ("input",),
@@ -268,10 +276,12 @@ COLUMNS = {  # what a row holds: the columns it may be in, of which the first wi
 ROLES = {"system": "system", "user": "user", "human": "user",
          "assistant": "assistant", "model": "assistant", "gpt": "assistant"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# The edges of a text that a chat template has wrapped already: Gemma's, Mistral's, <|any other|>.
+# The edges of a text that a chat template has wrapped already: Gemma's, Mistral's, <|any other|>,
+# and "\nAssistant:" or "### Response:" where the model would begin.
 TEMPLATED = re.compile(
     r"\A\s*(?:<bos>|<start_of_turn>|<[|｜]\w+[|｜]>|(?:<s>\s?)?\[INST])"
-    r"|(?:<end_of_turn>|<eos>|<[|｜]\w+[|｜]>|\[/INST]|<start_of_turn>model)\s*\Z"
+    r"|(?:<end_of_turn>|<eos>|<[|｜]\w+[|｜]>|\[/INST]|<start_of_turn>model"
+    r"|\n\s*Assistant:|\bASSISTANT:|### Response:)\s*\Z"
 )
 GSM8K = re.compile(r"(?s)(.*)####[ \t]*([^\n]*)")
 
@@ -539,6 +549,14 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         yield f"{path}:{n}", row
 
 
+def unread_in_messages(row: dict) -> set[str]:
+    """What the messages of a row hold beside role and text: {"messages.reasoning_content"}."""
+    turns = [(name, turn) for name in ("messages", "conversations", "prompt", "chosen", "rejected")
+             if isinstance(row.get(name), list) for turn in row[name] if isinstance(turn, dict)]
+    return {f"{name}.{key}" for name, turn in turns for key, value in turn.items()
+            if value and key not in ("role", "content", "from", "value")}
+
+
 class TooLong(ValueError):
     """What `read` raises in `load` for a row that is usable but for its length."""
 
@@ -563,7 +581,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
             try:
                 if isinstance(row, ValueError):
                     raise row
-                columns |= row.keys()
+                columns |= row.keys() | unread_in_messages(row)
                 items.append(read(row))
             except ValueError as e:
                 if not skip_bad_rows:

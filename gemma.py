@@ -614,10 +614,13 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, *args, **kwargs) -> 
     return forward(params, cfg, tokens_BT, *args, **kwargs)[0]
 
 
-def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array:
-    """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one."""
+def head(params: dict, cfg: Config, fsdp: str | None = None, n: int | None = None) -> jax.Array:
+    """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one.
+
+    n: only its first n rows, without those that pad the vocabulary.
+    """
     name = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
-    return all_gather_params(params[name], specs(cfg)[name], fsdp)
+    return all_gather_params(params[name][:n], specs(cfg)[name], fsdp)
 
 
 def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array,
@@ -810,6 +813,8 @@ def _safetensors_files(path: Path) -> list[Path]:
         return [single]
     if index.exists():
         weight_map = json_value(read_json(index), "weight_map", dict, {}, index)
+        if any(len(str(file)) > 255 for file in weight_map.values()):
+            raise ValueError(f"{index}: weight_map names a file by more than 255 characters")
         # .name: whatever an index names, only files of this folder are opened.
         return sorted({path / Path(str(file)).name for file in weight_map.values()})
     files = list(path.glob("*.safetensors"))

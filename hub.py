@@ -99,8 +99,11 @@ def find_model(model: str, weights: str | Path | None = None,
                flags: tuple[str, str] = ("--model", "--weights")) -> Path:
     """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
 
-    model: a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the errors.
+    model: a folder, or a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the
+    errors.
     """
+    if weights is None and base_name(model) not in gemma.CONFIGS and Path(model).is_dir():
+        weights, flags = model, (flags[0], flags[0])
     if weights is not None:
         other = other_format(Path(weights))
         if other or not (Path(weights) / "config.json").exists():
@@ -179,27 +182,28 @@ def find_adapter(adapter: str) -> Path:
     return folder / "final" if (folder / "final").is_dir() else folder
 
 
-def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
+def find_start(model: str, weights: str | None, adapter: str | None,
+               flags: tuple[str, str, str] = ("--model", "--weights", "--adapter")) -> Start:
     """--adapter is a PEFT adapter, the final/ of a run, or a whole model, which is a new base."""
     if adapter is None:
-        return Start(find_model(model, weights), None)
+        return Start(find_model(model, weights, flags[:2]), None)
     folder = find_adapter(adapter)
-    _check_manifest(folder, "--adapter")
+    _check_manifest(folder, flags[2])
     if (folder / "adapter_config.json").exists():
         base = _trained_base(folder)
         if base is None or weights and not base.exists():
-            found = find_model(model, weights)
+            found = find_model(model, weights, flags[:2])
             _compare_base(folder, found, hub_name(model))
             return Start(found, folder)
         if not base.exists():
-            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
-                             "is not there; --weights names it where it is now")
-        _check_manifest(base, "--weights")
+            raise ValueError(f"{flags[2]} {adapter} belongs on the fully fine-tuned {base}, which "
+                             f"is not there; {flags[1]} names it where it is now")
+        _check_manifest(base, flags[1])
         return Start(base, folder)
     if (folder / "config.json").exists():
         return Start(folder, None)
-    raise ValueError(f"--adapter {adapter}: expected adapter_config.json (an adapter), config.json "
-                     "(a whole model), or a run folder with final/")
+    raise ValueError(f"{flags[2]} {adapter}: expected adapter_config.json (an adapter), "
+                     "config.json (a whole model), or a run folder with final/")
 
 
 def _check_manifest(folder: Path, flag: str) -> None:

@@ -47,11 +47,11 @@ import gemma
 import hosts
 import hub
 import rewards
+import stage
 from endpoint import Endpoint, is_address, read_address
 
 # ---------------------------------------------------------------------------------------- config
 
-REPLICATED_BYTES = 2.5e9  # weights of a larger judge are sharded over the mesh
 ROWS = 4  # prompts of a batch on each device of the mesh
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None,
         return OverHTTP(endpoint, style, missing, config.judge_calls)
     folder = hub.find_model(name, given_folder(config), ("--judge", "--judge-weights"))
     mesh = hosts.own(mesh or gemma.all_devices())  # each host judges its own completions
-    dtype, shard = layout(gemma.read_config(folder), mesh)
+    dtype, shard = stage.frozen_layout(gemma.read_config(folder), mesh)
     cfg, params = gemma.load(folder, dtype, mesh, shard)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
@@ -118,12 +118,6 @@ def total(stats: list[dict[str, float]]) -> dict[str, float]:
     return out | {"judge_missing": missing / max(1, out["judge_n"])}
 
 
-def layout(cfg: gemma.Config, mesh: Mesh) -> tuple[jnp.dtype, bool]:
-    """A judge's dtype (float32 if small) and whether its weights are sharded over the mesh."""
-    dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
-    return dtype, mesh.size > 1 and cfg.n_params * dtype.itemsize > REPLICATED_BYTES
-
-
 def given_folder(config: Config) -> str | None:
     """The folder of a judge's weights, where --judge-weights or --judge names one."""
     return config.judge_weights or (config.judge if Path(config.judge).is_dir() else None)
@@ -131,12 +125,7 @@ def given_folder(config: Config) -> str | None:
 
 def shape_of(config: Config) -> gemma.Config:
     """The shape of a judge on the mesh, by name or from a folder's config.json, without weights."""
-    if folder := given_folder(config):
-        return gemma.read_config(folder)
-    if (base := hub.base_name(config.judge)) not in gemma.CONFIGS:
-        raise ValueError(f"--judge {config.judge}: expected one of {', '.join(gemma.CONFIGS)}, "
-                         "a folder or http(s)://host/v1")
-    return gemma.CONFIGS[base]
+    return stage.shape_of(config.judge, given_folder(config), "--judge")
 
 
 def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
@@ -144,7 +133,7 @@ def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
     if not config.judge or is_address(config.judge):
         return {}
     cfg = shape_of(config)
-    dtype, shard = layout(cfg, mesh)
+    dtype, shard = stage.frozen_layout(cfg, mesh)
 
     shape = lambda spec, pspec: jax.ShapeDtypeStruct(
         spec.shape(cfg), dtype, sharding=NamedSharding(mesh, pspec))

@@ -264,7 +264,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
 
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
-        out: Folder to write.
+        out: Folder to write; a new or an empty one.
         model: Which Gemma the adapter belongs on, as in training.
         weights: Folder of the base's weights; default: looked for by the model's name.
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
@@ -275,8 +275,8 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
         raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
-    if Path(out).resolve() == base.resolve():
-        raise ValueError(f"--out {out} is the base itself: name another folder")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"--out {out} is there already, and not empty: name another folder")
     tok = data.Tokenizer(tokenizer or base)
     cfg, params = gemma.load(base, jnp.dtype(dtype))
     params = merge(params, load(path, cfg), cfg)

@@ -389,6 +389,8 @@ def main(config: Config) -> Path:
             for run, folder in zip(runs, folders, strict=True)]
     default = folders[0] if config.runs else Path("runs")
     out = Path(config.out or default / "report.html")
+    if out.suffix != ".html":  # whatever it is, it would be replaced
+        raise ValueError(f"--out {out}: expected the name of an .html file")
     temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
         temporary.write_bytes(page(runs))

@@ -27,6 +27,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -109,6 +110,8 @@ class Settings:
     """Stop a completion after this many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
     """Completions decoded at once on each device; lower it when out of memory."""
+    max_drift: float = 0.5
+    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
     # LoRA
     lora_rank: int | None = None
@@ -371,6 +374,14 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
         "max_new": config.max_new,
         "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
     } | ({"reasoning": problem.trace} if problem.trace else {})
+
+
+def check_settings(config) -> None:
+    """Raises ValueError for settings that cannot work, before anything is loaded."""
+    if config.pack_length < (longest := config.max_prompt + config.max_new):
+        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
+                         f"{longest} or more")
+    read_curriculum(config.curriculum)
 
 
 def check_rewards(config, trains: bool = False) -> None:
@@ -649,6 +660,15 @@ def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
     return hosts.join([rows[i] for i in mine])
 
 
+def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
+             step: int, run: runs.Run) -> float:
+    """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
+    with run.budget.measure("eval"):
+        metrics = accuracy(answer(sampler, weights, tok, problems))
+    run.log(step, metrics)
+    return metrics.get("eval_accuracy", metrics["eval_format"])
+
+
 def accuracy(rows: list[dict]) -> dict[str, float]:
     """The metrics of these answers; no accuracy if no row has an answer to check."""
     graded = [row["correct"] for row in rows if row["correct"] is not None]
@@ -688,6 +708,14 @@ def packed_size(config, n_devices: int) -> tuple[int, int]:
     n_rows = min(n_samples, 2 * total // config.pack_length + 1)
     rows = config.micro_rows * n_devices
     return -(-n_rows // rows), rows
+
+
+def packed_shapes(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of `pack` on the mesh, as shapes."""
+    n_max, rows = packed_size(config, mesh.size)
+    array = functools.partial(jax.ShapeDtypeStruct, (n_max, rows, config.pack_length),
+                              sharding=NamedSharding(mesh, P(None, "data")))
+    return {k: array(np.int32 if k in INTS else np.float32) for k in INTS + FLOATS}
 
 
 def pack(samples: list[Sample], weights: list[float], config, n_devices: int,
@@ -788,6 +816,14 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
     name = "sampling/sampling_logp_difference/"
     return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
             name + "max": float(d.max())}
+
+
+def check_drift(step: int, metrics: dict[str, float], config) -> None:
+    """Stops a run whose sampler and trainer disagree."""
+    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if drift > config.max_drift:
+        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
+                         f"on average, more than --max-drift {config.max_drift}")
 
 
 def show(samples: list[Sample]) -> None:

@@ -300,13 +300,15 @@ def _replacing(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
         _fsync(target.parent)
     finally:
-        _tidy(target.parent)
+        _tidy(target.parent, re.escape(target.name))
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what an interrupted write left, and put back what it was about to replace."""
+def _tidy(folder: Path, names: str) -> None:
+    """Remove what an interrupted write of names left, and put back what it was about to replace."""
     for path in [*folder.glob(".old-*"), *folder.glob(".tmp-*")]:
         target = path.with_name(path.name[5:])
+        if not re.fullmatch(names, target.name):  # a file of the user's
+            continue
         if path.name.startswith(".old-") and not target.exists():
             os.rename(path, target)
         elif path.is_dir():
@@ -648,8 +650,8 @@ class Run(contextlib.ExitStack):
         claim(self.folder)
         self.enter_context(lock(self.folder))
         with writing(self.folder):
-            _tidy(self.folder)
-            _tidy(self.folder / "checkpoints")
+            _tidy(self.folder, r"config\.json|(metrics|samples|held_out)\.jsonl|final")
+            _tidy(self.folder / "checkpoints", r"step_\d+")
             if self.checkpoints():  # before the first there is nothing to resume
                 check_unchanged(self.folder, config, facts)
             write_config(self.folder, config, facts)  # before anything else: claim() looks for it

@@ -156,9 +156,11 @@ RANGES = (  # the least and the largest value that make sense, and the fields
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
      "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
      "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
-     "max_drift"),
-    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer"),
-    (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm sapo_pos sapo_neg"), (0, 0.999, "lora_dropout"),
+     "max_drift reward_coef"),
+    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
+     "on_policy"),
+    (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
+    (1e-9, math.inf, "clip_norm sapo_pos sapo_neg temperature"),
 )
 
 
@@ -212,11 +214,17 @@ def show_config(config) -> None:
 
 def model_config(config) -> gemma.Config:
     """The model's shape, from the config.json of --weights or by name; reads no weights."""
-    if config.weights:
-        return gemma.read_config(config.weights)
-    if (name := hub.base_name(config.model)) not in gemma.CONFIGS:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    return gemma.CONFIGS[name]
+    return shape_of(config.model, config.weights)
+
+
+def shape_of(model: str, folder: str | None = None, flag: str = "--model") -> gemma.Config:
+    """The shape of a model by name, or from a folder's config.json, without its weights."""
+    known = gemma.CONFIGS.get(hub.base_name(model))
+    if folder or known is None and Path(model).is_dir():
+        return gemma.read_config(folder or model)
+    if known is None:
+        raise ValueError(f"{flag} {model}: expected one of {', '.join(gemma.CONFIGS)}, or a folder")
+    return known
 
 
 # ----------------------------------------------------------------------------------- on the mesh
@@ -260,6 +268,18 @@ def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> b
     is_here = device.platform != "cpu" and device in jax.local_devices()  # else compile-only
     limit = ((device.memory_stats() if is_here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
+
+
+REPLICATED_BYTES = 2.5e9  # weights of a larger frozen model are sharded over the mesh
+
+
+def frozen_layout(cfg: gemma.Config, mesh: Mesh) -> tuple[jnp.dtype, bool]:
+    """(dtype, whether it is sharded) of a judge or a teacher beside the model in training.
+
+    float32 if it is small.
+    """
+    dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
+    return dtype, mesh.size > 1 and cfg.n_params * dtype.itemsize > REPLICATED_BYTES
 
 
 def partition_specs(cfg: gemma.Config, config, sharded: bool) -> tuple[dict, dict]:

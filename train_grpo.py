@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -119,8 +119,6 @@ class Config(rollouts.Settings):
     off_policy_mask: float = 0.0
     """Drop a completion with a negative advantage if its tokens' mean log-prob has fallen by more
     than this since it was sampled (DeepSeek-V3.2); 0: never."""
-    max_drift: float = 0.5
-    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
 
 REAL = dict(
@@ -153,14 +151,9 @@ def resolve(config: Config) -> Config:
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
     check_algorithm(config)
-    if config.temperature <= 0:
-        raise ValueError(f"--temperature {config.temperature:g}: expected more than 0")
     if config.group < 2:
         raise ValueError(f"--group {config.group}: expected 2 or more, to compare")
-    if config.pack_length < (longest := config.max_prompt + config.max_new):
-        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
-                         f"{longest} or more")
-    rollouts.read_curriculum(config.curriculum)  # report mistakes before loading anything
+    rollouts.check_settings(config)
     rollouts.check_rewards(config, trains=True)
     return config
 
@@ -537,13 +530,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
     weights = partial(stage.random_weights, cfg, config)
     trained, opt, fixed = stage.state_shapes(config, mesh, weights, specs)
     base, adapter = jax.eval_shape(partial(stage.forward_weights, dtype=dtype), trained, fixed)
-    n_max, rows = rollouts.packed_size(config, mesh.size)
-    batch = {
-        k: jax.ShapeDtypeStruct((n_max, rows, config.pack_length),
-                                jnp.int32 if k in rollouts.INTS else jnp.float32,
-                                sharding=NamedSharding(mesh, P(None, "data")))
-        for k in rollouts.INTS + rollouts.FLOATS
-    }
+    batch = rollouts.packed_shapes(config, mesh)
     n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
     out = make_sampler(cfg, config, mesh).programs(base, adapter)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
@@ -597,11 +584,8 @@ def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
     """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
     dtype = jnp.dtype(setup.config.dtype)
     weights = stage.forward_weights(state.trained, setup.model.fixed, dtype)
-    with run.budget.measure("eval"):
-        metrics = rollouts.accuracy(
-            rollouts.answer(setup.sampler, weights, setup.model.tok, setup.held_out))
-    run.log(state.step, metrics)
-    return metrics.get("eval_accuracy", metrics["eval_format"])
+    return rollouts.evaluate(setup.sampler, weights, setup.model.tok, setup.held_out, state.step,
+                             run)
 
 
 def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]],
@@ -613,10 +597,7 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
     run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
     if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
         rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
-    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-    if drift > config.max_drift:
-        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
-                         f"on average, more than --max-drift {config.max_drift}")
+    rollouts.check_drift(step, metrics, config)
 
 
 @runs.one_line

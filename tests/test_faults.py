@@ -32,13 +32,16 @@ import lora
 import runs
 import sampler
 import synthesize
+import train_distill
 import train_grpo
 import train_sft
 import train_simpo
 
-TRAINERS = ("train_sft", "train_simpo", "train_grpo")
+TRAINERS = ("train_sft", "train_simpo", "train_grpo", "train_distill")
+ON_ROLLOUTS = ("train_grpo", "train_distill")
 SCRIPTS = (*TRAINERS, "eval", "synthesize")
 MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
+          "train_distill": train_distill,
           "eval": evaluation, "synthesize": synthesize}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -59,6 +62,10 @@ def configs(folder: Path) -> dict:
                                         inner_epochs=2, kl_coef=0.1, pack_length=40,
                                         is_cap=2.0, resample=1, curriculum="ordered",
                                         rewards="language:1,repetition:1"),
+        "train_distill": train_distill.Config(
+            **start, **run | rollouts | dict(max_new=32), teacher=str(folder), prompts=4, group=3,
+            teacher_adapter=str(folder / "teacher"), on_policy=0.5, eval_rows=4, pack_length=64,
+            beta=0.4, rewards="language:1,repetition:1"),
         "eval": evaluation.Config(**start, **rollouts, samples=2, rows=8),
         "synthesize": synthesize.Pairs(**start, **rollouts, samples=3, rows=8, margin=0.01,
                                        rewards="language:1,repetition:1"),
@@ -102,7 +109,7 @@ class World:
     def stop(self, name: str, out: Path, number: signal.Signals) -> None:
         owner, step, last = (evaluation, "grade", 20)
         if name in TRAINERS:
-            owner, step, last = runs.Run, "log", 2 + (name == "train_grpo")  # it evaluates first
+            owner, step, last = runs.Run, "log", 2 + (name in ON_ROLLOUTS)  # which evaluate first
         real, calls = getattr(owner, step), []
 
         def one(*a, **k):
@@ -137,6 +144,7 @@ def world(small, tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     cfg, params = gemma.load(folder)
     save_adapter(folder / "adapter", cfg)
+    save_adapter(folder / "teacher", cfg, 7)
     save_adapter(folder / "other", dataclasses.replace(cfg, hidden_size=48))
     norm = params["norm"].at[0].set(jnp.nan)
     gemma.save(folder / "nan", cfg, params | {"norm": norm})
@@ -147,14 +155,14 @@ def world(small, tmp_path_factory):
         yield World(folder, configs(folder), compiled)
 
 
-def save_adapter(folder, cfg):
-    adapter = lora.init(cfg, jax.random.key(3), 4, 8.0)
-    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(4), b.shape)
+def save_adapter(folder, cfg, seed=3):
+    adapter = lora.init(cfg, jax.random.key(seed), 4, 8.0)
+    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
     lora.save(folder, adapter | {"b": jax.tree.map(noise, adapter["b"])}, cfg)
 
 
 def once_for_each_shape(make_steps, compiled):
-    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards=None)
+    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards="any")
 
     @functools.cache
     def made(*a):
@@ -272,6 +280,7 @@ MEMORY = {
     "train_sft": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_simpo": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_grpo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
+    "train_distill": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
     "eval": dict(slots=2),
     "synthesize": dict(slots=2),
 }
@@ -293,7 +302,7 @@ def test_out_of_memory(world, tmp_path, monkeypatch, name):
             m.setattr(sampler.Sampler, "decode", full)
         line = world.ends(name, out, "out of memory: ", *flags, "9 bytes")
         assert ("--slots" in line) == ("slots" in lower)
-    if name == "train_grpo":  # it has all of the flags
+    if name in ON_ROLLOUTS:  # they have all of the flags
         world.run(name, out, **lower)
         assert contents(out).keys() == world.whole(name).keys()
 

@@ -257,6 +257,7 @@ def alarm(seconds: int):
 
 
 def test_damaged_files_are_used_or_refused_in_a_line(good, monkeypatch):
+    pytest.importorskip("openai")  # which a teacher's cache needs, and slow to import
     monkeypatch.setattr(runs, "say", str)
     monkeypatch.setattr(evaluation, "N_RESAMPLES", 20)
     root, spent = good[0], Counter()

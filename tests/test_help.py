@@ -14,8 +14,8 @@ import stage
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
-           ("eval", "Config"), ("chat", "Config"), ("synthesize", "Traces"),
-           ("synthesize", "Pairs")]
+           ("train_distill", "Config"), ("eval", "Config"), ("chat", "Config"),
+           ("synthesize", "Traces"), ("synthesize", "Pairs")]
 
 
 def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:

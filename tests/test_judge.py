@@ -31,6 +31,7 @@ import data
 import gemma
 import judge
 import rollouts
+import stage
 import synthesize
 import train_grpo
 from endpoint import Endpoint, Unavailable, tokens_of
@@ -854,7 +855,7 @@ def test_what_cannot_be_opened_says_so():
 
 def test_large_judges_are_sharded(monkeypatch):
     for most, shard in ((1e6, True), (1e9, False)):
-        monkeypatch.setattr(judge, "REPLICATED_BYTES", most)
+        monkeypatch.setattr(stage, "REPLICATED_BYTES", most)
         ours = judge.open(judge.Config(judge=str(ROOT / "tiny")), mesh(8))
         assert ours.shard == shard
         assert ours.params["layers"]["q_proj"].sharding.is_fully_replicated != shard

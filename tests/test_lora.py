@@ -356,7 +356,7 @@ def test_what_cannot_be_merged(trained, monkeypatch):
     monkeypatch.chdir(trained)
     with pytest.raises(ValueError, match="--adapter tiny: a whole model already"):
         lora.main("tiny", "merged-twice")
-    with pytest.raises(ValueError, match="--out tiny is the base itself"):
+    with pytest.raises(ValueError, match="--out tiny is there already, and not empty"):
         lora.main("runs/grpo", "tiny", weights="tiny")
 
 

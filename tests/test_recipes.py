@@ -165,6 +165,21 @@ def test_the_gsm8k_recipe_has_a_column_for_two_cores_and_three_acts(tmp_path):
     assert {small[stage][1].lora_rank for stage in ("sft", "simpo", "grpo")} == {32}
 
 
+def test_the_distillation_recipe_makes_a_teacher_of_the_tiny_model(tmp_path):
+    """GRPO and distillation have the same start, the same problems and the same minutes."""
+    real, tiny = (stages(tmp_path, "distill", *more) for more in ((), ("--model", "tiny")))
+    assert [*real] == ["eval-start", "sft", "eval-sft", "distill", "eval-distill"]
+    assert [*tiny] == ["eval-start", "teacher", "eval-teacher", "grpo", "eval-grpo", "distill",
+                       "eval-distill"]
+    assert real["distill"][1].teacher == "gemma3-12b" and not real["distill"][1].teacher_adapter
+    assert flags_of(real["distill"][0])["adapter"] == str(tmp_path / "out" / "sft")
+    grpo, distill = tiny["grpo"][1], tiny["distill"][1]
+    assert distill.teacher_adapter == str(tmp_path / "out" / "teacher")
+    for field in ("data", "rows", "time_limit", "seed", "lora_rank", "max_new", "eval_every"):
+        assert getattr(grpo, field) == getattr(distill, field), field
+    assert not {"adapter"} & {*flags_of(tiny["grpo"][0]), *flags_of(tiny["distill"][0])}
+
+
 def test_a_recipe_says_what_it_lacks_and_stops_where_a_stage_does(tmp_path):
     assert "judge is missing: judge=..." in commands(tmp_path, "pinocchio", code=2)
     assert "teacher is missing" in commands(tmp_path, "gemmatron", code=2)

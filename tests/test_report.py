@@ -19,6 +19,7 @@ import tyro
 import eval as evaluation
 import report
 import runs
+import train_distill
 import train_grpo
 import train_sft
 import train_simpo
@@ -125,7 +126,7 @@ def test_settings_that_differ_are_marked(tmp_path):
     assert "keep<td><bdi>2</bdi><td><bdi>2</bdi>" in folded
 
 
-@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, evaluation])
+@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, train_distill, evaluation])
 def test_the_command_repeats_the_run(module, tmp_path, monkeypatch):
     """The settings come back from config.json, through a shell's own splitting of the command."""
     monkeypatch.chdir(tmp_path)

@@ -861,7 +861,8 @@ def test_scripts_can_be_imported_on_an_old_jax():
 
     Tried on JAX 0.4.30, 0.5.3 and 0.7.2 themselves; here what they lack is taken away.
     """
-    scripts = ["train_grpo.py", "train_sft.py", "train_simpo.py", "eval.py", "synthesize.py"]
+    scripts = ["train_grpo.py", "train_sft.py", "train_simpo.py", "train_distill.py", "eval.py",
+               "synthesize.py"]
     command = [sys.executable, "-c", OLD_JAX, *scripts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()
