@@ -54,6 +54,7 @@ import runs
 import stage
 import train_distill
 import train_grpo
+import train_ppo
 import train_sft
 import train_simpo
 
@@ -71,7 +72,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the base weights and the activations."""
     phases: str | None = None
-    """To measure: sft and grpo. To compile: sft, simpo, grpo, distill, or one of PHASES."""
+    """To measure: sft, grpo. To compile: sft, simpo, grpo, ppo, distill, or one of PHASES."""
     lora_rank: int | None = None
     """Rank of the adapter; 0 trains every weight."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
@@ -206,15 +207,16 @@ class Cost(NamedTuple):
         n = self.matrices() * layers + self.cfg.vocab_size * self.cfg.hidden_size * head
         return self.moved(self.itemsize * n) * self.sharded
 
-    def micro_batch(self, config, length: int, train: bool, wanted: float, splash: bool) -> Work:
-        """--micro-rows rows with log-probs of a share of their tokens."""
+    def micro_batch(self, config, length: int, train: bool, wanted: float, splash: bool,
+                    head: bool = True) -> Work:
+        """--micro-rows rows with log-probs of a share of their tokens; head=False: with none."""
         n_tokens, scatters = config.micro_rows * length, train and not self.rank
         chunk = min(n_tokens, max(gemma.CHUNK, gemma.CHUNK_ELEMENTS // self.cfg.vocab_size))
         if wanted < 1:
             chunk = min(chunk, max(128, n_tokens // 8))
-        return (self.layers(n_tokens, length, train, config.remat, splash)
-                + self.logps(n_tokens, wanted, chunk, train)
-                + self.gathers(1 + train + scatters, 1 + scatters))
+        logps = self.logps(n_tokens, wanted, chunk, train) * head
+        return (self.layers(n_tokens, length, train, config.remat, splash) + logps
+                + self.gathers(1 + train + scatters, (1 + scatters) * head))
 
     def decode_step(self, slots: int, length: int) -> Work:
         """One token in each slot; caches of `length`, or of the window, are read whole.
@@ -247,6 +249,8 @@ def policy_cost(config, cfg: gemma.Config, mesh: Mesh, trained, is_sharded) -> C
 def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict) -> dict:
     """Phase -> its work in one step on a core: every prompt and completion at its longest."""
     n, (trained, opt) = mesh.size, programs["train_step"][1][:2]
+    if script == "ppo":  # a step moves one of two adapters of equal size
+        trained, opt = trained["policy"], opt["policy"]
     cost = policy_cost(config, cfg, mesh, trained, stage.base_is_sharded)
     # The splash kernels are a TPU's; without its compiler CPU devices stand for its cores.
     splash = mesh.devices.flat[0].platform != "gpu" and cfg.head_dim % 128 == 0
@@ -278,6 +282,12 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
     }
     if "reference" in programs:
         phases["reference"] = passes(train=False) * n_micro
+    if script == "ppo":
+        values, critic = (passes(train=train, head=False) * n_micro for train in (False, True))
+        forwards = passes(train=False) * n_micro * (2 if config.kl_coef else 1)
+        phases["estimate"] = values + forwards
+        phases["critic"] = (critic + adam * config.minibatches) * config.inner_epochs
+        phases["update"] += adam * (config.minibatches - 1) * config.inner_epochs
     if "judge" in programs:  # beginnings [X, U] that rows [B, C] continue
         judged_by, batch = judge.shape_of(config), programs["judge"][1][4]
         dtype, sharded = stage.frozen_layout(judged_by, mesh)
@@ -290,8 +300,9 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
 
 # ------------------------------------------------------------------------------------- measuring
 
-SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo, "distill": train_distill}
-ON_ROLLOUTS = ("grpo", "distill")  # those that learn from their own completions
+SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo, "ppo": train_ppo,
+           "distill": train_distill}
+ON_ROLLOUTS = ("grpo", "ppo", "distill")  # those that learn from their own completions
 FIELDS = {"rows": "batch_rows", "length": "max_length", "prompt_length": "max_prompt",
           "new_tokens": "max_new"}  # a field here -> its name in the scripts
 
@@ -351,7 +362,7 @@ def grpo_steps(config: Config, cfg: gemma.Config, mesh: Mesh) -> Iterator[dict]:
     train_step, shapes = programs["train_step"]
     trained, opt, fixed = start_of(shapes)
     reference = jax.tree.map(jnp.copy, trained)
-    sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
+    sampler, dtype = stage.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)
     n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
     cost = policy_cost(c, cfg, mesh, trained, stage.rollouts_are_sharded)
@@ -429,6 +440,12 @@ PHASES = {  # SCRIPT or SCRIPT_PART: its program, and the flags to lower if that
     "grpo_reference": ("reference", "--micro-rows"),
     "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
     "grpo_judge": ("judge", "--judge, to a smaller one"),
+    "ppo_prefill": ("prefill", "--max-prompt"),
+    "ppo_decode": ("decode", "--slots or --max-new"),
+    "ppo_estimate": ("estimate", "--micro-rows"),
+    "ppo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
+    "ppo_critic": ("critic_step", "--micro-rows or --pack-length, or take --remat layer"),
+    "ppo_judge": ("judge", "--judge, to a smaller one"),
     "distill_prefill": ("prefill", "--max-prompt"),
     "distill_decode": ("decode", "--slots or --max-new"),
     "distill_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
@@ -436,7 +453,7 @@ PHASES = {  # SCRIPT or SCRIPT_PART: its program, and the flags to lower if that
 }
 KEPT = {  # arguments of a program that outlive its call
     "train_step": (0, 1, 2), "eval_step": (0, 1), "reference": (0, 1), "judge": (0,),
-    "prefill": (1, 2, 4), "decode": (2, 3, 5, 7),
+    "estimate": (0, 1), "critic_step": (0, 1, 2), "prefill": (1, 2, 4), "decode": (2, 3, 5, 7),
 }
 ENVIRONMENT = {  # libtpu looks for no TPU, ignores other processes that use one, and logs little
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
@@ -529,6 +546,8 @@ def bytes_beside(program: str, programs: dict) -> int:
     """Bytes that a script keeps on a core while a program runs and that are not its arguments."""
     kept = [*programs["train_step"][1][:3]]  # trained, optimizer state, fixed
     kept += [programs[k][1][0] for k in ("reference", "judge") if k in programs]
+    if "estimate" in programs:
+        kept.append(programs["estimate"][1][0]["reference"])
     if program in ("prefill", "decode", "judge"):  # these alternate during rollouts
         _, _, params, _, _, shelf, _, state = programs["decode"][1]
         kept += [shelf, state]

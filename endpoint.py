@@ -47,7 +47,7 @@ def read_address(address: str, flag: str, key_variable: str) -> urllib.parse.Spl
         raise ValueError(f"{flag}: an address needs one more package: pip install openai")
     with suppress(ValueError):  # a port that is no number
         parts = urllib.parse.urlsplit(address)
-        extra = "@" in parts.netloc or parts.query or parts.fragment
+        extra = "@" in parts.netloc or ";" in parts.path or parts.query or parts.fragment
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not extra:
             return parts
     raise ValueError(f"{flag}: expected http(s)://host[:port]/v1, without a user, a query or a "

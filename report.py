@@ -46,6 +46,7 @@ CURVES = {  # metric -> (title, unit), in the page's order; other metrics are fo
     "completions/mean_length": ("Length", "tokens"),
     "completions/clipped_ratio": ("Cut at --max-new", "%"), "entropy": ("Entropy", "nats"),
     "kl": ("KL to the start", "nats"), "frac_reward_zero_std": ("Groups of equal rewards", "%"),
+    "explained_variance": ("Variance of returns that the critic explains", "%"),
     "loss": ("Loss", ""), "pair_accuracy": ("Pairs", "%"), "margin": ("Margin", ""),
     "grad_norm": ("Gradient norm", ""), "clip_ratio/region_mean": ("Clipped ratios", "%"),
     "tokens_per_s": ("Speed", "tokens/s"), "step_s": ("Step", "s"), "rollout_s": ("Rollout", "s"),

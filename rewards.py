@@ -211,7 +211,8 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
         raise ValueError(wrong + f"{type(e).__name__}: {e}") from e
     functions, weights = getattr(module, "REWARDS", {}), getattr(module, "WEIGHTS", None)
     limits, numbers = getattr(module, "RANGE", ()), [None]
-    if isinstance(functions, dict) and isinstance(weights, dict | None):
+    shaped = isinstance(weights, dict | None) and isinstance(limits, tuple | list)
+    if isinstance(functions, dict) and shaped:
         numbers = [*(weights or {}).values(), *limits]
     if not all(isinstance(n, int | float) for n in numbers) or len(limits) not in (0, 2):
         raise ValueError(wrong + "expected REWARDS = {name: function}, WEIGHTS = {name: number} "

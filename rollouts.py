@@ -269,6 +269,12 @@ def load_problems(config, tok: data.Tokenizer) -> tuple[list[Problem], list[str]
     return numbered([problem for source in sources for problem in source]), bad
 
 
+def load_split(config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
+    """(problems to learn from, held-out ones) of a script's --data and --eval-data."""
+    sources, held_out = data.load_split(config, problem_reader(config, tok), rows=config.rows)
+    return numbered([problem for source in sources for problem in source]), numbered(held_out)
+
+
 def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
     """(the answer, whether it is right (None: nothing to check), whether the format is strict)."""
     _, answer, strict = rewards.parse(completion)
@@ -824,6 +830,14 @@ def check_drift(step: int, metrics: dict[str, float], config) -> None:
     if drift > config.max_drift:
         raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
                          f"on average, more than --max-drift {config.max_drift}")
+
+
+def log_samples(config, step: int, run: runs.Run, samples: list[Sample]) -> None:
+    """Writes some of a step's completions to samples.jsonl, and prints a few now and then."""
+    failed = [s for s in samples[config.log_samples :] if s.scored.errors]
+    run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
+    if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
+        show(samples[:: max(1, len(samples) // config.show)][: config.show])
 
 
 def show(samples: list[Sample]) -> None:

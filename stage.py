@@ -152,13 +152,13 @@ def resolve(config, defaults: dict[str, dict]):
 
 RANGES = (  # the least and the largest value that make sense, and the fields
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
-     "reward_threads"),
+     "reward_threads minibatches"),
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
      "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
      "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
-     "max_drift reward_coef"),
+     "max_drift reward_coef value_clip value_lr value_warmup"),
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
-     "on_policy"),
+     "on_policy gamma lam"),
     (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
     (1e-9, math.inf, "clip_norm sapo_pos sapo_neg temperature"),
 )
@@ -270,6 +270,15 @@ def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> b
     return cfg.n_params * bytes_per_weight > 0.4 * limit
 
 
+def make_sampler(cfg: gemma.Config, config, mesh: Mesh):
+    """The Sampler of a stage that learns from its own completions."""
+    from sampler import Sampler  # here: SFT needs none
+
+    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   shard=rollouts_are_sharded(cfg, config, mesh))
+
+
 REPLICATED_BYTES = 2.5e9  # weights of a larger frozen model are sharded over the mesh
 
 
@@ -367,9 +376,17 @@ def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) 
 
 
 def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
-    """What a resumed run must find as it was, beside its flags: the model's files and the rows."""
+    """What a resumed run must find as it was, beside its flags: the files it reads, the rows."""
     rows = [item.fields for items in sources for item in items]
-    return model.checksums | {
+    sums, own = dict(model.checksums), getattr(config, "reward_file", None)
+    if own:
+        import rewards  # here: SFT has none
+
+        sums |= {f"checksum of {f.name}": runs.file_checksum(f) for f in rewards.files(None, own)}
+    if judge := getattr(config, "judge_weights", None) or getattr(config, "judge", None):
+        sums |= {f"checksum of the judge's {file.name}": runs.file_checksum(file)
+                 for file in sorted(Path(judge).glob("*.safetensors"))}  # none for an address
+    return sums | {
         f"checksum of the rows of --data {config.data}": runs.checksum(rows),
         f"checksum of the held-out rows of {config.eval_data or config.data}":
             runs.checksum(item.fields for item in held_out)}

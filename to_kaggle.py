@@ -385,9 +385,10 @@ def main(config: Config, flags: list[str]) -> Path:
     else:
         text, end = notebook(script, parsed, resolved, files, flags), ".ipynb"
     to = Path(config.to or script.replace(".py", end))
-    if to.suffix != Path(end).suffix or to.resolve().parent == HERE and to.name in texts:
-        raise ValueError(f"--to {to}: expected a name that ends in {Path(end).suffix}, and not "
-                         "that of a script here")
+    suffix = end[end.index(".") :]
+    if to.suffix != suffix or to.resolve().parent == HERE and to.name in texts:
+        raise ValueError(f"--to {to}: expected a name that ends in {suffix}, and not that of a "
+                         "script here")
     to.write_text(text, encoding="utf-8")
     print(f"{to}: {len(text):,} bytes, {len(files)} files: {', '.join(files)}")
     return to

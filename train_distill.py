@@ -194,12 +194,6 @@ class State(NamedTuple):
         return {"trained": self.trained, "opt": self.opt}
 
 
-def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
-    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                   shard=stage.rollouts_are_sharded(cfg, config, mesh))
-
-
 def from_row(problem: Problem, config: Config, tok: data.Tokenizer) -> Sample:
     """A row's own completion, with the stop token, in the place of one by the student."""
     ids = data.read_example(problem.fields, tok, config.system).ids[len(problem.prompt) :]
@@ -342,7 +336,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
     n_micro, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.float32))
     train_step, = make_steps(pair, config, mesh, sharded)
     batch = rollouts.packed_shapes(config, mesh)
-    out = make_sampler(cfg, config, mesh).programs(base, adapter)
+    out = stage.make_sampler(cfg, config, mesh).programs(base, adapter)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, lr)
     if config.judge:
         import judge
@@ -401,7 +395,7 @@ def main(config: Config) -> Path | dict:
 
     # compile
     train_step, = make_steps(pair, config, mesh, model.sharded)
-    sampler = make_sampler(model.cfg, config, mesh)
+    sampler = stage.make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> update -> log -> save
     scored = dataclasses.replace(config, rewards=config.rewards or "format")  # there is one to log

@@ -216,12 +216,6 @@ class State(NamedTuple):
         return {"trained": self.trained, "opt": self.opt}
 
 
-def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
-    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                   shard=stage.rollouts_are_sharded(cfg, config, mesh))
-
-
 def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str, float]]:
     """Samples a step at progress p of the run -> (groups to learn from, all groups, seconds).
 
@@ -532,7 +526,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
     base, adapter = jax.eval_shape(partial(stage.forward_weights, dtype=dtype), trained, fixed)
     batch = rollouts.packed_shapes(config, mesh)
     n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
-    out = make_sampler(cfg, config, mesh).programs(base, adapter)
+    out = stage.make_sampler(cfg, config, mesh).programs(base, adapter)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
     if config.kl_coef or "prob" in rewards.read_mix(config.rewards, config.reward_file).weights:
         out["reference"] = reference, (trained, fixed, batch, n_micro)
@@ -593,10 +587,7 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
     """Logs and prints a step; stops a run whose sampler and trainer disagree."""
     config, step, samples = setup.config, state.step, [s for group in seen for s in group]
     run.log(step, rollouts.summarize(seen, setup.scorer.mix) | metrics | setup.scorer.stats())
-    failed = [s for s in samples[config.log_samples :] if s.scored.errors]
-    run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
-    if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
-        rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
+    rollouts.log_samples(config, step, run, samples)
     rollouts.check_drift(step, metrics, config)
 
 
@@ -621,20 +612,17 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    sources, held_out = data.load_split(config, rollouts.problem_reader(config, model.tok),
-                                        rows=config.rows)
-    problems = rollouts.numbered([problem for source in sources for problem in source])
-    held_out = rollouts.numbered(held_out)
+    problems, held_out = rollouts.load_split(config, model.tok)
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
     model = model._replace(trained=None)  # else a resumed run would hold these weights too
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)
-    sampler = make_sampler(model.cfg, config, mesh)
+    sampler = stage.make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    facts = stage.facts(config, model, sources, held_out)
+    facts = stage.facts(config, model, [problems], held_out)
     with (runs.Run(config, SHOWN, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems, held_out,

@@ -143,7 +143,8 @@ BAD_ROWS = [
     ({"prompt": "Q \ud83d", "completion": "A"}, "surrogates not allowed"),
     *[({"prompt": text, "completion": "A"}, "carries a chat template already") for text in (
         "<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n", "<bos>Q", "Q<end_of_turn>",
-        "<|im_start|>user\nQ", "<s>[INST] Q [/INST]", "Be brief.\n<|start_header_id|>\n")],
+        "<|im_start|>user\nQ", "<s>[INST] Q [/INST]", "Be brief.\n<|start_header_id|>\n",
+        "\n\nHuman: Q\n\nAssistant:", "USER: Q ASSISTANT:", "Q\n\n### Response:\n")],
 ]
 
 
@@ -259,6 +260,21 @@ def test_columns_that_nothing_reads_are_said(tmp_path, said):
     data.load(f"{file},problems:test", data.parse_row, rows=3)
     [line] = [line for line in said if "nothing reads" in line]
     assert "columns nothing reads: final_answer, url (" in line
+
+
+def test_fields_of_messages_that_nothing_reads_are_said(tmp_path, said):
+    turns = [TURN("user", "Q"), TURN("assistant", "A") | {"reasoning_content": "R", "name": None}]
+    data.load(str(write(tmp_path / "rows.jsonl", [{"messages": turns}])), data.parse_row)
+    [line] = [line for line in said if "nothing reads" in line]
+    assert "columns nothing reads: messages.reasoning_content (" in line
+
+
+@pytest.mark.parametrize("array", ['["a", 3, null]', "[" * 100_000, "[" * 80 + "]" * 80, '[{"a'])
+def test_an_array_that_holds_no_rows(tmp_path, array):
+    (tmp_path / "rows.json").write_text(array)
+    with pytest.raises(ValueError, match=f"{tmp_path}/rows.json:") as error:
+        data.load(str(tmp_path / "rows.json"), data.parse_row)
+    assert "expected a JSON object, found a str" in str(error.value) or "as JSON (" in str(error)
 
 
 def test_files_as_people_have_them(tmp_path):

@@ -34,15 +34,16 @@ import sampler
 import synthesize
 import train_distill
 import train_grpo
+import train_ppo
 import train_sft
 import train_simpo
 
-TRAINERS = ("train_sft", "train_simpo", "train_grpo", "train_distill")
-ON_ROLLOUTS = ("train_grpo", "train_distill")
+TRAINERS = ("train_sft", "train_simpo", "train_grpo", "train_ppo", "train_distill")
+ON_ROLLOUTS = ("train_grpo", "train_ppo", "train_distill")
 SCRIPTS = (*TRAINERS, "eval", "synthesize")
 MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
-          "train_distill": train_distill,
-          "eval": evaluation, "synthesize": synthesize}
+          "train_ppo": train_ppo, "train_distill": train_distill, "eval": evaluation,
+          "synthesize": synthesize}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
@@ -62,6 +63,9 @@ def configs(folder: Path) -> dict:
                                         inner_epochs=2, kl_coef=0.1, pack_length=40,
                                         is_cap=2.0, resample=1, curriculum="ordered",
                                         rewards="language:1,repetition:1"),
+        "train_ppo": train_ppo.Config(**start, **run | rollouts, prompts=2, group=4, eval_rows=4,
+                                      inner_epochs=2, minibatches=2, value_warmup=1, kl_coef=0.1,
+                                      pack_length=40, rewards="language:1,repetition:1"),
         "train_distill": train_distill.Config(
             **start, **run | rollouts | dict(max_new=32), teacher=str(folder), prompts=4, group=3,
             teacher_adapter=str(folder / "teacher"), on_policy=0.5, eval_rows=4, pack_length=64,
@@ -280,6 +284,7 @@ MEMORY = {
     "train_sft": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_simpo": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_grpo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
+    "train_ppo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
     "train_distill": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
     "eval": dict(slots=2),
     "synthesize": dict(slots=2),

@@ -14,7 +14,8 @@ import stage
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
-           ("train_distill", "Config"), ("eval", "Config"), ("chat", "Config"),
+           ("train_ppo", "Config"), ("train_distill", "Config"), ("eval", "Config"),
+           ("chat", "Config"),
            ("synthesize", "Traces"), ("synthesize", "Pairs")]
 
 

@@ -734,7 +734,9 @@ def test_the_same_question_is_under_way_once_and_keys_tell_samples_apart(tmp_pat
 
 def test_the_cache_survives_torn_and_damaged_lines(tmp_path):
     file = tmp_path / "replies"
-    damaged = [b"[1, 2]", b"7", b"null", b'"key"', b"\xff\xfe", b"[" * 100_000, b"{}"]
+    damaged = [b"[1, 2]", b"7", b"null", b'"key"', b"\xff\xfe", b"[" * 100_000, b"{}",
+               b'{"requests": "9"}', b'{"requests": -9}', b'{"requests": 1e999}', b'{"text": "a"}',
+               b'{"key": [], "text": "a"}', b'{"key": "a", "text": {}}', b'{"requests": true}']
     with serving(lambda n, body: {"content": f"reply {n} \u2028 ünï"}) as server:
         for n in range(3):
             with endpoint(server, cache=file) as made:

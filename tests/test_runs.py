@@ -272,6 +272,7 @@ def test_files_of_the_user_survive_in_a_run_folder(whole, tmp_path):
     out, mine = tmp_path / "x", {}
     train(out, until=3)
     for name in ("mine.jsonl", "tmp-notes", "old-thesis/a.tex", "checkpoints/tmp-x",
+                 ".tmp-mine", ".old-mine/a", "checkpoints/.tmp-step_x",
                  "checkpoints/step_1_copy/a", "checkpoints/step_007/a", "tmp-step_x/a"):
         mine[name] = b'{"step": 5}\n{"torn'
         (out / name).parent.mkdir(exist_ok=True)
@@ -861,7 +862,8 @@ def test_scripts_can_be_imported_on_an_old_jax():
 
     Tried on JAX 0.4.30, 0.5.3 and 0.7.2 themselves; here what they lack is taken away.
     """
-    scripts = ["train_grpo.py", "train_sft.py", "train_simpo.py", "train_distill.py", "eval.py",
+    scripts = ["train_grpo.py", "train_sft.py", "train_simpo.py", "train_ppo.py",
+               "train_distill.py", "eval.py",
                "synthesize.py"]
     command = [sys.executable, "-c", OLD_JAX, *scripts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
