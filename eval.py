@@ -67,11 +67,14 @@ class Sampling(judge.Config):
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
+    """Comma-separated: problems, solutions, gsm8k (built in), files (JSON, JSON lines, CSV,
+    Parquet) or hf:owner/name of the Hub; gsm8k:test, mine.csv[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
+    columns: str = ""
+    """Your columns under our names, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be used, instead of stopping at the first."""
 

@@ -67,13 +67,16 @@ class Config:
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
+    """Comma-separated: problems, solutions, gsm8k (built in), files (JSON, JSON lines, CSV,
+    Parquet) or hf:owner/name of the Hub; gsm8k:test, mine.csv[:50%]."""
     mix: str | None = None
     """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
     eval_data: str | None = None
     """Held-out rows, as in --data; default: a built-in set's test split, else 2 % of prompts."""
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
+    columns: str = ""
+    """Your columns under our names, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be used, instead of stopping at the first."""
     prompt_loss: float = 0.0

@@ -73,13 +73,16 @@ class Config:
 
     # data
     data: str | None = None
-    """Comma-separated files of {"prompt", "chosen", "rejected"} rows: texts or message lists."""
+    """Comma-separated files (JSON, JSON lines, CSV, Parquet) of {"prompt", "chosen", "rejected"}
+    rows, texts or message lists; or hf:owner/name of the Hub."""
     mix: str | None = None
     """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
     eval_data: str | None = None
     """Held-out pairs, as in --data; default: those of 2 % of prompts."""
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
+    columns: str = ""
+    """Your columns under our names, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be used, instead of stopping at the first."""
     max_length: int | None = None
