@@ -487,7 +487,7 @@ def main(config: Config) -> dict:
         with runs.writing(out):
             runs.replace_file(out / "samples.jsonl", runs.to_jsonl(rows))
             runs.write_json(out / "results.json", results)
-    print(table(results))
+    print(runs.clean(table(results)))  # the names of domains are text of the rows
     return results
 
 

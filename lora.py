@@ -232,6 +232,8 @@ def load(path: str | Path, cfg: Config) -> dict:
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
         found[m[2]].setdefault(int(m[1]), {"module": module})[m[3]] = np.float32(tensor)
     R = max((len(t) for key, t in tensors.items() if ".lora_A" in key), default=0)
+    if R > 4096:  # every matrix is padded to it
+        raise ValueError(f"{file}: a matrix has rank {R:,}, expected at most 4,096")
     adapter = {"a": {}, "b": {}, "scale": {}}
     for name in (name for name in LINEARS if found[name]):
         a, b = (np.zeros(shape, np.float32) for shape in shapes(LINEARS[name], cfg, R))

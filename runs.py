@@ -1,7 +1,8 @@
 """The run folder that every script shares: metrics, samples, checkpoints, resume, time budget.
 
     runs/NAME/
-        config.json           the resolved config; under `code`: the script, versions and devices
+        config.json           the resolved config, checksums of the rows and of the files of the
+                              model; under `code`: the script, versions and devices
         metrics.jsonl         one object a step; keys ending in _s or holding per_s are timings
         samples.jsonl         prompt, completion, every reward component
         checkpoints/step_N/   the state after N updates: the adapter, resume/ (arrays and
@@ -105,16 +106,21 @@ _CONTROLS = re.compile(
 )
 
 
-def say(line: str) -> None:
-    """Print to stderr, on the first host alone. "\\x1b[2J" in a completion is spelled out.
+def clean(text: str) -> str:
+    """Text that cannot drive a terminal: "\\x1b[2J" in a completion is spelled out.
 
-    Colours go to a terminal alone, and not where $NO_COLOR is set (no-color.org).
+    Colours stay on a terminal alone, and not where $NO_COLOR is set (no-color.org).
     """
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    kept = lambda colour: colour if coloured else ""
+    spelled = lambda text: text.encode("unicode_escape").decode()
+    return _CONTROLS.sub(lambda m: kept(m[1]) if m[1] else spelled(m[0]), text)
+
+
+def say(line: str) -> None:
+    """Print clean() text to stderr, on the first host alone."""
     if hosts.index == 0:
-        coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        kept = lambda colour: colour if coloured else ""
-        spelled = lambda text: text.encode("unicode_escape").decode()
-        line = _CONTROLS.sub(lambda m: kept(m[1]) if m[1] else spelled(m[0]), line)
+        line = clean(line)
         with contextlib.suppress(OSError):  # the terminal may be gone: the run must still be saved
             tqdm.write(line + "\x1b[0m" * ("\x1b" in line), file=sys.stderr)
 
@@ -158,13 +164,15 @@ def command(call: Callable[[], Any]) -> None:
     """
     try:
         call()
+    except SystemExit as end:  # its text may quote a server
+        sys.exit(clean(end.code) if isinstance(end.code, str) else end.code)
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         folder, *ours = (Path(f).resolve().parent for f in (last.filename, __file__, sys.argv[0]))
         stated = folder in ours and last.line.startswith("raise ")
         if not stated and getattr(error, "filename", None) is None:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(clean(f"error: {error}"))
 
 
 def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:

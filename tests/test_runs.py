@@ -819,6 +819,8 @@ def test_a_mistake_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
 
     assert end('raise ValueError("--lr 9: "\n        "too high")') == "error: --lr 9: too high\n"
     assert end('stage.parse = runs.parse_time("soon")').startswith("error: --time-limit soon: ")
+    assert end('raise SystemExit("judge: \\x1b[2J")') == "judge: \\x1b[2J\n"
+    assert end('raise ValueError("judge: \\x9b2J")') == "error: judge: \\x9b2J\n"
     assert end('open("/nowhere")').startswith("error: [Errno 2] No such file or directory: '/now")
     for bug in ('int("x")', "a, b = [1]", "np.zeros(2).reshape(3)", "{}[0]"):
         assert end(bug).startswith("Traceback (most recent call last)")
