@@ -109,7 +109,7 @@ class Config(rollouts.Settings):
     """Rounds of new prompts to replace groups with equal rewards (DAPO's dynamic sampling)."""
     is_cap: float | None = None
     """Importance correction: weight by p_trainer / p_sampler, capped here; 0: off, as for the tiny
-    model in float32, where the two agree."""
+    model in float32, where the two agree to 1e-7 (LOG.md; in bfloat16 to 1e-3)."""
     is_level: Literal["token", "sequence"] = "token"
     """The importance of a token, or the product over its sequence."""
     is_mode: Literal["truncate", "mask"] = "truncate"
