@@ -733,7 +733,7 @@ class Run(contextlib.ExitStack):
     def _show(self, step: int, numbers: dict) -> None:
         """Say the line of a step, below a header every 20 lines, or that of an evaluation."""
         of = f"/{self.budget.steps}" if self.budget.steps else ""
-        place = f"step {step:>{max(1, len(of) - 1)}}{of}"
+        place = f"step {step}{of}".ljust(len("step ") + 2 * len(of) - 1)
         held = {k.removeprefix("eval_"): x for k, x in numbers.items() if k.startswith("eval_")}
         if held:
             say(f"{place}  held out: {_held_out(held)}")
