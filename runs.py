@@ -441,8 +441,8 @@ def given(values: dict, config_class: type) -> list[str]:
         usual = [field.default, table.get(field.name)]
         if field.name == "lora_alpha":  # filled from the rank
             usual += [n * (values.get("lora_rank") or 0) for n in (1, 2)]
-        if field.name == "system" and values.get("adapter"):  # the adapter's own
-            continue
+        if field.name in ("system", "lora_rank", "lora_alpha") and values.get("adapter"):
+            continue  # the adapter's own
         if field.name in values and value not in [_plain(x) for x in usual]:
             names.append(field.name)
     return names
@@ -633,8 +633,9 @@ class Run(contextlib.ExitStack):
                  facts: dict[str, str] | None = None):
         super().__init__()  # holds what is undone at the end, or by a failure below
         self.folder, self.keep, self.every_s = Path(config.out), config.keep, every_s
+        self.config, self.outcome = config, []  # outcome: the last lines of a run
         self.show = {"loss": "loss {:.3f}"} if show is None else show
-        self.streaks, self.best = dict.fromkeys(WARNINGS, 0), None  # best: (accuracy, step)
+        self.streaks, self.top = dict.fromkeys(WARNINGS, 0), None  # top: (accuracy, its step)
         self.budget = Budget(config.steps, parse_time(config.time_limit), start=STARTED)
         self.step: int | None = None  # of the last line logged; None until restore()
         self.saved_step = self.scored_step = -1  # of the newest checkpoint, and that with a score
@@ -709,12 +710,48 @@ class Run(contextlib.ExitStack):
         return self.finish(write_model)
 
     def finish(self, write_model: Callable[[Path | None], None]) -> Path:
-        """Write final/ in place of an earlier one."""
+        """Write final/, the best checkpoint or else the last step, and say what came out."""
+        best = self.best() if hosts.index == 0 else None
+        best = hosts.everyone(best)[0]
+        best = None if best == self.saved_step else best
+
+        def write(folder):
+            if best is None:
+                write_model(folder)
+            elif folder is not None:
+                shutil.copytree(self.folder / f"checkpoints/step_{best}", folder,
+                                ignore=shutil.ignore_patterns("resume", "manifest.json"),
+                                dirs_exist_ok=True)
+            if folder is not None:
+                self.describe(folder, self.saved_step if best is None else best)
+
         with self.budget.measure("save"):
-            _publish(self.folder / "final", write_model)
+            _publish(self.folder / "final", write)
         hosts.everyone(None)  # nobody leaves before it is there
-        say(f"done: {self.folder / 'final'}")
+        say("\n".join([f"done: {self.folder / 'final'}", *self.outcome]))
         return self.folder / "final"
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the highest score, the newer of two equals, if sound."""
+        scores = self.scores()
+        step = max(((score, step) for step, score in scores.items()), default=(0, None))[1]
+        if step is not None and (reason := verify(self.folder / f"checkpoints/step_{step}")):
+            say(f"step {step} was the best, but {reason}: final/ is the last step")
+            return None
+        return step
+
+    def describe(self, folder: Path, step: int) -> None:
+        """Write the model card of `step`, and keep what the last lines of the run say."""
+        self.outcome = []
+        if not hasattr(self.config, "model"):
+            return
+        try:
+            import card  # here: it stands below this file
+
+            card.write(folder, self.folder, step)
+            self.outcome = card.ending(folder, self.folder, step)
+        except Exception as error:  # of a text; the model is there
+            say(f"no model card of {folder}: {error!r}")
 
     def log(self, step: int, metrics: dict) -> None:
         """Append the line of a step to metrics.jsonl, show it, and pass it to the loggers."""
@@ -738,14 +775,14 @@ class Run(contextlib.ExitStack):
         if held:
             say(f"{place}  held out: {_held_out(held)}")
             if "accuracy" in held:
-                self.best = max(self.best or (-1.0, 0), (held["accuracy"], step))
+                self.top = max(self.top or (-1.0, 0), (held["accuracy"], step))
         percent = lambda label, x: label.format(x).replace("%", " %")
         form = lambda label: label if "{" in label else label + " {:.4g}"
         shown = [percent(form(label), numbers[k]) for k, label in self.show.items() if k in numbers]
         if not shown or self.shown >= 3 and time.monotonic() - self.shown_at < self.every_s:
             return
         if self.shown % 20 == 0:
-            accuracy, at = self.best or (0.0, None)
+            accuracy, at = self.top or (0.0, None)
             best = "" if at is None else f"; best held out {100 * accuracy:.1f} % right, step {at}"
             say(f"\x1b[2m{self.folder}{best}")
         self.shown, self.shown_at, eta = self.shown + 1, time.monotonic(), self.budget.eta_s()
@@ -813,13 +850,18 @@ class Run(contextlib.ExitStack):
         if hosts.index == 0 and time.monotonic() >= self.report_due:
             self.report()
 
-    def _drop_old(self):
-        """Delete all checkpoints but the newest `keep` and the best, the newer of two equals."""
-        found, scores = self.checkpoints(), []
-        for step, path in found:
+    def scores(self) -> dict[int, float]:
+        """The scores of the checkpoints that have one, by step."""
+        scores = {}
+        for step, path in self.checkpoints():
             with contextlib.suppress(OSError, ValueError, KeyError):
                 score = gemma.read_json(path / "resume/state.json")["score"]
-                scores += [(score, step)] if score is not None else []
+                scores |= {step: score} if score is not None else {}
+        return scores
+
+    def _drop_old(self):
+        """Delete all checkpoints but the newest `keep` and the best, the newer of two equals."""
+        found, scores = self.checkpoints(), [(score, n) for n, score in self.scores().items()]
         kept = {step for step, _ in found[-max(1, self.keep) :]} | {max(scores, default=(0, 0))[1]}
         for step, path in found:
             if step not in kept:
