@@ -600,15 +600,15 @@ def _held_out(metrics: dict[str, float]) -> str:
     """An evaluation in words, the share of right answers first."""
     parts = []
     if "accuracy" in metrics:
-        interval = [f"{100 * metrics[f'accuracy_{end}']:.1f}" for end in ("low", "high")
+        interval = [f"{100 * metrics[f'accuracy_{end}']:.0f}" for end in ("low", "high")
                     if f"accuracy_{end}" in metrics]
         parts.append(f"right {100 * metrics['accuracy']:.1f} %"
-                     + (f" ({' to '.join(interval)})" if interval else ""))
+                     + (f" ({'-'.join(interval)})" if interval else ""))
     for name, x in metrics.items():
         if name in ("format", "pair_accuracy"):
             parts.append(f"{name.replace('_accuracy', 's right')} {100 * x:.0f} %")
         elif not name.startswith("accuracy"):
-            parts.append(f"{name} {x:.3g}")
+            parts.append(f"{name} {x:.2g}" if abs(x) < 100 else f"{name} {x:.0f}")
     return ", ".join(parts)
 
 

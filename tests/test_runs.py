@@ -744,7 +744,7 @@ def test_lines_now_and_then(tmp_path, capsys, monkeypatch):
         "step 1/100    loss 2  ok  20 %",
         "step 2/100    loss 2  ok  20 %",
         "step 3/100    loss 2  ok  20 %  16:10 left",
-        "step 5/100    held out: right 38.0 % (30.0 to 46.0), format 100 %, loss 2",
+        "step 5/100    held out: right 38.0 % (30-46), format 100 %, loss 2",
         "step 6/100    loss 2  15:50 left",
         "step 7/100    loss 2  14:50 left",
     ]
