@@ -17,6 +17,7 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 
 import bisect
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -43,11 +44,13 @@ STEERING = re.compile(
     r"<(?:(?:start|end)_of_(?:turn|image)|image_soft_token|mask|2mass|unused[0-9]+)>"
     r"|\[(?:multimodal|@BOS@)\]"
 )
-# `Tokenizer.chat` as Jinja, for other programs that open a directory we saved.
+# `Tokenizer.chat` as Jinja, for other programs that open a directory we saved. DEFAULT: the system
+# text of a conversation that brings none of its own.
 CHAT_TEMPLATE = r"""
 {{- bos_token -}}
-{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
-{%- for m in (messages[1:] if system else messages) -%}
+{%- set given = messages[0].role == 'system' -%}
+{%- set system = messages[0].content + '\n\n' if given else DEFAULT -%}
+{%- for m in (messages[1:] if given else messages) -%}
 {%- set role = 'model' if m.role == 'assistant' else m.role -%}
 {%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
@@ -156,9 +159,10 @@ class Tokenizer:
             yield [self.start_of_turn], 0
             yield self.encode("model\n"), 0
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, system: str = "") -> None:
         """Writes what AutoTokenizer needs: `tokenizer.model` and `tokenizer_config.json`.
 
+        system: what the chat template puts before a conversation without a system text of its own.
         Where tokenizer.json was read, it is copied too: transformers reads that first.
         """
         # added_tokens_decoder makes transformers' skip_special_tokens drop the turn markers. With
@@ -172,7 +176,7 @@ class Tokenizer:
             "added_tokens_decoder": {
                 str(i): {"content": self.hidden[i], "special": True} for i in markers
             },
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": CHAT_TEMPLATE.replace("DEFAULT", _quoted(system)),
         }
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -183,15 +187,46 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _quoted(system: str) -> str:
+    """The system text and the empty line behind it as a string of Jinja's."""
+    escaped = re.sub(r"(['\\])", r"\\\1", system + "\n\n" if system else "")
+    return "'" + escaped.replace("\r", "\\r").replace("\n", "\\n") + "'"
+
+
 def _check_chat_template(folder: Path) -> None:
     """ValueError where a model folder has a chat template that is not Gemma's."""
     templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
     for file in folder.glob("tokenizer_config.json"):
         templates.append(gemma.read_json(file).get("chat_template"))
-    for template in templates:
-        if template and PIECES[-2] not in str(template):
+    expected = "<bos>" + "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in (
+        ("user", "a"), ("model", "b"), ("user", "c"))) + "<start_of_turn>model\n"
+    for template in filter(None, templates):
+        if PIECES[-2] not in str(template):
             raise ValueError(f"{folder}: expected Gemma's chat template, which has {PIECES[-2]}, "
                              f"found {str(template)!r:.60}")
+        if isinstance(template, str) and (found := _apply(template)) not in (None, expected):
+            raise ValueError(f"{folder}: its chat template writes {found!r:.300}, expected Gemma's "
+                             f"{expected!r}")
+
+
+def _apply(template: str) -> str | None:
+    """Three turns by a chat template, as transformers applies it; None without jinja2."""
+    if importlib.util.find_spec("jinja2") is None:
+        return None
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    turns = [{"role": role, "content": text} for role, text in (
+        ("user", "a"), ("assistant", "b"), ("user", "c"))]
+    try:
+        return environment.from_string(template).render(
+            messages=turns, bos_token="<bos>", add_generation_prompt=True,
+            raise_exception=raise_exception)
+    except Exception as e:  # a template may fail in any way
+        return f"{type(e).__name__}: {e}"
 
 
 def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
@@ -206,6 +241,12 @@ def _read_json(file: Path) -> tuple[list[str], list[str], list[str]]:
     content = gemma.read_json(file)
     try:
         added = {t["id"]: t["content"].replace(" ", "▁") for t in content["added_tokens"]}
+        other = [t["content"] for t in content["added_tokens"]
+                 if any(t.get(k) for k in ("lstrip", "rstrip", "single_word"))]
+        other += re.findall(r"Lowercase|NF[CDK]+|StripAccents|Bert\w*|Precompiled",
+                            json.dumps(content.get("normalizer")))
+        if other:
+            raise ValueError(f"{file} with {other[0]!r:.60}, which changes the text")
         by_id = {i: piece for piece, i in content["model"]["vocab"].items()} | added
         merges = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
         if by_id.get(last := len(by_id) - 1) == IMAGE_PIECES[-1]:

@@ -924,6 +924,18 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
     return cfg, jax.tree.map(one, specs(cfg))
 
 
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file for PyTorch, readable by whom the umask allows.
+
+    safetensors itself leaves mode 0600: a file that no other user and no web server can read.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def save(path: str | Path, cfg: Config, params: dict) -> None:
     """Writes config.json, generation_config.json and model.safetensors, in the parameters' dtype.
 
@@ -943,7 +955,7 @@ def save(path: str | Path, cfg: Config, params: dict) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for old in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors.index.json"):
         old.unlink(missing_ok=True)  # some programs would read these instead
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(path / "model.safetensors", tensors)
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "generation_config.json").write_text(json.dumps(generation, indent=2))
 

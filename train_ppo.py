@@ -58,7 +58,7 @@ class Config(rollouts.Settings):
     out: str = "runs/ppo"
     """Run folder; the same command continues the run in it."""
     lora_rank: int | None = None
-    """Rank of the policy's adapter and of the critic's."""
+    """Rank of the policy's adapter and of the critic's; by default that of --adapter."""
     inner_epochs: int = 1
     """Passes over a step's completions."""
     minibatches: int = 4
