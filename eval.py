@@ -69,6 +69,8 @@ class Sampling(judge.Config):
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the weights and the activations."""
+    base: Literal["dtype", "int8"] = "dtype"
+    """The model's weights: in --dtype; or int8, half the bytes to keep and to read."""
 
     # data
     data: str | None = None
@@ -170,8 +172,8 @@ def answer(config, problems: list[Problem], tok: data.Tokenizer, start: hub.Star
     """Loads the model and runs `complete`, with samples.jsonl in --out as the journal."""
     mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
     cfg = gemma.read_config(start.weights)
-    shard = mesh.size > 1 and stage.copy_is_too_large(cfg, dtype.itemsize, mesh)
-    cfg, params = gemma.load(start.weights, dtype, mesh, shard)
+    shard = mesh.size > 1 and stage.copy_is_too_large(cfg, stage.weight_bytes(config), mesh)
+    cfg, params = gemma.load(start.weights, dtype, mesh, shard, config.base == "int8")
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
     if adapter is not None:
         runs.say(lora.describe(adapter))

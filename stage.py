@@ -11,8 +11,9 @@ A stage trains `trained` and reads `fixed`, two pytrees:
     with an adapter     trained = {"a", "b"}, float32          fixed = {"base", "scale"}
     --lora-rank 0       trained = all weights, float32         fixed = {}
 
-1. A starting adapter of another rank, or on other matrices, is merged into the base; `write_model`
-   stacks it onto the new one, so that final/ always belongs on the original base.
+1. A starting adapter of another rank, or on other matrices, is merged into the base as that is
+   loaded, before --base int8 rounds it; `write_model` stacks it onto the new one, so that final/
+   always belongs on the original base.
 2. The base is replicated if it fits and otherwise sharded over the mesh. An adapter is always
    replicated.
 3. The learning rate follows progress p, the share of the run that is done, so with --time-limit it
@@ -86,6 +87,9 @@ def check_ranges(config) -> None:
                 raise ValueError(f"{flag} {value}: expected {low:g} to {high:g}")
     if hasattr(config, "lora_targets"):
         lora.parse_targets(config.lora_targets)
+        if config.base == "int8" and not config.lora_rank:
+            raise ValueError("--base int8 with --lora-rank 0: int8 weights cannot be trained; "
+                             "leave one of the two out")
 
 
 def check_name(config) -> None:
@@ -144,14 +148,18 @@ def base_is_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
     if config.shard != "auto" or mesh.size == 1:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
-    per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    return copy_is_too_large(cfg, per_weight, mesh)
+    return copy_is_too_large(cfg, weight_bytes(config) if config.lora_rank else 16, mesh)
 
 
 def rollouts_are_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
     """Whether decoding reads a sharded base in place instead of gathering a copy per phase."""
-    itemsize = jnp.dtype(config.dtype).itemsize
-    return base_is_sharded(cfg, config, mesh) and copy_is_too_large(cfg, itemsize, mesh)
+    too_large = copy_is_too_large(cfg, weight_bytes(config), mesh)
+    return base_is_sharded(cfg, config, mesh) and too_large
+
+
+def weight_bytes(config) -> int:
+    """Bytes of a frozen weight."""
+    return 1 if config.base == "int8" else jnp.dtype(config.dtype).itemsize
 
 
 def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
@@ -167,7 +175,8 @@ def partition_specs(cfg: gemma.Config, config, sharded: bool) -> tuple[dict, dic
     if not config.lora_rank:
         return gemma.pspecs(cfg, sharded), {}
     each = {n: P() for n in lora.parse_targets(config.lora_targets)}
-    return {"a": each, "b": each}, {"base": gemma.pspecs(cfg, sharded), "scale": each}
+    base = gemma.pspecs(cfg, sharded, config.base == "int8")
+    return {"a": each, "b": each}, {"base": base, "scale": each}
 
 
 def forward_weights(trained, fixed, dtype) -> tuple[dict, dict | None]:
@@ -215,9 +224,10 @@ def load_model(config, mesh: Mesh) -> Model:
         base = gemma.init(cfg, jax.random.key(config.seed))
     else:
         dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
-        cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
         if start.adapter is not None:
-            base, adapter, merged = continue_from(start.adapter, base, cfg, config)
+            adapter, merged = continue_from(start.adapter, cfg, config)
+        delta = partial(lora.delta, merged) if merged else None
+        cfg, base = gemma.load(start.weights, dtype, mesh, sharded, config.base == "int8", delta)
     trained, fixed = base, {}
     if config.lora_rank:
         adapter = adapter or new_adapter(cfg, config)
@@ -235,9 +245,8 @@ def load_model(config, mesh: Mesh) -> Model:
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
 
 
-def continue_from(path: Path, base: dict, cfg: gemma.Config,
-                  config) -> tuple[dict, dict | None, dict | None]:
-    """(base, adapter to continue training or None, adapter merged into the base or None).
+def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, dict | None]:
+    """(adapter to continue training or None, adapter to merge into the base or None).
 
     An adapter whose rank or matrices differ from the config's is merged.
     """
@@ -248,9 +257,9 @@ def continue_from(path: Path, base: dict, cfg: gemma.Config,
         if not math.isclose(own, new, rel_tol=1e-5):
             runs.say(f"--adapter {path} keeps its own scale of {own:.4g}; the {new:.4g} of "
                      f"--lora-alpha {config.lora_alpha:g} would be a new adapter's")
-        return base, adapter, None
+        return adapter, None
     runs.say(f"--adapter {path} merged into the base: {lora.describe(adapter)}")
-    return lora.merge(base, adapter, cfg), None, adapter
+    return None, adapter
 
 
 def new_adapter(cfg: gemma.Config, config) -> dict:
@@ -306,7 +315,8 @@ def random_weights(cfg: gemma.Config, config) -> tuple[dict, dict]:
     if not config.lora_rank:
         return gemma.init(cfg, key), {}
     trained, scale = lora.split(new_adapter(cfg, config))
-    return trained, {"base": gemma.init(cfg, key, jnp.dtype(config.dtype))} | scale
+    base = gemma.init(cfg, key, jnp.dtype(config.dtype))
+    return trained, {"base": gemma.quantised(cfg, base) if config.base == "int8" else base} | scale
 
 
 def state_shapes(config, mesh: Mesh, weights, specs: tuple) -> tuple:

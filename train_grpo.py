@@ -74,6 +74,8 @@ class Config:
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the frozen base and the activations; trained arrays have float32 masters."""
+    base: Literal["dtype", "int8"] = "dtype"
+    """Frozen base: in --dtype; or int8, half the bytes to keep and to read (needs LoRA)."""
 
     # data
     data: str | None = None
@@ -228,6 +230,8 @@ class Config:
     """The model's name at the endpoint."""
     judge_weights: str | None = None
     """Folder of the judge's weights; default: looked for by name."""
+    judge_base: Literal["dtype", "int8"] = "dtype"
+    """The judge's weights: bfloat16 (a small judge: float32), or int8."""
     judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
     """One metric 1-5, all items at once, or item by item; pinocchio's needs an endpoint."""
     judge_calls: Literal["completion", "group"] = "completion"
@@ -336,7 +340,8 @@ class State(NamedTuple):
 
 def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
+                   max_new=config.max_new, cached_prompts=min(16, max(4, config.slots // 4)),
+                   dtype=jnp.dtype(config.dtype),
                    shard=stage.rollouts_are_sharded(cfg, config, mesh))
 
 
