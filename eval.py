@@ -35,15 +35,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import data
-import gemma
 import hub
 import judge
-import lora
 import rewards
 import rollouts
 import runs
@@ -170,17 +167,11 @@ def resolve(config: Config) -> Config:
 def answer(config, problems: list[Problem], tok: data.Tokenizer, start: hub.Start,
            greedy: bool) -> list[dict]:
     """Loads the model and runs `complete`, with samples.jsonl in --out as the journal."""
-    mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
-    cfg = gemma.read_config(start.weights)
-    shard = mesh.size > 1 and stage.copy_is_too_large(cfg, stage.weight_bytes(config), mesh)
-    cfg, params = gemma.load(start.weights, dtype, mesh, shard, config.base == "int8")
-    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
-    if adapter is not None:
-        runs.say(lora.describe(adapter))
-    sampler = Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                      max_new=config.max_new, dtype=dtype, shard=shard)
+    model, weights = stage.load_to_sample(start, config)
+    sampler = Sampler(**model, slots=config.slots, max_prompt=config.max_prompt,
+                      max_new=config.max_new)
     journal = Path(config.out) / "samples.jsonl"
-    return complete(sampler, (params, adapter), tok, problems, config, greedy, journal)
+    return complete(sampler, weights, tok, problems, config, greedy, journal)
 
 
 def complete(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],

@@ -53,7 +53,7 @@ class Rollout:
     index: int  # which of its n rollouts
     ids: np.ndarray  # [C] int32, with the stop token
     logps: np.ndarray  # [C] float32
-    stop: str  # "stop" (a stop token), "length" or "repetition"
+    stop: str | None  # "stop" (a stop token), "length" or "repetition"; None: not finished yet
 
 
 class Rules(NamedTuple):
@@ -474,16 +474,17 @@ class Sampler:
                top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, max_new: int | None = None,
                stop: Sequence[int] | None = None, forbidden: Sequence[int] = (),
                vocab_size: int | None = None, repetition: int = 0,
-               stats: dict | None = None) -> Iterator[Rollout]:
+               partial: bool = False, stats: dict | None = None) -> Iterator[Rollout]:
         """n rollouts of each prompt, yielded as they finish, in no particular order.
 
         prompts: a list of token ids each, or a dict from a number to token ids. They start in this
         order; the noise depends on the number. stop: ids that end a rollout (None: those of the
         config). forbidden: ids that are never sampled; nor are ids from vocab_size on. repetition:
         a rollout ends when this many tokens in a row each equal the token p places before, for
-        some p up to 64; 0 = off. stats, if given, counts prefills, rounds, tokens and slot_steps
-        (decode steps * slots, over all devices). Sharded params are gathered once, here, unless
-        the sampler is sharded too (`shard`).
+        some p up to 64; 0 = off. partial: after each round of `chunk` steps also yield what the
+        running rollouts have so far, with stop None. stats, if given, counts prefills, rounds,
+        tokens and slot_steps (decode steps * slots, over all devices). Sharded params are gathered
+        once, here, unless the sampler is sharded too (`shard`).
         """
         prompts = dict(prompts if isinstance(prompts, Mapping) else enumerate(prompts))
         max_new = self.max_new if max_new is None else max_new
@@ -492,9 +493,9 @@ class Sampler:
                                   repetition, seed, step)
         rules = Rules(top_k, top_p < 1, min_p > 0, repetition > 0)
         stats = {} if stats is None else stats
-        return self._run(params, lora, prompts, n, max_new, settings, rules, stats)
+        return self._run(params, lora, prompts, n, max_new, settings, rules, partial, stats)
 
-    def _run(self, params, lora, prompts, n, max_new, settings, rules, stats):
+    def _run(self, params, lora, prompts, n, max_new, settings, rules, partial, stats):
         stats.update(prefills=0, rounds=0, tokens=0, slot_steps=0)
         on_own = lambda tree, spec: hosts.on_own(tree, self.mesh, spec)
         lora, settings = on_own((lora, settings), P())
@@ -520,10 +521,10 @@ class Sampler:
                 prompt_cache = self.prefill(params, lora, prompts, prompt_cache)
             state = self.decode(rules, layered, lora, settings, prompt_cache, queue, state)
             yield from finished  # of the round before, while the devices are at work
-            finished = self._collect(devices, waiting, state)
+            finished = self._collect(devices, waiting, state, partial)
             stats["prefills"] += sum(map(len, new))
             stats["rounds"] += 1
-            stats["tokens"] += sum(len(r.ids) for r in finished)
+            stats["tokens"] += sum(len(r.ids) for r in finished if r.stop)
         stats["slot_steps"] = self.slots * int(np.sum(state["steps"]))
         yield from finished
 
@@ -580,7 +581,7 @@ class Sampler:
                  "return_at": each(return_at)}
         return prompts, queue
 
-    def _collect(self, devices, waiting, state) -> list[Rollout]:
+    def _collect(self, devices, waiting, state, partial) -> list[Rollout]:
         """Waits for the round to end. Jobs that got no slot return to `waiting`, for any device."""
         out = jax.device_get({k: state[k] for k in ("started", "end_W2", "ids_WC", "logp_WC")})
         out = {k: v.reshape(len(devices), -1, *v.shape[1:]) for k, v in out.items()}
@@ -594,11 +595,12 @@ class Sampler:
             device.queue = []
             for row, job in list(device.running.items()):
                 stop, n = out["end_W2"][d, row]
-                if stop:
+                if stop or partial:
                     ids_C, logp_C = (out[k][d, row, :n].copy() for k in ("ids_WC", "logp_WC"))
                     if not np.isfinite(logp_C).all():
                         raise FloatingPointError(f"prompt {job.prompt}: the logits are not finite")
                     finished.append(Rollout(job.prompt, job.rollout, ids_C, logp_C, STOPS[stop]))
+                if stop:
                     device.free_rows.append(row)
                     del device.running[row]
         return finished

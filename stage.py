@@ -51,7 +51,9 @@ def resolve(config, defaults: dict[str, dict]):
     --steps the clock alone decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system, out=str(hub.output(config.out)))
+    config = dataclasses.replace(config, system=system)
+    if hasattr(config, "out"):
+        config = dataclasses.replace(config, out=str(hub.output(config.out)))
     names = [name for name in defaults if config.model == name
              or name.startswith("gemma") and config.model.startswith(name)]
     if not names:
@@ -266,6 +268,18 @@ def new_adapter(cfg: gemma.Config, config) -> dict:
     key = jax.random.key(config.seed)
     return lora.init(cfg, key, config.lora_rank, config.lora_alpha, config.lora_targets,
                      config.rslora)
+
+
+def load_to_sample(start: hub.Start, config) -> tuple[dict, tuple]:
+    """Loads a model only to sample from it -> (arguments of Sampler, (params, adapter))."""
+    mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
+    cfg = gemma.read_config(start.weights)
+    shard = mesh.size > 1 and copy_is_too_large(cfg, weight_bytes(config), mesh)
+    cfg, params = gemma.load(start.weights, dtype, mesh, shard, config.base == "int8")
+    adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
+    if adapter is not None:
+        runs.say(lora.describe(adapter))
+    return {"cfg": cfg, "mesh": mesh, "dtype": dtype, "shard": shard}, (params, adapter)
 
 
 # ---------------------------------------------------------------------------------- optimisation

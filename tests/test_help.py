@@ -13,7 +13,8 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
-           ("eval", "Config"), ("synthesize", "Traces"), ("synthesize", "Pairs")]
+           ("eval", "Config"), ("chat", "Config"), ("synthesize", "Traces"),
+           ("synthesize", "Pairs")]
 
 
 def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
