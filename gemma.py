@@ -358,12 +358,14 @@ class Int8:
 def quantise(spec: Spec, w: jax.Array) -> Int8:
     """Symmetric int8 of one layer's matrix, or of all layers': |w - q scale| <= scale / 2.
 
-    scale = the largest |w| of an output / 127. A NaN or infinite weight leaves NaN outputs.
+    scale = the largest |w| of an output / 127, NaN if one of them is not finite.
     """
     axes, w32 = spec.axes.removeprefix("L"), w.astype(jnp.float32)
     inputs = tuple(i - len(axes) for i, a in enumerate(axes) if a in spec.inp)
     top = jnp.max(jnp.abs(w32), axis=inputs, keepdims=True)
     scale = jnp.where(top == 0, 1.0, top / 127)
+    # XLA's maximum on a CPU can lose a NaN, and an int8 has none.
+    scale = jnp.where(jnp.isfinite(w32).all(inputs, keepdims=True), scale, jnp.nan)
     return Int8(jnp.round(w32 / scale).astype(jnp.int8), jnp.squeeze(scale, inputs))
 
 
@@ -388,7 +390,7 @@ def matmul_back(g_nO: jax.Array, w_IO: jax.Array | Int8, dtype) -> jax.Array:
     """The gradient of x in x W: g W^T [n, I], whose operands are of `dtype`."""
     if isinstance(w_IO, Int8):
         g_nO, w_IO = g_nO * w_IO.scale[None], w_IO.q.astype(dtype)
-    return g_nO.astype(dtype) @ w_IO.T
+    return jnp.einsum("nO,IO->nI", g_nO.astype(dtype), w_IO)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -514,15 +516,18 @@ def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
     CPU backend transposes whole activations (LOG.md). fsdp: see `sharded_matmul`.
     """
     B, T, inner = *x.shape[:2], len(LINEARS[name].inp)
-    flat = lambda z: z.reshape(math.prod(z.shape[:inner]), -1)  # [*inp, *out] -> [in, out]
+
+    def flat(z):  # [*inp, *out] -> [in, out]
+        if isinstance(z, Int8):
+            return Int8(flat(z.q), z.scale.reshape(-1))
+        return z.reshape(math.prod(z.shape[:inner]), -1)
+
     out = w[name].shape[inner:] if fsdp is None or LINEARS[name].inp == "D" else (-1,)
-    x, matrix = x.reshape(B * T, -1), w[name]
-    matrix = (Int8(flat(matrix.q), matrix.scale.reshape(-1)) if isinstance(matrix, Int8)
-              else flat(matrix))
+    x = x.reshape(B * T, -1)
     if fsdp is None:
-        y = matmul(x, matrix)
+        y = matmul(x, flat(w[name]))
     else:
-        y = sharded_matmul(x, matrix, fsdp).astype(x.dtype)
+        y = sharded_matmul(x, flat(w[name]), fsdp).astype(x.dtype)
     if lora is not None and name in lora["a"]:
         if "dropout" in lora:  # see lora.with_dropout
             key = jax.random.fold_in(lora["dropout"]["key"], list(LINEARS).index(name))
