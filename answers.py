@@ -19,6 +19,7 @@ What to know when comparing with other graders:
    installed, it decides about all others (formulas.py).
 """
 
+import calendar
 import contextlib
 import datetime
 import math
@@ -71,7 +72,8 @@ _NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=\d)\*\*(?=\d)", "^"),
     (r"\*\*|__|`|</?(?:b|i|u|p|em|strong|code)>", ""),  # markdown and HTML
     (r"<=", "≤"), (r">=", "≥"), (r"[!=]=|\\not=", "≠"), (r"=>", "="), (r"(?<!\\)\bsqrt\b", "√"),
-    (r"(?i)\b(it|that|there|what)'s\b", r"\1 is"),
+    (r"(?i)\b(it|that|there|what)'s\b", r"\1 is"), (r" & ", " and "),
+    (r"(?<![A-Za-z\\])pi\b", "π"),
 )]
 
 
@@ -104,17 +106,18 @@ def plain(text: str) -> str:
 _CUE = re.compile(r"\banswers?[*_ ]{0,3}(?:(?:is|are)\b|[:=])|####|\\(?:boxed|fbox) ?\{", re.I)
 _BALANCED = re.compile(r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*")  # \boxed{ ends at its own brace
 _REASON = re.compile(
-    r"(?<=\w)[)\s.,;*$-]{1,4}\b(?:because|since|which|where|given that)\b.*", re.I | re.S)
-_GLOSS = re.compile(r"(?<=\S)\s\([^()]{1,200}\)(?=[\s.,!]*$)")  # Paris (France)
-_IS = re.compile(r"\b(?:is|are|was|were|be)\b", re.I)
+    r"(?<=\w)[)\s.,;*$-]{1,4}\b(?:because|since|where|given that"
+    r"|which(?!.*\b(?:wrong|incorrect|false)\b))\b.*", re.I | re.S)
+_GLOSS = re.compile(r"(?<=\S)(?:\s\([^()]{1,200}\)|,? of course)(?=[\s.,!]*$)")  # Paris (France)
+_IS = re.compile(r"\b(?:is|are|was|were|be)\b(?:\s(?:called|named|known as)\b)?", re.I)
 _EQUALS = re.compile(rf"=|≈|{_IS.pattern}|\b(?:equals|makes?|gives?)\b", re.I)
 _NAME = re.compile(r"^\s*(?:[A-Za-z]\w?(?:\([A-Za-z]\))?|\(\w, ?\w\))\s*=")  # x = 5, f(x) = 2x
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
 _CLAUSE = re.compile(r"[,;:]\s|(?<!all )(?<!thing )\bbut\b|$")
-_DENIED = re.compile(r"\b(?:not?|cannot|\w{2,6}n't|never|neither|nor|none|except|without|wrong"
-                     r"|incorrect|false|(?:all|\w{2,5}thing) but)\b", re.I)
+_DENIED = re.compile(r"\b(?:not?|cannot|\w{2,6}n't|never|neither|nor|none|except|without|doubt"
+                     r"|nowhere|wrong|incorrect|false|(?:all|\w{2,5}thing) but)\b", re.I)
 _UNSURE = re.compile(r"\b(?:or|either|if|unless|otherwise|maybe|perhaps|possibly|depends|sometimes"
-                     r"|some|partly)\b", re.I)
+                     r"|some|partly|(?:could|might|may) be)\b", re.I)
 
 
 def _doubted(text: str) -> bool:
@@ -169,14 +172,18 @@ _ONES = ("zero one two three four five six seven eight nine ten eleven twelve th
 _TENS = ["zero", "ten", *"twenty thirty forty fifty sixty seventy eighty ninety".split()]
 _WORDS = re.compile(
     rf"\b(?:({'|'.join(_TENS[2:])})(?:[- ]({'|'.join(_ONES[1:10])})\b)?|({'|'.join(_ONES)}))\b")
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 _FIGURES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\b(?:a |1 )?half\b", "1/2"), (r"(?<=\d) and 1/2", " 1/2"),
-    (r"\b(?:a|1) quarter\b", "1/4"),
+    (r"\b(?:a |1 )?half\b", "1/2"),
+    (r"\b(?:(?:a|(1))[ -]|(\d+)[ -](?=\w+s\b))(?:(quarter)|(" + "|".join(_ORDINALS[2:]) + r"))s?\b",
+     lambda m: f"{m[2] or 1}/{4 if m[3] else 1 + _ORDINALS.index(m[4])}"),  # 3 quarters, a third
+    (r"(?<=\d) and (?=\d{1,3}/\d)", " "),
+    (r"\bkph\b", "km/h"), (r"\bmph\b", "mi/h"),
     (rf"\ba (?={'|'.join(_SCALES)})", "1 "),
     (r"\b(?:minus|negative) (?=[$€£¥]?\d)", "-"), (r"\bper ?cent\b", "%"), (r" per (?=[a-z])", "/"),
     # any operator will do for "twice 42": its operand is no answer
     (r"\b(?:plus|times|(?:added|multiplied|divided) (?:to|by)|factorial|squared|cubed|twice|double"
-     r"|root of)\b", "*"),
+     r"|root of|bce?)\b", "*"),
     (r"(?<=\d) ?[*x] ?10\^(?=[-+]?\d)", "e"),
     (r"(?<![\d.,])(?!0,)\d{1,3}(?:(?:,\d{3})+(?!,)|(?: \d{3})+|(?:\.\d{3}){2,})(?!\d)",
      lambda m: re.sub("[., ]", "", m[0])),  # 1,042 and 1 042 and 1.000.042
@@ -289,9 +296,9 @@ def bare(text: str) -> Quantity | None:
 # Text before or after a number that makes it say something else: an operator, a bound, a second
 # number beside it, a doubt.
 _NOT_AFTER = re.compile(
-    r"(?:[-+*/^√±<>≤≥≠~_]\(?|\w\(|(?:\d|hundred|thousand|illion)[)\]\s,:;-]*(?:\b(?:and|to|through|of|over))?[\s(]*"
-    r"|\b(?:than|over|under|above|below|at least|at most|up to|almost|nearly|exceed\w*"
-    r"|log|ln|sin|cos|tan)\b[ a-z]{0,15})$")
+    r"(?:[-+*/^√±<>≤≥≠~_|]\(?|\w\(|(?:\d|hundred|thousand|illion)[)\]\s,:;-]*(?:\b(?:and|to|through|of|over))?[\s(]*"
+    r"|\b(?:than|over|under|above|below|before|until|near|at least|at most|up to|almost|nearly"
+    r"|exceed\w*|log|ln|sin|cos|tan)\b[ a-z]{0,15})$")
 _NOT_BEFORE = re.compile(
     r"[\s)]*(?:[*/^√±<>≤≥≠∞π?_\\]|!+(?=[\w/*+^(-])|\+\s*$|[-+]\s*(?:[\d(√]|[a-z]\b)"
     r"|[\s,:;]*(?:(?:and|to|or)\s)?\s*[-$]?\.?\d|[,;.:-]?\s*(?:or|no|wrong|incorrect)\b)"
@@ -363,28 +370,44 @@ def same_quantity(guess: Quantity, gold: Quantity) -> bool:
 # ------------------------------------------------------------------------------- texts and formulas
 
 _DROP = re.compile(r"""[,;:!?"`´“”()\[\]{}…_*~¿¡$]|\.(?!\d)|-(?!\.?\d)""")
-_ARTICLE = re.compile(r"^\W{0,9}(?:the|an?)\s+(?=\w)")
+_ARTICLE = re.compile(r"^\W{0,9}(?:(?:on|in|at)\s+)?(?:(?:the|an?)\s+)?(?=\w)")
 _RANGE = re.compile(r"^(?:(?:from )?(\d+) ?(?:to|-) ?|between (\d+) and )(?=\d+\W*$)")
+_BULLET = re.compile(r"(?m)\n?^\s{0,9}(?:[-*•]|\d{1,2}[.)])\s{1,9}(?=\S)")
 _PARTS = re.compile(r"(?<!\d),|,(?!\d{3}(?!\d))|[;\n]|\band\b", re.I)
 
 
+_NTH = {word: f"{n}{'st nd rd'.split()[n - 1] if n < 4 else 'th'}"
+        for n, word in enumerate(_ORDINALS, 1)}
+
+
 def words(text: str, hyphen: str = " ") -> str:
-    """The words of a text without case, punctuation and article; -1, 0.5, C++ and 5% stay."""
+    """The words of a text without case, punctuation and article; -1, 0.5, C++ and 5% stay.
+
+    first is 1st, "in the Alps" is Alps.
+    """
     text = _ARTICLE.sub("", plain(text).casefold().replace("'", ""))
     text = re.sub(r"(?<=\b[a-z])\.(?=[a-z]\b)|(?<=\d) (?=[ap]\.?m\b)", "", text)  # 3 p.m. -> 3pm
     text = _RANGE.sub(r"\1\2 to ", text)
     text = re.sub(r"(?<=\w)-(?=[^\W\d])", hyphen, text)
-    return " ".join(_DROP.sub(" ", text).split())
+    return " ".join(_NTH.get(word, word) for word in _DROP.sub(" ", text).split())
 
 
 def same_day(guess: str, gold: str) -> bool:
-    """Whether a text names the day of an ISO date: January 15th, 2024 is 2024-01-15."""
-    said = sorted(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", words(guess)).split())
+    """Whether two texts name one day: January 15th, 2024 and 2024-01-15."""
+    return (day := _day(gold)) is not None and day == _day(guess)
+
+
+def _day(text: str) -> datetime.date | None:
     with contextlib.suppress(ValueError):
-        day = datetime.date.fromisoformat(gold)
-        dates = [f"{day.day} {day:{month}} {day.year}".casefold() for month in ("%B", "%b")]
-        return said in [sorted(date.split()) for date in dates]
-    return False
+        return datetime.date.fromisoformat(text.strip(" ."))
+    said = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b", "", words(text)).split()
+    months = [n for word in said for n, name in enumerate(calendar.month_name)
+              if len(word) > 2 and name.casefold().startswith(word)]
+    numbers = sorted(int(word) for word in said if re.fullmatch("[0-9]{1,4}", word))
+    if len(said) == 3 and len(months) == 1 and len(numbers) == 2:
+        with contextlib.suppress(ValueError):
+            return datetime.date(numbers[1], months[0], numbers[0])
+    return None
 
 
 def formula(text: str) -> str:
@@ -438,6 +461,8 @@ _LETTER = re.compile(  # a letter, and the text it introduces
 _LEAD = re.compile(r"\b(?:is|are|be|was|choose|pick|select|say|option|choice|answer|letter|with"
                    r"|so|thus|hence|therefore)\b,?", re.I)
 _OTHER = re.compile(r"\b([A-H])[)\].:]|(?:\bor|\band|[,/])\s{0,2}[(\[]?([A-H])\b|^\s*([A-H])\s*$")
+_NOT = re.compile(r"not|never|cannot|(?:is|are|ai|was|were|do|does|did|have|has|had|ca|could|would"
+                  r"|should|wo)nt")
 _POLARITY = {**dict.fromkeys(("yes", "true", "correct", "yeah", "yep", "y", "t"), "yes"),
              **dict.fromkeys(("no", "false", "incorrect", "wrong", "nope", "n", "f"), "no")}
 
@@ -467,13 +492,15 @@ def _boolean(text: str) -> str | None:
     one = re.sub(r"\bno (?:doubt|problem|question)\b", "", line(text).casefold())
     told, values, denial = words(one).split(), set(), 99  # denial: words since the last "not"
     for word in told:
-        denial = 0 if word in ("not", "never", "cannot") or word.endswith("nt") else denial + 1
+        denial = 0 if _NOT.fullmatch(word) else denial + 1
         value = _POLARITY.get(word) if len(word) > 1 or len(told) == 1 else None
         if value and denial <= 2:
             value, denial = {"yes": "no", "no": "yes"}[value], 99
         values |= {value} - {None}
+    if not values and told[-1:] == ["not"]:  # definitely not
+        return "no"
     places = {*told[:1], *told[-1:], *words(_IS.split(one)[-1]).split()[:1]}
-    if _UNSURE.search(one) or places.isdisjoint(_POLARITY) or len(values) != 1:
+    if _UNSURE.search(one) or "half" in told or places.isdisjoint(_POLARITY) or len(values) != 1:
         return None
     (said,) = values
     return None if said == "yes" and denial < 99 else said
@@ -496,6 +523,8 @@ def kind_of(gold: str, choices: tuple[str, ...] = ()) -> str:
         return "boolean"
     if bare(gold):
         return "number"
+    if _day(gold):
+        return "text"
     if text[:1] not in ("(", "[") and len(items(text)[1]) > 1:
         return "list"
     date = re.fullmatch(r"[\d\s.:/-]*", text)
@@ -513,6 +542,8 @@ def vote(answer: str | None, kind: str, choices: tuple[str, ...] = ()) -> str | 
     if kind == "boolean":
         return _boolean(answer)
     if kind == "list":
+        if len(_BULLET.findall(answer)) > 1:
+            answer = _BULLET.sub(", ", answer)
         *_, one = spans(answer)
         return None if _doubted(one) else " | ".join(sorted(items(one)[1])) or None
     if kind == "math":

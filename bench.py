@@ -35,6 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,7 +52,9 @@ import rewards
 import rollouts
 import runs
 import stage
+import train_distill
 import train_grpo
+import train_ppo
 import train_sft
 import train_simpo
 
@@ -71,7 +74,7 @@ class Config:
     base: Literal["dtype", "int8"] | None = None
     """The frozen base: in --dtype, or int8."""
     phases: str | None = None
-    """To measure: sft and grpo. To compile: sft, simpo, grpo, or one of PHASES, as grpo_update."""
+    """To measure: sft, grpo. To compile: sft, simpo, grpo, ppo, distill, or one of PHASES."""
     lora_rank: int | None = None
     """Rank of the adapter; 0 trains every weight."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
@@ -210,15 +213,16 @@ class Cost(NamedTuple):
         n = self.matrices() * layers + self.cfg.vocab_size * self.cfg.hidden_size * head
         return self.moved(self.weight * n) * self.sharded
 
-    def micro_batch(self, config, length: int, train: bool, wanted: float, splash: bool) -> Work:
-        """--micro-rows rows with log-probs of a share of their tokens."""
+    def micro_batch(self, config, length: int, train: bool, wanted: float, splash: bool,
+                    head: bool = True) -> Work:
+        """--micro-rows rows with log-probs of a share of their tokens; head=False: with none."""
         n_tokens, scatters = config.micro_rows * length, train and not self.rank
         chunk = min(n_tokens, max(gemma.CHUNK, gemma.CHUNK_ELEMENTS // self.cfg.vocab_size))
         if wanted < 1:
             chunk = min(chunk, max(128, n_tokens // 8))
-        return (self.layers(n_tokens, length, train, config.remat, splash)
-                + self.logps(n_tokens, wanted, chunk, train)
-                + self.gathers(1 + train + scatters, 1 + scatters))
+        logps = self.logps(n_tokens, wanted, chunk, train) * head
+        return (self.layers(n_tokens, length, train, config.remat, splash) + logps
+                + self.gathers(1 + train + scatters, (1 + scatters) * head))
 
     def decode_step(self, slots: int, length: int) -> Work:
         """One token in each slot; caches of `length`, or of the window, are read whole.
@@ -252,13 +256,15 @@ def policy_cost(config, cfg: gemma.Config, mesh: Mesh, trained, is_sharded) -> C
 def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict) -> dict:
     """Phase -> its work in one step on a core: every prompt and completion at its longest."""
     n, (trained, opt) = mesh.size, programs["train_step"][1][:2]
+    if script == "ppo":  # a step moves one of two adapters of equal size
+        trained, opt = trained["policy"], opt["policy"]
     cost = policy_cost(config, cfg, mesh, trained, stage.base_is_sharded)
     # The splash kernels are a TPU's; without its compiler CPU devices stand for its cores.
     splash = mesh.devices.flat[0].platform != "gpu" and cfg.head_dim % 128 == 0
     adam = Work(0, 3 * tree_bytes(trained) + 2 * tree_bytes(opt))  # with the gradient
     if config.lora_rank or not cost.sharded:
         adam += Work(0, 0, 2 * cost.moved(tree_bytes(trained)).ici)  # the gradient's all-reduce
-    if script != "grpo":
+    if script not in ON_ROLLOUTS:
         work = cost.micro_batch(config, config.max_length, True, 1.0, splash)
         return {script: work * (config.batch_rows // (config.micro_rows * n)) + adam}
 
@@ -267,33 +273,45 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
     n_rows = len(data.pack([U] * config.prompts, completions, config.pack_length))
     n_micro = -(-n_rows // (config.micro_rows * n))
     wanted = n_samples * config.max_new / (n_micro * config.micro_rows * n * config.pack_length)
-    reference, update = (
-        cost.micro_batch(config, config.pack_length, train, wanted, False) * n_micro
-        for train in (False, True))
+    passes = partial(cost.micro_batch, config, config.pack_length, wanted=wanted, splash=False)
     rollout = policy_cost(config, cfg, mesh, trained, stage.rollouts_are_sharded)
     prefill = rollout.layers(U, U, splash=splash) + rollout.gathers(1, 0)
     n_steps = -(-n_samples // (n * config.slots)) * config.max_new
+    update = passes(train=True) * n_micro
+    if script == "distill":  # one more pass, of the teacher
+        teacher, dtype, sharded = train_distill.teacher_of(config, mesh)
+        weight = 1 if config.teacher_base == "int8" else dtype.itemsize
+        taught = Cost(teacher, weight, dtype.itemsize, n, sharded)
+        update += taught.micro_batch(config, config.pack_length, False, wanted, False) * n_micro
     phases = {
-        "grpo_prefill": prefill * -(-config.prompts // n),
-        "grpo_decode": rollout.decode_step(config.slots, U + config.max_new) * n_steps,
-        "grpo_update": (update + adam) * config.inner_epochs,
+        "prefill": prefill * -(-config.prompts // n),
+        "decode": rollout.decode_step(config.slots, U + config.max_new) * n_steps,
+        "update": (update + adam) * getattr(config, "inner_epochs", 1),
     }
     if "reference" in programs:
-        phases["grpo_reference"] = reference
+        phases["reference"] = passes(train=False) * n_micro
+    if script == "ppo":
+        values, critic = (passes(train=train, head=False) * n_micro for train in (False, True))
+        forwards = passes(train=False) * n_micro * (2 if config.kl_coef else 1)
+        phases["estimate"] = values + forwards
+        phases["critic"] = (critic + adam * config.minibatches) * config.inner_epochs
+        phases["update"] += adam * (config.minibatches - 1) * config.inner_epochs
     if "judge" in programs:  # beginnings [X, U] that rows [B, C] continue
         judged_by, batch = judge.shape_of(config), programs["judge"][1][4]
         int8 = config.judge_base == "int8"
-        dtype, sharded = judge.layout(judged_by, mesh, int8)
+        dtype, sharded = stage.frozen_layout(judged_by, mesh, int8)
         (X, U), (B, C) = batch["tokens_XU"].shape, batch["tokens_BC"].shape
         cost = Cost(judged_by, 1 if int8 else dtype.itemsize, dtype.itemsize, n, sharded)
         work = cost.layers(X // n * U, U) + cost.layers(B // n * C, U + C) + cost.gathers(1, 0)
-        phases["grpo_judge"] = work * -(-n_samples // B)
-    return phases
+        phases["judge"] = work * -(-n_samples // B)
+    return {f"{script}_{phase}": work for phase, work in phases.items()}
 
 
 # ------------------------------------------------------------------------------------- measuring
 
-SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo}
+SCRIPTS = {"sft": train_sft, "simpo": train_simpo, "grpo": train_grpo, "ppo": train_ppo,
+           "distill": train_distill}
+ON_ROLLOUTS = ("grpo", "ppo", "distill")  # those that learn from their own completions
 FIELDS = {"rows": "batch_rows", "length": "max_length", "prompt_length": "max_prompt",
           "new_tokens": "max_new"}  # a field here -> its name in the scripts
 
@@ -356,7 +374,7 @@ def grpo_steps(config: Config, cfg: gemma.Config, mesh: Mesh) -> Iterator[dict]:
     train_step, shapes = programs["train_step"]
     trained, opt, fixed = start_of(shapes)
     reference = jax.tree.map(jnp.copy, trained)
-    sampler, dtype = train_grpo.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
+    sampler, dtype = stage.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)
     n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
     cost = policy_cost(c, cfg, mesh, trained, stage.rollouts_are_sharded)
@@ -434,10 +452,20 @@ PHASES = {  # SCRIPT or SCRIPT_PART: its program, and the flags to lower if that
     "grpo_reference": ("reference", "--micro-rows"),
     "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
     "grpo_judge": ("judge", "--judge, to a smaller one"),
+    "ppo_prefill": ("prefill", "--max-prompt"),
+    "ppo_decode": ("decode", "--slots or --max-new"),
+    "ppo_estimate": ("estimate", "--micro-rows"),
+    "ppo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
+    "ppo_critic": ("critic_step", "--micro-rows or --pack-length, or take --remat layer"),
+    "ppo_judge": ("judge", "--judge, to a smaller one"),
+    "distill_prefill": ("prefill", "--max-prompt"),
+    "distill_decode": ("decode", "--slots or --max-new"),
+    "distill_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
+    "distill_judge": ("judge", "--judge, to a smaller one"),
 }
 KEPT = {  # arguments of a program that outlive its call
     "train_step": (0, 1, 2), "eval_step": (0, 1), "reference": (0, 1), "judge": (0,),
-    "prefill": (1, 2, 4), "decode": (2, 3, 5, 7),
+    "estimate": (0, 1), "critic_step": (0, 1, 2), "prefill": (1, 2, 4), "decode": (2, 3, 5, 7),
 }
 ENVIRONMENT = {  # libtpu looks for no TPU, ignores other processes that use one, and logs little
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
@@ -530,6 +558,8 @@ def bytes_beside(program: str, programs: dict) -> int:
     """Bytes that a script keeps on a core while a program runs and that are not its arguments."""
     kept = [*programs["train_step"][1][:3]]  # trained, optimizer state, fixed
     kept += [programs[k][1][0] for k in ("reference", "judge") if k in programs]
+    if "estimate" in programs:
+        kept.append(programs["estimate"][1][0]["reference"])
     if program in ("prefill", "decode", "judge"):  # these alternate during rollouts
         _, _, params, _, _, shelf, _, state = programs["decode"][1]
         kept += [shelf, state]
@@ -612,7 +642,7 @@ def print_phases(phases: dict, limit: float, compiles: bool) -> None:
 
 def print_session(script: str, config, step_s: float, seconds: float) -> dict:
     """Prints and returns how much a session can do, in whole steps."""
-    if script == "grpo":
+    if script in ON_ROLLOUTS:
         n, what, length = config.prompts * config.group, "rollouts", config.max_new
     else:
         n, what, length = config.batch_rows, "rows", config.max_length
@@ -656,7 +686,4 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

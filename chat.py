@@ -117,7 +117,7 @@ def stream(answer: Iterator[tuple[str, str | None]]) -> str:
 
 def main(config: Config) -> None:
     """Answers --prompt, or what is typed or piped in, line by line."""
-    runs.check_jax()
+    runs.check_versions()
     runs.compilation_cache()
     if os.name != "nt":  # Windows has none
         import readline  # noqa: F401  input() then edits lines
@@ -136,7 +136,4 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

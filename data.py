@@ -18,10 +18,11 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 import bisect
 import functools
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise, starmap, takewhile
+from itertools import groupby, pairwise, starmap, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,14 @@ class Tokenizer:
 
     def __contains__(self, piece: str) -> bool:
         return self.sp.id_to_piece(self.sp.piece_to_id(piece)) == piece  # absent -> the id of <unk>
+
+    def differs(self, other: "Tokenizer") -> str | None:
+        """The first token that two tokenizers do not share, in words; None: they are the same."""
+        both = [tok.sp.id_to_piece(list(range(tok.vocab_size))) for tok in (self, other)]
+        for i, (mine, its) in enumerate(zip_longest(*both)):
+            if mine != its:
+                return f"token {i} is {mine!r} in {self.file}, {its!r} in {other.file}"
+        return None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that may say anything: no BOS, and none of the STEERING pieces."""
@@ -176,7 +185,7 @@ class Tokenizer:
 
 def _check_chat_template(folder: Path) -> None:
     """ValueError where a model folder has a chat template that is not Gemma's."""
-    templates = [file.read_text("utf-8") for file in folder.glob("chat_template.jinja")]
+    templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
     for file in folder.glob("tokenizer_config.json"):
         templates.append(gemma.read_json(file).get("chat_template"))
     for template in templates:
@@ -188,6 +197,7 @@ def _check_chat_template(folder: Path) -> None:
 def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
     if file.suffix == ".json":
         return sentencepiece.SentencePieceProcessor(model_proto=_model_proto(*_read_json(file)))
+    gemma.check_file(file)
     return sentencepiece.SentencePieceProcessor(model_file=str(file))
 
 
@@ -252,10 +262,10 @@ SYSTEM = (
     "Then write only the final answer between <answer> and </answer>."
 )
 COLUMNS = {  # what a row holds: the columns it may be in, of which the first with a value counts
-    "prompt": ("messages", "conversations", "prompt", "question", "instruction"),
+    "prompt": ("messages", "conversations", "prompt", "question", "problem", "instruction"),
     "completion": ("completion",),
     "output": ("output", "response"),  # the completion where no reasoning and answer make one
-    "answer": ("answer", "answerKey", "answer_idx"),
+    "answer": ("answer", "answerKey", "answer_idx", "ground_truth"),
     "choices": ("choices", "options"),
     "system": ("system", "system_prompt"),
     "reasoning": ("reasoning",), "context": ("context",), "input": ("input",),
@@ -266,10 +276,12 @@ COLUMNS = {  # what a row holds: the columns it may be in, of which the first wi
 ROLES = {"system": "system", "user": "user", "human": "user",
          "assistant": "assistant", "model": "assistant", "gpt": "assistant"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# The edges of a text that a chat template has wrapped already: Gemma's, Mistral's, <|any other|>.
+# The edges of a text that a chat template has wrapped already: Gemma's, Mistral's, <|any other|>,
+# and "\nAssistant:" or "### Response:" where the model would begin.
 TEMPLATED = re.compile(
     r"\A\s*(?:<bos>|<start_of_turn>|<[|｜]\w+[|｜]>|(?:<s>\s?)?\[INST])"
-    r"|(?:<end_of_turn>|<eos>|<[|｜]\w+[|｜]>|\[/INST]|<start_of_turn>model)\s*\Z"
+    r"|(?:<end_of_turn>|<eos>|<[|｜]\w+[|｜]>|\[/INST]|<start_of_turn>model"
+    r"|\n\s*Assistant:|\bASSISTANT:|### Response:)\s*\Z"
 )
 GSM8K = re.compile(r"(?s)(.*)####[ \t]*([^\n]*)")
 
@@ -490,16 +502,30 @@ def _conversation(row: dict, system: str) -> list[dict]:
 # --- sources of rows ------------------------------------------------------------------------------
 
 BUILT_IN = ("problems", "solutions", "gsm8k")
+SLICE = re.compile(r"(.*)\[(\d*)(%?):(\d*)(%?)\]")  # gsm8k[:50%], mine.jsonl[100:200]
+
+
+def split_of(source: str) -> tuple[str, str]:
+    """"gsm8k:test[:9]" -> ("gsm8k", "test"); the split of a file is "train"."""
+    part = SLICE.fullmatch(source)
+    name, _, split = (part[1] if part else source).partition(":")
+    return name, split or "train"
 
 
 def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | ValueError]]:
     """(where, row) of "problems", "solutions" or "gsm8k", each with :train or :test, or of a file.
 
-    "solutions" are the problems with every step in their traces. A line that is no JSON object
-    comes as a ValueError in the row's place.
+    "solutions" are the problems with every step in their traces. A slice takes some of the rows, by
+    number or by percentage, as in Hugging Face's datasets: gsm8k[:50%]. A line that is no JSON
+    object comes as a ValueError in the row's place.
     """
-    name, _, split = source.partition(":")
-    split = split or "train"
+    if part := SLICE.fullmatch(source):
+        rows = list(read_rows(part[1], flag))
+        start, stop = (int(n or 0) * len(rows) // 100 if percent else int(n) if n else None
+                       for n, percent in (part.group(2, 3), part.group(4, 5)))
+        yield from rows[start:stop]
+        return
+    name, split = split_of(source)
     if name in BUILT_IN and split not in ("train", "test"):
         raise ValueError(f"{flag} {source}: expected nothing, :train or :test after the name")
     if name in ("problems", "solutions"):
@@ -512,13 +538,23 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         return
     path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
     lines = runs.read_jsonl(path)
-    if path.suffix == ".json" and (text := path.read_text("utf-8-sig").lstrip()).startswith("["):
+    if path.suffix == ".json" and (text := gemma.read_text(path, math.inf)).lstrip()[:1] == "[":
         try:
-            lines = enumerate(json.loads(text), 1)
+            lines = enumerate(gemma.parse_json(text), 1)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
     for n, row in lines:
+        if not isinstance(row, dict | ValueError):
+            row = ValueError(f"expected a JSON object, found a {type(row).__name__}")
         yield f"{path}:{n}", row
+
+
+def unread_in_messages(row: dict) -> set[str]:
+    """What the messages of a row hold beside role and text: {"messages.reasoning_content"}."""
+    turns = [(name, turn) for name in ("messages", "conversations", "prompt", "chosen", "rejected")
+             if isinstance(row.get(name), list) for turn in row[name] if isinstance(turn, dict)]
+    return {f"{name}.{key}" for name, turn in turns for key, value in turn.items()
+            if value and key not in ("role", "content", "from", "value")}
 
 
 class TooLong(ValueError):
@@ -545,7 +581,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
             try:
                 if isinstance(row, ValueError):
                     raise row
-                columns |= row.keys()
+                columns |= row.keys() | unread_in_messages(row)
                 items.append(read(row))
             except ValueError as e:
                 if not skip_bad_rows:
@@ -558,7 +594,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
             raise ValueError(f"{flag} {one}: no usable row{note}")
         runs.say(f"data: {len(items):,} {what} of {one}{note}")
         unread = ", ".join(sorted(columns.difference(*COLUMNS.values())))
-        if unread and one.partition(":")[0] not in BUILT_IN:
+        if unread and split_of(one)[0] not in BUILT_IN:
             runs.say(f"data: {one}: columns nothing reads: {unread} (but a --reward-file may)")
         sets.append(items)
         bad += faults
@@ -567,10 +603,10 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
 
 def test_split(source: str) -> str | None:
     """What a --data value is evaluated on: "gsm8k" -> "gsm8k:test"; None where a part has none."""
-    parts = [part.strip().partition(":") for part in source.split(",")]
-    if any(name not in BUILT_IN or split == "test" for name, _, split in parts):
+    parts = [split_of(part.strip()) for part in source.split(",")]
+    if any(name not in BUILT_IN or split == "test" for name, split in parts):
         return None
-    return ",".join(f"{name}:test" for name, _, _ in parts)
+    return ",".join(f"{name}:test" for name, _ in parts)
 
 
 def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[list[list], list]:
@@ -600,8 +636,12 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
 
 def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
     """--mix 0.7,0.3 as numbers, one for each source; None without --mix."""
-    weights = [float(weight) for weight in mix.split(",")] if mix else None
-    if weights and (len(weights) != len(sources) or min(weights) < 0 or not sum(weights)):
+    try:
+        weights = [float(weight) for weight in mix.split(",")] if mix else None
+    except ValueError:
+        weights = []
+    if weights is not None and not (len(weights) == len(sources) and 0 < sum(weights) < math.inf
+                                    and min(weights) >= 0):
         raise ValueError(f"--mix {mix}: expected {len(sources)} weights, one for each of --data")
     return weights
 

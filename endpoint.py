@@ -47,7 +47,7 @@ def read_address(address: str, flag: str, key_variable: str) -> urllib.parse.Spl
         raise ValueError(f"{flag}: an address needs one more package: pip install openai")
     with suppress(ValueError):  # a port that is no number
         parts = urllib.parse.urlsplit(address)
-        extra = "@" in parts.netloc or parts.query or parts.fragment
+        extra = "@" in parts.netloc or ";" in parts.path or parts.query or parts.fragment
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not extra:
             return parts
     raise ValueError(f"{flag}: expected http(s)://host[:port]/v1, without a user, a query or a "
@@ -100,20 +100,16 @@ class Endpoint:
         self.total_s, self.n_sent, self.counts = total_s, 0, Counter(cached=0, tokens=0)
         self.stopped = ""  # why no more requests are sent
         self.refused: set[str] = set()  # parameters that the server does not take
-        self.replies: dict[str, str] = {}  # by digest of the question
+        self.replies: dict[str, str] = {}  # by digest of the question; the latest counts
         self.under_way: dict[str, asyncio.Task] = {}  # likewise
-        for entry in runs.good_rows(cache) if cache else ():
-            self.load(entry)
+        if cache is not None:
+            self.n_sent = sum(row["requests"] for row in runs.good_rows(cache, requests=int))
+            rows = runs.good_rows(cache, key=str, text=str)
+            self.replies = {row["key"]: row["text"] for row in rows}
         self.runner, self.slots = asyncio.Runner(), asyncio.Semaphore(threads)
         self.loop = self.runner.get_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-
-    def load(self, entry: dict) -> None:
-        """Takes over one line of the cache."""
-        self.n_sent += entry.get("requests", 0)
-        if "text" in entry:
-            self.replies[entry["key"]] = entry["text"]
 
     def append(self, entry: dict) -> None:
         """Adds a line to the cache, by one write; the newline before it ends a torn line."""

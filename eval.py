@@ -26,10 +26,8 @@ results are those of an uninterrupted run. Scoring comes last: new --rewards sam
 """
 
 import dataclasses
-import hashlib
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,7 +69,7 @@ class Sampling(judge.Config):
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     system: str | None = None
@@ -241,13 +239,20 @@ def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
     return scored
 
 
+COMPLETION = {  # of samples.jsonl: what a line must hold to count
+    **dict.fromkeys(("problem", "sample", "n_tokens"), int), "format": bool,
+    **dict.fromkeys(("id", "domain", "mode", "stop", "completion"), str),
+    "correct": (bool, type(None)), "vote": (str, type(None)),
+}
+
+
 def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> list[dict]:
     """The rows of finished problems; drops a torn line and the rows of unfinished problems."""
     if not path.exists():
         return []
-    rows = runs.good_rows(path)
+    rows = runs.good_rows(path, **COMPLETION)
     counts = Counter((row["mode"], row["problem"]) for row in rows)
-    rows = [row for row in rows if counts[row["mode"], row["problem"]] == n_of[row["mode"]]]
+    rows = [row for row in rows if counts[row["mode"], row["problem"]] == n_of.get(row["mode"])]
     for row in rows:
         for name in ("reward", "rewards", "errors"):  # of --rewards that may have changed
             row.pop(name, None)
@@ -306,7 +311,8 @@ def measure(rows: list[dict]) -> dict[str, float]:
     out, k = {}, len(sampled)
     groups = [("", greedy or sampled)] + [("_sampled", sampled)] * bool(greedy and sampled)
     for tags in ("", "_tags") if graded else ():
-        right = lambda group, tags=tags: [r["correct"] and (r["format"] or not tags) for r in group]
+        right = lambda group, tags=tags: [bool(r["correct"] and (r["format"] or not tags))
+                                          for r in group]
         for suffix, group in groups:
             out[f"pass@1{suffix}{tags}"] = mean(right(group))
         for j in sorted({2**i for i in range(1, k.bit_length())} | {k}) if k > 1 else ():
@@ -319,7 +325,8 @@ def measure(rows: list[dict]) -> dict[str, float]:
         out[f"length{suffix}"] = mean([r["n_tokens"] for r in group])
         for stop in ("stop", "length", "repetition"):
             out[f"stop_{stop}{suffix}"] = mean([r["stop"] == stop for r in group])
-        out |= measure_scores([r for r in group if "reward" in r], suffix)
+        scored = [r for r in group if "reward" in r and isinstance(r.get("rewards"), dict)]
+        out |= measure_scores(scored, suffix)
     return out
 
 
@@ -330,7 +337,8 @@ def measure_scores(rows: list[dict], suffix: str) -> dict[str, float]:
     columns = {"reward": [r["reward"] for r in rows]}
     for name in dict.fromkeys(name for r in rows for name in r["rewards"]):
         columns[f"reward_{name}"] = [r["rewards"].get(name) for r in rows]
-    there = {name: [x for x in column if x is not None] for name, column in columns.items()}
+    there = {name: [x for x in column if isinstance(x, int | float)]
+             for name, column in columns.items()}
     out = {f"{name}{suffix}": float(np.mean(column)) for name, column in there.items() if column}
     return out | {f"missing{suffix}": float(np.mean([r["reward"] is None for r in rows]))}
 
@@ -430,34 +438,21 @@ def table(results: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def begin_folder(config, kind: str, start: hub.Start, problems: list[Problem]) -> None:
+def begin_folder(config, kind: str, start: hub.Start, tok: data.Tokenizer,
+                 problems: list[Problem]) -> None:
     """Writes config.json; refuses a folder of other weights, prompts or sampling."""
-    out, prompts = Path(config.out), repr([(p.id, p.prompt) for p in problems]).encode()
-    facts = {"checksum of the weights": fingerprint(start),
-             "checksum of the prompts": hashlib.sha256(prompts).hexdigest()[:16]}
+    out, prompts = Path(config.out), runs.checksum((p.id, p.prompt) for p in problems)
+    facts = stage.checksums(start, tok) | {"checksum of the prompts": prompts}
     if (out / "samples.jsonl").exists():
         runs.check_unchanged(out, config, facts, MAY_CHANGE)
     with runs.writing(out):
         runs.write_config(out, config, facts, kind)
 
 
-def fingerprint(start: hub.Start) -> str:
-    """A checksum of the weights without reading gigabytes: sizes and samples of the files."""
-    digest, folders = hashlib.sha256(), [start.weights] + [start.adapter] * bool(start.adapter)
-    for file in [f for folder in folders for f in sorted(folder.glob("*.safetensors"))]:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as f:
-            for at in (0, size // 2, max(0, size - 2**16)):
-                f.seek(at)
-                digest.update(f.read(2**16))
-    return digest.hexdigest()[:16]
-
-
 @runs.one_line
 def main(config: Config) -> dict:
     """Runs the evaluation, writes its folder, prints the table and returns the results."""
-    runs.check_jax()
+    runs.check_versions()
     runs.compilation_cache()
     config = resolve(config)
     stage.show_config(config)
@@ -467,7 +462,7 @@ def main(config: Config) -> dict:
         if not file.with_name("results.json").is_file() or config.compare == config.out:
             raise ValueError(f"--compare {config.compare}: expected the folder of another, "
                              "finished evaluation, with results.json and samples.jsonl")
-        others = runs.good_rows(file)
+        others = runs.good_rows(file, **COMPLETION)
 
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
@@ -477,7 +472,7 @@ def main(config: Config) -> dict:
     out = Path(config.out)
     runs.claim(out, "eval")
     with runs.lock(out):
-        begin_folder(config, "eval", start, problems)
+        begin_folder(config, "eval", start, tok, problems)
         rows = answer(config, problems, tok, start, config.greedy)
         if config.rewards or config.reward_file:
             for row, scored in zip(rows, score(problems, rows, tok, config), strict=True):
@@ -495,7 +490,4 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

@@ -30,7 +30,11 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import re
+import stat
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,28 +115,68 @@ DEFAULTS["gemma3_text"] = DEFAULTS["gemma3"]
 LAYER_TYPES = ("sliding_attention", "full_attention")  # by is_global
 
 
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file of a model or adapter folder; ValueError where there is none."""
+def check_file(path: str | Path, limit: float = math.inf) -> None:
+    """OSError unless this is a file of at most `limit` bytes: a pipe or a device may never end."""
+    if "\0" in str(path):
+        raise OSError("its name holds a zero byte")
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        raise OSError(f"not a file of at most {limit:,} bytes")
+
+
+def read_text(path: str | Path, limit: float = 2**27) -> str:
+    """A file as UTF-8; ValueError names it. The largest is tokenizer.json, Gemma's of 33 MB."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: cannot be read as JSON ({e})") from None
+        check_file(path, limit)
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise ValueError(f"{path}: cannot be read ({why})") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value; ValueError for anything else, and where it is nested more than 64 deep."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"cannot be read as JSON ({e})") from None
+    inner = [value]
+    for _ in range(65):  # deeper values would end in a RecursionError wherever they are written
+        inner = [x for outer in inner if isinstance(outer, dict | list)
+                 for x in (outer.values() if isinstance(outer, dict) else outer)]
+    if inner:
+        raise ValueError("cannot be read as JSON (nested more than 64 deep)")
+    return value
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file; ValueError where there is none. json_value() checks its values."""
+    text = read_text(path)
+    try:
+        content = parse_json(text)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
 
 
-def json_value(values: dict, key: str, kind: type, default, source: str | Path, low=1e-12):
-    """values[key], or the default where it is absent or null.
+def json_value(values: dict, key: str, kind: type, default, source: str | Path, low=1e-12,
+               high=2**24):
+    """values[key], or the default where it is absent or null; `...` as default: it must be there.
 
-    ValueError unless it is a `kind`, and a number from `low` to 2^24; whole numbers are floats too.
+    ValueError unless it is a `kind`: a number from `low` to `high` (whole numbers are floats too,
+    true and false are no numbers), a text that can be written as UTF-8.
     """
     value = values.get(key)
-    if value is None:
+    if value is None and default is not ...:
         return default
-    limits = f" from {low:g} to {2**24}" if kind in (int, float) else ""
+    is_number = kind in (int, float)
+    limits = f" from {low:g} to {high}" if is_number else ""
     right = isinstance(value, (int, float) if kind is float else kind)
-    if not right or limits and not low <= value <= 2**24:
+    right = right and (kind is bool or not isinstance(value, bool))
+    right = right and not (kind is str and re.search("[\0\ud800-\udfff]", value))
+    if not right or is_number and not low <= value <= high:
         raise ValueError(f"{source}: {key} is {value!r:.60}, expected {kind.__name__}{limits}")
     return value
 
@@ -160,7 +204,7 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
     ):
         if value not in (None, *accepted):
             raise ValueError(f"{source}: {key} is {value!r:.60}, expected one of {accepted}")
-    n = read(raw, "num_hidden_layers", int, default.num_hidden_layers)
+    n = read(raw, "num_hidden_layers", int, default.num_hidden_layers, high=1000)
     every = read(raw, "_sliding_window_pattern", int, 6 if gemma3 else 2)
     every = read(raw, "sliding_window_pattern", int, every)
     types = read(raw, "layer_types", list, [LAYER_TYPES[(i + 1) % every == 0] for i in range(n)])
@@ -171,6 +215,9 @@ def config_from_dict(hf: dict, source: str = "config.json") -> Config:
               for key, kind in fields.items() if kind in (int, float, bool)}
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):  # a null turns one off
         values[key] = read(raw, key, float, None if key in raw else getattr(default, key))
+    if values["num_attention_heads"] % values["num_key_value_heads"] or values["head_dim"] % 2:
+        raise ValueError(f"{source}: num_attention_heads is no multiple of num_key_value_heads, or "
+                         f"head_dim {values['head_dim']} is odd")
     tied = read(hf, "tie_word_embeddings", bool, values["tie_word_embeddings"])
     theta = read(far, "rope_theta", float, values["rope_theta"])
     local_theta = values["rope_local_base_freq"] if gemma3 else theta
@@ -323,7 +370,7 @@ def pspecs(cfg: Config, shard: bool, int8: bool = False) -> dict:
     return jax.tree.map(one, specs(cfg))
 
 
-def init(cfg: Config, key: jax.Array, dtype=jnp.float32) -> dict:
+def init(cfg: Config, key: jax.Array, dtype=jnp.float32, int8: bool = False) -> dict:
     """Random parameters: matrices normal(1/sqrt(fan in)), norms zero (they multiply by 1 + w)."""
     leaves, tree = jax.tree.flatten(specs(cfg))
     params = [jnp.zeros(spec.shape(cfg), dtype) for spec in leaves]
@@ -332,7 +379,8 @@ def init(cfg: Config, key: jax.Array, dtype=jnp.float32) -> dict:
             fan_in = math.prod(axis_sizes(cfg)[a] for a in spec.inp)
             normal = jax.random.normal(sub, spec.shape(cfg)) * fan_in**-0.5
             params[i] = normal.astype(dtype)
-    return tree.unflatten(params)
+    params = tree.unflatten(params)
+    return quantised(cfg, params) if int8 else params
 
 
 # ------------------------------------------------------------------------------------------ int8
@@ -673,10 +721,15 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, *args, **kwargs) -> 
     return forward(params, cfg, tokens_BT, *args, **kwargs)[0]
 
 
-def head(params: dict, cfg: Config, fsdp: str | None = None) -> jax.Array | Int8:
-    """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one."""
+def head(params: dict, cfg: Config, fsdp: str | None = None,
+         n: int | None = None) -> jax.Array | Int8:
+    """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one.
+
+    n: only its first n rows, without those that pad the vocabulary.
+    """
     name = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
-    return all_gather_params(params[name], specs(cfg)[name], fsdp)
+    rows = jax.tree.map(lambda w: w[:n], params[name])
+    return all_gather_params(rows, specs(cfg)[name], fsdp)
 
 
 def read_logits(cfg: Config, head_VD: jax.Array | Int8, x_D: jax.Array,
@@ -870,6 +923,8 @@ def _safetensors_files(path: Path) -> list[Path]:
         return [single]
     if index.exists():
         weight_map = json_value(read_json(index), "weight_map", dict, {}, index)
+        if any(len(str(file)) > 255 for file in weight_map.values()):
+            raise ValueError(f"{index}: weight_map names a file by more than 255 characters")
         # .name: whatever an index names, only files of this folder are opened.
         return sorted({path / Path(str(file)).name for file in weight_map.values()})
     files = list(path.glob("*.safetensors"))
@@ -878,11 +933,14 @@ def _safetensors_files(path: Path) -> list[Path]:
     return files
 
 
-def _open(file: Path):
+def open_tensors(file: Path):
+    """An open safetensors file, its header read; ValueError where it is none, or only a part."""
     try:
+        check_file(file)
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: not a safetensors file, or a part of one ({e})") from None
+        raise ValueError(f"{file}: not a safetensors file, or a part of one ({e}); "
+                         "a .bin is never opened, it could run code") from None
 
 
 def _find_tensors(cfg: Config, path: Path) -> dict[str, tuple[Path, str]]:
@@ -895,7 +953,7 @@ def _find_tensors(cfg: Config, path: Path) -> dict[str, tuple[Path, str]]:
         for i in range(cfg.num_hidden_layers if spec.stacked else 1):
             expected[spec.name.format(i=i)] = list(spec.hf_shape(cfg))
     for file in _safetensors_files(path):
-        with _open(file) as f:
+        with open_tensors(file) as f:
             for name in f.keys():
                 text_name = text_only_name(name)
                 if text_name not in expected:
@@ -918,7 +976,7 @@ def _find_tensors(cfg: Config, path: Path) -> dict[str, tuple[Path, str]]:
 
 def _read(file: Path, name: str) -> np.ndarray:
     # Reopened for each tensor: closing unmaps the file, so its pages never add up in memory.
-    with _open(file) as f:
+    with open_tensors(file) as f:
         return f.get_tensor(name)
 
 
@@ -927,7 +985,7 @@ def _to_devices(file: Path, name: str, sharding: NamedSharding | None, dtype=Non
     cast = lambda x: x.astype(dtype or x.dtype, copy=False)
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(cast(_read(file, name)), sharding)
-    with _open(file) as f:
+    with open_tensors(file) as f:
         tensor = f.get_slice(name)
         shape = tuple(tensor.get_shape())
         return jax.make_array_from_callback(shape, sharding, lambda shard: cast(tensor[shard]))

@@ -10,6 +10,7 @@ Kaggle's outputs and inputs, then the caches of the download tools, then a downl
 
 import glob
 import hashlib
+import http.client
 import importlib
 import os
 import urllib.request
@@ -51,7 +52,7 @@ def find_input(name: str, flag: str) -> Path | None:
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # what tells one Gemma from another
 OTHER_FORMATS = {  # what a folder without safetensors may hold -> files that show it
     "Flax weights": ("_METADATA", "manifest.ocdbt", "checkpoint"),  # Orbax
-    "PyTorch weights": ("*.bin", "*.ckpt", "*.pth", "*.pt"),  # pickles: reading one runs its code
+    "PyTorch weights": ("*.bin", "*.ckpt", "*.pth", "*.pt"),  # reading one runs its code
     "Keras weights": ("*.weights.h5",),
     "GGUF weights": ("*.gguf",),
 }
@@ -88,13 +89,17 @@ def find_model(model: str, weights: str | Path | None = None,
                flags: tuple[str, str] = ("--model", "--weights")) -> Path:
     """The folder of a model: --weights, $GEMMA_WEIGHTS, Kaggle's inputs, the download caches.
 
-    model: a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the errors.
+    model: a folder, or a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the
+    errors.
     """
+    if weights is None and base_name(model) not in gemma.CONFIGS and Path(model).is_dir():
+        weights, flags = model, (flags[0], flags[0])
     if weights is not None:
         other = other_format(Path(weights))
         if other or not (Path(weights) / "config.json").exists():
             raise ValueError(f"{flags[1]} {weights}: expected the Transformers version, a folder "
                              f"with config.json and safetensors, found {other or 'no config.json'}")
+        _check_manifest(Path(weights), flags[1])
         return Path(weights)
     base = base_name(model)
     if base not in gemma.CONFIGS:
@@ -167,31 +172,43 @@ def find_adapter(adapter: str) -> Path:
     return folder / "final" if (folder / "final").is_dir() else folder
 
 
-def find_start(model: str, weights: str | None, adapter: str | None) -> Start:
+def find_start(model: str, weights: str | None, adapter: str | None,
+               flags: tuple[str, str, str] = ("--model", "--weights", "--adapter")) -> Start:
     """--adapter is a PEFT adapter, the final/ of a run, or a whole model, which is a new base."""
     if adapter is None:
-        return Start(find_model(model, weights), None)
+        return Start(find_model(model, weights, flags[:2]), None)
     folder = find_adapter(adapter)
+    _check_manifest(folder, flags[2])
     if (folder / "adapter_config.json").exists():
         base = _trained_base(folder)
         if base is None or weights and not base.exists():
-            found = find_model(model, weights)
+            found = find_model(model, weights, flags[:2])
             _compare_base(folder, found, hub_name(model))
             return Start(found, folder)
         if not base.exists():
-            raise ValueError(f"--adapter {adapter} belongs on the fully fine-tuned {base}, which "
-                             "is not there; --weights names it where it is now")
+            raise ValueError(f"{flags[2]} {adapter} belongs on the fully fine-tuned {base}, which "
+                             f"is not there; {flags[1]} names it where it is now")
+        _check_manifest(base, flags[1])
         return Start(base, folder)
     if (folder / "config.json").exists():
         return Start(folder, None)
-    raise ValueError(f"--adapter {adapter}: expected adapter_config.json (an adapter), config.json "
-                     "(a whole model), or a run folder with final/")
+    raise ValueError(f"{flags[2]} {adapter}: expected adapter_config.json (an adapter), "
+                     "config.json (a whole model), or a run folder with final/")
+
+
+def _check_manifest(folder: Path, flag: str) -> None:
+    """Raises ValueError where a folder that a run wrote is no longer what the run wrote."""
+    if (folder / "manifest.json").exists() and (wrong := runs.find_change(folder)):
+        raise ValueError(f"{flag} {folder}: {wrong}")
 
 
 def _named_base(adapter: Path) -> Path:
     """What an adapter's config calls the model that it was trained on."""
-    config = gemma.read_json(adapter / "adapter_config.json")
-    return Path(str(config.get("base_model_name_or_path") or ""))
+    file = adapter / "adapter_config.json"
+    name = gemma.json_value(gemma.read_json(file), "base_model_name_or_path", str, "", file)
+    if len(name) > 4000 or max(map(len, Path(name).parts), default=0) > 255:  # no path is longer
+        raise ValueError(f"{file}: base_model_name_or_path has {len(name):,} characters")
+    return Path(name)
 
 
 def _compare_base(adapter: Path, weights: Path, name: str) -> None:
@@ -229,23 +246,30 @@ def find_file(source: str, flag: str = "--data") -> Path:
 
 
 def find_gsm8k(split: str) -> Path:
-    """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, our cache; else downloaded into it."""
+    """GSM8K's own file: $GSM8K, ./gsm8k, Kaggle's inputs, our cache; else downloaded into it.
+
+    What is in our cache must still be what was downloaded, or it is downloaded again.
+    """
     cache, name = Path.home() / ".cache" / "gsm8k", f"{split}.jsonl"
     inputs = [Path(f) for pattern in input_patterns("*gsm8k*") for f in sorted(glob.glob(pattern))]
-    folders = [Path(os.environ.get("GSM8K", "gsm8k")), *inputs, cache]
+    folders = [Path(os.environ.get("GSM8K", "gsm8k")), *inputs]
     for file in (f for folder in folders for f in (folder / name, folder / "main" / name)):
         if file.is_file():
             return file
+    sha256 = lambda content: hashlib.sha256(content).hexdigest()
+    if (cache / name).is_file() and sha256((cache / name).read_bytes()) == GSM8K[split]:
+        return cache / name
     url = f"{GSM8K_URL}/data/{name}"
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
-    except OSError as e:
-        searched = ", ".join(map(str, folders))
+    except (OSError, http.client.HTTPException) as e:  # the latter: cut off in the middle
+        searched = ", ".join(map(str, [*folders, cache]))
         raise ValueError(f"--data gsm8k: no {name} in $GSM8K, {searched}; {url}: {e}") from None
-    if (found := hashlib.sha256(content).hexdigest()) != GSM8K[split]:
+    if (found := sha256(content)) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f"{name}.{os.getpid()}"  # renamed when whole: a kill leaves no torn file
-    partial.write_bytes(content)
-    return partial.replace(cache / name)
+    with runs.writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = cache / f"{name}.{os.getpid()}"  # renamed when whole: a kill leaves no torn file
+        partial.write_bytes(content)
+        return partial.replace(cache / name)

@@ -47,11 +47,11 @@ import gemma
 import hosts
 import hub
 import rewards
+import stage
 from endpoint import Endpoint, is_address, read_address
 
 # ---------------------------------------------------------------------------------------- config
 
-REPLICATED_BYTES = 2.5e9  # weights of a larger judge are sharded over the mesh
 ROWS = 4  # prompts of a batch on each device of the mesh
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None,
     folder = hub.find_model(name, given_folder(config), ("--judge", "--judge-weights"))
     mesh = hosts.own(mesh or gemma.all_devices())  # each host judges its own completions
     int8 = config.judge_base == "int8"
-    dtype, shard = layout(gemma.read_config(folder), mesh, int8)
+    dtype, shard = stage.frozen_layout(gemma.read_config(folder), mesh, int8)
     cfg, params = gemma.load(folder, dtype, mesh, shard, int8)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
@@ -120,13 +120,6 @@ def total(stats: list[dict[str, float]]) -> dict[str, float]:
     return out | {"judge_missing": missing / max(1, out["judge_n"])}
 
 
-def layout(cfg: gemma.Config, mesh: Mesh, int8: bool = False) -> tuple[jnp.dtype, bool]:
-    """A judge's dtype (float32 if small) and whether its weights are sharded over the mesh."""
-    dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
-    n_bytes = cfg.n_params * (1 if int8 else dtype.itemsize)
-    return dtype, mesh.size > 1 and n_bytes > REPLICATED_BYTES
-
-
 def given_folder(config: Config) -> str | None:
     """The folder of a judge's weights, where --judge-weights or --judge names one."""
     return config.judge_weights or (config.judge if Path(config.judge).is_dir() else None)
@@ -134,12 +127,7 @@ def given_folder(config: Config) -> str | None:
 
 def shape_of(config: Config) -> gemma.Config:
     """The shape of a judge on the mesh, by name or from a folder's config.json, without weights."""
-    if folder := given_folder(config):
-        return gemma.read_config(folder)
-    if (base := hub.base_name(config.judge)) not in gemma.CONFIGS:
-        raise ValueError(f"--judge {config.judge}: expected one of {', '.join(gemma.CONFIGS)}, "
-                         "a folder or http(s)://host/v1")
-    return gemma.CONFIGS[base]
+    return stage.shape_of(config.judge, given_folder(config), "--judge")
 
 
 def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
@@ -148,14 +136,10 @@ def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
         return {}
     cfg = shape_of(config)
     int8 = config.judge_base == "int8"
-    dtype, shard = layout(cfg, mesh, int8)
-
-    def weights():
-        params = gemma.init(cfg, jax.random.key(0), dtype)
-        return gemma.quantised(cfg, params) if int8 else params
-
+    dtype, shard = stage.frozen_layout(cfg, mesh, int8)
+    params = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype, int8))
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
-    params = jax.tree.map(shape, jax.eval_shape(weights), gemma.pspecs(cfg, shard, int8))
+    params = jax.tree.map(shape, params, gemma.pspecs(cfg, shard, int8))
     batch = batch_shapes(mesh, X=ROWS, B=ROWS, U=1024, C=1024)  # no shared beginning: most memory
     ids_A = np.arange(len(STYLES[config.judge_style].digits), dtype=np.int32)
     return {"judge": (read_answers, (params, cfg, mesh, shard, batch, ids_A))}
@@ -337,12 +321,16 @@ def fenced(completion: str, *others: str) -> str:
 
 
 def opening(style: str, row: dict, items: list[tuple[str, float]] = (), n: int = 1) -> str:
-    """The part of the prompt before the n responses, the same for all completions of a row."""
+    """The part of the prompt before the n responses, the same for all completions of a row.
+
+    The task is the whole conversation; its roles are named where it has more than a question.
+    """
 
     def text(value):  # a text, messages or several answers
-        values = value if isinstance(value, list) else [value]
-        values = [v.get("content") if isinstance(v, dict) else v for v in values]
-        return "\n".join(str(v) for v in values if v is not None).strip()
+        values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+        name = lambda turn: f"{str(turn.get('role')).capitalize()}: " if len(values) > 1 else ""
+        values = [f"{name(v)}{v.get('content')}" if isinstance(v, dict) else str(v) for v in values]
+        return "\n".join(values).strip()
 
     parts = [f"You grade {'a response' if n == 1 else f'{n} responses'} to a task."]
     if style in ("grar", "pinocchio"):
@@ -351,7 +339,7 @@ def opening(style: str, row: dict, items: list[tuple[str, float]] = (), n: int =
         weigh = len({w for _, w in items}) > 1
         lines = [text + f" (weight {w:g})" * weigh for text, w in items]
         parts.append("\n".join(["Criteria:", *(f"{n}. {s}" for n, s in enumerate(lines, 1))]))
-    if not (question := text(row.get("question") or row.get("prompt"))):
+    if not (question := text(row.get("conversation") or row.get("question") or row.get("prompt"))):
         raise ValueError(f"expected a question or a prompt to judge by, found keys {sorted(row)}")
     parts.append(f"Task:\n{question}")
     reference = row.get("reference") or row.get("reference_answer")  # RaR's name for it

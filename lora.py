@@ -18,18 +18,17 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import gemma
 import hub
+import runs
 from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 
 
@@ -143,7 +142,8 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
     folder = hub.find_adapter(adapter)
     if not (folder / "prompt.json").exists():
         return system
-    trained = json.loads((folder / "prompt.json").read_text())["system"]
+    file = folder / "prompt.json"
+    trained = gemma.json_value(gemma.read_json(file), "system", str, ..., file)
     if system is not None and system != trained:
         raise ValueError(f"--system {system!r}, but {folder} was trained under {trained!r}: "
                          "leave --system out, or begin without --adapter")
@@ -231,11 +231,8 @@ def load(path: str | Path, cfg: Config) -> dict:
     """
     file = Path(path) / "adapter_model.safetensors"
     alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read as safetensors ({e}); a .bin is never opened, it "
-                         "could run code") from None
+    with gemma.open_tensors(file) as f:  # a .bin is never opened, it could run code
+        tensors = {key: f.get_tensor(key) for key in f.keys()}
     found = {name: {} for name in LINEARS}  # {layer: {"module": name, "A": [r, in], "B": [out, r]}}
     for key, tensor in tensors.items():
         m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
@@ -276,7 +273,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
 
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
-        out: Folder to write.
+        out: Folder to write; a new or an empty one.
         model: Which Gemma the adapter belongs on, as in training.
         weights: Folder of the base's weights; default: looked for by the model's name.
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
@@ -287,8 +284,8 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
         raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
-    if Path(out).resolve() == base.resolve():
-        raise ValueError(f"--out {out} is the base itself: name another folder")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"--out {out} is there already, and not empty: name another folder")
     tok = data.Tokenizer(tokenizer or base)
     cfg, params = gemma.load(base, jnp.dtype(dtype))
     params = merge(params, load(path, cfg), cfg)
@@ -305,7 +302,4 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
 if __name__ == "__main__":
     import tyro
 
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: tyro.cli(main))

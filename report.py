@@ -26,14 +26,14 @@ import math
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import tyro
 
-from runs import good_rows
+import gemma
+from runs import command, good_rows
 
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 SAMPLE = ("prompt", "completion", "gold", "correct", "format", "reward", "rewards", "errors",
@@ -46,6 +46,7 @@ CURVES = {  # metric -> (title, unit), in the page's order; other metrics are fo
     "completions/mean_length": ("Length", "tokens"),
     "completions/clipped_ratio": ("Cut at --max-new", "%"), "entropy": ("Entropy", "nats"),
     "kl": ("KL to the start", "nats"), "frac_reward_zero_std": ("Groups of equal rewards", "%"),
+    "explained_variance": ("Variance of returns that the critic explains", "%"),
     "loss": ("Loss", ""), "pair_accuracy": ("Pairs", "%"), "margin": ("Margin", ""),
     "grad_norm": ("Gradient norm", ""), "clip_ratio/region_mean": ("Clipped ratios", "%"),
     "tokens_per_s": ("Speed", "tokens/s"), "step_s": ("Step", "s"), "rollout_s": ("Rollout", "s"),
@@ -90,11 +91,15 @@ def read_run(folder: Path, share: float = 1.0) -> Run:
     if not is_run(folder):
         raise ValueError(f"{folder} is no run folder: no metrics, samples or results in it")
     files = (folder / "results.json", folder / "config.json")
-    results, config = (json.loads(file.read_bytes()) if file.is_file() else {} for file in files)
+    results, config = (gemma.read_json(file) if file.exists() else {} for file in files)
+    wanted = gemma.json_value(config, "steps", int, 0, files[1], low=0, high=2**53)
+    config["code"] = gemma.json_value(config, "code", dict, {}, files[1])
+    if results:
+        results["intervals"] = gemma.json_value(results, "intervals", dict, {}, files[0])
     steps = {}
-    for row in good_rows(folder / "metrics.jsonl"):
+    for row in good_rows(folder / "metrics.jsonl", step=int):
         steps.setdefault(row.pop("step"), {}).update({k: number(v) for k, v in row.items()})
-    finished = (folder / "final").is_dir() and max(steps, default=0) >= (config.get("steps") or 0)
+    finished = (folder / "final").is_dir() and max(steps, default=0) >= wanted
     samples = thin(good_rows(folder / "samples.jsonl"), share)
     return Run(folder.resolve().name, config, dict(sorted(steps.items())), results, samples,
                finished)
@@ -105,7 +110,8 @@ def thin(rows: list[dict], share: float) -> dict:
     unit = "problem" if rows and "problem" in rows[0] else "step"
     groups: dict[int, list[dict]] = {}
     for row in rows:
-        groups.setdefault(row[unit], []).append(sample(row) | {"at": row[unit]})
+        at = number(row.get(unit)) or 0
+        groups.setdefault(at, []).append(sample(row) | {"at": at})
     n_bytes = sum(len(json.dumps(row)) for group in groups.values() for row in group)
     stride = math.ceil(max(len(rows) / N_SAMPLES, n_bytes / N_BYTES) / share) or 1
     steps = sorted(groups)
@@ -117,12 +123,21 @@ def thin(rows: list[dict], share: float) -> dict:
 
 def sample(row: dict) -> dict:
     """A row of samples.jsonl as the page gets it; what is absent or null stays absent."""
-    out = {k: row[k] for k in SAMPLE if row.get(k) is not None}
-    for key, value in out.items():
-        if isinstance(value, str) and (left_out := len(value) - N_CHARS) > 0:
-            half = N_CHARS // 2
-            out[key] = f"{value[:half]}\n[… {left_out:,} characters …]\n{value[-half:]}"
-    return {"rewards": {}, "errors": {}} | out
+    out = {"rewards": {}, "errors": {}} | {k: value for k in SAMPLE
+                                           if (value := plain(row.get(k))) is not None}
+    for k in ("rewards", "errors"):
+        out[k] = out[k] if isinstance(out[k], dict) else {}
+    return out | {k: str(out[k]) for k in ("prompt", "completion") if k in out}
+
+
+def plain(value):
+    """Numbers, texts of at most N_CHARS, true and false, and objects of them; else None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, str) and (left_out := len(value) - N_CHARS) > 0:
+        half = N_CHARS // 2
+        return f"{value[:half]}\n[… {left_out:,} characters …]\n{value[-half:]}"
+    return value if isinstance(value, str | bool) else number(value)
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -156,9 +171,13 @@ def rates(run: Run) -> list[tuple]:
     out = [(f"step {step}", *(row.get("eval_accuracy" + end) for end in ("", "_low", "_high")))
            for step, row in rows[:1] + rows[1:][-1:]]
     intervals = run.results.get("intervals", {})
-    return out + [(name.replace("_", ", "), rate, *(intervals.get(name) or (None, None)))
-                  for name, rate in run.results.items()
-                  if re.fullmatch(r"(pass|maj)@\d+(_sampled)?", name) and rate is not None]
+    for name, value in run.results.items():
+        rate, ends = number(value), intervals.get(name)
+        if re.fullmatch(r"(pass|maj)@\d+(_sampled)?", name) and rate is not None:
+            ends = [number(end) for end in ends] if isinstance(ends, list) else []
+            low, high = ends if len(ends) == 2 else (None, None)
+            out.append((name.replace("_", ", "), rate, low, high))
+    return out
 
 
 def verdict(run: Run) -> tuple[str, str, str]:
@@ -283,7 +302,9 @@ def accuracies(runs: list[Run]) -> str:
     rows = []
     for i, run in enumerate(runs):
         for label, rate, low, high in rates(run):
-            interval = "no interval" if low is None else f"[{show(low, '%')}, {show(high, '%')}]"
+            interval = "no interval"
+            if None not in (low, high):
+                interval = f"[{show(low, '%')}, {show(high, '%')}]"
             rows.append(f"<tr><td>{tag(i, run.name)}<td>{esc(label)}<td>{show(rate, '%')} %"
                         f"<td>{interval}")
     return ("<h2>Right answers to held-out problems</h2><p><small>With 95 % intervals.</small></p>"
@@ -310,9 +331,9 @@ def charts(runs: list[Run]) -> str:
             f"other metrics</summary><div class=charts>{more}</div></details></section>")
 
 
-def command(config: dict) -> str:
+def command_of(config: dict) -> str:
     """The command that repeats a run, with every setting that was not left empty."""
-    words = ["python", config["code"]["script"] + ".py"]
+    words = ["python", f"{config['code']['script']}.py"]
     for name, value in config.items():
         flag = "--" + name.replace("_", "-")
         if name == "code" or " " in name or value is None:  # "checksum of the weights": no flag
@@ -333,7 +354,7 @@ def settings(runs: list[Run]) -> str:
     head = "<tr><th>" + "".join(f"<th>{tag(i, run.name)}" for i, run in enumerate(runs))
     cells = lambda k: "".join(f"<td><bdi>{esc(table.get(k, ''))}</bdi>" for table in tables)
     rows = lambda keys: "".join(f"<tr><th>{esc(k)}{cells(k)}" for k in keys)
-    commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(command(run.config))}</pre>"
+    commands = "".join(f"<p>{tag(i, run.name)}<pre>{esc(command_of(run.config))}</pre>"
                        for i, run in enumerate(runs)
                        if tables[i].get("code: script", "notebook") != "notebook")
     same = rows(k for k in keys if k not in differ)
@@ -369,6 +390,8 @@ def main(config: Config) -> Path:
             for run, folder in zip(runs, folders, strict=True)]
     default = folders[0] if config.runs else Path("runs")
     out = Path(config.out or default / "report.html")
+    if out.suffix != ".html":  # whatever it is, it would be replaced
+        raise ValueError(f"--out {out}: expected the name of an .html file")
     temporary = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
         temporary.write_bytes(page(runs))
@@ -592,7 +615,4 @@ if (data.runs.length) {
 </script>"""
 
 if __name__ == "__main__":
-    try:
-        print(main(tyro.cli(Config, description=__doc__)))
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    command(lambda: print(main(tyro.cli(Config, description=__doc__))))

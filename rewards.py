@@ -5,8 +5,9 @@
     score(mix, functions, completion, row)          # (total, parts, errors)
 
 A reward is a function of (completion, row) that returns a number, or None where it could not be
-computed. `row` is the data's row and what the trainer adds: question, answer, kind, choices,
-n_tokens, max_new, overlong_buffer (tokens), stop, progress (share of the run, 0 to 1).
+computed. `row` is the data's row and what the trainer adds: question, conversation (all messages
+up to the completion, the system text first), answer, kind, choices, n_tokens, max_new,
+overlong_buffer (tokens), stop, progress (share of the run, 0 to 1).
 
 A file of rewards (--reward-file my.py, and recipes/NAME.py for --rewards NAME) defines
 
@@ -39,8 +40,8 @@ from answers import TAG, TAGS, correct, kind_of, parse, words
 from answers import vote as vote
 
 HERE = Path(__file__).resolve().parent
-OURS = {*"answers check data endpoint formulas gemma hosts hub judge lora problems report rewards "
-        "rollouts runs sampler stage".split()}
+OURS = {*"answers check data divergence endpoint formulas gemma hosts hub judge lora "
+        "problems report rewards rollouts runs sampler stage".split()}
 # A word, a sign, or a character of a script that writes no spaces. Words are cut after 20 letters,
 # so that an endless word counts as a repetition.
 WORDS = re.compile(
@@ -100,7 +101,7 @@ def language(completion: str, row: dict) -> float:
     Scripts are words of Unicode's character names: French and gibberish score as English does, and
     π lowers the score of a proof. Without letters the share is 1.
     """
-    scripts = set((row.get("script") or "LATIN").upper().split())
+    scripts = set(str(row.get("script") or "LATIN").upper().split())
     letters = Counter(filter(str.isalpha, TAG.sub("", completion)))
     inside = sum(n for c, n in letters.items() if scripts & {*unicodedata.name(c, "").split()})
     return inside / letters.total() if letters else 1.0
@@ -142,6 +143,7 @@ REWARDS = {
     "language": Reward(language), "reasoning": Reward(reasoning),
 }
 JUDGED = ("judge", "judge_correctness", "judge_reasoning", "judge_penalty")  # by another model
+BY_POLICY = ("prob",)  # by the model in training, see rollouts.answer_probs
 PRESETS = ("tunix", "ideae", "pinocchio", "grar")  # recipes/NAME.py
 
 
@@ -151,7 +153,7 @@ def read_mix(text: str, reward_file: str | None = None) -> Mix:
     A bare name has weight 1. A reward file adds its own weights, unless --rewards names them.
     """
     items = [item.strip() for item in text.split(",")] if text.strip() else []
-    mix, known = Mix({}), {*REWARDS, *JUDGED}
+    mix, known = Mix({}), {*REWARDS, *JUDGED, *BY_POLICY}
     if items and items[0] in PRESETS:
         preset = items.pop(0)
         rewards, mix, _ = read_file(str(preset_file(preset)))
@@ -205,21 +207,28 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
     wrong = f"--reward-file {given}: "
     try:
         module = _run(str(path.resolve()), path.stat().st_mtime_ns)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(wrong + f"{type(e).__name__}: {e}") from e
     functions, weights = getattr(module, "REWARDS", {}), getattr(module, "WEIGHTS", None)
+    limits, numbers = getattr(module, "RANGE", ()), [None]
+    shaped = isinstance(weights, dict | None) and isinstance(limits, tuple | list)
+    if isinstance(functions, dict) and shaped:
+        numbers = [*(weights or {}).values(), *limits]
+    if not all(isinstance(n, int | float) for n in numbers) or len(limits) not in (0, 2):
+        raise ValueError(wrong + "expected REWARDS = {name: function}, WEIGHTS = {name: number} "
+                         "and RANGE = (low, high)")
     if name:
         functions, weights = {name: functions.get(name) or getattr(module, name, None)}, None
     for reward, function in functions.items():
         if not callable(getattr(function, "function", function)):
             raise ValueError(wrong + f"the file has no function {reward}")
-        if reward in {*REWARDS, *JUDGED, *PRESETS}:
+        if reward in {*REWARDS, *JUDGED, *BY_POLICY, *PRESETS}:
             raise ValueError(wrong + f"rename {reward}, a reward of that name is built in")
     weights = dict.fromkeys(functions, 1.0) if weights is None else dict(weights)
     if not weights:
         raise ValueError(wrong + "expected REWARDS = {name: function} in it, or my.py:score")
     rewards = {name: f if isinstance(f, Reward) else Reward(f) for name, f in functions.items()}
-    mix = Mix(weights, *getattr(module, "RANGE", ()))
+    mix = Mix(weights, *limits)
     return rewards, mix, getattr(module, "fit", None)
 
 
@@ -251,9 +260,12 @@ def files(text: str | None, reward_file: str | None = None) -> list[Path]:
 
 
 def prepare(mix: Mix, traces: Iterable[str], reward_file: str | None = None,
-            judge: Mapping[str, Reward] | None = None) -> dict[str, Reward]:
-    """The functions of a mix; a file's fit() is called here, on the reference traces."""
-    functions = REWARDS | dict(judge or {})
+            by_model: Mapping[str, Reward] | None = None) -> dict[str, Reward]:
+    """The functions of a mix; a file's fit() is called here, on the reference traces.
+
+    by_model: functions of JUDGED and BY_POLICY.
+    """
+    functions = REWARDS | dict(by_model or {})
     chosen = [str(preset_file(mix.preset))] if mix.preset else []
     for path in [*chosen, reward_file] if reward_file else chosen:
         rewards, _, fit = read_file(path)

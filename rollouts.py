@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import queue
+import re
 import threading
 import time
 from collections import Counter
@@ -26,8 +27,10 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import data
 import hosts
@@ -61,7 +64,7 @@ class Settings:
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     eval_data: str | None = None
@@ -109,6 +112,8 @@ class Settings:
     """Stop a completion after this many tokens of a loop (stop reason "repetition"); 0: never."""
     slots: int | None = None
     """Completions decoded at once on each device; lower it when out of memory."""
+    max_drift: float = 0.5
+    """Stop if sampler and trainer log-probs differ by more than this on average."""
 
     # LoRA
     lora_rank: int | None = None
@@ -215,6 +220,7 @@ class Problem:
     choices: tuple[str, ...]
     domain: str
     trace: str = ""  # the row's own reasoning
+    chat: list[dict] = dataclasses.field(default_factory=list, compare=False)  # its messages
     fields: dict = dataclasses.field(default_factory=dict, compare=False)  # of the row itself
 
 
@@ -234,7 +240,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         prompt=tuple(tok.chat(data.with_system(chat, system))),
         question=chat[-1]["content"], gold=gold, kind=kind, choices=choices,
         domain=str(fields.get("task_type") or fields.get("domain") or source),
-        trace=trace or "", fields=fields,
+        trace=trace or "", chat=chat, fields=fields,
     )
 
 
@@ -265,6 +271,12 @@ def load_problems(config, tok: data.Tokenizer) -> tuple[list[Problem], list[str]
     sources, bad = data.load(config.data, problem_reader(config, tok), rows=config.rows,
                              skip_bad_rows=config.skip_bad_rows, what="problems")
     return numbered([problem for source in sources for problem in source]), bad
+
+
+def load_split(config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
+    """(problems to learn from, held-out ones) of a script's --data and --eval-data."""
+    sources, held_out = data.load_split(config, problem_reader(config, tok), rows=config.rows)
+    return numbered([problem for source in sources for problem in source]), numbered(held_out)
 
 
 def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
@@ -304,7 +316,7 @@ class Order:
             return
         difficulty = [p.fields.get("difficulty") for p in problems]
         for p, d in zip(problems, difficulty, strict=True):
-            if not isinstance(d, int | float) or not math.isfinite(d):
+            if not isinstance(d, int | float) or not abs(d) < 1e15:
                 raise ValueError(f"--curriculum: expected a number as difficulty, found {d!r} in "
                                  f"the row {p.question!r:.60}")
         if self.ordered:
@@ -363,17 +375,34 @@ class Sample:
 
 def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.0) -> dict:
     """The `row` of a reward function: the data's row and what the trainer adds."""
-    overlong = getattr(config, "overlong_buffer", 0.2)
+    overlong, chat = getattr(config, "overlong_buffer", 0.2), problem.chat
+    if chat and chat[0]["role"] != "system" and getattr(config, "system", None):
+        chat = [{"role": "system", "content": config.system}, *chat]
     return problem.fields | {
-        "question": problem.question, "answer": problem.gold, "kind": problem.kind,
-        "choices": problem.choices, "n_tokens": n_tokens, "max_new": config.max_new,
+        "question": problem.question, "conversation": chat, "answer": problem.gold,
+        "kind": problem.kind, "choices": problem.choices, "n_tokens": n_tokens,
+        "max_new": config.max_new,
         "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
     } | ({"reasoning": problem.trace} if problem.trace else {})
 
 
-def check_rewards(config) -> None:
-    """Raises ValueError for --rewards, --reward-file and --judge that do not match."""
+def check_settings(config) -> None:
+    """Raises ValueError for settings that cannot work, before anything is loaded."""
+    if config.pack_length < (longest := config.max_prompt + config.max_new):
+        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
+                         f"{longest} or more")
+    read_curriculum(config.curriculum)
+
+
+def check_rewards(config, trains: bool = False) -> None:
+    """Raises ValueError for --rewards, --reward-file and --judge that do not match.
+
+    trains: whether the script gives sample_groups the policy's log-probs.
+    """
     mix = rewards.read_mix(config.rewards, config.reward_file)
+    for name in mix.weights:
+        if name in rewards.BY_POLICY and not trains:
+            raise ValueError(f"--rewards {name}: only train_grpo.py computes it")
     judged = [name for name in mix.weights if name in rewards.JUDGED]
     if judged and config.judge is None:
         raise ValueError(f"--rewards {judged[0]}: needs --judge")
@@ -393,7 +422,7 @@ class Scorer:
     """
 
     def __init__(self, config, problems: list[Problem], mesh: Mesh | None = None):
-        self.config, self.judge = config, None
+        self.config, self.mesh, self.judge = config, mesh, None
         self.mix = rewards.read_mix(config.rewards, config.reward_file)
         traces = [p.trace for p in problems if p.trace]
         judged = {}
@@ -402,7 +431,8 @@ class Scorer:
 
             names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
             judged = {n: rewards.Reward(functools.partial(verdict, n)) for n in names}
-        self.functions = rewards.prepare(self.mix, traces, config.reward_file, judged)
+        by_model = judged | {"prob": rewards.Reward(answer_prob, needs="answer")}
+        self.functions = rewards.prepare(self.mix, traces, config.reward_file, by_model)
         if judged:
             cache = Path(config.out) / "judge" / "replies.jsonl"
             self.judge = judge.open(config, mesh, cache=cache)
@@ -508,6 +538,49 @@ def verdict(name: str, completion: str, row: dict) -> float:
     return parts[name]
 
 
+def answer_prob(completion: str, row: dict) -> float:
+    """Waits for the reward `prob`."""
+    return row["prob"].result()
+
+
+def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.Tokenizer, config,
+                 mesh: Mesh, logps) -> list[list[float | None]]:
+    """The policy's mean probability of the right answer's tokens after each trace (RLPR).
+
+    arXiv 2506.18254. The right answer replaces what follows the completion's first <answer>. 0
+    where there is no <answer>, or no room for the right answer within --max-new; None where no
+    right answer is known. Probabilities are at --temperature. RLPR subtracts the probability
+    without a trace, but that is the same for all of a group, and so is in its mean anyway.
+
+    logps: (arrays of pack, micro-batches used) -> log-probs of the policy, of the same shape.
+    """
+    probs_QG = [[None if q.gold is None else 0.0] * len(texts)
+                for q, texts in zip(problems, texts_QG, strict=True)]
+    samples, places = [], []
+    for q, texts in enumerate(texts_QG):
+        gold = tok.encode((problems[q].gold or "").strip())
+        for g, text in enumerate(texts):
+            opened = re.search(r"(?i)<answer>\s*", text)
+            ids = tok.encode(text[: opened.end()]) + gold if opened else []
+            if gold and ids and len(ids) <= config.max_new:
+                rollout = Rollout(q, g, np.array(ids, np.int32), np.zeros(len(ids)), "stop")
+                samples.append(Sample(problems[q], q, rollout, text, None, False,
+                                      rewards.Scored(None, {}, {})))
+                places.append((q, g, len(gold)))
+    if not samples:
+        return probs_QG
+    batch, n_micro, spans = pack(samples, [1.0] * len(samples), config, mesh.size, True)
+    mask_RT = batch["mask"].reshape(-1, config.pack_length)
+    for i, r, span in spans:  # log-probs of the answer alone: the rest needs no logits
+        mask_RT[r, span.start : span.stop - places[i][2]] = 0.0
+    batch = {k: hosts.put(v, NamedSharding(mesh, P(None, "data"))) for k, v in batch.items()}
+    logp_RT = np.asarray(hosts.whole(logps(batch, np.int32(n_micro)))).reshape(mask_RT.shape)
+    for i, r, span in spans:
+        q, g, n = places[i]
+        probs_QG[q][g] = float(np.exp(logp_RT[r, span.stop - n : span.stop]).mean())
+    return probs_QG
+
+
 # -------------------------------------------------------------------------------------- sampling
 
 
@@ -517,14 +590,15 @@ def token_rules(tok: data.Tokenizer) -> dict:
 
 
 def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
-                  scorer: Scorer, config, *, step: int, first: int,
-                  p: float) -> tuple[list[list[Sample]], dict[str, float]]:
+                  scorer: Scorer, config, *, step: int, first: int, p: float,
+                  logps=None) -> tuple[list[list[Sample]], dict[str, float]]:
     """Samples and scores --group completions per problem -> (one group per problem, seconds).
 
     weights: (params, adapter). first: number of prompts that this step has sampled already; a
     rollout's noise depends on (seed, step, its prompt's index in the step, its index in the group).
+    logps: the policy's log-probs, for the reward `prob`, see answer_probs.
     """
-    began, futures, finished = time.perf_counter(), {}, {}
+    began, futures, finished, probs = time.perf_counter(), {}, {}, {}
     mine = hosts.share(range(len(problems)))
     params, adapter = weights
     completions = sampler.sample(
@@ -534,9 +608,16 @@ def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problem
     for r in completions:
         problem, text = problems[r.prompt - first], tok.decode(r.ids)
         row = reward_row(problem, len(r.ids), r.stop, config, p)
+        if "prob" in scorer.mix.weights:
+            row["prob"] = probs[r.prompt, r.index] = Future()
         futures[r.prompt, r.index] = scorer.submit(text, row, (r.prompt, r.index, config.group))
         finished[r.prompt, r.index] = r, text
     rollout_s = time.perf_counter() - began
+    if "prob" in scorer.mix.weights:  # one forward pass, of which every host has its part
+        texts = hosts.join([[finished[first + i, g][1] for g in range(config.group)] for i in mine])
+        found = answer_probs(problems, texts, tok, config, scorer.mesh, logps)
+        for (q, g), future in probs.items():
+            future.set_result(found[q - first][g])
     keys = sorted(futures)
     scores = dict(zip(keys, scorer.collect([futures[key] for key in keys]), strict=True))
     groups = []
@@ -589,6 +670,16 @@ def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
     return hosts.join([rows[i] for i in mine])
 
 
+def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
+             step: int, run: runs.Run) -> float:
+    """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
+    with run.budget.measure("eval"):
+        metrics = accuracy(answer(sampler, weights, tok, problems))
+    run.log(step, metrics)
+    runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    return metrics.get("eval_accuracy", metrics["eval_format"])
+
+
 def accuracy(rows: list[dict]) -> dict[str, float]:
     """The metrics of these answers; no accuracy if no row has an answer to check."""
     graded = [row["correct"] for row in rows if row["correct"] is not None]
@@ -628,6 +719,14 @@ def packed_size(config, n_devices: int) -> tuple[int, int]:
     n_rows = min(n_samples, 2 * total // config.pack_length + 1)
     rows = config.micro_rows * n_devices
     return -(-n_rows // rows), rows
+
+
+def packed_shapes(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of `pack` on the mesh, as shapes."""
+    n_max, rows = packed_size(config, mesh.size)
+    array = functools.partial(jax.ShapeDtypeStruct, (n_max, rows, config.pack_length),
+                              sharding=NamedSharding(mesh, P(None, "data")))
+    return {k: array(np.int32 if k in INTS else np.float32) for k in INTS + FLOATS}
 
 
 def pack(samples: list[Sample], weights: list[float], config, n_devices: int,
@@ -728,6 +827,22 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
     name = "sampling/sampling_logp_difference/"
     return {name + "mean": float(d.mean()), name + "p99": float(np.percentile(d, 99)),
             name + "max": float(d.max())}
+
+
+def check_drift(step: int, metrics: dict[str, float], config) -> None:
+    """Stops a run whose sampler and trainer disagree."""
+    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if drift > config.max_drift:
+        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
+                         f"on average, more than --max-drift {config.max_drift}")
+
+
+def log_samples(config, step: int, run: runs.Run, samples: list[Sample]) -> None:
+    """Writes some of a step's completions to samples.jsonl, and prints a few now and then."""
+    failed = [s for s in samples[config.log_samples :] if s.scored.errors]
+    run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
+    if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
+        show(samples[:: max(1, len(samples) // config.show)][: config.show])
 
 
 def show(samples: list[Sample]) -> None:

@@ -35,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+import gemma
 import hosts
 
 try:
@@ -70,17 +72,23 @@ MAY_CHANGE = {
 # ------------------------------------------------------------------------------------ environment
 
 
-def check_jax(version: str | None = None) -> None:
-    """Stop on a JAX older than 0.10 with the command that upgrades it for the accelerator here."""
-    version = version or metadata.version("jax")
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 10):
-        return
+NEEDED = {"jax": "0.10", "sentencepiece": "0.2.1"}  # before, a tokenizer's file can break into it
+
+
+def check_versions(**installed: str) -> None:
+    """Stop on an old JAX or sentencepiece (CVE-2026-1260) with the command that upgrades it."""
+    numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)[:3]]
     # Read off the installed packages: starting a backend to ask it could hang.
     extras = {"libtpu": "[tpu]", "jax_cuda13_plugin": "[cuda13]", "jax_cuda12_plugin": "[cuda12]"}
     extra = next((extra for name, extra in extras.items() if importlib.util.find_spec(name)), "")
     then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
-    raise SystemExit(f"JAX {version} is too old, 0.10 is needed: "
-                     f'pip install -U "jax{extra}>=0.10,<0.13"{then}')
+    for name, needed in NEEDED.items():
+        version = installed.get(name) or metadata.version(name)
+        if numbers(version) < numbers(needed):
+            package = f"jax{extra}>=0.10,<0.13" if name == "jax" else f"{name}>={needed}"
+            title = "JAX" if name == "jax" else name
+            raise SystemExit(f"{title} {version} is too old, {needed} is needed: pip install -U "
+                             f'"{package}"{then}')
 
 
 def compilation_cache() -> None:
@@ -134,6 +142,23 @@ def one_line(main: Callable) -> Callable:
                 raise SystemExit(f"out of memory: {advice} ({first})") from error
 
     return call
+
+
+def command(call: Callable[[], Any]) -> None:
+    """Runs a script's command line: a mistake of the user's ends it in one line, exit code 1.
+
+    Such a line is what a `raise ValueError` in these files states, or the system about a file. Any
+    other error is a bug, and keeps its traceback.
+    """
+    try:
+        call()
+    except (ValueError, OSError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        folder, *ours = (Path(f).resolve().parent for f in (last.filename, __file__, sys.argv[0]))
+        stated = folder in ours and last.line.startswith("raise ")
+        if not stated and getattr(error, "filename", None) is None:
+            raise
+        sys.exit(f"error: {error}")
 
 
 def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:
@@ -266,13 +291,15 @@ def _replacing(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
         _fsync(target.parent)
     finally:
-        _tidy(target.parent)
+        _tidy(target.parent, re.escape(target.name))
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what an interrupted write left, and put back what it was about to replace."""
+def _tidy(folder: Path, names: str) -> None:
+    """Remove what an interrupted write of names left, and put back what it was about to replace."""
     for path in [*folder.glob(".old-*"), *folder.glob(".tmp-*")]:
         target = path.with_name(path.name[5:])
+        if not re.fullmatch(names, target.name):  # a file of the user's
+            continue
         if path.name.startswith(".old-") and not target.exists():
             os.rename(path, target)
         elif path.is_dir():
@@ -311,25 +338,36 @@ def to_jsonl(rows: Iterable[dict]) -> bytes:
     return lines.encode(errors="backslashreplace")
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict | ValueError]]:
-    """(line number, object) of each line that is not blank; of a bad one a ValueError says why."""
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON value) of each line that is not blank; a bad one's is a ValueError."""
+    try:
+        gemma.check_file(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     with open(path, "rb") as file:
         for n, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    row = ValueError(f"expected a JSON object, found {type(row).__name__}")
-            except (ValueError, RecursionError) as error:  # brackets nested too deep
-                row = ValueError(str(error))
-            yield n, row
+            if line.strip():
+                try:
+                    row = gemma.parse_json(line.decode("utf-8-sig"))
+                except ValueError as error:
+                    row = error
+                yield n, row
 
 
-def good_rows(path: str | Path) -> list[dict]:
-    """The objects of a JSONL file without its bad lines; none where there is no file."""
-    rows = read_jsonl(path) if Path(path).exists() else ()
-    return [row for _, row in rows if isinstance(row, dict)]
+def good_rows(path: str | Path, **types: type | tuple) -> list[dict]:
+    """The objects of a JSONL file that have all these keys, with values of these types.
+
+    Its other lines, such as the torn last one of a killed run, are left out. Numbers are finite and
+    0 or more. No rows where there is no file.
+    """
+
+    def fits(value, kind) -> bool:
+        right = type(value) in (kind if isinstance(kind, tuple) else (kind,))  # True is no int
+        return right and (type(value) not in (int, float) or 0 <= value < 2**53)
+
+    rows = [row for _, row in read_jsonl(path)] if Path(path).exists() else []
+    return [row for row in rows if isinstance(row, dict)
+            and all(key in row and fits(row[key], kind) for key, kind in types.items())]
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -342,8 +380,8 @@ def claim(folder: Path, kind: str = "run") -> None:
     if names <= {".lock", ".tmp-config.json"}:  # what a start leaves that was killed
         return
     try:
-        begun = json.loads((folder / "config.json").read_bytes())["code"]["kind"]
-    except (OSError, ValueError, LookupError, TypeError):
+        begun = gemma.read_json(folder / "config.json")["code"]["kind"]
+    except (ValueError, LookupError, TypeError):
         begun = None
     if begun != kind:
         raise SystemExit(f"--out {folder} is not empty, and no config.json in it says that it is "
@@ -372,15 +410,15 @@ def lock(folder: Path):
 
 def check_unchanged(folder: Path, config: Any, extra: dict | None = None,
                     may_change: Iterable[str] = ()) -> None:
-    """End with a line if a flag or a fact ({"checksum of the weights": "3f.."}) has changed."""
-    old = json.loads((folder / "config.json").read_bytes())
+    """End with a line if a flag or a fact ({"checksum of the prompts": "3f.."}) has changed."""
+    old = gemma.read_json(folder / "config.json")
     new = _plain(dataclasses.asdict(config) | (extra or {}))
     for name in sorted({*old, *new} - MAY_CHANGE - {*may_change, "code"}):
         was, now = old.get(name, "absent"), new.get(name, "absent")
         if was != now:
             flag = name if " " in name else "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} was {was!r} when {folder} was begun, now it is {now!r}: put "
-                             "it back, or choose another --out")
+            raise SystemExit(f"{flag} was {was!r:.200} when {folder} was begun, now it is "
+                             f"{now!r:.200}: put it back, or choose another --out")
 
 
 def write_config(folder: Path, config: Any, extra: dict | None = None, kind: str = "run") -> None:
@@ -391,6 +429,28 @@ def write_config(folder: Path, config: Any, extra: dict | None = None, kind: str
             "device": jax.devices()[0].device_kind, "n_devices": jax.device_count(),
             "n_processes": hosts.count}
     write_json(folder / "config.json", dataclasses.asdict(config) | (extra or {}) | {"code": code})
+
+
+def checksum(rows: Iterable) -> str:
+    """A checksum of JSON values, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def file_checksum(path: Path) -> str:
+    """Of a whole file up to 256 MiB; of a larger one its size and 64 pieces of a MiB each."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    starts, piece = [0], size
+    if size > 2**28:
+        piece = 2**20
+        starts = [(size - piece) * n // 63 for n in range(64)]
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(piece))
+    return f"{digest.hexdigest()[:16]} ({len(starts)} x {piece:,} of {size:,} bytes)"
 
 
 def _checksums(directory: Path) -> dict[str, str]:
@@ -414,17 +474,32 @@ def _publish(target: Path, write: Callable[[Path | None], None]) -> None:
         write_json(temporary / "manifest.json", {"name": target.name, "sha256": sums})
 
 
-def verify(directory: Path) -> str | None:
-    """Why a checkpoint or a final/ cannot be trusted, or None: every file against the manifest."""
+def find_change(directory: Path) -> str | None:
+    """What is not as the folder's manifest says, or None: every file that a program may read.
+
+    Notes (*.md) and hidden files may change and be added, as by a hub or a file manager.
+    """
     try:
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-        if manifest["name"] != directory.name:
-            return f"it was saved as {manifest['name']}"
+        file = directory / "manifest.json"
+        sealed = gemma.json_value(gemma.read_json(file), "sha256", dict, ..., file)
         found = _checksums(directory)
-        changed = [k for k, checksum in manifest["sha256"].items() if found.get(k) != checksum]
-        return f"{changed[0]} has changed since it was saved" if changed else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read: {error!r}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    if not sealed:
+        return f"{file} lists no files"
+    for name in sorted({*found, *sealed} - {"manifest.json"}):
+        if found.get(name) != sealed.get(name) and not re.search(r"(^|/)\.|\.md$", name):
+            how = "has changed since it was saved" if name in sealed else "is not in its manifest"
+            return f"{name} {how}"
+    return None
+
+
+def verify(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None: find_change(), and it must have its own name."""
+    if wrong := find_change(checkpoint):
+        return wrong
+    name = gemma.read_json(checkpoint / "manifest.json").get("name")
+    return None if name == checkpoint.name else f"it was saved as {name!r:.60}"
 
 
 def _named(tree) -> dict[str, Any]:
@@ -475,10 +550,12 @@ class Run(contextlib.ExitStack):
 
     keep: checkpoints that stay besides the best one; show: the metrics of the progress line and
     their labels; every_s: between two such lines, after three. A signal sets `stopping`. Of several
-    processes the first alone has the folder and the clock; the others make the same calls.
+    processes the first alone has the folder and the clock; the others make the same calls. facts:
+    what may not change beside the flags, such as stage.facts().
     """
 
-    def __init__(self, config: Any, show: dict[str, str] | None = None, every_s: float = 30.0):
+    def __init__(self, config: Any, show: dict[str, str] | None = None, every_s: float = 30.0,
+                 facts: dict[str, str] | None = None):
         super().__init__()  # holds what is undone at the end, or by a failure below
         self.folder, self.keep, self.every_s = Path(config.out), config.keep, every_s
         self.show = {"loss": "loss"} if show is None else show
@@ -495,21 +572,21 @@ class Run(contextlib.ExitStack):
         with contextlib.ExitStack() as undo:
             undo.push(self)
             if hosts.index == 0:
-                self._open(config, loggers)
+                self._open(config, loggers, facts)
             _handle_signals(self, self._on_signal)
             if hosts.index == 0:
                 self.callback(self.report)  # the first thing to happen, however the run ends
             undo.pop_all()
 
-    def _open(self, config, loggers):
+    def _open(self, config, loggers, facts):
         claim(self.folder)
         self.enter_context(lock(self.folder))
         with writing(self.folder):
-            _tidy(self.folder)
-            _tidy(self.folder / "checkpoints")
+            _tidy(self.folder, r"config\.json|(metrics|samples|held_out)\.jsonl|final")
+            _tidy(self.folder / "checkpoints", r"step_\d+")
             if self.checkpoints():  # before the first there is nothing to resume
-                check_unchanged(self.folder, config)
-            write_config(self.folder, config)  # before anything else: claim() looks for it
+                check_unchanged(self.folder, config, facts)
+            write_config(self.folder, config, facts)  # before anything else: claim() looks for it
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             for path in self.lines:
                 path.touch()
@@ -646,7 +723,7 @@ class Run(contextlib.ExitStack):
         found, scores = self.checkpoints(), []
         for step, path in found:
             with contextlib.suppress(OSError, ValueError, KeyError):
-                score = json.loads((path / "resume/state.json").read_bytes())["score"]
+                score = gemma.read_json(path / "resume/state.json")["score"]
                 scores += [(score, step)] if score is not None else []
         kept = {step for step, _ in found[-max(1, self.keep) :]} | {max(scores, default=(0, 0))[1]}
         for step, path in found:
@@ -665,7 +742,7 @@ class Run(contextlib.ExitStack):
                 self.refused.add(directory.name)
                 say(f"refused {directory}: {reason}; trying the one before, or a fresh start")
                 continue
-            record = json.loads((directory / "resume/state.json").read_bytes())
+            record = gemma.read_json(directory / "resume/state.json")
             arrays = _fill(like, load_file(directory / "resume/arrays.safetensors"), directory)
             saved = Saved(step, arrays, record["state"], record["budget"])
             break
@@ -679,7 +756,7 @@ class Run(contextlib.ExitStack):
             self.budget.load(saved.budget)
             self.step = self.saved_step = self.scored_step = last = saved.step
         for path in self.lines if hosts.index == 0 else []:  # [1 2 3 {"st], last 2 -> [1 2]
-            rows = [row for row in good_rows(path) if row.get("step", math.inf) <= last]
+            rows = [row for row in good_rows(path, step=int) if row["step"] <= last]
             with writing(path):
                 replace_file(path, to_jsonl(rows))
         return saved

@@ -70,12 +70,15 @@ def resolve(config, defaults: dict[str, dict]):
 
 RANGES = (  # the least and the largest value that make sense, and the fields
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
-     "reward_threads"),
-    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef clip_high cispo_cap is_cap "
-     "top_k repetition resample rows eval_rows eval_every eval_accuracy save_every keep show "
-     "show_every log_samples reward_timeout max_drift"),
-    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer"),
-    (1e-9, 1, "top_p"), (1e-9, math.inf, "clip_norm"), (0, 0.999, "lora_dropout"),
+     "reward_threads minibatches"),
+    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
+     "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
+     "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
+     "max_drift reward_coef value_clip value_lr value_warmup"),
+    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
+     "on_policy gamma lam"),
+    (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
+    (1e-9, math.inf, "clip_norm sapo_pos sapo_neg temperature"),
 )
 
 
@@ -118,11 +121,17 @@ def show_config(config) -> None:
 
 def model_config(config) -> gemma.Config:
     """The model's shape, from the config.json of --weights or by name; reads no weights."""
-    if config.weights:
-        return gemma.read_config(config.weights)
-    if (name := hub.base_name(config.model)) not in gemma.CONFIGS:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    return gemma.CONFIGS[name]
+    return shape_of(config.model, config.weights)
+
+
+def shape_of(model: str, folder: str | None = None, flag: str = "--model") -> gemma.Config:
+    """The shape of a model by name, or from a folder's config.json, without its weights."""
+    known = gemma.CONFIGS.get(hub.base_name(model))
+    if folder or known is None and Path(model).is_dir():
+        return gemma.read_config(folder or model)
+    if known is None:
+        raise ValueError(f"{flag} {model}: expected one of {', '.join(gemma.CONFIGS)}, or a folder")
+    return known
 
 
 # ----------------------------------------------------------------------------------- on the mesh
@@ -172,6 +181,28 @@ def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> b
     return cfg.n_params * bytes_per_weight > 0.4 * limit
 
 
+def make_sampler(cfg: gemma.Config, config, mesh: Mesh):
+    """The Sampler of a stage that learns from its own completions."""
+    from sampler import Sampler  # here: SFT needs none
+
+    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                   max_new=config.max_new, cached_prompts=min(16, max(4, config.slots // 4)),
+                   dtype=jnp.dtype(config.dtype), shard=rollouts_are_sharded(cfg, config, mesh))
+
+
+REPLICATED_BYTES = 2.5e9  # weights of a larger frozen model are sharded over the mesh
+
+
+def frozen_layout(cfg: gemma.Config, mesh: Mesh, int8: bool) -> tuple[jnp.dtype, bool]:
+    """(dtype, whether it is sharded) of a judge or a teacher beside the model in training.
+
+    float32 if it is small.
+    """
+    dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
+    n_bytes = cfg.n_params * (1 if int8 else dtype.itemsize)
+    return dtype, mesh.size > 1 and n_bytes > REPLICATED_BYTES
+
+
 def partition_specs(cfg: gemma.Config, config, sharded: bool) -> tuple[dict, dict]:
     """PartitionSpecs of (trained, fixed)."""
     if not config.lora_rank:
@@ -211,6 +242,7 @@ class Model(NamedTuple):
     specs: dict  # PartitionSpecs of `trained`
     sharded: bool  # whether the base is sharded over the mesh
     merged: dict | None  # an adapter that was merged into the base
+    checksums: dict[str, str]  # of the files that it was read from
 
 
 def load_model(config, mesh: Mesh) -> Model:
@@ -244,7 +276,34 @@ def load_model(config, mesh: Mesh) -> Model:
         where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
     runs.say(f"{cfg.n_params:,} weights {where}")
     trained = put(trained, mesh, specs)
-    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged)
+    sums = checksums(start, tok, with_weights=not getattr(config, "from_scratch", False))
+    return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged, sums)
+
+
+def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) -> dict[str, str]:
+    """The facts of runs.check_unchanged() about the files of a model, an adapter, a tokenizer."""
+    files = [start.weights / "config.json", tok.file]
+    for folder in [start.weights, start.adapter] if with_weights else []:
+        files += [] if folder is None else sorted(folder.glob("*.safetensors"))
+    files += [start.adapter / "adapter_config.json"] if start.adapter else []
+    return {f"checksum of {file.name}": runs.file_checksum(file) for file in files}
+
+
+def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
+    """What a resumed run must find as it was, beside its flags: the files it reads, the rows."""
+    rows = [item.fields for items in sources for item in items]
+    sums, own = dict(model.checksums), getattr(config, "reward_file", None)
+    if own:
+        import rewards  # here: SFT has none
+
+        sums |= {f"checksum of {f.name}": runs.file_checksum(f) for f in rewards.files(None, own)}
+    if judge := getattr(config, "judge_weights", None) or getattr(config, "judge", None):
+        sums |= {f"checksum of the judge's {file.name}": runs.file_checksum(file)
+                 for file in sorted(Path(judge).glob("*.safetensors"))}  # none for an address
+    return sums | {
+        f"checksum of the rows of --data {config.data}": runs.checksum(rows),
+        f"checksum of the held-out rows of {config.eval_data or config.data}":
+            runs.checksum(item.fields for item in held_out)}
 
 
 def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, dict | None]:
@@ -329,8 +388,8 @@ def random_weights(cfg: gemma.Config, config) -> tuple[dict, dict]:
     if not config.lora_rank:
         return gemma.init(cfg, key), {}
     trained, scale = lora.split(new_adapter(cfg, config))
-    base = gemma.init(cfg, key, jnp.dtype(config.dtype))
-    return trained, {"base": gemma.quantised(cfg, base) if config.base == "int8" else base} | scale
+    base = gemma.init(cfg, key, jnp.dtype(config.dtype), config.base == "int8")
+    return trained, {"base": base} | scale
 
 
 def state_shapes(config, mesh: Mesh, weights, specs: tuple) -> tuple:

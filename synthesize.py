@@ -27,7 +27,6 @@ It reads the data that eval.py reads; the README shows rows of several domains.
 import dataclasses
 import json
 import math
-import sys
 from collections import Counter
 from concurrent.futures import as_completed
 from contextlib import closing
@@ -156,10 +155,8 @@ class Teacher(Endpoint):
                  price: tuple[float, float] = (0.0, 0.0), budget: float = 0.0, **more):
         self.price, self.budget, self.dollars = price, budget, 0.0
         super().__init__(url, model, **more)
-
-    def load(self, entry: dict) -> None:
-        super().load(entry)
-        self.dollars += entry.get("dollars", 0.0)
+        if self.cache is not None:
+            self.dollars = sum(row["dollars"] for row in runs.good_rows(self.cache, dollars=float))
 
     def admit(self) -> None:
         super().admit()
@@ -176,7 +173,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
     """A row for each completion: {"problem", "sample"} and {"completion", "stop"} or {"error"}."""
     futures, rows, failed = {}, {}, 0
     for i, problem in enumerate(problems):
-        chat = data.with_system(data.parse_row(problem.fields).chat, config.system)
+        chat = data.with_system(problem.chat, config.system)
         for sample in range(config.samples):
             future = teacher.ask(chat, max_tokens=config.max_new, key=f"{config.seed} {sample}",
                                  temperature=config.temperature)
@@ -200,8 +197,7 @@ def ask(teacher: Teacher, problems: list[Problem], config: Traces) -> list[dict]
 
 def prompt_of(problem: Problem) -> str | list[dict]:
     """The question without the system text, as messages where there are several."""
-    chat = data.parse_row(problem.fields).chat
-    return problem.question if len(chat) == 1 else chat
+    return problem.question if len(problem.chat) == 1 else problem.chat
 
 
 # ---------------------------------------------------------------------------------------- traces
@@ -356,7 +352,7 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 @runs.one_line
 def main(config: Config) -> Path:
     """Writes the rows or the pairs and returns their file."""
-    runs.check_jax()
+    runs.check_versions()
     runs.compilation_cache()
     config = resolve(config)
     out = Path(config.out)
@@ -379,7 +375,7 @@ def main(config: Config) -> Path:
                 rows = ask(teacher, problems, config)
             runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
-            evaluation.begin_folder(config, name, start, problems)
+            evaluation.begin_folder(config, name, start, tok, problems)
             rows = evaluation.answer(config, problems, tok, start, greedy=False)
         made, rejects = make(problems, rows, tok, config)
         rejects += [{"reason": "bad row", "detail": line} for line in bad]
@@ -395,7 +391,4 @@ def main(config: Config) -> Path:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

@@ -34,6 +34,7 @@ import tyro
 
 import data
 import rewards
+import runs
 
 HERE = Path(__file__).resolve().parent
 
@@ -381,13 +382,14 @@ def main(config: Config, flags: list[str]) -> Path:
     else:
         text, end = notebook(script, parsed, resolved, files, flags), ".ipynb"
     to = Path(config.to or script.replace(".py", end))
+    suffix = end[end.index(".") :]
+    if to.suffix != suffix or to.resolve().parent == HERE and to.name in texts:
+        raise ValueError(f"--to {to}: expected a name that ends in {suffix}, and not that of a "
+                         "script here")
     to.write_text(text, encoding="utf-8")
     print(f"{to}: {len(text):,} bytes, {len(files)} files: {', '.join(files)}")
     return to
 
 
 if __name__ == "__main__":
-    try:
-        main(*tyro.cli(Config, description=__doc__, return_unknown_args=True))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(*tyro.cli(Config, description=__doc__, return_unknown_args=True)))

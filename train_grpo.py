@@ -10,14 +10,14 @@ G completions are sampled per prompt; each one's advantage is how far it beats i
     python train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
     python train_grpo.py --data mine.jsonl --rewards format:1,score:2 --reward-file my.py:score
 
-GRPO, Dr.GRPO, DAPO, GSPO, CISPO and RLOO are settings; the README has the table. Deviations from
-common practice, and why:
+GRPO, Dr.GRPO, DAPO, GSPO, GMPO, CISPO, SAPO and RLOO are settings; the README has the table.
+Deviations from common practice, and why:
 
 1. No forward pass runs twice. With one inner epoch the old log-probs are the current ones; with
    more, the first epoch's forward pass keeps them for the later ones. kl_coef 0 runs no reference;
    an adapter's reference is the starting adapter on the same base.
-2. With kl_coef 0, a completion with advantage 0 has no gradient, so the update skips it. It still
-   counts in every mean.
+2. Without a KL term or an entropy bonus, a completion with advantage 0 has no gradient, so the
+   update skips it. It still counts in every mean.
 3. A packed row holds a prompt once, followed by its completions, each of which attends to the
    prompt and itself: fewer tokens, the same gradient (tested). The host knows every token's weight
    in the mean, so the loss is a plain weighted sum that packing, micro-batches and devices do not
@@ -32,7 +32,6 @@ construction, so watch reward, grad_norm and the evaluations instead.
 """
 
 import dataclasses
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import data
@@ -77,24 +76,45 @@ class Config(rollouts.Settings):
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = 0.28
     """Ratios above 1 + clip_high are clipped; 0.2 in GRPO, 0.28 in DAPO (clip-higher)."""
+    dual_clip: float = 0.0
+    """Ratios of negative advantages are capped here, as in 3 (TRL's delta, two-sided); 0: off."""
     cispo_cap: float = 0.0
     """CISPO: weight the log-prob's gradient by the ratio, capped here; 0: clip as PPO does."""
-    ratio_level: Literal["token", "sequence", "sequence-token"] = "token"
-    """Ratio per token, per sequence (GSPO), or per sequence with per-token gradients."""
+    sapo: bool = False
+    """Bound the ratio smoothly, by a sigmoid, instead of clipping it (SAPO)."""
+    sapo_pos: float = 1.0
+    """Temperature of SAPO's sigmoid where the advantage is positive."""
+    sapo_neg: float = 1.05
+    """Temperature of SAPO's sigmoid elsewhere; the higher, the sooner a ratio loses its effect."""
+    ratio_level: Literal["token", "sequence", "sequence-token", "geometric"] = "token"
+    """Ratio per token, per sequence (GSPO), per sequence with per-token gradients, or the geometric
+    mean of a sequence's ratios, each clipped to exp(-clip_low), exp(clip_high) (GMPO)."""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
     """Mean over each completion's tokens, then over completions (GRPO); mean over all tokens of the
     update (DAPO); or the sum divided by completions times --max-new (Dr.GRPO)."""
     kl_coef: float | None = None
     """Weight beta of the KL divergence from the starting model; 0 skips the reference pass."""
+    kl_unbiased: bool = False
+    """Weight the KL term by the ratio, which makes its gradient that of the reverse KL divergence
+    (DeepSeek-V3.2; TRL's default)."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus for the mean entropy of a token."""
     mask_truncated: bool = False
     """Completions cut at --max-new get no gradient but still count in their group's mean."""
     resample: int = 0
     """Rounds of new prompts to replace groups with equal rewards (DAPO's dynamic sampling)."""
     is_cap: float | None = None
-    """Truncated importance sampling: weight tokens by p_trainer / p_sampler, capped here; 0: off,
-    as for the tiny model in float32, where the two agree."""
-    max_drift: float = 0.5
-    """Stop if sampler and trainer log-probs differ by more than this on average."""
+    """Importance correction: weight by p_trainer / p_sampler, capped here; 0: off, as for the tiny
+    model in float32, where the two agree."""
+    is_level: Literal["token", "sequence"] = "token"
+    """The importance of a token, or the product over its sequence."""
+    is_mode: Literal["truncate", "mask"] = "truncate"
+    """An importance above --is-cap or below --is-floor becomes that bound, or 0."""
+    is_floor: float = 0.0
+    """Lower bound of the importance."""
+    off_policy_mask: float = 0.0
+    """Drop a completion with a negative advantage if its tokens' mean log-prob has fallen by more
+    than this since it was sampled (DeepSeek-V3.2); 0: never."""
 
 
 REAL = dict(
@@ -127,28 +147,41 @@ LABELS = {  # metrics printed each step, named as in TRL where TRL has them
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    for flag, value, excluded in (
-        ("--cispo-cap", config.cispo_cap, ("clip_low", "clip_high")),
-        ("--per-reward", config.per_reward, ("scale",)),
-    ):
-        for name in excluded:
-            if value and getattr(config, name) != getattr(Config, name):
-                flag_read = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag_read} {getattr(config, name)} has no effect beside {flag} "
-                                 f"{value}: leave one of the two out")
     config = stage.resolve(config, DEFAULTS)
     if config.lora_alpha is None:
         config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
-    if config.temperature <= 0:
-        raise ValueError(f"--temperature {config.temperature:g}: expected more than 0")
+    check_algorithm(config)
     if config.group < 2:
         raise ValueError(f"--group {config.group}: expected 2 or more, to compare")
-    if config.pack_length < (longest := config.max_prompt + config.max_new):
-        raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
-                         f"{longest} or more")
-    rollouts.read_curriculum(config.curriculum)  # report mistakes before loading anything
-    rollouts.check_rewards(config)
+    rollouts.check_settings(config)
+    rollouts.check_rewards(config, trains=True)
     return config
+
+
+def check_algorithm(config: Config) -> None:
+    """Raises ValueError for a setting that another one leaves without effect."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    given = lambda name: getattr(config, name) != getattr(Config, name)
+    for name, is_on, excluded in (
+        ("cispo_cap", config.cispo_cap, "clip_low clip_high dual_clip sapo"),
+        ("sapo", config.sapo, "clip_low clip_high dual_clip"),
+        ("ratio_level", config.ratio_level == "geometric", "cispo_cap sapo dual_clip"),
+        ("per_reward", config.per_reward, "scale"),
+    ):
+        for other in filter(given, excluded.split() if is_on else ()):
+            raise ValueError(f"{flag(other)} {getattr(config, other)} has no effect beside "
+                             f"{flag(name)} {getattr(config, name)}: leave one of the two out")
+    for needed, names in (("is_cap", "is_level is_mode is_floor"), ("kl_coef", "kl_unbiased"),
+                          ("sapo", "sapo_pos sapo_neg")):
+        for name in filter(given, () if getattr(config, needed) else names.split()):
+            raise ValueError(f"{flag(name)} {getattr(config, name)} has no effect without "
+                             f"{flag(needed)}")
+    if config.dual_clip and config.dual_clip <= 1 + config.clip_high:
+        raise ValueError(f"--dual-clip {config.dual_clip:g}: expected more than 1 + --clip-high = "
+                         f"{1 + config.clip_high:g}")
+    if config.is_floor > config.is_cap:
+        raise ValueError(f"--is-floor {config.is_floor:g}: expected less than --is-cap "
+                         f"{config.is_cap:g}")
 
 
 # -------------------------------------------------------------------------------------- rollouts
@@ -183,13 +216,6 @@ class State(NamedTuple):
         return {"trained": self.trained, "opt": self.opt}
 
 
-def make_sampler(cfg: gemma.Config, config: Config, mesh: Mesh) -> Sampler:
-    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, cached_prompts=min(16, max(4, config.slots // 4)),
-                   dtype=jnp.dtype(config.dtype),
-                   shard=stage.rollouts_are_sharded(cfg, config, mesh))
-
-
 def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str, float]]:
     """Samples a step at progress p of the run -> (groups to learn from, all groups, seconds).
 
@@ -199,11 +225,12 @@ def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str,
     config, used, seen = setup.config, [], []
     times = {"rollout_s": 0.0, "reward_s": 0.0}
     weights = stage.forward_weights(state.trained, setup.model.fixed, jnp.dtype(config.dtype))
+    logps = lambda batch, n: setup.steps[1](state.trained, setup.model.fixed, batch, n)
     for _ in range(1 + config.resample):
         chosen = setup.order.take(state.drawn + len(seen), config.prompts - len(used), p, len(seen))
         groups, took = rollouts.sample_groups(
             setup.sampler, weights, setup.model.tok, [setup.problems[i] for i in chosen],
-            setup.scorer, config, step=state.step, first=len(seen), p=p)
+            setup.scorer, config, step=state.step, first=len(seen), p=p, logps=logps)
         times = {k: times[k] + took[k] for k in times}
         seen += groups
         a_QG = set_advantages(groups, setup.scorer.mix, config)
@@ -293,38 +320,96 @@ def policy_loss(logp_BT, b: dict, config: Config):
 
     b: weight, advantage, mask, segments and the log-probs old (of the behaviour policy, by the
     trainer; unused if on_policy), sampler and ref, all [B, T], for the same tokens as logp_BT.
+    --entropy-coef reads entropy [B, T] and n_tokens, the completion tokens of the whole update.
     """
-    now_BT, advantage_BT, mask_BT = lax.stop_gradient(logp_BT), b["advantage"], b["mask"]
+    now_BT, mask_BT = lax.stop_gradient(logp_BT), b["mask"]
     old_BT = jnp.where(b["on_policy"], now_BT, b["old"])
-    log_ratio_BT = logp_BT - old_BT
-    if config.ratio_level != "token":  # the mean over the token's own sequence, arXiv 2507.18071
-        same_BTT = (b["segments"][:, :, None] == b["segments"][:, None, :]).astype(jnp.float32)
-        own = partial(jnp.einsum, "BTS,BS->BT", same_BTT, precision="highest")
-        mean_BT = own(log_ratio_BT * mask_BT) / jnp.maximum(own(mask_BT), 1.0)
+
+    # 1. how much likelier a token, or its completion, is than when it was sampled
+    log_ratio_BT = jnp.where(mask_BT > 0, logp_BT - old_BT, 0.0)
+    if config.ratio_level in ("sequence", "sequence-token"):  # arXiv 2507.18071
+        mean_BT = sequence_mean(log_ratio_BT, b)
         each_BT = lax.stop_gradient(mean_BT) + logp_BT - now_BT
         log_ratio_BT = mean_BT if config.ratio_level == "sequence" else each_BT
-    ratio_BT = jnp.exp(jnp.where(mask_BT > 0, log_ratio_BT, 0.0))
-    low, high = 1 - config.clip_low, 1 + config.clip_high
-    if config.cispo_cap:  # arXiv 2506.13585, equation 4
-        capped_BT = lax.stop_gradient(jnp.minimum(ratio_BT, config.cispo_cap))
-        loss_BT = -capped_BT * advantage_BT * logp_BT
-        too_low_BT, too_high_BT = ratio_BT < 0, ratio_BT > config.cispo_cap
-    else:
-        clipped_BT = jnp.clip(ratio_BT, low, high)
-        loss_BT = -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
-        too_low_BT = (ratio_BT < low) & (advantage_BT < 0)
-        too_high_BT = (ratio_BT > high) & (advantage_BT > 0)
-    if config.is_cap:
-        loss_BT *= jnp.minimum(jnp.exp(mask_BT * (old_BT - b["sampler"])), config.is_cap)
+    ratio_BT = jnp.exp(log_ratio_BT)
+
+    # 2. the objective, with a limit to what a large ratio can gain
+    objective_BT, too_low_BT, too_high_BT = limited(log_ratio_BT, logp_BT, b, config)
     metrics = {"clip_ratio/low_mean": too_low_BT, "clip_ratio/high_mean": too_high_BT,
                "clip_ratio/region_mean": too_low_BT | too_high_BT}
+
+    # 3. weights without a gradient: of sampler and trainer's disagreement, of stale completions
+    if config.is_cap:
+        trust_BT = importance(old_BT - b["sampler"], b, config)
+        objective_BT *= trust_BT
+        metrics["sampling/importance_sampling_ratio/mean"] = trust_BT
+    if config.off_policy_mask:  # arXiv 2512.02556, equation 9
+        stale_BT = sequence_mean(b["sampler"] - now_BT, b) > config.off_policy_mask
+        dropped_BT = stale_BT & (b["advantage"] < 0)
+        objective_BT = jnp.where(dropped_BT, 0.0, objective_BT)
+        metrics["off_policy_masked"] = dropped_BT
+    loss_BT = -objective_BT
+
+    # 4. the distance from the starting model
     if config.kl_coef:
         d_BT = mask_BT * (b["ref"] - logp_BT)
-        k3_BT = jnp.exp(d_BT) - d_BT - 1
-        loss_BT += config.kl_coef * k3_BT
-        metrics |= {"kl": k3_BT, "kl_k1": -d_BT, "kl_k2": d_BT**2 / 2}
-    metrics = {k: jnp.sum(mask_BT * lax.stop_gradient(v)) for k, v in metrics.items()}
-    return jnp.sum(jnp.where(mask_BT > 0, b["weight"] * loss_BT, 0.0)), metrics
+        kl_BT = jnp.exp(d_BT) - d_BT - 1  # k3
+        if config.kl_unbiased:
+            kl_BT *= ratio_BT
+        loss_BT += config.kl_coef * kl_BT
+        metrics |= {"kl": kl_BT, "kl_k1": -d_BT, "kl_k2": d_BT**2 / 2}
+
+    # 5. the sum, in which each token's weight makes it the mean of --loss-norm
+    total = jnp.sum(jnp.where(mask_BT > 0, b["weight"] * loss_BT, 0.0))
+    if config.entropy_coef:  # the mean over tokens, whatever --loss-norm is
+        total -= config.entropy_coef * jnp.sum(mask_BT * b["entropy"]) / b["n_tokens"]
+    return total, {k: jnp.sum(mask_BT * lax.stop_gradient(v)) for k, v in metrics.items()}
+
+
+def limited(log_ratio_BT, logp_BT, b: dict, config: Config):
+    """The objective of each token, and whether its ratio was too low or too high, all [B, T]."""
+    a_BT, low, high = b["advantage"], 1 - config.clip_low, 1 + config.clip_high
+    ratio_BT, never_BT = jnp.exp(log_ratio_BT), jnp.zeros_like(logp_BT, bool)
+    if config.ratio_level == "geometric":  # GMPO, arXiv 2507.20673: clip in log space, then average
+        low, high = -config.clip_low, config.clip_high
+        clipped_BT = jnp.where(a_BT > 0, jnp.minimum(log_ratio_BT, high),
+                               jnp.maximum(log_ratio_BT, low))
+        objective_BT = jnp.exp(sequence_mean(clipped_BT, b)) * a_BT
+        return objective_BT, (log_ratio_BT < low) & (a_BT < 0), (log_ratio_BT > high) & (a_BT > 0)
+    if config.cispo_cap:  # arXiv 2506.13585, equation 4
+        capped_BT = lax.stop_gradient(jnp.minimum(ratio_BT, config.cispo_cap))
+        return capped_BT * a_BT * logp_BT, never_BT, ratio_BT > config.cispo_cap
+    if config.sapo:  # arXiv 2511.20347
+        t_BT = jnp.where(a_BT > 0, config.sapo_pos, config.sapo_neg)
+        return 4 / t_BT * jax.nn.sigmoid(t_BT * (ratio_BT - 1)) * a_BT, never_BT, never_BT
+    clipped_BT = jnp.clip(ratio_BT, low, high)  # PPO, arXiv 1707.06347
+    if config.dual_clip:  # arXiv 1912.09729, equation 5
+        ratio_BT = jnp.minimum(ratio_BT, config.dual_clip)
+    objective_BT = jnp.minimum(ratio_BT * a_BT, clipped_BT * a_BT)
+    return objective_BT, (ratio_BT < low) & (a_BT < 0), (ratio_BT > high) & (a_BT > 0)
+
+
+def importance(difference_BT, b: dict, config: Config):
+    """Weight [B, T] of each token for the log-probs' difference, trainer's minus sampler's."""
+    difference_BT = jnp.where(b["mask"] > 0, difference_BT, 0.0)
+    if config.is_level == "sequence":
+        difference_BT = sequence_sum(difference_BT, b)
+    ratio_BT = jnp.exp(difference_BT)
+    inside_BT = jnp.clip(ratio_BT, config.is_floor, config.is_cap)
+    if config.is_mode == "truncate":
+        return inside_BT
+    return jnp.where(inside_BT == ratio_BT, ratio_BT, 0.0)
+
+
+def sequence_sum(x_BT, b: dict):
+    """The sum over each token's own completion, [B, T]: tokens 1 2 | 3 of two -> 3 3 | 3."""
+    same_BTT = (b["segments"][:, :, None] == b["segments"][:, None, :]).astype(jnp.float32)
+    counted_BT = jnp.where(b["mask"] > 0, x_BT, 0.0)
+    return jnp.einsum("BTS,BS->BT", same_BTT, counted_BT, precision="highest")
+
+
+def sequence_mean(x_BT, b: dict):
+    return sequence_sum(x_BT, b) / jnp.maximum(sequence_sum(jnp.ones_like(x_BT), b), 1.0)
 
 
 def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
@@ -343,7 +428,7 @@ def token_logps(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp
 def loss(trained, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
     """The loss of one micro-batch -> (sum, (sums of metrics, logp_BT)). Per-device sizes."""
     logp_BT, entropy_BT = token_logps(trained, fixed, b, cfg, config, fsdp)
-    total, metrics = policy_loss(logp_BT, b, config)
+    total, metrics = policy_loss(logp_BT, b | {"entropy": entropy_BT}, config)
     metrics["entropy"] = jnp.sum(b["mask"] * lax.stop_gradient(entropy_BT))
     return total, (metrics, lax.stop_gradient(logp_BT))
 
@@ -362,21 +447,24 @@ def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp
     trained = jax.tree.map(lambda r, x: stage.vary(x) if r else x, replicated, trained)
     f = jax.value_and_grad(partial(loss, cfg=cfg, config=config, fsdp=fsdp), has_aux=True)
 
+    n_tokens = lax.psum(jnp.sum(batch["mask"]), "data")
+    shared = {"on_policy": on_policy, "n_tokens": n_tokens}
+
     def micro(i, carry):
         sums, logp_nBT = carry
-        b = jax.tree.map(lambda x: x[i], batch) | {"on_policy": on_policy}
+        b = jax.tree.map(lambda x: x[i], batch) | shared
         (total, (metrics, logp_BT)), g = f(trained, fixed, b)
         sums = jax.tree.map(jnp.add, sums, (g, metrics | {"loss": total}))
         return sums, logp_nBT.at[i].set(logp_BT)
 
-    b = jax.tree.map(lambda x: x[0], batch) | {"on_policy": on_policy}
+    b = jax.tree.map(lambda x: x[0], batch) | shared
     names = jax.eval_shape(lambda: f(trained, fixed, b)[0][1][0])
     zeros = jax.tree.map(jnp.zeros_like, trained), {k: stage.vary(jnp.zeros(())) for k in names}
     zeros[1]["loss"] = stage.vary(jnp.zeros(()))
     (g, metrics), logp_nBT = lax.fori_loop(
         0, n_micro, micro, (zeros, jnp.zeros_like(batch["sampler"]))
     )
-    n_tokens, metrics = lax.psum((jnp.sum(batch["mask"]), metrics), "data")
+    metrics = lax.psum(metrics, "data")
     metrics = {k: v if k == "loss" else v / jnp.maximum(n_tokens, 1.0) for k, v in metrics.items()}
     # g{unreduced} -> all-reduce; the transpose of all-gather has summed sharded leaves already
     g = jax.tree.map(lambda r, x: lax.psum(x, "data") if r else x, replicated, g)
@@ -436,17 +524,11 @@ def programs(config: Config, mesh: Mesh) -> dict:
     weights = partial(stage.random_weights, cfg, config)
     trained, opt, fixed = stage.state_shapes(config, mesh, weights, specs)
     base, adapter = jax.eval_shape(partial(stage.forward_weights, dtype=dtype), trained, fixed)
-    n_max, rows = rollouts.packed_size(config, mesh.size)
-    batch = {
-        k: jax.ShapeDtypeStruct((n_max, rows, config.pack_length),
-                                jnp.int32 if k in rollouts.INTS else jnp.float32,
-                                sharding=NamedSharding(mesh, P(None, "data")))
-        for k in rollouts.INTS + rollouts.FLOATS
-    }
+    batch = rollouts.packed_shapes(config, mesh)
     n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
-    out = make_sampler(cfg, config, mesh).programs(base, adapter)
+    out = stage.make_sampler(cfg, config, mesh).programs(base, adapter)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
-    if config.kl_coef:
+    if config.kl_coef or "prob" in rewards.read_mix(config.rewards, config.reward_file).weights:
         out["reference"] = reference, (trained, fixed, batch, n_micro)
     if config.judge:
         import judge
@@ -464,7 +546,8 @@ def update(setup: Setup, state: State, samples: list[Sample],
     began, (config, mesh, model) = time.perf_counter(), setup[:3]
     train_step, reference_step = setup.steps
     trained, opt, metrics = state.trained, state.opt, {}
-    host, n_micro, spans = rollouts.pack(samples, token_weights(samples, config), config, mesh.size)
+    host, n_micro, spans = rollouts.pack(samples, token_weights(samples, config), config, mesh.size,
+                                         all_advantages=bool(config.entropy_coef))
     if not n_micro:  # no completion has a gradient: Adam's momentum alone must not move weights
         return state._replace(step=state.step + 1), {"update_s": 0.0}, host
     batch, n = stage.put(host, mesh, P(None, "data")), np.int32(n_micro)
@@ -495,12 +578,8 @@ def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
     """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
     dtype = jnp.dtype(setup.config.dtype)
     weights = stage.forward_weights(state.trained, setup.model.fixed, dtype)
-    with run.budget.measure("eval"):
-        metrics = rollouts.accuracy(
-            rollouts.answer(setup.sampler, weights, setup.model.tok, setup.held_out))
-    run.log(state.step, metrics)
-    runs.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    return metrics.get("eval_accuracy", metrics["eval_format"])
+    return rollouts.evaluate(setup.sampler, weights, setup.model.tok, setup.held_out, state.step,
+                             run)
 
 
 def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]],
@@ -508,20 +587,14 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
     """Logs and prints a step; stops a run whose sampler and trainer disagree."""
     config, step, samples = setup.config, state.step, [s for group in seen for s in group]
     run.log(step, rollouts.summarize(seen, setup.scorer.mix) | metrics | setup.scorer.stats())
-    failed = [s for s in samples[config.log_samples :] if s.scored.errors]
-    run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
-    if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
-        rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
-    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-    if drift > config.max_drift:
-        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
-                         f"on average, more than --max-drift {config.max_drift}")
+    rollouts.log_samples(config, step, run, samples)
+    rollouts.check_drift(step, metrics, config)
 
 
 @runs.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_jax()
+    runs.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -539,20 +612,18 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    sources, held_out = data.load_split(config, rollouts.problem_reader(config, model.tok),
-                                        rows=config.rows)
-    problems = rollouts.numbered([problem for source in sources for problem in source])
-    held_out = rollouts.numbered(held_out)
+    problems, held_out = rollouts.load_split(config, model.tok)
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
     model = model._replace(trained=None)  # else a resumed run would hold these weights too
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)
-    sampler = make_sampler(model.cfg, config, mesh)
+    sampler = stage.make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
-    with (runs.Run(config, LABELS, every_s=0.0) as run,
+    facts = stage.facts(config, model, [problems], held_out)
+    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems, held_out,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
@@ -598,7 +669,4 @@ def main(config: Config) -> Path | dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

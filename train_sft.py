@@ -24,7 +24,6 @@ What to expect: the loss falls fast for some tens of steps, then slowly. The tin
 """
 
 import dataclasses
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -70,7 +69,7 @@ class Config:
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; :test for a test split."""
+    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
     mix: str | None = None
     """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
     eval_data: str | None = None
@@ -321,7 +320,7 @@ def log_step(run: runs.Run, pending: Pending, began: float) -> float:
 @runs.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_jax()
+    runs.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -350,7 +349,7 @@ def main(config: Config) -> Path | dict:
     evaluation = stage.HeldOut(config, mesh, model, held_out, eval_step)
 
     # loop: batch -> update -> log -> evaluate -> save
-    with runs.Run(config, SHOWN) as run:
+    with runs.Run(config, SHOWN, facts=stage.facts(config, model, sources, held_out)) as run:
         stage.keep_held_out(config, held_out)
         step, key, pending = 0, jax.random.key(config.seed), None
         if (saved := run.restore({"trained": trained, "opt": opt})) is not None:
@@ -389,7 +388,4 @@ def main(config: Config) -> Path | dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

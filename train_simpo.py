@@ -31,7 +31,6 @@ if it dives, or completions get longer, the learning rate is too high.
 """
 
 import dataclasses
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -428,7 +427,7 @@ def log_step(run: runs.Run, pending: Pending, began: float) -> float:
 @runs.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_jax()
+    runs.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -461,7 +460,7 @@ def main(config: Config) -> Path | dict:
     evaluation = stage.HeldOut(config, mesh, model, held_out, eval_step)
 
     # loop: batch -> update -> log -> evaluate -> save
-    with runs.Run(config, SHOWN) as run:
+    with runs.Run(config, SHOWN, facts=stage.facts(config, model, sources, held_out)) as run:
         stage.keep_held_out(config, held_out)
         step, key, pending = 0, jax.random.key(config.seed), None
         if (saved := run.restore({"trained": trained, "opt": opt})) is not None:
@@ -500,7 +499,4 @@ def main(config: Config) -> Path | dict:
 if __name__ == "__main__":
     import tyro
 
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))

@@ -6,9 +6,11 @@ start that was killed together with the script is not counted. Traces and pairs 
 that learns from them. The minutes of eval.py count to no stage.
 """
 
-import json
 import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import gemma  # noqa: E402
 
 
 def rows(folder: Path) -> list[tuple[str, float, dict]]:
@@ -22,7 +24,10 @@ def rows(folder: Path) -> list[tuple[str, float, dict]]:
         waiting += seconds.get(name, 0)
         file = folder / f"eval-{name}" / "results.json"
         if file.exists():
-            out.append((name, waiting / 60, json.loads(file.read_text())))
+            results = gemma.read_json(file)
+            results = {key: gemma.json_value(results, key, float, None, file, low=0)
+                       for key in ("pass@1", "maj@8", "format", "length")}
+            out.append((name, waiting / 60, results))
             waiting = 0
     return out
 
@@ -33,9 +38,9 @@ def table(folders: list[Path]) -> str:
     for folder in folders:
         prefix = f"{folder.name}: " if len(folders) > 1 else ""
         for name, minutes, r in rows(folder):
-            percent = lambda key, r=r: "" if r.get(key) is None else f"{100 * r[key]:.1f}"
+            percent = lambda key, r=r: "" if r[key] is None else f"{100 * r[key]:.1f}"
             cells = [prefix + name, f"{minutes:.1f}" if minutes else ""]
-            cells += [*map(percent, ("pass@1", "maj@8", "format")), f"{r['length']:.0f}"]
+            cells += [*map(percent, ("pass@1", "maj@8", "format")), f"{r['length'] or 0:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -154,9 +154,12 @@ CITIES = ("Rome", "Oslo", "Bern", "Paris")
 OWN = [(gold, "auto", CITIES if gold == "B" else (), guess, side == "right")
        for gold, sides in json.loads((HERE / "answers.json").read_text()).items()
        for side, guesses in sides.items() for guess in guesses]
+MORE = [(gold, "auto", tuple(choices), guess, guesses is right)
+        for gold, choices, right, wrong in json.loads((HERE / "answers_more.json").read_text())
+        for guesses in (right, wrong) for guess in guesses]
 
 
-@pytest.mark.parametrize("table", [PUBLIC, OWN], ids=["public", "own"])
+@pytest.mark.parametrize("table", [PUBLIC, OWN, MORE], ids=["public", "own", "more"])
 def test_the_rates_of_false_and_missed_rewards(table):
     """Below 2 % of the wrong answers are paid, and below 5 % of the right ones refused.
 

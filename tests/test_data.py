@@ -143,7 +143,8 @@ BAD_ROWS = [
     ({"prompt": "Q \ud83d", "completion": "A"}, "surrogates not allowed"),
     *[({"prompt": text, "completion": "A"}, "carries a chat template already") for text in (
         "<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n", "<bos>Q", "Q<end_of_turn>",
-        "<|im_start|>user\nQ", "<s>[INST] Q [/INST]", "Be brief.\n<|start_header_id|>\n")],
+        "<|im_start|>user\nQ", "<s>[INST] Q [/INST]", "Be brief.\n<|start_header_id|>\n",
+        "\n\nHuman: Q\n\nAssistant:", "USER: Q ASSISTANT:", "Q\n\n### Response:\n")],
 ]
 
 
@@ -244,7 +245,7 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
     [items], bad = data.load(f" {file} ", read, skip_bad_rows=True, what="prompts")
     assert items == ["a", "b"]
     assert [fault.split(":")[1] for fault in bad] == ["2", "3", "4", "5", "6", "7"]
-    assert "expected a JSON object, found list" in bad[1] and "recursion" in bad[3]
+    assert "expected a JSON object, found a list" in bad[1] and "recursion" in bad[3]
     assert bad[4].endswith(": 5 tokens, more than --max-length 3")
     assert said == [f"data: 2 prompts of {file}, 6 bad rows left out; first: {bad[0]}; "
                     "the longest has 5 tokens"]
@@ -259,6 +260,21 @@ def test_columns_that_nothing_reads_are_said(tmp_path, said):
     data.load(f"{file},problems:test", data.parse_row, rows=3)
     [line] = [line for line in said if "nothing reads" in line]
     assert "columns nothing reads: final_answer, url (" in line
+
+
+def test_fields_of_messages_that_nothing_reads_are_said(tmp_path, said):
+    turns = [TURN("user", "Q"), TURN("assistant", "A") | {"reasoning_content": "R", "name": None}]
+    data.load(str(write(tmp_path / "rows.jsonl", [{"messages": turns}])), data.parse_row)
+    [line] = [line for line in said if "nothing reads" in line]
+    assert "columns nothing reads: messages.reasoning_content (" in line
+
+
+@pytest.mark.parametrize("array", ['["a", 3, null]', "[" * 100_000, "[" * 80 + "]" * 80, '[{"a'])
+def test_an_array_that_holds_no_rows(tmp_path, array):
+    (tmp_path / "rows.json").write_text(array)
+    with pytest.raises(ValueError, match=f"{tmp_path}/rows.json:") as error:
+        data.load(str(tmp_path / "rows.json"), data.parse_row)
+    assert "expected a JSON object, found a str" in str(error.value) or "as JSON (" in str(error)
 
 
 def test_files_as_people_have_them(tmp_path):
@@ -283,6 +299,7 @@ def test_the_built_in_sources():
         next(data.read_rows("gsm8k:tset", "--eval-data"))
     assert data.test_split("gsm8k") == data.test_split("gsm8k:train") == "gsm8k:test"
     assert data.test_split("problems, solutions:train") == "problems:test,solutions:test"
+    assert data.test_split("gsm8k[:50%]") == data.test_split("gsm8k:train[9:]") == "gsm8k:test"
     assert data.test_split("mine.jsonl,gsm8k") is data.test_split("gsm8k:test") is None
 
 
@@ -304,6 +321,15 @@ def test_no_prompt_is_on_both_sides_of_a_hold_out(tmp_path, said):
     assert len(split(eval_rows=2)[1]) == 2
     with pytest.raises(ValueError, match="1 prompts are too few to hold some out; --eval-data"):
         data.load_split(config(data=write(tmp_path / "q.jsonl", [{"prompt": "Q"}] * 99)), read)
+
+
+@pytest.mark.parametrize("part, expected", [
+    ("[:3]", [0, 1, 2]), ("[8:]", [8, 9]), ("[2:4]", [2, 3]), ("[:40%]", [0, 1, 2, 3]),
+    ("[90%:]", [9]), ("[25%:5]", [2, 3, 4]), ("[:]", [*range(10)]), ("[:0]", []), ("[20:]", [])])
+def test_a_slice_takes_rows_by_number_or_percentage(tmp_path, part, expected):
+    file = tmp_path / "a[b].jsonl"
+    file.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(10)))
+    assert [row["n"] for _, row in data.read_rows(f"{file}{part}")] == expected
 
 
 def test_held_out_rows_are_those_named_or_a_test_split(tmp_path, said):

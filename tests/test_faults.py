@@ -32,14 +32,18 @@ import lora
 import runs
 import sampler
 import synthesize
+import train_distill
 import train_grpo
+import train_ppo
 import train_sft
 import train_simpo
 
-TRAINERS = ("train_sft", "train_simpo", "train_grpo")
+TRAINERS = ("train_sft", "train_simpo", "train_grpo", "train_ppo", "train_distill")
+ON_ROLLOUTS = ("train_grpo", "train_ppo", "train_distill")
 SCRIPTS = (*TRAINERS, "eval", "synthesize")
 MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
-          "eval": evaluation, "synthesize": synthesize}
+          "train_ppo": train_ppo, "train_distill": train_distill, "eval": evaluation,
+          "synthesize": synthesize}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
@@ -59,6 +63,13 @@ def configs(folder: Path) -> dict:
                                         inner_epochs=2, kl_coef=0.1, pack_length=40,
                                         is_cap=2.0, resample=1, curriculum="ordered",
                                         rewards="language:1,repetition:1"),
+        "train_ppo": train_ppo.Config(**start, **run | rollouts, prompts=2, group=4, eval_rows=4,
+                                      inner_epochs=2, minibatches=2, value_warmup=1, kl_coef=0.1,
+                                      pack_length=40, rewards="language:1,repetition:1"),
+        "train_distill": train_distill.Config(
+            **start, **run | rollouts | dict(max_new=32), teacher=str(folder), prompts=4, group=3,
+            teacher_adapter=str(folder / "teacher"), on_policy=0.5, eval_rows=4, pack_length=64,
+            beta=0.4, rewards="language:1,repetition:1"),
         "eval": evaluation.Config(**start, **rollouts, samples=2, rows=8),
         "synthesize": synthesize.Pairs(**start, **rollouts, samples=3, rows=8, margin=0.01,
                                        rewards="language:1,repetition:1"),
@@ -102,7 +113,7 @@ class World:
     def stop(self, name: str, out: Path, number: signal.Signals) -> None:
         owner, step, last = (evaluation, "grade", 20)
         if name in TRAINERS:
-            owner, step, last = runs.Run, "log", 2 + (name == "train_grpo")  # it evaluates first
+            owner, step, last = runs.Run, "log", 2 + (name in ON_ROLLOUTS)  # which evaluate first
         real, calls = getattr(owner, step), []
 
         def one(*a, **k):
@@ -137,6 +148,7 @@ def world(small, tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     cfg, params = gemma.load(folder)
     save_adapter(folder / "adapter", cfg)
+    save_adapter(folder / "teacher", cfg, 7)
     save_adapter(folder / "other", dataclasses.replace(cfg, hidden_size=48))
     norm = params["norm"].at[0].set(jnp.nan)
     gemma.save(folder / "nan", cfg, params | {"norm": norm})
@@ -147,14 +159,14 @@ def world(small, tmp_path_factory):
         yield World(folder, configs(folder), compiled)
 
 
-def save_adapter(folder, cfg):
-    adapter = lora.init(cfg, jax.random.key(3), 4, 8.0)
-    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(4), b.shape)
+def save_adapter(folder, cfg, seed=3):
+    adapter = lora.init(cfg, jax.random.key(seed), 4, 8.0)
+    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
     lora.save(folder, adapter | {"b": jax.tree.map(noise, adapter["b"])}, cfg)
 
 
 def once_for_each_shape(make_steps, compiled):
-    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards=None)
+    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards="any")
 
     @functools.cache
     def made(*a):
@@ -272,6 +284,8 @@ MEMORY = {
     "train_sft": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_simpo": dict(micro_rows=2, remat="layer", shard="yes"),
     "train_grpo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
+    "train_ppo": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
+    "train_distill": dict(slots=2, micro_rows=2, remat="layer", shard="yes"),
     "eval": dict(slots=2),
     "synthesize": dict(slots=2),
 }
@@ -293,7 +307,7 @@ def test_out_of_memory(world, tmp_path, monkeypatch, name):
             m.setattr(sampler.Sampler, "decode", full)
         line = world.ends(name, out, "out of memory: ", *flags, "9 bytes")
         assert ("--slots" in line) == ("slots" in lower)
-    if name == "train_grpo":  # it has all of the flags
+    if name in ON_ROLLOUTS:  # they have all of the flags
         world.run(name, out, **lower)
         assert contents(out).keys() == world.whole(name).keys()
 
@@ -333,11 +347,15 @@ def faults(world, name, out):
     written = ".tmp-step_3" if name in TRAINERS else "samples.jsonl"
     is_nan = ("the logits are not finite", "weights")
     if name in ("train_sft", "train_simpo"):
-        is_nan = f"step 3 of {out}", "loss is nan", "nan_step_3.npz"
+        is_nan = "step 1 of ", "loss is nan", "nan_step_1.npz"
+    rows = Path(world.configs[name].data)
+    other_row = rows.read_bytes().replace(b"0 + 1?", b"0 + 2?", 1)
+    of_rows = f"the rows of --data {rows}" if name in TRAINERS else "the prompts"
     yield runs.lock(out), (f"{out} is in use by process {os.getpid()}", "--out"), False
     yield refusing(errno.ENOSPC, written, 2), (str(out), "No space left on device"), False
     yield refusing(errno.EROFS, str(out)), (f"cannot write {out}", "Read-only", "--out"), False
     yield in_place_of(out / "config.json", b'{"seed": '), ("config.json", "another --out"), False
+    yield in_place_of(rows, other_row), (f"checksum of {of_rows} was", "put it back"), False
     yield in_place_of(weights, half), (str(weights), "a part of one"), True
     yield in_place_of(adapter, other), (
         str(adapter), "has lora_A, lora_B of shapes", "(4, 48)", "expected ((4, 32)"), True
@@ -346,17 +364,17 @@ def faults(world, name, out):
 
 @every_script
 def test_a_fault_is_one_line_and_the_run_goes_on(world, tmp_path, name):
-    """eval and synthesize see that the weights are not what they were; so they also start anew."""
+    """Weights that are not what they were are an error; so a new folder meets their faults too."""
     out = world.half(name, tmp_path / "x")
     for n, (fault, says, in_weights) in enumerate(faults(world, name, out)):
         with fault:
-            if in_weights and name not in TRAINERS:
-                world.ends(name, out, "checksum of the weights was", "put it back")
+            if in_weights:
                 world.ends(name, tmp_path / f"new{n}", *says)
+                continued = world.ends(name, out)  # a trainer loads the weights first
+                assert "safetensors was" in continued or all(part in continued for part in says)
             else:
                 world.ends(name, out, *says)
         assert not [*out.rglob(".tmp-step*")]
-    (out / "nan_step_3.npz").unlink(missing_ok=True)
     world.goes_on(name, out)
 
 

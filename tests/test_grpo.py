@@ -1,6 +1,7 @@
 """train_grpo.py: golden losses, layouts that change no gradient, runs that survive a kill."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import tyro
 from conftest import KILLER, ROOT, check_sharded_step
 from jax.sharding import AxisType
 
+import data
 import gemma
 import lora
 import rewards
@@ -36,7 +38,8 @@ CONFIG = train_grpo.resolve(train_grpo.Config(
     lora_rank=4, prompts=4, group=4, max_prompt=8, max_new=12, pack_length=32, micro_rows=1,
     slots=8, steps=4,
 ))
-LEVELS, NORMS = ("token", "sequence", "sequence-token"), ("sequence", "token", "constant")
+LEVELS = "token", "sequence", "sequence-token", "geometric"
+NORMS = ("sequence", "token", "constant")
 
 
 def change(**fields):
@@ -105,6 +108,49 @@ def test_loss_and_gradient_are_those_of_trl(golden, name):
         for end in ("low_mean", "high_mean", "region_mean"):
             got = metrics["clip_ratio/" + end] / mask.sum()
             np.testing.assert_allclose(got, expected["clip_ratio/" + end], atol=1e-6)
+
+
+FIELD = json.loads((ROOT / "tests/losses.json").read_text())  # its head says where it is from
+
+
+def field_batch(x, mask, config, **more):
+    """The arrays of an update whose rows are those of the fixture."""
+    rows = [sample([3], [4] * int(n)) for n in mask.sum(1)]
+    b = {"weight": np.array(token_weights(rows, config))[:, None] * mask, "mask": mask,
+         "advantage": np.broadcast_to(x["advantages"][:, None], mask.shape),
+         "segments": np.ones(mask.shape, int), "old": x["old_logps"], "ref": x["ref_logps"],
+         "sampler": x["old_logps"], "n_tokens": mask.sum(), "on_policy": False} | more
+    return {k: jnp.asarray(v, jnp.float32) for k, v in b.items()}
+
+
+@pytest.mark.parametrize("case", FIELD["cases"], ids=lambda case: case["name"])
+def test_what_the_field_has_added_is_as_in_trl(case):
+    x = {k: np.array(v) for k, v in FIELD["inputs"].items()}
+    mask, config = x["mask"].astype(np.float32), change(**{"kl_coef": 0.0} | case["config"])
+    sampler = np.array(case.get("sampler", x["old_logps"]))
+    b = field_batch(x, mask, config, sampler=sampler)
+
+    def f(logp, entropy):
+        return policy_loss(logp, b | {"entropy": entropy}, config)
+
+    inputs = jnp.asarray(x["logps"], jnp.float32), jnp.asarray(x["entropies"], jnp.float32)
+    (loss, metrics), grads = jax.value_and_grad(f, (0, 1), has_aux=True)(*inputs)
+    np.testing.assert_allclose(loss, case["loss"], atol=1e-6)
+    np.testing.assert_allclose(grads[0], case["grad_logps"], atol=1e-6)
+    np.testing.assert_allclose(grads[1], case.get("grad_entropies", 0 * mask), atol=1e-6)
+    for name, expected in case["metrics"].items():
+        np.testing.assert_allclose(metrics[name] / mask.sum(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", FIELD["vllm_is"], ids=lambda c: f"{c['level']}_{c['mode']}")
+def test_importance_correction_is_that_of_trl(case):
+    """On-policy, a log-prob's gradient is minus its weight: p of the trainer / p of the sampler."""
+    x = {k: np.array(v) for k, v in FIELD["inputs"].items()}
+    mask = x["mask"].astype(np.float32)
+    config = change(is_level=case["level"], is_mode=case["mode"], is_cap=case["cap"], kl_coef=0.0)
+    b = field_batch(x, mask, config, weight=mask, advantage=np.ones_like(mask), on_policy=True)
+    grad = jax.grad(lambda logp: policy_loss(logp, b, config)[0])(jnp.float32(x["logps"]))
+    np.testing.assert_allclose(grad, -np.array(case["ratio"]) * mask, atol=1e-6)
 
 
 def test_gspo_token_has_the_value_of_gspo_and_each_tokens_own_gradient(golden):
@@ -292,8 +338,10 @@ def off_policy(samples):
 @pytest.mark.parametrize("loss_norm", NORMS)
 @pytest.mark.parametrize("ratio_level", LEVELS)
 def test_packed_is_unpacked(ratio_level, loss_norm):
-    config = change(ratio_level=ratio_level, loss_norm=loss_norm, kl_coef=0.1, is_cap=2.0,
-                    clip_low=2.0, clip_high=4.0)
+    config = change(ratio_level=ratio_level, loss_norm=loss_norm, kl_coef=0.1, kl_unbiased=True,
+                    is_cap=2.0, clip_low=2.0, clip_high=4.0, entropy_coef=0.1,
+                    is_level="token" if loss_norm == "token" else "sequence",
+                    off_policy_mask=1.0 if loss_norm == "sequence" else 0.0)
     samples = samples_of()
     fill = off_policy(samples)
     packed, n, spans = pack(samples, token_weights(samples, config), config, 1)
@@ -307,7 +355,7 @@ def test_packed_is_unpacked(ratio_level, loss_norm):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("rank,sharded", [(4, False), (4, True), (0, False), (0, True)])
 def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
-    config = change(lora_rank=rank, kl_coef=0.1)
+    config = change(lora_rank=rank, kl_coef=0.1, entropy_coef=0.1)
     samples = samples_of()
     fill, weights = off_policy(samples), token_weights(samples, config)
     one, n_one, _ = pack(samples, weights, config, 1)
@@ -543,7 +591,7 @@ def stepping(config, problems, monkeypatch):
     """A Setup whose rollouts score 1 for one completion of a problem of odd number, else 0."""
     calls, mix = [], rewards.read_mix("format:1")
 
-    def sample_groups(sampler, weights, tok, chosen, scorer, config, *, step, first, p):
+    def sample_groups(sampler, weights, tok, chosen, scorer, config, *, step, first, p, logps):
         calls.append(([int(problem.id) for problem in chosen], first))
         spread = lambda problem, g: float(int(problem.id) % 2 == 1 and g == 0)
         groups = [[sample([3], [4], total=spread(problem, g), group=first + i) for g in range(4)]
@@ -551,7 +599,7 @@ def stepping(config, problems, monkeypatch):
         return groups, {"rollout_s": 1.0, "reward_s": 0.5}
 
     monkeypatch.setattr(rollouts, "sample_groups", sample_groups)
-    model = stage.Model(CFG, None, None, {}, {}, {}, False, None)
+    model = stage.Model(CFG, None, None, {}, {}, {}, False, None, {})
     order = Order(problems, config.curriculum, 0)
     scorer = types.SimpleNamespace(mix=mix)
     setup = train_grpo.Setup(config, None, model, problems, [], order, None, scorer, (), None)
@@ -585,10 +633,86 @@ def test_resampling_in_order_takes_new_problems(monkeypatch):
     ({"cispo_cap": 5.0, "clip_high": 0.3}, "--clip-high 0.3 has no effect beside --cispo-cap 5.0"),
     ({"cispo_cap": 5.0, "clip_low": 0.1}, "--clip-low 0.1 has no effect beside --cispo-cap 5.0"),
     ({"per_reward": True, "scale": "none"}, "--scale none has no effect beside --per-reward True"),
+    ({"sapo": True, "clip_high": 0.2}, "--clip-high 0.2 has no effect beside --sapo True"),
+    ({"cispo_cap": 5.0, "sapo": True}, "--sapo True has no effect beside --cispo-cap 5.0"),
+    ({"ratio_level": "geometric", "dual_clip": 3.0},
+     "--dual-clip 3.0 has no effect beside --ratio-level geometric"),
+    ({"is_mode": "mask"}, "--is-mode mask has no effect without --is-cap"),
+    ({"kl_unbiased": True}, "--kl-unbiased True has no effect without --kl-coef"),
+    ({"sapo_neg": 2.0}, "--sapo-neg 2.0 has no effect without --sapo"),
+    ({"dual_clip": 1.1}, "--dual-clip 1.1: expected more than 1 [+] --clip-high = 1.28"),
+    ({"is_cap": 1.0, "is_floor": 2.0}, "--is-floor 2: expected less than --is-cap 1"),
 ])
 def test_settings_that_exclude_each_other_are_refused(flags, why):
     with pytest.raises(ValueError, match=why):
         train_grpo.resolve(train_grpo.Config(**flags))
+
+
+# ------------------------------------------------------------- the policy's probability (RLPR)
+
+
+def test_prob_is_the_policys_own_probability_of_the_answer(small):
+    """Equal to whole logits of prompt, trace and reference; the same bits on every mesh."""
+    tok = data.Tokenizer(small)
+    cfg, params = gemma.load(small)
+    config = train_grpo.resolve(train_grpo.Config(
+        model="tiny", lora_rank=4, prompts=3, group=2, max_prompt=32, max_new=30, pack_length=64,
+        slots=2, temperature=0.7, rewards="prob:1,format:0.5"))
+    adapter = new_adapter(cfg, config)
+    noise = lambda x: 0.3 * jax.random.normal(jax.random.key(5), x.shape)
+    trained, scale = lora.split(adapter | {"b": jax.tree.map(noise, adapter["b"])})
+    fixed = {"base": params} | scale
+    rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "Where?", "answer": "in Rome"},
+            {"question": "Say hi."}]
+    problems = [rollouts.read_problem(row, tok) for row in rows]
+    texts = [["<reasoning>so</reasoning>\n<answer>3</answer>", "no tag"],
+             ["<reasoning>a</reasoning>\n<ANSWER>\n x <answer>", "<answer>"], ["<answer>hi", ""]]
+    starts = [["<reasoning>so</reasoning>\n<answer>", None],
+              ["<reasoning>a</reasoning>\n<ANSWER>\n ", "<answer>"]]
+    expected = [[], []]
+    for problem, befores, out in zip(problems, starts, expected, strict=False):
+        for before in befores:
+            ids, gold = tok.encode(before or ""), tok.encode(problem.gold)
+            whole = np.array([[*problem.prompt, *ids, *gold]])
+            z = gemma.logits(params, cfg, whole, lora=trained | {"scale": fixed["scale"]})
+            p = jax.nn.softmax(z[0, -len(gold) - 1 : -1] / 0.7)
+            out.append(float(p[np.arange(len(gold)), gold].mean()) if before else 0.0)
+    found = []
+    for n_devices, sharded in ((1, False), (8, False), (8, True)):
+        mesh = mesh_of(n_devices)
+        weights = put((trained, fixed), mesh, partition_specs(cfg, config, sharded))
+        step = train_grpo.make_steps(cfg, config, mesh, sharded)[1]
+        found.append(rollouts.answer_probs(problems, texts, tok, config, mesh,
+                                           functools.partial(step, *weights)))
+    assert found[0] == found[1]
+    np.testing.assert_allclose(found[2][:2], found[0][:2], rtol=1e-5)
+    np.testing.assert_allclose(found[0][:2], expected, rtol=1e-4)
+    assert min(found[0][0][0], *found[0][1]) > 0 and found[0][2] == [None, None]
+    long = [["<reasoning>" + "so " * 30 + "</reasoning><answer>"] * 2, *texts[1:]]
+    assert rollouts.answer_probs(problems, long, tok, config, mesh,
+                                 functools.partial(step, *weights))[0] == [0.0, 0.0]
+
+
+def test_prob_is_a_reward_among_others(small, tmp_path):
+    """In a run, with rows that it does not apply to; another script refuses it at once."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"question": "1 + 1?", "answer": "2"}\n{"question": "Say hi."}\n')
+    (tmp_path / "own.py").write_text(
+        "def tagged(completion, row):\n    return float(len(completion) % 5)\n")
+    train_grpo.main(train_grpo.Config(
+        weights=str(small), out=str(tmp_path / "run"), data=str(tmp_path / "rows.jsonl"), steps=1,
+        eval_data=str(tmp_path / "rows.jsonl"), group=2, prompts=2, max_prompt=24, max_new=8,
+        pack_length=40, slots=2, rewards="prob:2,tagged:0.1", eval_every=0, max_drift=99.0,
+        reward_file=str(tmp_path / "own.py:tagged")))
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").open()]
+    with_answer = [s for s in samples if s["prompt"] == "1 + 1?"]
+    assert len(with_answer) == 2 and len(samples) == 4
+    for s in samples:
+        parts = s["rewards"]
+        assert ("prob" in parts) == (s in with_answer) and not s["errors"]
+        assert s["reward"] == pytest.approx(2 * parts.get("prob", 0) + 0.1 * parts["tagged"])
+    with pytest.raises(ValueError, match="--rewards prob: .*train_grpo"):
+        rollouts.check_rewards(change(rewards="prob:1"))
 
 
 # --------------------------------------------------------------------------------- whole runs

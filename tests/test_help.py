@@ -13,8 +13,9 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
-           ("eval", "Config"), ("chat", "Config"), ("synthesize", "Traces"),
-           ("synthesize", "Pairs")]
+           ("train_ppo", "Config"), ("train_distill", "Config"), ("eval", "Config"),
+           ("chat", "Config"),
+           ("synthesize", "Traces"), ("synthesize", "Pairs")]
 
 
 def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:

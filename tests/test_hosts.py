@@ -18,9 +18,10 @@ from safetensors.numpy import load_file
 import hosts
 import runs
 import train_grpo
+import train_ppo
 import train_sft
 
-SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo}
+SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "train_ppo": train_ppo}
 WORKER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -69,6 +70,9 @@ JOBS = {
                              slots=4, inner_epochs=2, kl_coef=0.0, rows=30, lora_rank=8,
                              shard="yes", rewards="score:1,judge:0.1", judge="tiny",
                              log_samples=99),
+    "train_ppo": RUN | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
+                            slots=4, kl_coef=0.1, rows=30, lora_rank=8, rewards="score:1",
+                            value_warmup=1, log_samples=99),
 }
 
 
@@ -82,7 +86,7 @@ def folder(small, tmp_path_factory):
 
 
 def job(folder, out, script, **fields):
-    if script == "train_grpo":
+    if script != "train_sft":
         fields = {"reward_file": str(folder / "own.py:score")} | fields
     fields = JOBS[script] | fields
     return script, fields | dict(weights=str(folder / "model"), out=str(folder / out),

@@ -3,8 +3,10 @@
 Nothing here has a network: a download either fails at once or is a stub.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import types
@@ -192,6 +194,35 @@ def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypa
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     folder, why = hub._download("gemma-3-1b-it", "handle")
     assert folder is None and "kagglehub: " in why and "huggingface_hub: " in why
+
+
+def test_a_folder_that_contradicts_its_manifest_is_refused(tmp_path):
+    """As adapter, as weights, as the base of an adapter; notes and hidden files may change."""
+    sums = {}
+    base = place(tmp_path / "sft" / "final", "tiny")
+    adapter = tmp_path / "simpo" / "final"
+    adapter.mkdir(parents=True)
+    named = {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    (base / "prompt.json").write_text("{}")
+    for folder in (base, adapter):
+        sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+        (folder / "manifest.json").write_text(json.dumps({"name": "final", "sha256": sums}))
+        (folder / "README.md").write_text("mine")
+        (folder / ".DS_Store").touch()
+    renamed = shutil.copytree(adapter, tmp_path / "mine")
+    assert hub.find_start("tiny", None, str(renamed)) == (base, renamed)
+    assert hub.find_model("tiny", base) == base
+    (renamed / "adapter_config.json").write_text(json.dumps(named) + " ")
+    message = one_line(hub.find_start, "tiny", None, str(renamed))
+    assert message == f"--adapter {renamed}: adapter_config.json has changed since it was saved"
+    (base / "tokenizer.json").write_text("{}")
+    for weights in (None, str(base)):
+        message = one_line(hub.find_start, "tiny", weights, str(adapter) if not weights else None)
+        assert message == f"--weights {base}: tokenizer.json is not in its manifest"
+    (base / "manifest.json").write_text('{"name": "final", "sha256": {}}')
+    message = one_line(hub.find_model, "tiny", base)
+    assert message == f"--weights {base}: {base / 'manifest.json'} lists no files"
 
 
 def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path):

@@ -39,7 +39,13 @@ def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
     [(where, _)] = data.read_rows("gsm8k")
     assert where == f"{tmp_path}/home/.cache/gsm8k/train.jsonl:1"
     monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
-    assert hub.find_gsm8k("train").read_bytes() == b"{}"  # from the cache, without a network
+    cached = hub.find_gsm8k("train")
+    assert cached.read_bytes() == b"{}"  # from the cache, without a network
+    cached.write_bytes(b"{")  # no longer what was downloaded
+    with pytest.raises(ValueError, match="no network"):
+        hub.find_gsm8k("train")
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *a, **k: Reply())
+    assert hub.find_gsm8k("train") == cached and cached.read_bytes() == b"{}"
     (tmp_path / "test.jsonl").write_text('{"question": "Q"}')
     assert [*data.read_rows("gsm8k:test")] == [(f"{tmp_path}/test.jsonl:1", {"question": "Q"})]
 

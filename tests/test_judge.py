@@ -30,6 +30,9 @@ from test_gemma import random_params
 import data
 import gemma
 import judge
+import rollouts
+import stage
+import synthesize
 import train_grpo
 from endpoint import Endpoint, Unavailable, tokens_of
 from sampler import Sampler
@@ -285,6 +288,22 @@ def test_what_a_prompt_says():
     shared, rests = judge.digit_prompts("explicit", "MINE", ROW)
     assert shared.count("MINE") == 1 and len(rests) == 2 and "Short: It is short." in rests[1]
     assert "Write a line on rain." in judge.opening("implicit", OTHER)
+
+
+def test_a_judge_reads_the_whole_conversation(small):
+    """All turns and the system text, the row's or --system's; a question alone has no role."""
+    tok = data.Tokenizer(small)
+    turns = [("user", "Name a river."), ("assistant", "Rhine."), ("user", "And another?")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    for own, flag, said in (("Be brief.", "Think.", "Be brief."), ("", "Think.", "Think.")):
+        problem = rollouts.read_problem(row | ({"system": own} if own else {}), tok, flag)
+        told = rollouts.reward_row(problem, 1, "stop", synthesize.Pairs(max_new=9, system=flag))
+        task = f"Task:\nSystem: {said}\nUser: Name a river.\nAssistant: Rhine.\nUser: And another?"
+        for style in judge.STYLES:
+            assert task in judge.opening(style, told)
+    problem = rollouts.read_problem({"question": "2 + 2?", "context": "Add."}, tok)
+    told = rollouts.reward_row(problem, 1, "stop", synthesize.Pairs(max_new=9, system=""))
+    assert "Task:\nAdd.\n\n2 + 2?\n\n" in judge.opening("grar", told)
 
 
 words = st.text(alphabet="abcdefghijklmnopABCDEFG\n <>", max_size=40) | st.text(max_size=40)
@@ -715,7 +734,9 @@ def test_the_same_question_is_under_way_once_and_keys_tell_samples_apart(tmp_pat
 
 def test_the_cache_survives_torn_and_damaged_lines(tmp_path):
     file = tmp_path / "replies"
-    damaged = [b"[1, 2]", b"7", b"null", b'"key"', b"\xff\xfe", b"[" * 100_000, b"{}"]
+    damaged = [b"[1, 2]", b"7", b"null", b'"key"', b"\xff\xfe", b"[" * 100_000, b"{}",
+               b'{"requests": "9"}', b'{"requests": -9}', b'{"requests": 1e999}', b'{"text": "a"}',
+               b'{"key": [], "text": "a"}', b'{"key": "a", "text": {}}', b'{"requests": true}']
     with serving(lambda n, body: {"content": f"reply {n} \u2028 ünï"}) as server:
         for n in range(3):
             with endpoint(server, cache=file) as made:
@@ -836,7 +857,7 @@ def test_what_cannot_be_opened_says_so():
 
 def test_large_judges_are_sharded(monkeypatch):
     for most, shard in ((1e6, True), (1e9, False)):
-        monkeypatch.setattr(judge, "REPLICATED_BYTES", most)
+        monkeypatch.setattr(stage, "REPLICATED_BYTES", most)
         ours = judge.open(judge.Config(judge=str(ROOT / "tiny")), mesh(8))
         assert ours.shard == shard
         assert ours.params["layers"]["q_proj"].sharding.is_fully_replicated != shard

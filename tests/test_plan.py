@@ -15,7 +15,9 @@ from jax.sharding import AxisType
 import bench
 import gemma
 import stage
+import train_distill
 import train_grpo
+import train_ppo
 import train_sft
 import train_simpo
 
@@ -118,22 +120,25 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(bench, "set_environment", lambda target: None)
 
 
-@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo])
+@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, train_ppo, train_distill])
 def test_without_the_compiler_arguments_are_added_up(no_compiler, module, capsys):
     """--plan of each script, with no weights and no libtpu: exact arguments, and a session."""
     out = module.main(module.Config(model="gemma3-1b", plan=True))
     printed = capsys.readouterr().out
     assert "temporaries come on top" in printed and "9 h are" in printed
     name = module.__name__.removeprefix("train_")
-    phase = {"grpo": "grpo_update"}.get(name, name)
+    phase = f"{name}_update" if name in bench.ON_ROLLOUTS else name
     row = out["phases"][phase]
     weights = 2 * gemma.CONFIGS["gemma3-1b"].n_params
-    assert weights < row["arguments_bytes"] < weights + 0.7 * GIB and "total_bytes" not in row
+    if name == "distill":  # the teacher is split over eight cores
+        weights += 2 * gemma.CONFIGS["gemma3-12b"].n_params / 8
+    trained = 1.4 * GIB if name == "ppo" else 0.7 * GIB  # PPO has two adapters
+    assert weights < row["arguments_bytes"] < weights + trained and "total_bytes" not in row
     assert out["session"]["steps"] == int(9 * 3600 / out["step_s"])
     assert out["step_s"] == pytest.approx(2 * sum(
         p.get("roofline_s", 0.0) for p in out["phases"].values()))
-    if name == "grpo":
-        assert out["session"]["rollouts"] == out["session"]["steps"] * 32 * 8
+    if name in bench.ON_ROLLOUTS:
+        assert out["session"]["rollouts"] == out["session"]["steps"] * 256
 
 
 def test_flags_reach_the_plan(no_compiler, tmp_path, capsys):

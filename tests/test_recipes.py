@@ -73,12 +73,16 @@ PUBLISHED = {
             clip_high=0.2, temperature=0.9, max_prompt=768, max_new=512, loss_norm="sequence",
         ),
     },
+    "gsm8k": {  # ours: GRPO learns on what SFT has not seen
+        "sft": dict(data="gsm8k[:50%]", lora_rank=32, time_limit="1h"),
+        "grpo": dict(data="gsm8k[50%:]", lora_rank=32, kl_coef=0.0, time_limit="6h"),
+    },
     "gemmatron": {"traces": dict(teacher="http://h/v1", teacher_model="m"), "sft": {}, "grpo": {}},
 }
 # What the column of the tiny model may replace, besides the flags of a hosted judge or teacher.
 REPLACED = {"model", "data", "out", "adapter", "rows", "samples", "rewards", "time-limit", "steps",
             "reward-file", "max-length", "max-prompt", "max-new", "pack-length", "micro-rows",
-            "prompts", "learning-rate"}
+            "prompts", "learning-rate", "dtype", "batch-rows"}
 GIVEN = {"pinocchio": dict(judge="http://h/v1", judge_model="m"),
          "gemmatron": dict(teacher="http://h/v1", teacher_model="m")}
 STUB = """#!/usr/bin/env bash
@@ -150,6 +154,30 @@ def test_flags_are_the_published_ones(name, tmp_path):
     assert [stage for stage in real if stage not in made] == [
         f"eval-{stage}" for stage in ("start", *trained)
     ]
+
+
+def test_the_gsm8k_recipe_has_a_column_for_two_cores_and_three_acts(tmp_path):
+    small = stages(tmp_path, "gsm8k", model="gemma3-270m-pt", ACTS="start sft pairs simpo grpo")
+    assert [*small] == ["eval-start", "sft", "eval-sft", "pairs", "simpo", "eval-simpo", "grpo",
+                        "eval-grpo"]
+    assert small["sft"][1].dtype == small["grpo"][1].dtype == "float32"
+    assert small["grpo"][1].time_limit == "3h" and small["grpo"][1].max_new == 192
+    assert {small[stage][1].lora_rank for stage in ("sft", "simpo", "grpo")} == {32}
+
+
+def test_the_distillation_recipe_makes_a_teacher_of_the_tiny_model(tmp_path):
+    """GRPO and distillation have the same start, the same problems and the same minutes."""
+    real, tiny = (stages(tmp_path, "distill", *more) for more in ((), ("--model", "tiny")))
+    assert [*real] == ["eval-start", "sft", "eval-sft", "distill", "eval-distill"]
+    assert [*tiny] == ["eval-start", "teacher", "eval-teacher", "grpo", "eval-grpo", "distill",
+                       "eval-distill"]
+    assert real["distill"][1].teacher == "gemma3-12b" and not real["distill"][1].teacher_adapter
+    assert flags_of(real["distill"][0])["adapter"] == str(tmp_path / "out" / "sft")
+    grpo, distill = tiny["grpo"][1], tiny["distill"][1]
+    assert distill.teacher_adapter == str(tmp_path / "out" / "teacher")
+    for field in ("data", "rows", "time_limit", "seed", "lora_rank", "max_new", "eval_every"):
+        assert getattr(grpo, field) == getattr(distill, field), field
+    assert not {"adapter"} & {*flags_of(tiny["grpo"][0]), *flags_of(tiny["distill"][0])}
 
 
 def test_a_recipe_says_what_it_lacks_and_stops_where_a_stage_does(tmp_path):

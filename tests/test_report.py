@@ -19,7 +19,9 @@ import tyro
 import eval as evaluation
 import report
 import runs
+import train_distill
 import train_grpo
+import train_ppo
 import train_sft
 import train_simpo
 
@@ -125,7 +127,8 @@ def test_settings_that_differ_are_marked(tmp_path):
     assert "keep<td><bdi>2</bdi><td><bdi>2</bdi>" in folded
 
 
-@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, evaluation])
+@pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, train_ppo, train_distill,
+                                    evaluation])
 def test_the_command_repeats_the_run(module, tmp_path, monkeypatch):
     """The settings come back from config.json, through a shell's own splitting of the command."""
     monkeypatch.chdir(tmp_path)
@@ -135,7 +138,7 @@ def test_the_command_repeats_the_run(module, tmp_path, monkeypatch):
         config = dataclasses.replace(config, reward_file="my rewards.py:score", mask_truncated=True)
     config, name = module.resolve(config), module.__name__
     stored = json.loads(json.dumps(dataclasses.asdict(config) | {"code": {"script": name}}))
-    python, script, *flags = shlex.split(report.command(stored))
+    python, script, *flags = shlex.split(report.command_of(stored))
     assert (python, script) == ("python", f"{name}.py")
     assert module.resolve(tyro.cli(module.Config, args=flags)) == config
 
@@ -192,6 +195,34 @@ def test_a_long_curve_is_averaged_and_a_noisy_one_gets_its_running_mean():
 
 
 # -------------------------------------------------------------------------------- what it survives
+
+
+def test_odd_values_are_left_out_and_nothing_but_a_page_is_replaced(tmp_path):
+    folder = write(tmp_path / "x")
+    odd = [None, "1", [1], {"a": 1}, float("nan"), float("inf"), 10**400, -(10**400), True, 1e300]
+    with open(folder / "metrics.jsonl", "a") as metrics, open(folder / "samples.jsonl", "a") as s:
+        for i, value in enumerate(odd):
+            metrics.write(json.dumps({"step": 3, "reward": value, f"new{i}": value}) + "\n")
+            metrics.write(json.dumps({"step": value, "reward": 1.0}) + "\n")
+            s.write(json.dumps({"step": 3, **{key: value for key in report.SAMPLE}}) + "\n")
+            s.write(json.dumps({"step": value, "rewards": {"a": value}}) + "\n")
+    results = {"pass@1": 0.5, "n": 3, "intervals": {"pass@1": [0.1, 0.9]}}
+    runs.write_json(folder / "results.json", results)
+    assert "[10.0, 90.0]" in html(folder)
+    for value in odd:
+        changed = results | {"pass@1": value, "maj@2": 0.5, "intervals": {"maj@2": value}}
+        (folder / "results.json").write_text(json.dumps(changed))
+        page = html(folder)
+        rows = embedded(page)["runs"][0]["rows"]
+        assert "maj@2" in page and all(isinstance(row["rewards"], dict) for row in rows)
+    (folder / "results.json").write_text('{"intervals": 3}')
+    with pytest.raises(ValueError, match="results.json: intervals is 3, expected dict"):
+        html(folder)
+    (folder / "results.json").unlink()
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="expected the name of an .html file"):
+        html(tmp_path / "x", out=str(folder / "config.json"))
+    assert (folder / "config.json").read_bytes() == before
 
 
 def test_files_of_a_live_or_killed_run(tmp_path):

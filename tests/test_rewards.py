@@ -313,7 +313,10 @@ print(rewards.score(mix, rewards.prepare(mix, []), {tagged("4")!r}, {{"answer": 
      ("my.py:number", "no function number"), ("bad.py:score", "SyntaxError"),
      ("my.py", "expected REWARDS.*my.py:score"), ("", "no file"), ("my.txt:score", "no file"),
      ("my.py:format", "rename"), ("my.py:tunix", "rename"), ("raises.py:score", "RuntimeError: oh"),
-     ("clash.py", "rename answer")],
+     ("clash.py", "rename answer"), ("ends.py", "SystemExit: 3"),
+     *(("WRONG " + text, "expected REWARDS = .name: function.") for text in (
+         "REWARDS = [len]", "WEIGHTS = ['a']", "WEIGHTS = {'a': '1'}", "RANGE = 5",
+         "RANGE = (1,)"))],
 )
 def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason):
     monkeypatch.chdir(tmp_path)
@@ -322,6 +325,10 @@ def test_a_reward_file_that_cannot_be_used(tmp_path, monkeypatch, where, reason)
     (tmp_path / "bad.py").write_text("def score(\n")
     (tmp_path / "raises.py").write_text("raise RuntimeError('oh')\n")
     (tmp_path / "clash.py").write_text("REWARDS = {'answer': len}\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
+    if where.startswith("WRONG "):
+        where, text = f"wrong{hash(where)}.py", where.removeprefix("WRONG ")
+        (tmp_path / where).write_text(f"REWARDS = {{'a': len}}\n{text}\n")
     with pytest.raises(ValueError, match=f"^--reward-file .*{reason}"):
         rewards.read_file(where)
 

@@ -157,9 +157,12 @@ BROKEN = {  # what happens to step_6 -> why it is refused
     "truncated": (lambda d: os.truncate(d / ARRAYS, 99), f"{ARRAYS} has changed"),
     "edited": (lambda d: flip(d / STATE), f"{STATE} has changed"),
     "missing": (lambda d: (d / "adapter.txt").unlink(), "adapter.txt has changed"),
-    "unsealed": (lambda d: (d / "manifest.json").unlink(), "manifest.json cannot be read"),
-    "manifest": (lambda d: os.truncate(d / "manifest.json", 1), "manifest.json cannot be read"),
-    "renamed": (lambda d: d.rename(d.with_name("step_8")), "was saved as step_6"),
+    "unsealed": (lambda d: (d / "manifest.json").unlink(), "manifest.json: cannot be read"),
+    "manifest": (lambda d: os.truncate(d / "manifest.json", 1), "manifest.json: cannot be read"),
+    "blank": (lambda d: (d / "manifest.json").write_text('{"name": "step_6", "sha256": {}}'),
+              "manifest.json lists no files"),
+    "added": (lambda d: (d / "model.safetensors").touch(), "model.safetensors is not in its man"),
+    "renamed": (lambda d: d.rename(d.with_name("step_8")), "was saved as 'step_6'"),
 }
 
 
@@ -177,6 +180,23 @@ def test_broken_checkpoint_is_refused_by_name(whole, tmp_path, capsys, how):
     train(out)  # and trains over it, to the same end
     again = contents(out)
     assert contents(whole) == {key: value for key, value in again.items() if "step_8" not in key}
+
+
+def test_a_large_file_is_known_by_its_pieces(tmp_path, monkeypatch):
+    """A flipped bit at either end is seen; the text says how much of the file was read."""
+    file = tmp_path / "x"
+    with open(file, "wb") as sparse:
+        sparse.truncate(2**28 + 5)
+    first = runs.file_checksum(file)
+    assert first.endswith(" (64 x 1,048,576 of 268,435,461 bytes)")
+    for at in (0, 2**28 + 4):
+        with open(file, "r+b") as sparse:
+            sparse.seek(at)
+            sparse.write(b"\1")
+        assert (second := runs.file_checksum(file)) != first
+        first = second
+    file.write_bytes(b"a")
+    assert runs.file_checksum(file) == "ca978112ca1bbdca (1 x 1 of 1 bytes)"  # sha256 of "a"
 
 
 def test_no_valid_checkpoint_starts_again(whole, tmp_path):
@@ -251,6 +271,7 @@ def test_files_of_the_user_survive_in_a_run_folder(whole, tmp_path):
     out, mine = tmp_path / "x", {}
     train(out, until=3)
     for name in ("mine.jsonl", "tmp-notes", "old-thesis/a.tex", "checkpoints/tmp-x",
+                 ".tmp-mine", ".old-mine/a", "checkpoints/.tmp-step_x",
                  "checkpoints/step_1_copy/a", "checkpoints/step_007/a", "tmp-step_x/a"):
         mine[name] = b'{"step": 5}\n{"torn'
         (out / name).parent.mkdir(exist_ok=True)
@@ -398,7 +419,7 @@ def test_one_reader_of_lines_survives_what_is_torn(tmp_path):
     assert [n for n, _ in read] == [1, 4, 5, 6, 7, 8, 9, 10]
     assert [row for _, row in read if isinstance(row, dict)] == rows == runs.good_rows(file)
     wrong = [str(row) for _, row in read if isinstance(row, ValueError)]
-    assert len(wrong) == 6 and wrong[2] == "expected a JSON object, found int"
+    assert len(wrong) == 5 and read[3] == (6, 3)
     assert runs.good_rows(tmp_path / "none") == []
 
 
@@ -669,7 +690,7 @@ def test_nan_stops_with_the_batch(tmp_path):
         for metrics in ({"loss": jnp.float32(jnp.nan)}, {"loss": 1.0, "grad_norm": jnp.inf}):
             with pytest.raises(SystemExit, match="step 7 of .* is (nan|inf); .*nan_step_7.npz"):
                 run.check_finite(7, metrics, batch)
-    with np.load(tmp_path / "x/nan_step_7.npz", allow_pickle=False) as saved:
+    with np.load(tmp_path / "x/nan_step_7.npz") as saved:
         assert saved["tokens_BT"].tolist() == [[0, 1, 2], [3, 4, 5]]
         assert saved["rest/0"].tolist() == [1, 1] and saved["rest/1/0"] == "a"
 
@@ -726,10 +747,38 @@ def test_old_jax_names_the_one_command(monkeypatch, version, installed, command)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == installed)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     if command is None:
-        return runs.check_jax(version)
+        return runs.check_versions(jax=version)
     with pytest.raises(SystemExit) as stop:
-        runs.check_jax(version)
+        runs.check_versions(jax=version)
     assert str(stop.value) == f"JAX {version} is too old, 0.10 is needed: {command}"
+
+
+def test_a_mistake_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
+    """A script's own `raise`, ours, a file's error; int(), unpacking and numpy raise bugs."""
+
+    def end(line: str) -> str:
+        script = tmp_path / "script.py"
+        script.write_text("import sys\nimport numpy as np\nimport runs\nimport stage\n\n\n"
+                          f"def main():\n    {line}\n\n\nruns.command(main)\n")
+        done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True,
+                              text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 1
+        return done.stderr
+
+    assert end('raise ValueError("--lr 9: "\n        "too high")') == "error: --lr 9: too high\n"
+    assert end('stage.parse = runs.parse_time("soon")').startswith("error: --time-limit soon: ")
+    assert end('open("/nowhere")').startswith("error: [Errno 2] No such file or directory: '/now")
+    for bug in ('int("x")', "a, b = [1]", "np.zeros(2).reshape(3)", "{}[0]"):
+        assert end(bug).startswith("Traceback (most recent call last)")
+
+
+def test_an_old_sentencepiece_is_named_too():
+    """CVE-2026-1260: a tokenizer's file writes where it should not."""
+    for version in ("0.2.1", "0.2.1.dev0", "0.3", "1.0"):
+        runs.check_versions(sentencepiece=version)
+    for version in ("0.2.0", "0.1.99", "0.2"):
+        with pytest.raises(SystemExit, match=f"^sentencepiece {version} is too old, 0.2.1 is need"):
+            runs.check_versions(sentencepiece=version)
 
 
 OLD_JAX = """
@@ -757,11 +806,13 @@ for script in sys.argv[1:]:
 
 
 def test_scripts_can_be_imported_on_an_old_jax():
-    """check_jax can only speak if no import fails before: names that came later are looked up late.
+    """It can only be named if no import fails before: names that came later are looked up late.
 
     Tried on JAX 0.4.30, 0.5.3 and 0.7.2 themselves; here what they lack is taken away.
     """
-    scripts = ["train_grpo.py", "train_sft.py", "train_simpo.py", "eval.py", "synthesize.py"]
+    scripts = ["train_grpo.py", "train_sft.py", "train_simpo.py", "train_ppo.py",
+               "train_distill.py", "eval.py",
+               "synthesize.py"]
     command = [sys.executable, "-c", OLD_JAX, *scripts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()

@@ -395,7 +395,7 @@ def test_nan_in_the_weights_stops_with_step_and_batch(small, tmp_path):
     data.Tokenizer(small).save(tmp_path / "model")
     said = sft(small, tmp_path / "a", "--weights", str(tmp_path / "model"), code=1)
     assert "step 1 of" in said.splitlines()[-1] and "loss is nan" in said
-    batch = np.load(tmp_path / "a" / "nan_step_1.npz", allow_pickle=False)
+    batch = np.load(tmp_path / "a" / "nan_step_1.npz")
     assert any(v.shape == (4, 176) for v in batch.values())
 
 

@@ -344,6 +344,8 @@ def test_limits_hold_over_sessions(tmp_path):
             assert len(rows) == len(server.bodies) - before == n_rows
             assert f"all {budget} dollars of --budget are spent" in rejects[-1]["detail"]
             with (tmp_path / "budget" / "replies").open("ab") as file:  # a torn line
+                for dollars in ("-1.0", "NaN", "1e999", '"9"', "[]"):
+                    file.write(b'{"dollars": %s}\n' % dollars.encode())
                 file.write(b'{"doll')
 
 

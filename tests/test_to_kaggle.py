@@ -163,7 +163,7 @@ def test_the_same_flags_give_the_same_bytes(tmp_path):
     [
         ("train_grpo.py", ["--group", "1"], "--group 1: expected 2 or more"),
         ("train_grpo.py", ["--reward-file", "no.py:f"], "--reward-file no.py:f: no file 'no.py'"),
-        ("gemma.py", [], "gemma.py: expected one of bench.py, eval.py"),
+        ("gemma.py", [], "gemma.py: expected one of bench.py, chat.py, eval.py"),
     ],
 )
 def test_a_wrong_value_fails_at_export(tmp_path, script, flags, message):
@@ -214,7 +214,9 @@ def test_a_reward_file_beside_the_scripts_is_written_where_its_flag_says(tmp_pat
         export(tmp_path / "one", *flags, f"{here}/rewards.py:score")
 
 
-@pytest.mark.parametrize("script", ["train_sft.py", "train_simpo.py", "eval.py", "synthesize.py"])
+@pytest.mark.parametrize("script", ["train_sft.py", "train_simpo.py", "train_ppo.py",
+                                    "train_distill.py", "eval.py",
+                                    "synthesize.py"])
 def test_other_scripts_export_too(tmp_path, script):
     flags = ["pairs", "--data", "gsm8k"] if script == "synthesize.py" else []
     flags += ["--model", "gemma3-1b"]
@@ -234,7 +236,7 @@ def test_output_goes_where_kaggle_keeps_it(tmp_path, monkeypatch):
     assert hub.output("runs/sft") == tmp_path / "working/runs/sft"
     assert hub.output("/elsewhere/sft") == Path("/elsewhere/sft")
     monkeypatch.chdir(tmp_path)
-    for name in ("train_sft", "train_simpo", "train_grpo", "eval"):
+    for name in ("train_sft", "train_simpo", "train_grpo", "train_ppo", "train_distill", "eval"):
         module = importlib.import_module(name)
         out = module.resolve(module.Config(model="tiny")).out
         assert Path(out).parent == tmp_path / "working/runs"
