@@ -497,7 +497,7 @@ def _boolean(text: str) -> str | None:
         if value and denial <= 2:
             value, denial = {"yes": "no", "no": "yes"}[value], 99
         values |= {value} - {None}
-    if not values and told[-1:] == ["not"]:  # definitely not
+    if not values and denial == 0 and not _UNSURE.search(one):  # definitely not
         return "no"
     places = {*told[:1], *told[-1:], *words(_IS.split(one)[-1]).split()[:1]}
     if _UNSURE.search(one) or "half" in told or places.isdisjoint(_POLARITY) or len(values) != 1:

@@ -59,6 +59,7 @@ class Chat:
     """A conversation with a model, and with the base that it was trained from."""
 
     def __init__(self, config: Config):
+        config = stage.resolve(config, DEFAULTS)
         self.config, self.messages, self.n_answers = config, [], 0
         start = hub.find_start(config.model, config.weights, config.adapter)
         self.tok = data.Tokenizer(config.tokenizer or start.weights)
@@ -121,7 +122,7 @@ def main(config: Config) -> None:
     runs.compilation_cache()
     if os.name != "nt":  # Windows has none
         import readline  # noqa: F401  input() then edits lines
-    chat = Chat(stage.resolve(config, DEFAULTS))
+    chat = Chat(config)
     if config.prompt is not None:
         return chat.turn(config.prompt)
     while True:

@@ -43,11 +43,13 @@ STEERING = re.compile(
     r"<(?:(?:start|end)_of_(?:turn|image)|image_soft_token|mask|2mass|unused[0-9]+)>"
     r"|\[(?:multimodal|@BOS@)\]"
 )
-# `Tokenizer.chat` as Jinja, for other programs that open a directory we saved.
+# `Tokenizer.chat` as Jinja, for other programs that open a directory we saved. DEFAULT: the system
+# text of a conversation that brings none of its own.
 CHAT_TEMPLATE = r"""
 {{- bos_token -}}
-{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' -%}
-{%- for m in (messages[1:] if system else messages) -%}
+{%- set given = messages[0].role == 'system' -%}
+{%- set system = messages[0].content + '\n\n' if given else DEFAULT -%}
+{%- for m in (messages[1:] if given else messages) -%}
 {%- set role = 'model' if m.role == 'assistant' else m.role -%}
 {%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
@@ -156,9 +158,10 @@ class Tokenizer:
             yield [self.start_of_turn], 0
             yield self.encode("model\n"), 0
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, system: str = "") -> None:
         """Writes what AutoTokenizer needs: `tokenizer.model` and `tokenizer_config.json`.
 
+        system: what the chat template puts before a conversation without a system text of its own.
         Where tokenizer.json was read, it is copied too: transformers reads that first.
         """
         # added_tokens_decoder makes transformers' skip_special_tokens drop the turn markers. With
@@ -172,7 +175,7 @@ class Tokenizer:
             "added_tokens_decoder": {
                 str(i): {"content": self.hidden[i], "special": True} for i in markers
             },
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": CHAT_TEMPLATE.replace("DEFAULT", _quoted(system)),
         }
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -181,6 +184,12 @@ class Tokenizer:
             (directory / "tokenizer.json").write_bytes(self.file.read_bytes())
         (directory / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _quoted(system: str) -> str:
+    """The system text and the empty line behind it as a string of Jinja's."""
+    escaped = re.sub(r"(['\\])", r"\\\1", system + "\n\n" if system else "")
+    return "'" + escaped.replace("\r", "\\r").replace("\n", "\\n") + "'"
 
 
 def _check_chat_template(folder: Path) -> None:

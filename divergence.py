@@ -131,7 +131,8 @@ def loss(terms: Terms, x_BTD, head_VD, y_BTE, head_VE, tokens_BT, weight_BT, adv
     """
     B, T = tokens_BT.shape
     n, wanted_n = B * T, weight_BT.reshape(-1) != 0
-    chunk = chunk or min(n, max(128, gemma.CHUNK_ELEMENTS // head_VD.shape[0]))
+    largest = max(gemma.CHUNK, gemma.CHUNK_ELEMENTS // head_VD.shape[0])
+    chunk = chunk or min(n, largest, max(128, n // 8))  # as in gemma.token_logps
     order_n = jnp.argsort(~wanted_n)
 
     def chunks(z_BT):

@@ -157,7 +157,8 @@ class Endpoint:
                 cause = deeper
             is_reply = isinstance(e, self.openai.APIStatusError)
             why = f"HTTP {e.status_code} {e.response.text}" if is_reply else f"{e} ({cause!r})"
-            raise Unavailable(f"{self.url}: {self._clean(why)[:300]}") from None
+            why = " ".join(self._clean(why).split())[:300]  # a page of HTML has many lines
+            raise Unavailable(f"{self.url}: {why}") from None
         self.replies[digest] = text
         self.append({"key": digest, "model": self.model, "text": text})
         return text

@@ -28,6 +28,8 @@ results are those of an uninterrupted run. Scoring comes last: new --rewards sam
 import dataclasses
 import itertools
 import math
+import re
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -118,6 +120,8 @@ class Config(Sampling):
     """Folder of results.json and samples.jsonl; the same command continues what is there."""
     compare: str | None = None
     """Folder of an earlier evaluation to compare with, on the problems both share."""
+    all: bool = False
+    """Print every metric and domain, and the comparison of each; results.json always has them."""
 
 
 REAL = dict(
@@ -136,7 +140,7 @@ DEFAULTS = {
 }
 MAY_CHANGE = (  # flags that may change in a continued folder: checksummed, or used after sampling
     "model", "weights", "tokenizer", "adapter", "data", "rows", "system", "max_prompt", "compare",
-    "rewards", "reward_file", "reward_timeout", "judge", "judge_model", "judge_weights",
+    "all", "rewards", "reward_file", "reward_timeout", "judge", "judge_model", "judge_weights",
     "judge_style", "judge_calls", "skip_bad_rows", "margin", "reference", "min_length",
     "max_length", "max_repetition", "min_reward",
 )
@@ -183,7 +187,8 @@ def complete(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: li
     rows = [] if journal is None else read_journal(journal, problems, n_of)
     finished = {(row["mode"], row["problem"]) for row in rows}
     progress = tqdm(total=len(problems) * sum(n_of.values()), initial=len(rows),
-                    desc="completions", mininterval=EVERY_S)
+                    desc="completions", mininterval=EVERY_S, smoothing=0)
+    first = None  # when the first completion came
     for mode, n in n_of.items():
         todo = {i: p.prompt for i, p in enumerate(problems) if n and (mode, i) not in finished}
         unfinished = {}
@@ -197,6 +202,10 @@ def complete(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: li
             group = unfinished.setdefault(rollout.prompt, {})
             group[rollout.index] = grade(rollout, mode, problems[rollout.prompt], tok)
             progress.update()
+            now = time.time()
+            first = first or now
+            if now - first < 1:  # the pace begins after the round that compiled
+                progress.start_t, progress.initial = now, progress.n
             if len(group) == n:
                 new = [group[i] for i in sorted(unfinished.pop(rollout.prompt))]
                 rows += new
@@ -401,10 +410,53 @@ def compare(rows: list[dict], others: list[dict]) -> dict:
 # ------------------------------------------------------------------------------------------ main
 
 
+def scale(name: str) -> int:
+    """Rates are shown in percent, lengths in tokens, rewards as they are."""
+    return 1 if name.startswith(("length", "reward")) else 100
+
+
+def digits(name: str) -> int:
+    return 3 if name.startswith("reward") else 1
+
+
+def summary(results: dict) -> str:
+    """What a person wants to know, a line each, with 95 % intervals."""
+    votes = [name for name in results if re.fullmatch(r"maj@\d+", name)]
+    sampled = "pass@1_sampled" if "pass@1_sampled" in results else "pass@1"
+    greedy = [("greedy", "pass@1")] * (sampled != "pass@1" or not votes)
+    named = [*greedy, ("sampled", sampled)] if votes else greedy
+    named += [(name, name) for name in votes[-1:]]
+    named += [(name, name) for name in ("format", "length", "reward")]
+    lines = [f"{results['n']} problems, 95 % intervals in brackets"]
+    for label, name in named:
+        if results.get(name) is not None:
+            value, *ends = (scale(name) * x for x in (results[name], *results["intervals"][name]))
+            unit = {1: "tokens" if name == "length" else "", 100: "%"}[scale(name)]
+            low, high = (f"{x:.{digits(name)}f}" for x in ends)
+            lines.append(f"  {label:8}{value:7.{digits(name)}f} {unit:7}[{low}, {high}]".rstrip())
+    return "\n".join(lines)
+
+
+def sentence(pairs: dict) -> str:
+    """Whether the model changed: its accuracy, or its format where no answer can be checked."""
+    name = next((name for name in ("pass@1", "format") if name in pairs), None)
+    if name is None:
+        return f"compared on {pairs['n']} problems: nothing to compare"
+    pair, what = pairs[name], {"pass@1": "Accuracy", "format": "Format"}[name]
+    low, high = pair["interval"]
+    if "p" in pair:
+        changed, why = pair["p"] < 0.05, f", McNemar p {pair['p']:.2g}"
+    else:
+        changed, why = low > 0 or high < 0, ""
+    verb = "is unchanged as far as one can tell" if not changed else (
+        "rose" if pair["difference"] > 0 else "fell")
+    return (f"{what} {verb}: {100 * pair['other']:.1f} % -> {100 * pair['this']:.1f} %, "
+            f"{100 * pair['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] on "
+            f"{pair['n']} problems{why}.")
+
+
 def table(results: dict) -> str:
-    """The results as text: rates in percent, lengths in tokens, rewards as they are."""
-    scale = lambda name: 1 if name.startswith(("length", "reward")) else 100
-    digits = lambda name: 3 if name.startswith("reward") else 1
+    """All results as text: rates in percent, lengths in tokens, rewards as they are."""
 
     def cell(part, name):
         if name not in part["intervals"]:
@@ -483,7 +535,10 @@ def main(config: Config) -> dict:
         with runs.writing(out):
             runs.replace_file(out / "samples.jsonl", runs.to_jsonl(rows))
             runs.write_json(out / "results.json", results)
-    print(table(results))
+    # the names of domains are text of the rows
+    print(runs.clean(table(results)) if config.all else summary(results))
+    if others is not None:
+        print(sentence(results["compare"]))
     return results
 
 

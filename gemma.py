@@ -120,8 +120,10 @@ def check_file(path: str | Path, limit: float = math.inf) -> None:
     if "\0" in str(path):
         raise OSError("its name holds a zero byte")
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise OSError(f"not a file of at most {limit:,} bytes")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no regular file")
+    if status.st_size > limit:
+        raise OSError(f"it has {status.st_size:,} bytes, more than {limit:,}")
 
 
 def read_text(path: str | Path, limit: float = 2**27) -> str:
@@ -172,7 +174,7 @@ def json_value(values: dict, key: str, kind: type, default, source: str | Path, 
     if value is None and default is not ...:
         return default
     is_number = kind in (int, float)
-    limits = f" from {low:g} to {high}" if is_number else ""
+    limits = f" from {math.ceil(low) if kind is int else low:g} to {high}" if is_number else ""
     right = isinstance(value, (int, float) if kind is float else kind)
     right = right and (kind is bool or not isinstance(value, bool))
     right = right and not (kind is str and re.search("[\0\ud800-\udfff]", value))
@@ -1046,6 +1048,18 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
     return cfg, jax.tree.map(one, specs(cfg))
 
 
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file for PyTorch, readable by whom the umask allows.
+
+    safetensors itself leaves mode 0600: a file that no other user and no web server can read.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def save(path: str | Path, cfg: Config, params: dict) -> None:
     """Writes config.json, generation_config.json and model.safetensors, in the parameters' dtype.
 
@@ -1065,7 +1079,7 @@ def save(path: str | Path, cfg: Config, params: dict) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for old in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors.index.json"):
         old.unlink(missing_ok=True)  # some programs would read these instead
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(path / "model.safetensors", tensors)
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "generation_config.json").write_text(json.dumps(generation, indent=2))
 

@@ -92,7 +92,7 @@ def find_model(model: str, weights: str | Path | None = None,
     model: a folder, or a name of gemma.CONFIGS, with -it (the default) or -pt; flags: for the
     errors.
     """
-    if weights is None and base_name(model) not in gemma.CONFIGS and Path(model).is_dir():
+    if not weights and model and base_name(model) not in gemma.CONFIGS and Path(model).is_dir():
         weights, flags = model, (flags[0], flags[0])
     if weights is not None:
         other = other_format(Path(weights))

@@ -24,7 +24,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 import gemma
 import hub
@@ -150,6 +149,17 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
     return trained
 
 
+def read_size(folder: Path) -> dict:
+    """{"lora_rank", "lora_alpha"} of an adapter folder; {} where it holds none."""
+    if not (file := folder / "adapter_config.json").exists():
+        return {}
+    config = gemma.read_json(file)
+    rank = gemma.json_value(config, "r", int, 8, file)
+    alpha = gemma.json_value(config, "lora_alpha", float, 8, file)
+    rslora = gemma.json_value(config, "use_rslora", bool, False, file)
+    return {"lora_rank": rank, "lora_alpha": alpha * math.sqrt(rank) if rslora else alpha}
+
+
 # ------------------------------------------------------------------------------------ PEFT files
 
 
@@ -185,7 +195,7 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         "use_rslora": False,  # lora_alpha already holds the factor
     }
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    gemma.save_tensors(path / "adapter_model.safetensors", tensors)
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -241,6 +251,8 @@ def load(path: str | Path, cfg: Config) -> dict:
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
         found[m[2]].setdefault(int(m[1]), {"module": module})[m[3]] = np.float32(tensor)
     R = max((len(t) for key, t in tensors.items() if ".lora_A" in key), default=0)
+    if R > 4096:  # every matrix is padded to it
+        raise ValueError(f"{file}: a matrix has rank {R:,}, expected at most 4,096")
     adapter = {"a": {}, "b": {}, "scale": {}}
     for name in (name for name in LINEARS if found[name]):
         a, b = (np.zeros(shape, np.float32) for shape in shapes(LINEARS[name], cfg, R))
@@ -269,7 +281,10 @@ def load(path: str | Path, cfg: Config) -> dict:
 def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
          tokenizer: str | None = None,
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-    """Merges an adapter into its base and writes a whole text-only model for vLLM or llama.cpp.
+    """Merges an adapter into its base and writes a whole text-only model for other programs.
+
+    The chat template of the folder adds the system text that the adapter was trained under. The
+    commands for vLLM, llama.cpp, Ollama and the Hub are printed.
 
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
@@ -279,7 +294,8 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
         dtype: Of the merged weights; the sum itself is computed in float32.
     """
-    import data  # only a merge needs the tokenizer
+    import card  # here: only a merge needs these two
+    import data
 
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
@@ -291,12 +307,17 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     params = merge(params, load(path, cfg), cfg)
     stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
     gemma.save(out, dataclasses.replace(cfg, eos_token_id=stops), params)
-    tok.save(out)
+    system = read_prompt(adapter, None) or ""
+    tok.save(out, system)
     file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, not a list
     file.write_text(json.dumps(gemma.read_json(file) | {"eos_token_id": tok.eos}, indent=2))
-    if system := read_prompt(adapter, None):
+    if system:
         write_prompt(Path(out), system)
+    card.write_merged(Path(out), path, model)
     print(f"{out}: {path} merged into {base}, {dtype}")
+    if system:
+        print(f"its chat template adds the system text of the training: {system}")
+    print(card.commands(Path(out), out, model), end="")
 
 
 if __name__ == "__main__":

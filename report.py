@@ -166,10 +166,13 @@ def show(value: float, unit: str = "") -> str:
 
 
 def rates(run: Run) -> list[tuple]:
-    """(label, rate, low, high): the first and last evaluation of a run, or what eval.py found."""
-    rows = [(step, row) for step, row in run.steps.items() if row.get("eval_accuracy") is not None]
-    out = [(f"step {step}", *(row.get("eval_accuracy" + end) for end in ("", "_low", "_high")))
-           for step, row in rows[:1] + rows[1:][-1:]]
+    """(label, rate, low, high): of a run the first, best and last evaluation, or eval.py's."""
+    rates = {step: row["eval_accuracy"] for step, row in run.steps.items()
+             if row.get("eval_accuracy") is not None}
+    best = max(rates, key=lambda step: (rates[step], step), default=None)
+    out = [(f"step {step}" + ", the best" * (step == best and len(rates) > 2),
+            *(run.steps[step].get("eval_accuracy" + end) for end in ("", "_low", "_high")))
+           for step in sorted({*list(rates)[:1], *list(rates)[-1:]} | ({best} - {None}))]
     intervals = run.results.get("intervals", {})
     for name, value in run.results.items():
         rate, ends = number(value), intervals.get(name)
@@ -180,16 +183,22 @@ def rates(run: Run) -> list[tuple]:
     return out
 
 
+def difference(before: tuple, after: tuple) -> tuple[float, float]:
+    """Newcombe's 95 % interval of after - before, each as (rate, low, high)."""
+    (first, low, high), (last, low2, high2) = before, after
+    least = last - first - math.hypot(last - low2, high - first)
+    return least, last - first + math.hypot(high2 - last, first - low)
+
+
 def verdict(run: Run) -> tuple[str, str, str]:
     """(class, in a word, in a sentence): did it learn?"""
     found = rates(run)
     if len(found) > 1 and not run.results:
-        (_, first, low, high), (_, last, low2, high2) = found
+        (_, first, low, high), *_, (_, last, low2, high2) = found
         what = f"held-out accuracy {show(first, '%')} % → {show(last, '%')} %"
         if None in (low, high, low2, high2):
             return "", "rose" if last > first else "did not rise", what
-        least = last - first - math.hypot(last - low2, high - first)
-        most = last - first + math.hypot(high2 - last, first - low)
+        least, most = difference((first, low, high), (last, low2, high2))
         what += f", a difference of {100 * least:+.1f} to {100 * most:+.1f} points"
         css = "good" if least > 0 else "bad" if most < 0 else ""
         return css, {"good": "learned", "bad": "got worse", "": "unclear"}[css], what
@@ -206,6 +215,9 @@ def verdict(run: Run) -> tuple[str, str, str]:
 
 # --------------------------------------------------------------------------------------- drawing
 
+PICTURE = """<style>text { font: 11px sans-serif; fill: #777 } .grid { stroke: #ccc }
+.raw { fill: none; stroke: #3583db; stroke-width: 2 } .band { fill: #3583db; opacity: .14 }
+</style>"""
 W, H, LEFT, RIGHT, TOP, BOTTOM = 280, 140, 46, 8, 8, 20
 esc = lambda text: html.escape(str(text))
 colour = lambda run: f"c{run % 6}"
@@ -255,15 +267,16 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
               if v is not None]
     low, high, size = min(values), max(values), max(map(abs, values))
     pad = 0.06 * (high - low) if high - low > 1e-6 * size else 0.1 * size or 1.0
-    low, high = low - pad, high + pad
+    rate = unit == "%" and 0 <= low <= high <= 100  # whose axis ends at 0 and at 100
+    low, high = (max(low - pad, 0), min(high + pad, 100)) if rate else (low - pad, high + pad)
     x = lambda s: LEFT + (s - span[0]) / (span[1] - span[0]) * (W - LEFT - RIGHT)
     y = lambda v: TOP + (high - v * factor) / (high - low) * (H - TOP - BOTTOM)
     out, readout = [], []
     for v, text in ticks(low, high):
         at = y(v / factor)
-        out.append(f'<path class=grid d="M{LEFT} {at:.1f}H{W - RIGHT}"/><text x={LEFT - 5} '
-                   f"y={at + 3.5:.1f} text-anchor=end>{text}</text>")
-    out += [f"<text x={x(s):.1f} y={H - 5} text-anchor=middle>{t}</text>"
+        out.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{W - RIGHT}"/><text x="{LEFT - 5}" '
+                   f'y="{at + 3.5:.1f}" text-anchor="end">{text}</text>')
+    out += [f'<text x="{x(s):.1f}" y="{H - 5}" text-anchor="middle">{t}</text>'
             for s, t in ticks(*span, least=1)]
     for i, points in curves.items():
         css, stride, noisy = colour(i), -(-len(points) // N_POINTS), len(points) >= 40
@@ -278,7 +291,19 @@ def chart(runs: list[Run], name: str, title: str, unit: str, span: tuple[int, in
     axes = f"{span[0]} {span[1]} {low:.6g} {high:.6g}"
     return (f"<figure><figcaption><h3>{esc(title)} <small>{unit}</small></h3><span class=readout>"
             f'{"".join(readout)}</span></figcaption><svg viewBox="0 0 {W} {H}" data-axes="{axes}" '
-            f'role=img aria-label="{esc(title)}">{"".join(out)}</svg></figure>')
+            f'role="img" aria-label="{esc(title)}">{"".join(out)}</svg></figure>')
+
+
+def picture(run: Run) -> str:
+    """The curve of the held-out results as an SVG file; "" where there are not two of them."""
+    for name in ("eval_accuracy", "eval_pair_accuracy", "eval_loss"):
+        points = [step for step, value in curve(run, name) if value is not None]
+        if len(points) > 1:
+            figure = chart([run], name, *CURVES[name], (points[0], points[-1]))
+            svg = figure[figure.index("<svg") : figure.index("</figure>")]
+            size = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * W}" height="{2 * H}" '
+            return svg.replace("<svg ", size, 1).replace(">", f">{PICTURE}", 1) + "\n"
+    return ""
 
 
 def header(runs: list[Run]) -> str:
@@ -317,7 +342,11 @@ def charts(runs: list[Run]) -> str:
                     if not k.endswith(("_low", "_high"))})
     cards = CURVES | {k: ("Reward: " + k[len("rewards/") : -len("/mean")], "") for k in names
                       if k.startswith("rewards/") and k.endswith("/mean")}
-    others = {k: (k, "") for k in names if k not in cards}
+    # The rewards "answer" and "format" are mostly the accuracy and the format: once is enough.
+    same = {k for k in cards.keys() - CURVES.keys() if any(
+        all(curve(run, k) == curve(run, twin) for run in runs) for twin in ("accuracy", "format"))}
+    cards = {k: card for k, card in cards.items() if k not in same}
+    others = {k: (k, "") for k in names if k not in cards | dict.fromkeys(same)}
     steps = [step for run in runs for step in run.steps] or [0]
     span = min(steps), max(max(steps), min(steps) + 1)
     shown, more = ("".join(chart(runs, name, *card, span) for name, card in part.items())
@@ -346,7 +375,7 @@ def command_of(config: dict) -> str:
 
 
 def settings(runs: list[Run]) -> str:
-    """The runs' settings: those that differ in sight, the others and the commands folded up."""
+    """The runs' settings: the commands and what differs in sight, the others folded up."""
     tables = [{k: v for k, v in run.config.items() if k != "code"}
               | {f"code: {k}": v for k, v in run.config.get("code", {}).items()} for run in runs]
     keys = list(dict.fromkeys(k for table in tables for k in table))
@@ -358,9 +387,11 @@ def settings(runs: list[Run]) -> str:
                        for i, run in enumerate(runs)
                        if tables[i].get("code: script", "notebook") != "notebook")
     same = rows(k for k in keys if k not in differ)
-    return (f"<section><h2>Settings</h2><table>{head}{rows(differ)}</table><details><summary>"
-            "Settings that are equal, and the command that repeats the run</summary>"
-            f"<table>{same}</table>{commands}</details></section>")
+    several = len(runs) > 1
+    marked = f"<h3>What differs</h3><table>{head}{rows(differ)}</table>" * bool(several and differ)
+    return (f"<section><h2>Settings</h2>{marked}<h3>The command of each run</h3>{commands}<details>"
+            f"<summary>{'Settings that are equal' if several else 'All settings'}</summary>"
+            f"<table>{same}</table></details></section>")
 
 
 def page(runs: list[Run]) -> bytes:

@@ -117,9 +117,9 @@ class Settings:
 
     # LoRA
     lora_rank: int | None = None
-    """Rank of the adapter; 0 trains every weight of the model."""
+    """Rank of the adapter, by default that of --adapter; 0 trains every weight of the model."""
     lora_alpha: float | None = None
-    """The adapter's output is scaled by alpha / rank; default: the rank."""
+    """The adapter's output is scaled by alpha / rank; default: --adapter's, or the rank."""
     lora_targets: str = "q,k,v,o,gate,up,down"
     """Which matrices get an adapter."""
     rslora: bool = False
@@ -388,9 +388,14 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
 
 def check_settings(config) -> None:
     """Raises ValueError for settings that cannot work, before anything is loaded."""
+    if not 0 < config.temperature < math.inf:  # chat.py and eval.py take 0
+        raise ValueError(f"--temperature {config.temperature}: expected more than 0, as log-probs "
+                         "are divided by it")
     if config.pack_length < (longest := config.max_prompt + config.max_new):
         raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
                          f"{longest} or more")
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature {config.temperature}: expected more than 0")
     read_curriculum(config.curriculum)
 
 

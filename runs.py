@@ -1,7 +1,8 @@
 """The run folder that every script shares: metrics, samples, checkpoints, resume, time budget.
 
     runs/NAME/
-        config.json           the resolved config; under `code`: the script, versions and devices
+        config.json           the resolved config, checksums of the rows and of the files of the
+                              model; under `code`: the script, versions and devices
         metrics.jsonl         one object a step; keys ending in _s or holding per_s are timings
         samples.jsonl         prompt, completion, every reward component
         checkpoints/step_N/   the state after N updates: the adapter, resume/ (arrays and
@@ -105,10 +106,15 @@ _CONTROLS = re.compile(
 )
 
 
+def clean(text: str) -> str:
+    """Text that cannot drive a terminal: "\\x1b[2J" in a completion is spelled out."""
+    return _CONTROLS.sub(lambda m: m[1] or m[0].encode("unicode_escape").decode(), text)
+
+
 def say(line: str) -> None:
-    """Print to stderr, on the first host alone. "\\x1b[2J" in a completion is spelled out."""
+    """Print clean() text to stderr, on the first host alone."""
     if hosts.index == 0:
-        line = _CONTROLS.sub(lambda m: m[1] or m[0].encode("unicode_escape").decode(), line)
+        line = clean(line)
         with contextlib.suppress(OSError):  # the terminal may be gone: the run must still be saved
             tqdm.write(line + "\x1b[0m" * ("\x1b" in line), file=sys.stderr)
 
@@ -152,13 +158,15 @@ def command(call: Callable[[], Any]) -> None:
     """
     try:
         call()
+    except SystemExit as end:  # its text may quote a server
+        sys.exit(clean(end.code) if isinstance(end.code, str) else end.code)
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         folder, *ours = (Path(f).resolve().parent for f in (last.filename, __file__, sys.argv[0]))
         stated = folder in ours and last.line.startswith("raise ")
         if not stated and getattr(error, "filename", None) is None:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(clean(f"error: {error}"))
 
 
 def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:
@@ -558,6 +566,7 @@ class Run(contextlib.ExitStack):
                  facts: dict[str, str] | None = None):
         super().__init__()  # holds what is undone at the end, or by a failure below
         self.folder, self.keep, self.every_s = Path(config.out), config.keep, every_s
+        self.config, self.outcome = config, []  # outcome: the last lines of a run
         self.show = {"loss": "loss"} if show is None else show
         self.budget = Budget(config.steps, parse_time(config.time_limit), start=STARTED)
         self.step: int | None = None  # of the last line logged; None until restore()
@@ -633,12 +642,48 @@ class Run(contextlib.ExitStack):
         return self.finish(write_model)
 
     def finish(self, write_model: Callable[[Path | None], None]) -> Path:
-        """Write final/ in place of an earlier one."""
+        """Write final/, the best checkpoint or else the last step, and say what came out."""
+        best = self.best() if hosts.index == 0 else None
+        best = hosts.everyone(best)[0]
+        best = None if best == self.saved_step else best
+
+        def write(folder):
+            if best is None:
+                write_model(folder)
+            elif folder is not None:
+                shutil.copytree(self.folder / f"checkpoints/step_{best}", folder,
+                                ignore=shutil.ignore_patterns("resume", "manifest.json"),
+                                dirs_exist_ok=True)
+            if folder is not None:
+                self.describe(folder, self.saved_step if best is None else best)
+
         with self.budget.measure("save"):
-            _publish(self.folder / "final", write_model)
+            _publish(self.folder / "final", write)
         hosts.everyone(None)  # nobody leaves before it is there
-        say(f"done: {self.folder / 'final'}")
+        say("\n".join([f"done: {self.folder / 'final'}", *self.outcome]))
         return self.folder / "final"
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the highest score, the newer of two equals, if sound."""
+        scores = self.scores()
+        step = max(((score, step) for step, score in scores.items()), default=(0, None))[1]
+        if step is not None and (reason := verify(self.folder / f"checkpoints/step_{step}")):
+            say(f"step {step} was the best, but {reason}: final/ is the last step")
+            return None
+        return step
+
+    def describe(self, folder: Path, step: int) -> None:
+        """Write the model card of `step`, and keep what the last lines of the run say."""
+        self.outcome = []
+        if not hasattr(self.config, "model"):
+            return
+        try:
+            import card  # here: it stands below this file
+
+            card.write(folder, self.folder, step)
+            self.outcome = card.ending(folder, self.folder, step)
+        except Exception as error:  # of a text; the model is there
+            say(f"no model card of {folder}: {error!r}")
 
     def log(self, step: int, metrics: dict) -> None:
         """Append the line of a step to metrics.jsonl, show it, and pass it to the loggers."""
@@ -718,13 +763,18 @@ class Run(contextlib.ExitStack):
         if hosts.index == 0 and time.monotonic() >= self.report_due:
             self.report()
 
-    def _drop_old(self):
-        """Delete all checkpoints but the newest `keep` and the best, the newer of two equals."""
-        found, scores = self.checkpoints(), []
-        for step, path in found:
+    def scores(self) -> dict[int, float]:
+        """The scores of the checkpoints that have one, by step."""
+        scores = {}
+        for step, path in self.checkpoints():
             with contextlib.suppress(OSError, ValueError, KeyError):
                 score = gemma.read_json(path / "resume/state.json")["score"]
-                scores += [(score, step)] if score is not None else []
+                scores |= {step: score} if score is not None else {}
+        return scores
+
+    def _drop_old(self):
+        """Delete all checkpoints but the newest `keep` and the best, the newer of two equals."""
+        found, scores = self.checkpoints(), [(score, n) for n, score in self.scores().items()]
         kept = {step for step, _ in found[-max(1, self.keep) :]} | {max(scores, default=(0, 0))[1]}
         for step, path in found:
             if step not in kept:

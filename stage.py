@@ -47,8 +47,9 @@ import runs
 def resolve(config, defaults: dict[str, dict]):
     """Fills the fields of a script's Config left at None from its model's defaults.
 
-    The system text is the one that the adapter was trained under. With --time-limit and without
-    --steps the clock alone decides, so steps stays None.
+    The system text is the one that the adapter was trained under, and so are rank and alpha, so
+    that a chain of stages trains one adapter. With --time-limit and without --steps the clock alone
+    decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, system=system)
@@ -59,6 +60,8 @@ def resolve(config, defaults: dict[str, dict]):
     if not names:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
     table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3
+    if config.adapter and getattr(config, "lora_rank", 0) is None:
+        table = table | lora.read_size(hub.find_adapter(config.adapter))
     unset = {k: v for k, v in table.items() if getattr(config, k) is None}
     if runs.parse_time(getattr(config, "time_limit", None)) is not None:
         unset.pop("steps", None)
@@ -74,11 +77,11 @@ RANGES = (  # the least and the largest value that make sense, and the fields
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
      "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
      "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
-     "max_drift reward_coef value_clip value_lr value_warmup"),
+     "max_drift reward_coef value_clip value_lr value_warmup temperature"),
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
      "on_policy gamma lam"),
     (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
-    (1e-9, math.inf, "clip_norm sapo_pos sapo_neg temperature"),
+    (1e-9, math.inf, "clip_norm sapo_pos sapo_neg"),
 )
 
 
@@ -520,5 +523,5 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
-        tok.save(folder)
+        tok.save(folder, config.system)
     lora.write_prompt(folder, config.system)

@@ -211,21 +211,30 @@ rows = map(json.loads, (hub.output(config.out + "-eval") / "samples.jsonl").open
 for row in [row for row in rows if row["mode"] == "greedy"][:3]:
     print(row["prompt"], row["completion"], f"(expected: {row['gold']})", sep="\\n\\n")
 """
+TALK = """\
+import chat
+
+talk = chat.Chat(chat.{config})
+talk.turn("Mia has 12 cards. She buys 7 more. How many does she have?")
+print("\\nThe model before training:")
+talk.turn("/base")
+"""
 SUBMIT = """\
 ## What to submit
 
-`/kaggle/working/runs` holds the run; its `final` folder is the model: a PEFT adapter for the base
-model named in its `adapter_config.json`, or a whole model if all weights were trained. The cell
-below merges an adapter into its base, for programs that take whole models.
+`/kaggle/working/runs` holds the run; its `final` folder is the model, with a model card: a PEFT
+adapter for the base model, or a whole model if all weights were trained.
 """
 MERGE = """\
 import os
 import subprocess
 import sys
 
-# The TPU belongs to this kernel, so the merge runs on the CPU.
-# subprocess.run([sys.executable, "code/lora.py", "--model", config.model, "--adapter", config.out,
-#                 "--out", "merged"], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+# A whole model for vLLM, llama.cpp and Ollama. The TPU belongs to this kernel: the CPU merges.
+merge = [sys.executable, "code/lora.py", *{flags}, "--out", hub.output("merged")]
+done = subprocess.run(merge, capture_output=True, text=True,
+                      env=os.environ | {{"JAX_PLATFORMS": "cpu"}})
+print(done.stdout, done.stderr[-2000:] * (done.returncode != 0))
 """
 
 
@@ -246,6 +255,21 @@ def evaluation_cell(config: Any, resolved: Any) -> str:
     after = evaluation(**same, adapter=out, out=f"{out}-eval", compare=f"{out}-eval-before")
     text = EVALUATE.format(data=OWN_ROWS * own, before=call(before), after=call(after))
     return text.replace("data='held_out'", "data=held_out")
+
+
+def chat_config(config: Any) -> Any:
+    """Config of chat.py for the model that a run leaves."""
+    chat = importlib.import_module("chat").Config
+    same = ("model", "weights", "tokenizer", "dtype", "system", "max_new")
+    same = {name: value for name, value in given(config).items() if name in same}
+    return chat(**same, adapter=config.out)
+
+
+def merge_flags(config: Any) -> list[str]:
+    flags = {"--adapter": config.out} | {
+        f"--{name}": value for name, value in given(config).items()
+        if name in ("model", "weights", "tokenizer")}
+    return [word for flag in flags.items() for word in flag]
 
 
 def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
@@ -272,9 +296,13 @@ def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
             ("report", REPORT),
             ("# completions", "## Three answers of the trained model"),
             ("completions", COMPLETIONS),
+            ("# talk", "## Talk to it\n\nAsk anything by `talk.turn`; `/base` answers the same with"
+             " the model before training."),
+            ("talk", TALK.format(config=call(chat_config(config)))),
             ("# submit", SUBMIT),
-            ("merge", MERGE),
         ]
+        if resolved.lora_rank:
+            cells.append(("merge", MERGE.format(flags=merge_flags(config))))
     folded = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}
     out = []
     for name, text in cells:
@@ -370,7 +398,8 @@ def main(config: Config, flags: list[str]) -> Path:
     module = importlib.import_module(script.removesuffix(".py"))
     parsed = tyro.cli(module.Config, args=flags, prog=script)
     resolved = module.resolve(parsed) if hasattr(module, "resolve") else parsed  # checks values
-    also = ("eval.py", "report.py") if script.startswith("train_") and not config.one_file else ()
+    trains = script.startswith("train_") and not config.one_file
+    also = ("eval.py", "report.py", "chat.py") if trains else ()
     names = dict.fromkeys(name for one in (*also, script) for name in needed(one))
     files = {name: (HERE / name).read_text(encoding="utf-8") for name in names}
     extra, parsed = reward_files(parsed)

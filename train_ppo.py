@@ -9,7 +9,7 @@ reward with it (arXiv 1506.02438), and both adapters make several clipped update
     policy loss = mean over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A)
     value loss = mean of max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2) / 2
 
-    python train_ppo.py                                    # the tiny model, CPU, five minutes
+    python train_ppo.py                                    # the tiny model, CPU, four minutes
     python train_ppo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
 
 Rollouts, packed rows and missing rewards are as in train_grpo.py. Besides:
@@ -58,10 +58,10 @@ class Config(rollouts.Settings):
     out: str = "runs/ppo"
     """Run folder; the same command continues the run in it."""
     lora_rank: int | None = None
-    """Rank of the policy's adapter and of the critic's."""
+    """Rank of the policy's adapter and of the critic's; by default that of --adapter."""
     inner_epochs: int = 1
     """Passes over a step's completions."""
-    minibatches: int = 2
+    minibatches: int = 4
     """Updates of each pass."""
     gamma: float = 1.0
     """Discount of later rewards, per token."""
@@ -97,8 +97,8 @@ DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", rows=5000, system="", rewards="format:0.1,answer:1",
         prompts=16, max_prompt=88, max_new=104, slots=64, kl_coef=0.0, lora_rank=16,
-        steps=80, pack_length=384, micro_rows=1, learning_rate=1e-3, value_lr=3e-3, remat="none",
-        eval_every=20, eval_rows=200, save_every=20,
+        steps=50, pack_length=384, micro_rows=1, learning_rate=1e-3, value_lr=3e-3, remat="none",
+        eval_every=25, eval_rows=200, save_every=25,
     ),
     "gemma2": REAL, "gemma3": REAL,
     **dict.fromkeys(("gemma2-9b", "gemma3-12b"), REAL | dict(lora_rank=32, slots=8)),

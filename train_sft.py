@@ -85,9 +85,9 @@ class Config:
 
     # LoRA
     lora_rank: int | None = None
-    """Rank of the adapter; 0 trains every weight of the model."""
+    """Rank of the adapter, by default that of --adapter; 0 trains every weight of the model."""
     lora_alpha: float | None = None
-    """The adapter's output is scaled by alpha / rank; default: twice the rank."""
+    """The adapter's output is scaled by alpha / rank; default: --adapter's, or twice the rank."""
     lora_targets: str = "q,k,v,o,gate,up,down"
     """Which matrices get an adapter."""
     lora_dropout: float = 0.0

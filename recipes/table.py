@@ -17,8 +17,9 @@ def rows(folder: Path) -> list[tuple[str, float, dict]]:
     """(stage, minutes, results) of each evaluated stage, in the order they ran."""
     seconds, noted = {}, folder / "seconds"
     for line in noted.read_text().splitlines() if noted.exists() else []:
-        name, s = line.split()
-        seconds[name] = seconds.get(name, 0) + int(s)
+        name, _, s = line.partition(" ")
+        if s.isdecimal():  # not a torn line
+            seconds[name] = seconds.get(name, 0) + int(s)
     out, waiting = [], 0
     for name in ["start", *seconds]:
         waiting += seconds.get(name, 0)

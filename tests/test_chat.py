@@ -15,7 +15,6 @@ import gemma
 import lora
 import rewards
 import rollouts
-import stage
 from sampler import Sampler
 
 TOK = data.Tokenizer(ROOT / "tiny")
@@ -94,7 +93,7 @@ def test_a_turn_compiles_nothing_within_a_length_bucket(run):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
     config = chat.Config(adapter=str(run), max_new=40)  # of no other test
-    talk = chat.Chat(stage.resolve(config, chat.DEFAULTS))
+    talk = chat.Chat(config)
     talk.turn(FIRST)
     talk.turn("/base")
     before = len(compiled)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import jax
 import numpy as np
@@ -302,6 +303,48 @@ def test_a_comparison_pairs_the_problems_both_have():
         evaluation.compare(ours, theirs[:0] + [theirs[0] | {"id": "another"}])
 
 
+def test_the_summary_is_five_lines_and_a_comparison_one_sentence():
+    results = evaluation.summarize(complete(PARROT, PROBLEMS, samples=4))
+    assert evaluation.summary(results).splitlines() == [
+        "4 problems, 95 % intervals in brackets",
+        "  greedy     66.7 %      [20.8, 93.9]",
+        "  sampled    58.3 %      [50.0, 75.0]",
+        "  maj@4      83.3 %      [50.0, 100.0]",
+        "  format     75.0 %      [30.1, 95.4]",
+        f"  length     {results['length']:.1f} tokens "
+        f"[{', '.join(f'{x:.1f}' for x in results['intervals']['length'])}]"]
+    only = evaluation.summary(evaluation.summarize(complete(PARROT, PROBLEMS)))
+    assert [line.split()[0] for line in only.splitlines()[1:]] == ["greedy", "format", "length"]
+    pair = {"this": 0.6, "other": 0.4, "difference": 0.2, "interval": (0.1, 0.3), "n": 200}
+    for name, change, said in (
+        ("pass@1", {"p": 0.0004}, "Accuracy rose: 40.0 % -> 60.0 %, +20.0 points [+10.0, +30.0] on "
+                                  "200 problems, McNemar p 0.0004."),
+        ("pass@1", {"p": 0.3}, "Accuracy is unchanged as far as one can tell: 40.0 % -> 60.0 %, "),
+        ("pass@1", {}, "Accuracy rose: 40.0 % -> 60.0 %, +20.0 points [+10.0, +30.0] on 200 "),
+        ("format", {"p": 0.01, "difference": -0.2}, "Format fell: 40.0 % -> 60.0 %, -20.0 points"),
+    ):
+        assert evaluation.sentence({"n": 200, name: pair | change}).startswith(said)
+
+
+def test_the_pace_begins_after_the_first_round(monkeypatch):
+    """The first completion comes when everything is compiled; what is left is not slowed by it."""
+    bars = []
+
+    class Bar(evaluation.tqdm):
+        def close(self):
+            bars.append(self.format_dict)
+            super().close()
+
+    class Slow(Parrot):
+        def sample(self, *args, **kw):
+            time.sleep(0.5 * (kw["temperature"] == 0))
+            yield from super().sample(*args, **kw)
+
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    complete(Slow(PARROT.texts[0.0], PARROT.texts[1.0]), PROBLEMS, samples=4)
+    assert bars[0]["n"] == bars[0]["total"] == 20 and bars[0]["elapsed"] < 0.4
+
+
 # -------------------------------------------------------------------------------------- whole runs
 
 
@@ -338,7 +381,9 @@ def test_end_to_end_and_after_a_kill(config, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert {"pass@1", "format", "n"} <= results.keys() and results["n"] == 6
-    assert "6 problems, 5 with an answer to check" in printed and "poems" in printed
+    assert printed == evaluation.summary(results) + "\n" and "poems" not in printed
+    everything = evaluation.table(results)
+    assert "6 problems, 5 with an answer to check" in everything and "poems" in everything
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 6 * 3 and results == evaluation.summarize(rows)
     assert len({r["completion"] for r in rows}) > 10
@@ -386,7 +431,7 @@ def test_an_adapter_brings_its_system_text_and_can_be_compared(config, folder, t
     with pytest.raises(ValueError, match="trained under"):
         evaluation.main(dataclasses.replace(tuned, system="Be long."))
     # the folder belongs to what it was begun with
-    with pytest.raises(SystemExit, match="checksum of the .* was"):
+    with pytest.raises(SystemExit, match="checksum of .* was"):
         evaluation.main(dataclasses.replace(config, adapter=tuned.adapter))
     with pytest.raises(SystemExit, match="--max-new was 8 .* now it is 4"):
         evaluation.main(dataclasses.replace(config, max_new=4))
@@ -417,7 +462,7 @@ def test_rewards_and_a_judge(config, tmp_path, monkeypatch, capsys):
             0.6 * 0.75 + 0.2 * row["format"] + 0.2 * row["correct"]
         )
     assert results["reward_judge"] == 0.75 and results["missing"] == pytest.approx(1 / 6)
-    assert results == evaluation.summarize(rows) and "reward_judge" in printed
+    assert results == evaluation.summarize(rows) and "reward " in printed
     for file in (tmp_path / "out").rglob("*.json*"):
         assert "sk-of-this-evaluation" not in file.read_text(), file
     sampled = (tmp_path / "out/samples.jsonl").read_text()

@@ -874,3 +874,28 @@ def test_programs_are_the_jitted_functions_with_their_shapes():
 def test_a_wrong_value_is_refused_before_anything_is_loaded(flags, why):
     with pytest.raises(ValueError, match=why):
         train_grpo.resolve(train_grpo.Config(**flags))
+
+
+def test_a_resumed_run_knows_its_rows_files_rewards_and_judge_again(tmp_path):
+    """Each is a fact of config.json that names the file; each content gives another checksum."""
+    reward, judge = tmp_path / "my.py", tmp_path / "judge"
+    judge.mkdir()
+    config = train_grpo.Config(data="rows.jsonl", reward_file=str(reward), judge=str(judge))
+    model = stage.Model(CFG, None, None, {}, {}, {}, False, None, {"checksum of w": "1"})
+    problem = lambda text: Problem("id", (), "", "1", "number", (), "", fields={"rubric": text})
+
+    def facts(rows="a", held="b", code="def short(c, row): return 1", weights=b"w") -> dict:
+        reward.write_text(code)
+        (judge / "model.safetensors").write_bytes(weights)
+        return stage.facts(config, model, [[problem(rows)]], [problem(held)])
+
+    first = facts()
+    for change, name in (
+        ({"rows": "c"}, "checksum of the rows of --data rows.jsonl"),
+        ({"held": "c"}, "checksum of the held-out rows of rows.jsonl"),
+        ({"code": "def short(c, row): return 2"}, "checksum of my.py"),
+        ({"weights": b"x"}, "checksum of the judge's model.safetensors"),
+    ):
+        now = facts(**change)
+        assert {k for k in first if now[k] != first[k]} == {name}
+    assert first["checksum of w"] == "1" and facts() == first and len(first) == 5

@@ -15,13 +15,17 @@ import pytest
 from conftest import FLAGS, ROOT, contents
 from safetensors.numpy import load_file
 
+import gemma
 import hosts
+import lora
 import runs
+import train_distill
 import train_grpo
 import train_ppo
 import train_sft
 
-SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "train_ppo": train_ppo}
+SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "train_ppo": train_ppo,
+           "train_distill": train_distill}
 WORKER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
@@ -73,7 +77,11 @@ JOBS = {
     "train_ppo": RUN | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
                             slots=4, kl_coef=0.1, rows=30, lora_rank=8, rewards="score:1",
                             value_warmup=1, log_samples=99),
+    # in one process each device has a copy of the teacher, in two it is split over all eight
+    "train_distill": RUN | dict(prompts=3, group=4, max_new=24, max_prompt=88, pack_length=176,
+                                slots=4, rows=30, lora_rank=8, rewards="score:1", log_samples=99),
 }
+SPLIT = "import stage; stage.REPLICATED_BYTES = 1e3"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,10 @@ def folder(small, tmp_path_factory):
     """The small model beside its rows and a reward."""
     out = tmp_path_factory.mktemp("hosts")
     shutil.copytree(small, out / "model")
+    cfg = gemma.read_config(out / "model")
+    adapter = lora.init(cfg, jax.random.key(3), 4, 8.0)
+    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(4), b.shape)
+    lora.save(out / "teacher", adapter | {"b": jax.tree.map(noise, adapter["b"])}, cfg)
     (out / "own.py").write_text("score = lambda text, row: sum(map(ord, text)) % 7 / 7\n")
     return out
 
@@ -88,6 +100,8 @@ def folder(small, tmp_path_factory):
 def job(folder, out, script, **fields):
     if script != "train_sft":
         fields = {"reward_file": str(folder / "own.py:score")} | fields
+    if script == "train_distill":
+        fields |= {"teacher": str(folder / "model"), "teacher_adapter": str(folder / "teacher")}
     fields = JOBS[script] | fields
     return script, fields | dict(weights=str(folder / "model"), out=str(folder / out),
                                  data=str(folder / "model/rows.jsonl"))
@@ -154,7 +168,8 @@ def both(folder):
     wrong = job(folder, "two/wrong", "train_sft")
     wrong[1]["each"] = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
     jobs = [("exec", "import hosts; hosts.HEARTBEAT_S = 10"), wrong, ("exec", AGREE),
-            *(job(folder, f"two/{script}", script) for script in SCRIPTS),
+            *(job(folder, f"two/{script}", script) for script in [*SCRIPTS][:-1]),
+            ("exec", SPLIT), job(folder, "two/train_distill", "train_distill"),
             ("exec", DIES), job(folder, "dies", "train_sft", steps=10**6)]
     processes = start(jobs, folder)
     try:

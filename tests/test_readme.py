@@ -82,7 +82,22 @@ def test_a_wrong_command_would_not_parse(wrong):
         parse(script, flags)
 
 
-TABLE = re.findall(r"^\| [^|]*\| `(--[^`]+)`", (ROOT / "README.md").read_text(), re.M)
+def test_the_page_is_short_and_its_sizes_and_links_are_true():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    sizes = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M)
+    assert len(sizes) == 12
+    for name, lines in sizes:
+        n = len((ROOT / name).read_text().splitlines())
+        assert abs(n - int(lines)) <= 0.2 * n, f"{name} has {n} lines"
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"`(\w+\.(?:py|sh))`", text):
+        assert name == "my.py" or [*ROOT.glob(name), *ROOT.glob(f"recipes/{name}")], name
+
+
+TABLE = [flags for page in PAGES
+         for flags in re.findall(r"^\| [^|]*\| `(--[^`]+)`", page.read_text(), re.M)]
 
 
 @pytest.mark.parametrize("flags", TABLE)
@@ -95,7 +110,7 @@ def test_settings_of_the_literature_parse(flags):
 # ------------------------------------------------------------------------------------ example rows
 
 TOK = data.Tokenizer(ROOT / "tiny")
-LINES = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+LINES = [b for page in PAGES for b in re.findall(r"```json\n(.*?)```", page.read_text(), re.S)]
 ROWS = [json.loads(line) for block in LINES for line in block.splitlines()]
 
 

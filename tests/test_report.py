@@ -125,6 +125,17 @@ def test_settings_that_differ_are_marked(tmp_path):
     assert "adapter<td><bdi>None</bdi><td><bdi>&lt;i&gt;</bdi>" in seen
     assert "learning_rate" not in folded.split("<pre>")[0]
     assert "keep<td><bdi>2</bdi><td><bdi>2</bdi>" in folded
+    assert seen.count("--learning-rate") == 2  # the commands are in sight
+    alone = html(a)
+    assert "All settings" in alone and "What differs" not in alone
+
+
+def test_the_best_evaluation_is_named_where_it_is_not_the_last(tmp_path):
+    rates = (0, 20, 100), (2, 70, 100), (4, 60, 100)
+    page = html(write(tmp_path / "x", rates))
+    assert [label in page for label in ("step 2, the best", "step 4<", "step 4, ")] == [
+        True, True, False]
+    assert "held-out accuracy 20.0 % → 60.0 %" in page
 
 
 @pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, train_ppo, train_distill,
@@ -178,7 +189,19 @@ def drawn(values, unit=""):
 def test_every_curve_lies_within_its_frame(values, unit):
     ys = [float(y) for y in re.findall(r"[ML][\d.]+,(-?[\d.]+)", drawn(values, unit))]
     assert ys and all(report.TOP <= y <= report.H - report.BOTTOM for y in ys)
-    assert drawn(values, unit).count("class=grid") >= 1
+    assert drawn(values, unit).count('class="grid"') >= 1
+    texts = re.findall(r'anchor="end">([^<]*)<', drawn([0.0, 1.0], "%"))
+    assert texts[0] == "0" and texts[-1] == "100"
+
+
+def test_a_reward_that_is_the_accuracy_has_no_card_of_its_own(tmp_path):
+    folder = write(tmp_path / "x")
+    lines = (folder / "metrics.jsonl").read_text()
+    twins = lines.replace('"rewards/answer/mean"', '"accuracy": 0.5, "rewards/answer/mean"')
+    assert "Reward: answer" in html(folder)
+    (folder / "metrics.jsonl").write_text(twins)
+    assert "Reward: answer" not in html(folder) and ">Accuracy <" in html(folder)
+    assert "rewards/answer/mean" not in html(folder)
 
 
 def test_unknown_is_a_gap_and_not_zero():

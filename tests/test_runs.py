@@ -662,9 +662,29 @@ def test_end_does_what_is_still_to_do(tmp_path, name):
                 run.save(at, LIKE, {}, score=score)
         run.budget.p, run.asked, run.stopping = p, "SIGTERM", "SIGTERM"
         with pytest.raises(SystemExit) if p < 1 else open(os.devnull):
-            run.end(step, lambda score: done.append(f"save {score}"),
-                    lambda: done.append("evaluate") or 0.5, lambda folder: done.append("final"))
+            save = lambda score: done.append(f"save {score}") or run.save(
+                step, LIKE, {}, score=score)
+            run.end(step, save, lambda: done.append("evaluate") or 0.5,
+                    lambda folder: done.append("final"))
     assert done == expected
+
+
+def test_final_is_the_best_step_unless_that_one_is_damaged(whole, tmp_path, capsys):
+    """Steps 2, 4 and 6 have scores 0, -2 and -4; each checkpoint's model names its step."""
+    for damaged, expected in ((False, 2), (True, 6)):
+        folder = tmp_path / str(damaged)
+        with open_run(folder, steps=6, keep=3) as run:
+            run.restore(LIKE)
+            named = lambda step: lambda to: (to / "adapter.txt").write_text(str(step))  # noqa: B023
+            for step in (2, 4, 6):
+                run.log(step, {})
+                run.save(step, LIKE, {}, named(step), score=2 - step)
+            if damaged:
+                (folder / "checkpoints/step_2/adapter.txt").write_text("?")
+            run.finish(named(6))
+        assert (folder / "final/adapter.txt").read_text() == str(expected)
+        assert runs.verify(folder / "final") is None and not (folder / "final/resume").exists()
+    assert "step 2 was the best, but adapter.txt has changed" in capsys.readouterr().err
 
 
 def test_due_on_multiples_but_not_on_the_last_step(tmp_path):
@@ -767,6 +787,8 @@ def test_a_mistake_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
 
     assert end('raise ValueError("--lr 9: "\n        "too high")') == "error: --lr 9: too high\n"
     assert end('stage.parse = runs.parse_time("soon")').startswith("error: --time-limit soon: ")
+    assert end('raise SystemExit("judge: \\x1b[2J")') == "judge: \\x1b[2J\n"
+    assert end('raise ValueError("judge: \\x9b2J")') == "error: judge: \\x9b2J\n"
     assert end('open("/nowhere")').startswith("error: [Errno 2] No such file or directory: '/now")
     for bug in ('int("x")', "a, b = [1]", "np.zeros(2).reshape(3)", "{}[0]"):
         assert end(bug).startswith("Traceback (most recent call last)")

@@ -66,6 +66,12 @@ def test_notebook_trains_evaluates_and_reports(tmp_path, one_device):
     assert page.count("&lt;figure") > 3  # the report itself, quoted
     assert not [o for out in outputs.values() for o in out if o.output_type == "execute_result"
                 and "text/html" not in o.data]  # no stray values
+    said = {id: "".join(o.text for o in out if o.output_type == "stream" and o.name == "stdout")
+            for id, out in outputs.items()}
+    assert said["talk"].count("<reasoning>") == 2 and "model before training" in said["talk"]
+    assert "hf upload YOU/merged" in said["merge"] and "greedy" in said["eval"]
+    assert {"config.json", "model.safetensors", "Modelfile", "README.md"} <= {
+        file.name for file in (path.parent / "merged").iterdir()}
 
 
 def test_evaluation_is_on_the_data_of_the_training(tmp_path):
@@ -222,7 +228,9 @@ def test_other_scripts_export_too(tmp_path, script):
     flags += ["--model", "gemma3-1b"]
     notebook = nbformat.read(export(tmp_path / "nb", *flags, script=script), as_version=4)
     nbformat.validate(notebook)
-    assert ("eval" in {cell.id for cell in notebook.cells}) == script.startswith("train_")
+    ids = {cell.id for cell in notebook.cells}
+    assert {"eval", "talk", "merge"} & ids == (
+        {"eval", "talk", "merge"} if script.startswith("train_") else set())
     ast.parse(export(tmp_path / "one", *flags, script=script, one_file=True).read_text())
 
 
