@@ -17,6 +17,7 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 
 import bisect
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -197,10 +198,35 @@ def _check_chat_template(folder: Path) -> None:
     templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
     for file in folder.glob("tokenizer_config.json"):
         templates.append(gemma.read_json(file).get("chat_template"))
-    for template in templates:
-        if template and PIECES[-2] not in str(template):
+    expected = "<bos>" + "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in (
+        ("user", "a"), ("model", "b"), ("user", "c"))) + "<start_of_turn>model\n"
+    for template in filter(None, templates):
+        if PIECES[-2] not in str(template):
             raise ValueError(f"{folder}: expected Gemma's chat template, which has {PIECES[-2]}, "
                              f"found {str(template)!r:.60}")
+        if isinstance(template, str) and (found := _apply(template)) not in (None, expected):
+            raise ValueError(f"{folder}: its chat template writes {found!r:.300}, expected Gemma's "
+                             f"{expected!r}")
+
+
+def _apply(template: str) -> str | None:
+    """Three turns by a chat template, as transformers applies it; None without jinja2."""
+    if importlib.util.find_spec("jinja2") is None:
+        return None
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    turns = [{"role": role, "content": text} for role, text in (
+        ("user", "a"), ("assistant", "b"), ("user", "c"))]
+    try:
+        return environment.from_string(template).render(
+            messages=turns, bos_token="<bos>", add_generation_prompt=True,
+            raise_exception=raise_exception)
+    except Exception as e:  # a template may fail in any way
+        return f"{type(e).__name__}: {e}"
 
 
 def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
@@ -215,6 +241,12 @@ def _read_json(file: Path) -> tuple[list[str], list[str], list[str]]:
     content = gemma.read_json(file)
     try:
         added = {t["id"]: t["content"].replace(" ", "▁") for t in content["added_tokens"]}
+        other = [t["content"] for t in content["added_tokens"]
+                 if any(t.get(k) for k in ("lstrip", "rstrip", "single_word"))]
+        other += re.findall(r"Lowercase|NF[CDK]+|StripAccents|Bert\w*|Precompiled",
+                            json.dumps(content.get("normalizer")))
+        if other:
+            raise ValueError(f"{file} with {other[0]!r:.60}, which changes the text")
         by_id = {i: piece for piece, i in content["model"]["vocab"].items()} | added
         merges = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
         if by_id.get(last := len(by_id) - 1) == IMAGE_PIECES[-1]:

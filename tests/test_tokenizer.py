@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from make_tokenizer import TAGS, special_pieces, train_tokenizer
 
-from data import PIECES, Tokenizer, with_system
+from data import CHAT_TEMPLATE, PIECES, Tokenizer, with_system
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("gemma2", "gemma3")
@@ -331,6 +331,9 @@ def test_files_that_are_no_tokenizer_json(json_folder, tmp_path):
         ({"added_tokens": added, "model": model | {"merges": [1]}}, "TypeError"),
         ({"added_tokens": [], "model": {"vocab": {"a": 0}, "merges": []}}, "without.*<bos>"),
         ({"added_tokens": [*added, {"id": 600, "content": "x"}], "model": model}, "KeyError.512"),
+        (content | {"added_tokens": [added[0] | {"lstrip": True}, *added[1:]]}, "which changes"),
+        (content | {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}},
+         "Lowercase"),
     ]:
         (tmp_path / "tokenizer.json").write_text(bad if isinstance(bad, str) else json.dumps(bad))
         with pytest.raises(ValueError, match=why) as error:
@@ -349,6 +352,23 @@ def test_chat_template_of_another_model(directories, tmp_path, file):
         Tokenizer(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     assert Tokenizer(tmp_path / "tokenizer.model")  # which brings no template
+    pytest.importorskip("jinja2")
+    ours = CHAT_TEMPLATE
+    for template, found in (
+        (ours, None), (ours.replace("'user'", "'human'"), "must alternate"),
+        (ours.replace("{{- bos_token -}}", ""), "'<start_of_turn>user"),
+        (ours.replace("model\\n", "model\\n<think>"), "model\\n<think>'"),
+        (ours.replace("<end_of_turn>\\n", "<end_of_turn>"), "<end_of_turn><start_of_turn>"),
+        (ours + "{{ ''.__class__.__mro__ }}", "SecurityError"), (ours + "{% if", "TemplateSyntax"),
+    ):
+        text = json.dumps({"chat_template": template}) if is_json else template
+        (tmp_path / file).write_text(text)
+        if found is None:
+            Tokenizer(tmp_path)
+            continue
+        with pytest.raises(ValueError, match="its chat template writes .*expected Gemma's") as e:
+            Tokenizer(tmp_path)
+        assert found in str(e.value) and "\n" not in str(e.value), template
 
 
 def test_published_tokenizer_json():
