@@ -16,6 +16,8 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 """
 
 import bisect
+import contextlib
+import csv
 import functools
 import importlib.util
 import json
@@ -554,7 +556,8 @@ def split_of(source: str) -> tuple[str, str]:
 
 
 def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | ValueError]]:
-    """(where, row) of "problems", "solutions" or "gsm8k", each with :train or :test, or of a file.
+    """(where, row) of "problems", "solutions" or "gsm8k", each with :train or :test, of a file, or
+    of a dataset of the Hub: "hf:owner/name" or "hf:owner/name/config", each with any :split.
 
     "solutions" are the problems with every step in their traces. A slice takes some of the rows, by
     number or by percentage, as in Hugging Face's datasets: gsm8k[:50%]. A line that is no JSON
@@ -565,6 +568,10 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         start, stop = (int(n or 0) * len(rows) // 100 if percent else int(n) if n else None
                        for n, percent in (part.group(2, 3), part.group(4, 5)))
         yield from rows[start:stop]
+        return
+    if source.startswith("hf:"):
+        for n, row in enumerate(_hub_dataset(source, flag), 1):
+            yield f"{source} row {n}", row
         return
     name, split = split_of(source)
     if name in BUILT_IN and split not in ("train", "test"):
@@ -578,6 +585,10 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
             yield f"{source} row {i}", row | steps
         return
     path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
+    if path.suffix in (".csv", ".tsv", ".parquet"):
+        for n, row in enumerate(_table(path), 1):
+            yield f"{path} row {n}", row
+        return
     lines = runs.read_jsonl(path)
     if path.suffix == ".json" and (text := gemma.read_text(path, math.inf)).lstrip()[:1] == "[":
         try:
@@ -588,6 +599,88 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         if not isinstance(row, dict | ValueError):
             row = ValueError(f"expected a JSON object, found a {type(row).__name__}")
         yield f"{path}:{n}", row
+
+
+def _hub_dataset(source: str, flag: str):
+    """The rows of hf:owner/name[/config][:split], by the package datasets."""
+    name, _, split = source.removeprefix("hf:").partition(":")
+    owner, *names = name.split("/")
+    if len(names) not in (1, 2):
+        raise ValueError(f"{flag} {source}: expected hf:owner/name, hf:owner/name/config, :split")
+    try:
+        import datasets
+
+        return datasets.load_dataset(f"{owner}/{names[0]}", *names[1:], split=split or "train")
+    except ImportError:
+        raise ValueError(f"{flag} {source}: pip install datasets, which reads it") from None
+    except Exception as e:  # whatever fails in it, the user sees one line
+        why = (str(e).splitlines() or [""])[0]
+        raise ValueError(f"{flag} {source}: {type(e).__name__}: {why}") from None
+
+
+def _table(path: Path) -> Iterator[dict | ValueError]:
+    """The rows of a CSV, TSV or Parquet file; an empty cell is None.
+
+    The cells of a CSV are texts, but for lists and objects in JSON, and the difficulty.
+    """
+    if path.suffix == ".parquet":
+        for row in _parquet(path):
+            yield {k: None if v != v else v for k, v in row.items()}  # NaN is no value
+        return
+    csv.field_size_limit(2**30)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","):
+                if None in row:
+                    yield ValueError(f"more cells than the {len(row) - 1} columns of the header")
+                else:
+                    yield {k: _cell(k, v) for k, v in row.items()}
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def _cell(column: str, text: str | None):
+    if not text:
+        return None
+    if text[0] in "[{" or column == "difficulty":
+        with contextlib.suppress(ValueError):  # then it is a text
+            return gemma.parse_json(text)
+    return text
+
+
+def _parquet(path: Path) -> list[dict]:
+    try:
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            import pandas
+
+            return pandas.read_parquet(path).to_dict("records")
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except ImportError:
+        raise ValueError(f"{path}: pip install pyarrow, which reads it") from None
+    except Exception as e:  # a damaged file
+        raise ValueError(f"{path}: {(str(e).splitlines() or [''])[0]}") from None
+
+
+def read_columns(columns: str) -> dict[str, str]:
+    """--columns question=instruction,answer=response as {our name: the file's}."""
+    pairs = [pair.partition("=") for pair in columns.split(",") if pair.strip()]
+    names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if not all(names) or not all(names.values()) or len(names) < len(pairs):
+        raise ValueError(f"--columns {columns}: expected OURS=THEIRS, each of ours once, as in "
+                         "question=instruction,answer=response")
+    return names
+
+
+def renamed(row: dict, columns: dict[str, str]) -> dict:
+    """A row with the columns that --columns names under our names, and without empty ones."""
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise ValueError(f"--columns {ours}={theirs}: no {theirs}, found keys {sorted(row)}")
+    kept = {k: v for k, v in row.items() if k not in columns.values() and v is not None}
+    new = {ours: row[theirs] for ours, theirs in columns.items()}
+    return kept | {k: v for k, v in new.items() if v is not None}
 
 
 def unread_in_messages(row: dict) -> set[str]:
@@ -607,34 +700,40 @@ class TooLong(ValueError):
 
 
 def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_rows: bool = False,
-         flag: str = "--data", what: str = "rows") -> tuple[list[list], list[str]]:
+         flag: str = "--data", what: str = "rows",
+         columns: str = "") -> tuple[list[list], list[str]]:
     """The items read(row) of each comma-separated source, and what was wrong with those left out.
 
-    rows: at most so many items of each source, 0 for all. A bad row, of which `read` or the JSON
-    raises a ValueError, stops with its file and line unless skip_bad_rows.
+    rows: at most so many items of each source, 0 for all. Bad rows, of which `read` or the JSON
+    raises a ValueError, are counted; without skip_bad_rows they stop it, the first by its place.
+    columns: see read_columns; not for the built-in sources.
     """
-    sets, bad = [], []
+    sets, bad, names = [], [], read_columns(columns)
     for one in map(str.strip, source.split(",")):
-        items, faults, columns, longest = [], [], set(), 0
+        items, faults, found, longest, n_read = [], [], set(), 0, 0
+        ours = {} if split_of(one)[0] in BUILT_IN else names
         for where, row in read_rows(one, flag):
             if rows and len(items) == rows:
                 break
+            n_read += 1
             try:
                 if isinstance(row, ValueError):
                     raise row
-                columns |= row.keys() | unread_in_messages(row)
+                row = renamed(row, ours)
+                found |= row.keys() | unread_in_messages(row)
                 items.append(read(row))
             except ValueError as e:
-                if not skip_bad_rows:
-                    raise ValueError(f"{where}: {e} (else: --skip-bad-rows)") from None
                 faults.append(f"{where}: {e}")
                 longest = max(longest, getattr(e, "n_tokens", 0))
-        note = f", {len(faults):,} bad rows left out; first: {faults[0]}" if faults else ""
-        note += f"; the longest has {longest:,} tokens" if longest else ""
+        size = f"; the longest has {longest:,} tokens" if longest else ""
+        if faults and not skip_bad_rows:
+            count = f"; {len(faults):,} of {n_read:,} rows are bad{size}" if n_read > 1 else ""
+            raise ValueError(f"{faults[0]}{count} (else: --skip-bad-rows)")
+        note = f", {len(faults):,} bad rows left out; first: {faults[0]}{size}" if faults else ""
         if not items:
             raise ValueError(f"{flag} {one}: no usable row{note}")
         runs.say(f"data: {len(items):,} {what} of {one}{note}")
-        unread = ", ".join(sorted(columns.difference(*COLUMNS.values())))
+        unread = ", ".join(sorted(found.difference(*COLUMNS.values())))
         if unread and split_of(one)[0] not in BUILT_IN:
             runs.say(f"data: {one}: columns nothing reads: {unread} (but a --reward-file may)")
         sets.append(items)
@@ -656,12 +755,13 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
     Held out, at most config.eval_rows (0: all): config.eval_data, else the test split of built-in
     sources, else all rows of 2 % of the *prompts*: a repeated question is never on both sides.
     """
-    sets, _ = load(config.data, read, rows=rows, skip_bad_rows=config.skip_bad_rows)
+    sets, _ = load(config.data, read, rows=rows, skip_bad_rows=config.skip_bad_rows,
+                   columns=config.columns)
     n = config.eval_rows or None
     if source := config.eval_data or test_split(config.data):
         each = -(-n // len(source.split(","))) if n else 0
         held_out, _ = load(source, read, rows=each, skip_bad_rows=config.skip_bad_rows,
-                           flag="--eval-data", what="held-out rows")
+                           flag="--eval-data", what="held-out rows", columns=config.columns)
         return sets, [item for items in held_out for item in items][:n]
     prompts = list(dict.fromkeys(item.prompt for items in sets for item in items))
     order = np.random.default_rng(config.seed).permutation(len(prompts))

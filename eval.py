@@ -1,9 +1,9 @@
 """Evaluation: pass@k, majority votes, format and length of a model, and two models compared.
 
-    python eval.py                                                 # the tiny model, word problems
-    python eval.py --model gemma3-1b --data gsm8k:test --samples 8 --adapter runs/sft
-    python eval.py --adapter runs/grpo --out runs/eval-grpo --compare runs/eval-sft
-    python eval.py --data mine.jsonl --rewards judge:0.6,format:0.2,answer:0.2 --judge gemma3-12b
+    python eval.py                               # the tiny model, word problems
+    python eval.py --model gemma3-1b --adapter runs/sft --data gsm8k:test
+    python eval.py --adapter runs/grpo --out runs/eval2 --compare runs/eval
+    python eval.py --data mine.jsonl --rewards judge,format --judge gemma3-12b
 
 Every problem is answered once greedily and --samples times at --temperature. What to know:
 
@@ -71,11 +71,14 @@ class Sampling(judge.Config):
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
+    """Comma-separated: problems, solutions, gsm8k (built in), files (JSON, JSON lines, CSV,
+    Parquet) or hf:owner/name of the Hub; gsm8k:test, mine.csv[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
+    columns: str = ""
+    """Your columns under our names, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be used, instead of stopping at the first."""
 
@@ -110,12 +113,15 @@ class Sampling(judge.Config):
 class Config(Sampling):
     """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
+    # evaluation
     greedy: bool = True
     """Answer every problem once greedily, for pass@1."""
     samples: int | None = None
     """Sampled completions per problem, the k of pass@k and maj@k; 0: none."""
     rewards: str = ""
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
+
+    # the run
     out: str = "runs/eval"
     """Folder of results.json and samples.jsonl; the same command continues what is there."""
     compare: str | None = None
@@ -543,6 +549,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import importlib
 import os
+import re
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -71,14 +72,23 @@ def other_format(path: Path) -> str | None:
     return None
 
 
+def short_name(model: str) -> str:
+    """The --model of a Hub id: google/gemma-3-1b-it -> gemma3-1b; other names stay as they are."""
+    short = re.sub(r"^google/gemma-([23])-", r"gemma\1-", model)
+    if short == model or short.endswith("-pt"):
+        return short
+    bare = short.startswith("gemma2") or "270m" in short  # see hub_name
+    return short.removesuffix("-it") if short.endswith("-it") else short + "-pt" * bare
+
+
 def base_name(model: str) -> str:
     """The key of gemma.CONFIGS: gemma3-1b-it -> gemma3-1b."""
-    return model.removesuffix("-it").removesuffix("-pt")
+    return short_name(model).removesuffix("-it").removesuffix("-pt")
 
 
 def hub_name(model: str) -> str:
     """The model's name on the Hub: gemma3-1b -> gemma-3-1b-it; -pt names the base model."""
-    name = model.replace("gemma2", "gemma-2").replace("gemma3", "gemma-3")
+    name = short_name(model).replace("gemma2", "gemma-2").replace("gemma3", "gemma-3")
     if not name.endswith(("-it", "-pt")):
         return name + "-it"
     bare = name.startswith("gemma-2") or "270m" in name  # base models published without a suffix

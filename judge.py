@@ -58,6 +58,7 @@ ROWS = 4  # prompts of a batch on each device of the mesh
 class Config:
     """The judge's flags, which every script that scores completions has."""
 
+    # judge
     judge: str | None = None
     """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
     judge_model: str | None = None

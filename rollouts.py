@@ -64,13 +64,16 @@ class Settings:
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
+    """Comma-separated: problems, solutions, gsm8k (built in), files (JSON, JSON lines, CSV,
+    Parquet) or hf:owner/name of the Hub; gsm8k:test, mine.csv[:50%]."""
     rows: int | None = None
     """Problems to take from the start of each source; 0: all of them."""
     eval_data: str | None = None
     """Held-out rows, as in --data; default: a built-in set's test split, else 2 % of prompts."""
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
+    columns: str = ""
+    """Your columns under our names, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be used, instead of stopping at the first."""
     curriculum: str = ""
@@ -269,7 +272,8 @@ def numbered(problems: list[Problem]) -> list[Problem]:
 def load_problems(config, tok: data.Tokenizer) -> tuple[list[Problem], list[str]]:
     """The problems of a script's --data, and the errors of the rows left out."""
     sources, bad = data.load(config.data, problem_reader(config, tok), rows=config.rows,
-                             skip_bad_rows=config.skip_bad_rows, what="problems")
+                             skip_bad_rows=config.skip_bad_rows, what="problems",
+                             columns=config.columns)
     return numbered([problem for source in sources for problem in source]), bad
 
 
@@ -681,7 +685,6 @@ def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: li
     with run.budget.measure("eval"):
         metrics = accuracy(answer(sampler, weights, tok, problems))
     run.log(step, metrics)
-    runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return metrics.get("eval_accuracy", metrics["eval_format"])
 
 

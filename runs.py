@@ -107,8 +107,14 @@ _CONTROLS = re.compile(
 
 
 def clean(text: str) -> str:
-    """Text that cannot drive a terminal: "\\x1b[2J" in a completion is spelled out."""
-    return _CONTROLS.sub(lambda m: m[1] or m[0].encode("unicode_escape").decode(), text)
+    """Text that cannot drive a terminal: "\\x1b[2J" in a completion is spelled out.
+
+    Colours stay on a terminal alone, and not where $NO_COLOR is set (no-color.org).
+    """
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    kept = lambda colour: colour if coloured else ""
+    spelled = lambda text: text.encode("unicode_escape").decode()
+    return _CONTROLS.sub(lambda m: kept(m[1]) if m[1] else spelled(m[0]), text)
 
 
 def say(line: str) -> None:
@@ -243,11 +249,14 @@ class Budget:
         return self.p
 
     def eta_s(self) -> float | None:
-        """Seconds to p = 1 by the pace since the first step."""
+        """Seconds from now to p = 1, by the pace since the first step."""
         if len(self.readings) < 3:
             return None
-        (since_s, since_p), (now_s, p) = self.readings[1], self.readings[-1]
-        return (now_s - since_s) * (1 - p) / (p - since_p) if p > since_p else None
+        (since_s, since_p), (then_s, p) = self.readings[1], self.readings[-1]
+        if p <= since_p:
+            return None
+        left_s = (then_s - since_s) * (1 - p) / (p - since_p)
+        return max(0.0, left_s - (self.clock() - self.start - then_s))
 
     def state(self) -> dict:
         """What a checkpoint holds; without a limit nothing that depends on the clock."""
@@ -416,12 +425,40 @@ def lock(folder: Path):
         yield
 
 
+def model_defaults(model: str, defaults: dict[str, dict]) -> dict | None:
+    """The entry of a script's DEFAULTS for a model, or None: gemma3-12b-pt has gemma3-12b's."""
+    names = [name for name in defaults if model == name
+             or name.startswith("gemma") and model.startswith(name)]
+    return defaults[max(names, key=len)] if names else None
+
+
+def given(values: dict, config_class: type) -> list[str]:
+    """The fields of a script's settings, as a dict, that are no default of it or of the model."""
+    defaults = getattr(sys.modules[config_class.__module__], "DEFAULTS", {})
+    table, names = model_defaults(str(values.get("model")), defaults) or {}, []
+    for field in dataclasses.fields(config_class):
+        value = _plain(values.get(field.name))
+        usual = [field.default, table.get(field.name)]
+        if field.name == "lora_alpha":  # filled from the rank
+            usual += [n * (values.get("lora_rank") or 0) for n in (1, 2)]
+        if field.name in ("system", "lora_rank", "lora_alpha") and values.get("adapter"):
+            continue  # the adapter's own
+        if field.name in values and value not in [_plain(x) for x in usual]:
+            names.append(field.name)
+    return names
+
+
 def check_unchanged(folder: Path, config: Any, extra: dict | None = None,
                     may_change: Iterable[str] = ()) -> None:
-    """End with a line if a flag or a fact ({"checksum of the prompts": "3f.."}) has changed."""
+    """End with a line if a flag or a fact ({"checksum of the prompts": "3f.."}) has changed.
+
+    It names a flag that was given rather than one that followed from it: --model, not --dtype.
+    """
     old = gemma.read_json(folder / "config.json")
     new = _plain(dataclasses.asdict(config) | (extra or {}))
-    for name in sorted({*old, *new} - MAY_CHANGE - {*may_change, "code"}):
+    told = {name for values in (old, new) for name in given(values, type(config))}
+    names = {*old, *new} - MAY_CHANGE - {*may_change, "code"}
+    for name in sorted(names, key=lambda name: (name != "model", name not in told, name)):
         was, now = old.get(name, "absent"), new.get(name, "absent")
         if was != now:
             flag = name if " " in name else "--" + name.replace("_", "-")
@@ -543,7 +580,36 @@ def _tensorboard(folder: Path, config: dict) -> tuple[Callable, Callable]:
     return log, writer.close
 
 
+WARNINGS = {  # a share that was 1 for three steps in a row -> what is wrong
+    "completions/clipped_ratio": "every completion was cut at --max-new: raise it, or teach the "
+        "format by train_sft.py first",
+    "frac_reward_zero_std": "the completions of each prompt had equal rewards, which teach "
+        "nothing: try other --data or --rewards, a larger --group, or train_sft.py first",
+}
 LOGGERS = {"wandb": _wandb, "tensorboard": _tensorboard}  # open(folder, config) -> (log, close)
+
+
+def _clock(seconds: float) -> str:
+    """65 -> 1:05, 3700 -> 1:01:40."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"
+
+
+def _held_out(metrics: dict[str, float]) -> str:
+    """An evaluation in words, the share of right answers first."""
+    parts = []
+    if "accuracy" in metrics:
+        interval = [f"{100 * metrics[f'accuracy_{end}']:.0f}" for end in ("low", "high")
+                    if f"accuracy_{end}" in metrics]
+        parts.append(f"right {100 * metrics['accuracy']:.1f} %"
+                     + (f" ({'-'.join(interval)})" if interval else ""))
+    for name, x in metrics.items():
+        if name in ("format", "pair_accuracy"):
+            parts.append(f"{name.replace('_accuracy', 's right')} {100 * x:.0f} %")
+        elif not name.startswith("accuracy"):
+            parts.append(f"{name} {x:.2g}" if abs(x) < 100 else f"{name} {x:.0f}")
+    return ", ".join(parts)
 
 
 class Saved(NamedTuple):
@@ -556,8 +622,9 @@ class Saved(NamedTuple):
 class Run(contextlib.ExitStack):
     """One open run folder, locked against a second process.
 
-    keep: checkpoints that stay besides the best one; show: the metrics of the progress line and
-    their labels; every_s: between two such lines, after three. A signal sets `stopping`. Of several
+    keep: checkpoints that stay besides the best one; show: the metrics of the progress line, each
+    with its format ("right {:4.0%}"); every_s: between two such lines, after three. A signal sets
+    `stopping`. Of several
     processes the first alone has the folder and the clock; the others make the same calls. facts:
     what may not change beside the flags, such as stage.facts().
     """
@@ -567,7 +634,8 @@ class Run(contextlib.ExitStack):
         super().__init__()  # holds what is undone at the end, or by a failure below
         self.folder, self.keep, self.every_s = Path(config.out), config.keep, every_s
         self.config, self.outcome = config, []  # outcome: the last lines of a run
-        self.show = {"loss": "loss"} if show is None else show
+        self.show = {"loss": "loss {:.3f}"} if show is None else show
+        self.streaks, self.top = dict.fromkeys(WARNINGS, 0), None  # top: (accuracy, its step)
         self.budget = Budget(config.steps, parse_time(config.time_limit), start=STARTED)
         self.step: int | None = None  # of the last line logged; None until restore()
         self.saved_step = self.scored_step = -1  # of the newest checkpoint, and that with a score
@@ -693,13 +761,32 @@ class Run(contextlib.ExitStack):
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         for name, log in [*self.loggers.items()]:
             self._tell(name, log, step, numbers)
-        shown = [f"{label} {numbers[k]:.4g}" for k, label in self.show.items() if k in numbers]
-        self.shown += 1
-        if shown and (self.shown <= 3 or time.monotonic() - self.shown_at >= self.every_s):
-            self.shown_at, eta = time.monotonic(), self.budget.eta_s()
-            of = f"/{self.budget.steps}" if self.budget.steps else ""
-            left = [] if eta is None else [f"{tqdm.format_interval(eta)} left"]
-            say("  ".join([f"step {step}{of}", *shown, *left]))
+        self._show(step, numbers)
+        for name in WARNINGS.keys() & numbers.keys():
+            self.streaks[name] = self.streaks[name] + 1 if numbers[name] == 1 else 0
+            if self.streaks[name] == 3:
+                say(f"warning: for 3 steps {WARNINGS[name]}")
+
+    def _show(self, step: int, numbers: dict) -> None:
+        """Say the line of a step, below a header every 20 lines, or that of an evaluation."""
+        of = f"/{self.budget.steps}" if self.budget.steps else ""
+        place = f"step {step}{of}".ljust(len("step ") + 2 * len(of) - 1)
+        held = {k.removeprefix("eval_"): x for k, x in numbers.items() if k.startswith("eval_")}
+        if held:
+            say(f"{place}  held out: {_held_out(held)}")
+            if "accuracy" in held:
+                self.top = max(self.top or (-1.0, 0), (held["accuracy"], step))
+        percent = lambda label, x: label.format(x).replace("%", " %")
+        form = lambda label: label if "{" in label else label + " {:.4g}"
+        shown = [percent(form(label), numbers[k]) for k, label in self.show.items() if k in numbers]
+        if not shown or self.shown >= 3 and time.monotonic() - self.shown_at < self.every_s:
+            return
+        if self.shown % 20 == 0:
+            accuracy, at = self.top or (0.0, None)
+            best = "" if at is None else f"; best held out {100 * accuracy:.1f} % right, step {at}"
+            say(f"\x1b[2m{self.folder}{best}")
+        self.shown, self.shown_at, eta = self.shown + 1, time.monotonic(), self.budget.eta_s()
+        say("  ".join([place, *shown, *([] if eta is None else [f"{_clock(eta)} left"])]))
 
     def log_samples(self, step: int, rows: Iterable[dict]) -> None:
         """Append rows (prompt, completion, reward components) to samples.jsonl."""

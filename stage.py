@@ -21,10 +21,17 @@ A stage trains `trained` and reads `fixed`, two pytrees:
 """
 
 import dataclasses
+import inspect
 import math
-from functools import partial
+import os
+import re
+import shutil
+import sys
+import textwrap
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +48,85 @@ import hub
 import lora
 import runs
 
+# ------------------------------------------------------------------------------ the command line
+
+ALIASES = {"learning_rate": "--lr", "prompts": "--batch-size", "batch_rows": "--batch-size",
+           "group": "--num-generations", "max_new": "--max-new-tokens", "out": "--output-dir"}
+LAST = ("optimisation", "run", "several_hosts", "judge")  # groups of flags
+DESCRIBED = re.compile(r'(?sm)^    # (?P<group>[^\n(]+)|^    (?P<field>\w+): [^\n]+\n'
+                       r'    """(?P<help>.*?)"""')
+
+
+def described(cls: type) -> dict[str, tuple[str, str]]:
+    """Field -> (the comment that heads its group, the sentence under it), from the source."""
+    found = {}
+    for c in reversed(cls.__mro__[:-1]):
+        group = ""
+        for m in DESCRIBED.finditer(inspect.getsource(c)):
+            if m["field"]:
+                found[m["field"]] = group, " ".join(m["help"].split())
+            else:
+                group = re.sub(r"\W+", "_", m["group"].removeprefix("the ").strip())
+    return found
+
+
+def introduction(docstring: str) -> str:
+    """What --help says of a script: its docstring up to the notes for readers of the code."""
+    paragraphs = docstring.partition("\n1. ")[0].strip().split("\n\n")
+    paragraphs[-1] = re.sub(r"[^.]*:\Z", "", paragraphs[-1])  # "What to know:"
+    width = min(100, shutil.get_terminal_size().columns) - 1
+    fill = partial(textwrap.fill, width=width, initial_indent=" ", subsequent_indent=" ")
+    # tyro would join lines that begin with a letter
+    paragraphs = [p if p.startswith(" ") else fill(p) for p in paragraphs if p]
+    return "\n\n".join(paragraphs)
+
+
+def cli(config_class, description: str, args: list[str] | None = None, default=None, **more):
+    """tyro.cli() for a script's Config, or a union of them, with help in groups.
+
+    tyro shows one group for each nested class, so it reads classes made of the groups here. The
+    defaults shown are those of the --model in args. more: as for tyro.cli.
+    """
+    import tyro  # here: a notebook needs none
+
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")
+    args, classes = sys.argv[1:] if args is None else args, get_args(config_class)
+    words = " ".join(args).replace("=", " ").split()
+    model = hub.short_name(words[words.index("--model") + 1] if "--model" in words[:-1] else "tiny")
+    classes = classes or (config_class,)
+    defaults = getattr(sys.modules[classes[0].__module__], "DEFAULTS", {})
+    table = runs.model_defaults(model, defaults) or {}
+    grouped = {_in_groups(cls, default, table): cls for cls in classes}
+    about = f"{introduction(description)}\n\n The defaults shown are those of --model {model}."
+    found = tyro.cli(reduce(or_, grouped), description=about, args=args, config=(
+        tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff), **more)
+    found, *rest = found if more.get("return_unknown_args") else (found,)
+    flat = {k: v for part in vars(found).values() for k, v in vars(part).items()}
+    config = grouped[type(found)](**flat)
+    return (config, *rest) if rest else config
+
+
+def _in_groups(cls: type, default, table: dict) -> type:
+    """A class with one nested class for each group of flags, each flag with its help."""
+    import tyro
+
+    types, about, groups = get_type_hints(cls, include_extras=True), described(cls), {}
+    for field in dataclasses.fields(cls):
+        group, text = about[field.name]
+        value = getattr(default, field.name, field.default)
+        shown = table.get(field.name) if value is None else value
+        hint = "" if shown in (None, "") or shown is False else (
+            f"(default: {textwrap.shorten(str(shown), 40)})")
+        alias = (ALIASES[field.name],) if field.name in ALIASES else None
+        flag = tyro.conf.arg(help=text, help_behavior_hint=hint, aliases=alias)
+        groups.setdefault(group, []).append((field.name, Annotated[types[field.name], flag], value))
+    parts = []
+    for name in sorted(groups, key=lambda name: LAST.index(name) if name in LAST else -1):
+        part = dataclasses.make_dataclass(name, groups[name], frozen=True)
+        parts.append((f"{name}_", Annotated[part, tyro.conf.arg(name=name)], part()))
+    return dataclasses.make_dataclass(cls.__name__, parts, frozen=True)
+
+
 # -------------------------------------------------------------------------------------- defaults
 
 
@@ -52,14 +138,11 @@ def resolve(config, defaults: dict[str, dict]):
     decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, system=system)
+    config = dataclasses.replace(config, model=hub.short_name(config.model), system=system)
     if hasattr(config, "out"):
         config = dataclasses.replace(config, out=str(hub.output(config.out)))
-    names = [name for name in defaults if config.model == name
-             or name.startswith("gemma") and config.model.startswith(name)]
-    if not names:
+    if (table := runs.model_defaults(config.model, defaults)) is None:
         raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    table = defaults[max(names, key=len)]  # gemma3-12b-pt: gemma3-12b before gemma3
     if config.adapter and getattr(config, "lora_rank", 0) is None:
         table = table | lora.read_size(hub.find_adapter(config.adapter))
     unset = {k: v for k, v in table.items() if getattr(config, k) is None}
@@ -116,10 +199,24 @@ def check_name(config) -> None:
                          f"holds {cfg.n_params:,}: name its size with --model")
 
 
+FACTS = ("model", "data", "steps", "learning_rate", "lora_rank", "samples", "max_new", "margin")
+
+
 def show_config(config) -> None:
-    """Prints the resolved settings."""
-    settings = dataclasses.asdict(config).items()
-    runs.say(" ".join(f"{k}={v}" for k, v in settings if v is not None))
+    """Prints the settings that were given, and five that matter of the others."""
+    values = dataclasses.asdict(config)
+    given = runs.given(values, type(config))
+    others = [k for k in FACTS if k not in given and values.get(k) is not None][:5]
+    for title, names in (("given", given), ("default", others)):
+        words = []
+        for name in names:
+            flag, value = "--" + name.replace("_", "-"), values[name]
+            text = textwrap.shorten(str(value), 60, placeholder="…")
+            words.append(flag if value is True else f"{flag}\u00a0{text}".replace(" ", "\u00a0"))
+        lines = textwrap.wrap(" ".join(words), 70, break_on_hyphens=False) or ["nothing"]
+        for n, line in enumerate(lines):
+            runs.say(f"{title if n == 0 else '':9}{line}".replace("\u00a0", " "))
+    runs.say(f"{'all':9}{config.out}/config.json")
 
 
 def model_config(config) -> gemma.Config:
@@ -495,7 +592,6 @@ class HeldOut:
                 if n := self.config.eval_accuracy:
                     metrics |= self.rollouts.accuracy(rows[:n])
         run.log(step, metrics)
-        runs.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         run.log_samples(step, rows[: self.config.show])
         for row in rows[: self.config.show]:
             runs.say(f"  {row['prompt']}\n  -> {row['completion']}")

@@ -1,8 +1,8 @@
 """Rows for SFT from a teacher, and preference pairs from the model itself.
 
-    python synthesize.py traces --data mine.jsonl --teacher https://host/v1 --teacher-model NAME
-    python synthesize.py traces --model gemma3-4b --slots 16 --samples 4   # a Gemma on the mesh
-    python synthesize.py pairs --model gemma3-1b --adapter runs/sft --margin 0.5 --reference
+    python synthesize.py traces --teacher https://host/v1 --teacher-model NAME
+    python synthesize.py traces --model gemma3-4b --slots 16 --samples 4
+    python synthesize.py pairs --model gemma3-1b --adapter runs/sft --reference
 
     python train_sft.py --data runs/traces/rows.jsonl
     python train_simpo.py --data runs/pairs/pairs.jsonl --adapter runs/sft
@@ -83,6 +83,8 @@ class Traces(Sampling):
     """Scores to filter by, as in judge:1, or a preset: tunix, ideae, pinocchio, grar."""
     min_reward: float = 0.5
     """Lowest score of --rewards that is kept."""
+
+    # the run
     out: str = "runs/traces"
     """Folder of rows.jsonl and rejects.jsonl; the same command continues what is there."""
 
@@ -100,6 +102,8 @@ class Pairs(Sampling):
     """Smallest difference between the two scores; equal scores never make a pair."""
     reference: bool = False
     """Add a pair of the row's own trace, scored too, and the worst completion that is not right."""
+
+    # the run
     out: str = "runs/pairs"
     """Folder of pairs.jsonl and rejects.jsonl; the same command continues what is there."""
 
@@ -129,7 +133,7 @@ def resolve(config: Config) -> Config:
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
             raise ValueError(f"--{name.replace('_', '-')} {value} {where}")
-    config = stage.resolve(config, {config.model: TEACHER} if teacher else DEFAULTS)
+    config = stage.resolve(config, {hub.short_name(config.model): TEACHER} if teacher else DEFAULTS)
     if config.data is None:
         raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
     least = {"samples": 1 if asks else 2}
@@ -389,6 +393,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

@@ -23,6 +23,7 @@ import dataclasses
 import importlib
 import io
 import json
+import re
 import shlex
 import sys
 import tarfile
@@ -35,6 +36,7 @@ import tyro
 import data
 import rewards
 import runs
+import stage
 
 HERE = Path(__file__).resolve().parent
 
@@ -364,9 +366,9 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
     end = ast.parse(files[script]).body[0].end_lineno  # of the docstring
     lines = files[script].split("\n")
     code, main, tail = "\n".join(lines[end:]).partition('\n\nif __name__ == "__main__":\n')
-    parser = "tyro.cli(Config,"
-    assert tail.count(parser) == 1, f"{script} ends in another way than the other scripts"
-    tail = tail.replace(parser, "CONFIG if KERNEL else tyro.cli(Config, default=CONFIG,")
+    parser = re.compile(r"(tyro|stage)\.cli\(Config,")
+    assert len(parser.findall(tail)) == 1, f"{script} ends in another way than the other scripts"
+    tail = parser.sub(r"CONFIG if KERNEL else \1.cli(Config, default=CONFIG,", tail)
     siblings = quoted({name: text for name, text in files.items() if name != script})
     others = tiny("FOLDER.name") if getattr(config, "model", "") == "tiny" else ""
     head = HEAD.format(install=textwrap.indent(install(), "    "), files=siblings,
@@ -396,7 +398,8 @@ def main(config: Config, flags: list[str]) -> Path:
     if script not in scripts:
         raise ValueError(f"{config.script}: expected one of {', '.join(scripts)}")
     module = importlib.import_module(script.removesuffix(".py"))
-    parsed = tyro.cli(module.Config, args=flags, prog=script)
+    cli = stage.cli if "stage.cli(Config" in texts[script] else tyro.cli
+    parsed = cli(module.Config, description=module.__doc__, args=flags, prog=script)
     resolved = module.resolve(parsed) if hasattr(module, "resolve") else parsed  # checks values
     trains = script.startswith("train_") and not config.one_file
     also = ("eval.py", "report.py", "chat.py") if trains else ()

@@ -4,9 +4,9 @@
 
 D, over the whole vocabulary, is a KL or Jensen-Shannon divergence (--beta, see divergence.py).
 
-    python train_distill.py --teacher-adapter runs/teacher        # the tiny model, better trained
-    python train_distill.py --model gemma3-1b --teacher gemma3-12b --time-limit 8h30m
-    python train_distill.py --model gemma3-1b --on-policy 0       # on the rows' own solutions
+    python train_distill.py --teacher-adapter runs/teacher     # the tiny model
+    python train_distill.py --model gemma3-1b --teacher gemma3-12b --time-limit 8h
+    python train_distill.py --model gemma3-1b --on-policy 0    # on rows' solutions
 
 Deviations from common practice, and why:
 
@@ -68,6 +68,8 @@ class Config(rollouts.Settings):
     """Add GRPO's advantage by these rewards, as in format:1,answer:3; default: no rewards."""
     reward_coef: float = 1.0
     """Weight of the advantage beside the divergence, with --rewards."""
+
+    # the run
     out: str = "runs/distill"
     """Run folder; the same command continues the run in it."""
 
@@ -89,9 +91,9 @@ DEFAULTS = {
     "gemma2-9b": REAL | dict(teacher="gemma2-27b", lora_rank=32, slots=8),
     "gemma3-12b": REAL | dict(teacher="gemma3-27b", lora_rank=32, slots=8),
 }
-LABELS = {  # metrics printed each step
-    "divergence": "div", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
-    "grad_norm": "grad", "tokens_per_s": "tok/s", "rollout_s": "rollout", "update_s": "+update",
+SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
+    "divergence": "divergence {:6.3f}", "accuracy": "right {:4.0%}",
+    "completions/mean_length": "length {:4.0f}", "step_s": "{:5.1f} s",
 }
 
 
@@ -402,7 +404,7 @@ def main(config: Config) -> Path | dict:
     # loop: rollout -> update -> log -> save
     scored = dataclasses.replace(config, rewards=config.rewards or "format")  # there is one to log
     facts = stage.facts(config, model, sources, held_out)
-    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
+    with (runs.Run(config, SHOWN, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(scored, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
@@ -453,6 +455,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

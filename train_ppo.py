@@ -4,12 +4,16 @@ A second LoRA adapter on the same frozen base, with a linear head, estimates fro
 completion the reward that it will get: the value V. Generalised advantage estimation compares the
 reward with it (arXiv 1506.02438), and both adapters make several clipped updates (1707.06347):
 
-    delta_t = r_t + gamma V_t+1 - V_t                  r is 0 before the last token, V after it
+    delta_t = r_t + gamma V_t+1 - V_t
     A_t = delta_t + gamma lam A_t+1,  return_t = A_t + V_t
-    policy loss = mean over tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A)
-    value loss = mean of max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2) / 2
+    policy loss = mean over tokens of
+        -min(ratio A, clip(ratio, 1 - low, 1 + high) A)
+    value loss = mean of
+        max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2) / 2
 
     python train_ppo.py                                    # the tiny model, CPU, four minutes
+
+    # algorithm
     python train_ppo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
 
 Rollouts, packed rows and missing rewards are as in train_grpo.py. Besides:
@@ -55,10 +59,15 @@ from rollouts import Sample
 class Config(rollouts.Settings):
     """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
+    # the run
     out: str = "runs/ppo"
     """Run folder; the same command continues the run in it."""
+
+    # LoRA
     lora_rank: int | None = None
     """Rank of the policy's adapter and of the critic's; by default that of --adapter."""
+
+    # algorithm
     inner_epochs: int = 1
     """Passes over a step's completions."""
     minibatches: int = 4
@@ -103,12 +112,10 @@ DEFAULTS = {
     "gemma2": REAL, "gemma3": REAL,
     **dict.fromkeys(("gemma2-9b", "gemma3-12b"), REAL | dict(lora_rank=32, slots=8)),
 }
-LABELS = {  # metrics printed each step, named as in train_grpo.py
-    "reward": "reward", "accuracy": "acc", "format": "fmt", "completions/mean_length": "len",
-    "completions/clipped_ratio": "cut", "explained_variance": "ev", "value_loss": "vloss",
-    "kl": "kl", "entropy": "ent", "clip_ratio/region_mean": "clip", "grad_norm": "grad",
-    "sampling/sampling_logp_difference/mean": "drift", "rollout_s": "rollout",
-    "reward_s": "+reward", "estimate_s": "+values", "update_s": "+update", "step_s": "=s",
+SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
+    "reward": "reward {:5.2f}", "accuracy": "right {:4.0%}",
+    "completions/mean_length": "length {:4.0f}", "explained_variance": "explained {:5.2f}",
+    "step_s": "{:5.1f} s",
 }
 
 
@@ -461,7 +468,7 @@ def main(config: Config) -> Path | dict:
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     facts = stage.facts(config, model, [problems], held_out)
-    with (runs.Run(config, LABELS, every_s=0.0, facts=facts) as run,
+    with (runs.Run(config, SHOWN, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
         order = rollouts.Order(problems, config.curriculum, config.seed)
         stage.keep_held_out(config, held_out)
@@ -515,6 +522,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

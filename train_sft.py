@@ -1,13 +1,13 @@
 """Supervised fine-tuning, by LoRA or in full: the model learns to write its rows' completions.
 
-    loss = - sum over completion tokens of log p(token | everything before it) / their number
+    loss = - sum over completion tokens of log p(token | all before it) / number
 
-The sum and the number run over the whole update: all micro-batches, all devices. The stop token
-counts as a completion token; prompts (unless --prompt-loss) and padding do not.
+The sum and the number of tokens run over the whole update: all micro-batches, all devices. The
+stop token counts as a completion token; prompts (unless --prompt-loss) and padding do not.
 
-    python train_sft.py                                    # the tiny model, CPU, three minutes
-    python train_sft.py --model gemma3-1b --data gsm8k     # a v5e-8, GPU, ...
-    python train_sft.py --model gemma3-1b --data a.jsonl,b.jsonl --mix 0.7,0.3 --time-limit 1h45m
+    python train_sft.py                    # the tiny model, CPU, three minutes
+    python train_sft.py --model gemma3-1b --data gsm8k --time-limit 1h45m
+    python train_sft.py --model gemma3-1b --data a.jsonl,b.jsonl --mix 0.7,0.3
 
 Deviations from common practice, and why:
 
@@ -69,13 +69,16 @@ class Config:
 
     # data
     data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), or files; gsm8k:test, gsm8k[:50%]."""
+    """Comma-separated: problems, solutions, gsm8k (built in), files (JSON, JSON lines, CSV,
+    Parquet) or hf:owner/name of the Hub; gsm8k:test, mine.csv[:50%]."""
     mix: str | None = None
     """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
     eval_data: str | None = None
     """Held-out rows, as in --data; default: a built-in set's test split, else 2 % of prompts."""
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
+    columns: str = ""
+    """Your columns under our names, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be used, instead of stopping at the first."""
     prompt_loss: float = 0.0
@@ -132,7 +135,7 @@ class Config:
     """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
     eval_rows: int = 256
     """Maximum number of held-out rows; 0: all of them."""
-    eval_accuracy: int = 0
+    eval_accuracy: int | None = None
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
     accurate, not the one with the lowest loss."""
     show: int = 2
@@ -161,18 +164,20 @@ class Config:
 REAL = dict(
     dtype="bfloat16", data="gsm8k", system=data.SYSTEM, max_length=1024, lora_rank=16, steps=500,
     batch_rows=32, micro_rows=2, learning_rate=2e-4, remat="auto", eval_every=100,
-    save_every=100, max_new=512,
+    save_every=100, max_new=512, eval_accuracy=64,
 )
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", system="", max_length=256, lora_rank=16, steps=200,
         batch_rows=16, micro_rows=16, learning_rate=2e-3, remat="none", eval_every=50,
-        save_every=50, max_new=104,
+        eval_accuracy=100, save_every=50, max_new=104,
     ),
     "gemma2": REAL,
     "gemma3": REAL,
 }
-SHOWN = {"loss": "loss", "tokens_per_s": "tok/s"}  # metrics printed each step
+SHOWN = {  # metrics printed each step
+    "loss": "loss {:.3f}", "tokens_per_s": "{:7,.0f} tokens/s", "step_s": "{:5.1f} s",
+}
 
 
 def resolve(config: Config) -> Config:
@@ -356,6 +361,8 @@ def main(config: Config) -> Path | dict:
             step = saved.step
             trained = stage.put_like(saved.arrays["trained"], trained)
             opt, saved = stage.put_like(saved.arrays["opt"], opt), None
+        elif config.eval_every:
+            evaluation.measure(trained, step, run)
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, trained)
@@ -386,6 +393,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

@@ -1,17 +1,18 @@
 """Preference optimisation: the model learns to prefer the better of two completions of a prompt.
 
-    SimPO   - log σ(β (l̄_w - l̄_l) - γ)                                  arXiv 2405.14734
-    DPO     - log σ(β ((l_w - r_w) - (l_l - r_l)))                       arXiv 2305.18290
-    IPO     (d̄_w - d̄_l - 1 / 2β)²,  d̄ = (l - r) / tokens                arXiv 2310.12036
-    ORPO    - l̄_w - λ log σ(o_w - o_l),  o = log p / (1 - p), p = exp l̄   arXiv 2403.07691
+    SimPO   - log σ(β (l̄_w - l̄_l) - γ)                       arXiv 2405.14734
+    DPO     - log σ(β ((l_w - r_w) - (l_l - r_l)))            arXiv 2305.18290
+    IPO     (d̄_w - d̄_l - 1 / 2β)²,  d̄ = (l - r) / tokens     arXiv 2310.12036
+    ORPO    - l̄_w - λ log σ(o_w - o_l)                        arXiv 2403.07691
+            o = log p / (1 - p), p = exp l̄
 
 The indices w and l mean chosen and rejected. l is a completion's log-prob summed over its tokens,
 l̄ its mean per token, and r the sum under the reference: the model that this run starts from (base
 and --adapter). With label smoothing ε, SimPO and DPO are (1 - ε) L(z) + ε L(-z).
 
-    python train_simpo.py --data pairs.jsonl               # the tiny model, CPU
-    python train_simpo.py --model gemma3-1b --adapter runs/sft --data pairs.jsonl   # a v5e-8, ...
-    python train_simpo.py --adapter runs/sft --data pairs.jsonl --loss dpo --out runs/dpo
+    python train_simpo.py --data pairs.jsonl             # the tiny model, CPU
+    python train_simpo.py --model gemma3-1b --adapter runs/sft --data a.jsonl
+    python train_simpo.py --data pairs.jsonl --loss dpo --out runs/dpo
 
 A line of pairs.jsonl: {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, or message lists.
 
@@ -74,13 +75,16 @@ class Config:
 
     # data
     data: str | None = None
-    """Comma-separated files of {"prompt", "chosen", "rejected"} rows: texts or message lists."""
+    """Comma-separated files (JSON, JSON lines, CSV, Parquet) of {"prompt", "chosen", "rejected"}
+    rows, texts or message lists; or hf:owner/name of the Hub."""
     mix: str | None = None
     """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
     eval_data: str | None = None
     """Held-out pairs, as in --data; default: those of 2 % of prompts."""
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
+    columns: str = ""
+    """Your columns under our names, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be used, instead of stopping at the first."""
     max_length: int | None = None
@@ -147,7 +151,7 @@ class Config:
     """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
     eval_rows: int = 256
     """Maximum number of held-out rows; 0: all of them."""
-    eval_accuracy: int = 0
+    eval_accuracy: int | None = None
     """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
     accurate, not the one with the lowest loss."""
     show: int = 2
@@ -176,17 +180,20 @@ class Config:
 REAL = dict(
     dtype="bfloat16", system=data.SYSTEM, max_length=2048, lora_rank=16, steps=200, batch_rows=64,
     micro_rows=1, learning_rate=1e-6, remat="auto", eval_every=50, save_every=50, max_new=512,
+    eval_accuracy=64,
 )
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", system="", max_length=512, lora_rank=16, steps=60, batch_rows=8,
         micro_rows=4, learning_rate=1e-4, remat="none", eval_every=20, save_every=20, max_new=128,
+        eval_accuracy=100,
     ),
     "gemma2": REAL,
     "gemma3": REAL,
 }
 SHOWN = {  # metrics printed each step
-    "loss": "loss", "pair_accuracy": "pairs right", "margin": "margin", "tokens_per_s": "tok/s",
+    "loss": "loss {:.3f}", "pair_accuracy": "pairs right {:4.0%}", "margin": "margin {:6.3f}",
+    "step_s": "{:5.1f} s",
 }
 KNOBS = {  # the fields that each loss reads, with their defaults
     "simpo": dict(beta=2.0, gamma_ratio=0.5, label_smoothing=0.0),
@@ -467,6 +474,8 @@ def main(config: Config) -> Path | dict:
             step = saved.step
             trained = stage.put_like(saved.arrays["trained"], trained)
             opt, saved = stage.put_like(saved.arrays["opt"], opt), None
+        elif config.eval_every:
+            evaluation.measure(trained, step, run)
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, trained)
@@ -497,6 +506,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

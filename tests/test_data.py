@@ -1,6 +1,8 @@
 """data.py: rows of every shape, hold-out, packing, and batches as functions of their number."""
 
+import csv
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -240,7 +242,8 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
     lines = ["", '{"prompt": "abc', "[1]", '{"prompt": "\xff"}', "[" * 10**5,
              '{"prompt": "12345"}', '{"prompt": "1234"}', '{"prompt": "a"}', '{"prompt": "b"}']
     file.write_bytes("\n".join(lines).encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"{file}:2: .*--skip-bad-rows"):
+    with pytest.raises(ValueError, match=rf"{file}:2: .*; 6 of 8 rows are bad; the longest has 5 "
+                                         "tokens .else: --skip-bad-rows"):
         data.load(str(file), read)
     [items], bad = data.load(f" {file} ", read, skip_bad_rows=True, what="prompts")
     assert items == ["a", "b"]
@@ -304,7 +307,7 @@ def test_the_built_in_sources():
 
 
 def config(data="problems", eval_data=None, eval_rows=0, seed=0):
-    return SimpleNamespace(**locals(), skip_bad_rows=False)
+    return SimpleNamespace(**locals(), columns="", skip_bad_rows=False)
 
 
 def test_no_prompt_is_on_both_sides_of_a_hold_out(tmp_path, said):
@@ -436,3 +439,86 @@ def test_mixing_weights_set_the_shares_and_no_row_repeats_before_all_were_seen()
     packed = data.Packed([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
     small = [i for i in seen(map(packed.batch, range(10))) if i >= 100]  # two epochs: 2 x 15 of 30
     assert sorted(small) == list(range(100, 130))
+
+
+# ------------------------------------------------------------------- data as people have it
+
+PEOPLE = [{"instruction": "1 + 1?", "response": "2", "difficulty": 1, "choices": None},
+          {"instruction": 'Say "a, b"\nand c', "response": "a, b", "difficulty": 2.5,
+           "choices": ["a, b", "c"]}]
+
+
+def people(kind, folder, monkeypatch) -> str:
+    """The two rows as a --data source."""
+    file = folder / f"rows.{kind}"
+    if kind in ("csv", "tsv"):
+        with open(file, "w", newline="", encoding="utf-8-sig") as out:
+            writer = csv.DictWriter(out, PEOPLE[0], delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(row | {"choices": json.dumps(row["choices"]) if row["choices"] else ""}
+                             for row in PEOPLE)
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pytest.importorskip("pyarrow").Table.from_pylist(PEOPLE), file)
+    elif kind == "pandas":
+        pandas = pytest.importorskip("pandas")
+        file = folder / "rows.parquet"
+        pandas.DataFrame(PEOPLE).to_parquet(file)
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+        monkeypatch.setattr(pandas, "read_parquet", lambda path: pandas.DataFrame(PEOPLE))
+    elif kind == "hub":
+        asked = SimpleNamespace(load_dataset=lambda *a, split: (
+            PEOPLE if (a, split) == (("me/rows", "easy"), "test") else 1 / 0))
+        monkeypatch.setitem(sys.modules, "datasets", asked)
+        return "hf:me/rows/easy:test"
+    else:
+        file.write_text(json.dumps(PEOPLE, indent=1))
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "tsv", "parquet", "pandas", "hub"])
+def test_data_as_people_have_it(tmp_path, monkeypatch, kind, said):
+    """Under their own column names, with cells that are empty or hold a list."""
+    source = people(kind, tmp_path, monkeypatch)
+    read = lambda row: data.parse_row(row)
+    [rows], _ = data.load(source, read, columns="question=instruction, answer=response")
+    assert [row.chat[-1]["content"] for row in rows] == [
+        "1 + 1?", 'Say "a, b"\nand c\nA) a, b\nB) c']
+    assert [row.answer for row in rows] == ["2", "A"]
+    assert [row.fields["difficulty"] for row in rows] == [1, 2.5]
+    assert "choices" not in rows[0].fields and "instruction" not in rows[0].fields
+    assert len(said) == 1  # nothing is unread
+    [half], _ = data.load(source + "[1:]", read, columns="question=instruction")
+    assert [row.chat[-1]["content"][:3] for row in half] == ["Say"]
+    with pytest.raises(ValueError, match=r"--columns answer=reply: no reply, found keys .*"
+                                         r"'response'.*; 2 of 2 rows are bad"):
+        data.load(source, read, columns="answer=reply")
+
+
+def test_what_is_wrong_with_such_data_is_one_line(tmp_path, monkeypatch):
+    read = lambda row: data.parse_row(row)
+    (tmp_path / "a.csv").write_text("question,answer\n1 + 1?,2\n,3\n2,3,4\n")
+    with pytest.raises(ValueError, match=r"a.csv row 2: expected messages, prompt or question, "
+                                         r"found keys \['answer'\]; 2 of 3 rows are bad"):
+        data.load(str(tmp_path / "a.csv"), read)
+    (tmp_path / "b.csv").write_bytes(b"question\n\xff\xfe\n")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
+    for name in ("b.csv", "c.parquet"):
+        with pytest.raises(ValueError, match=rf"{name}: [^\n]+$"):
+            data.load(str(tmp_path / name), read)
+    for name in ("pyarrow.parquet", "pandas", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="c.parquet: pip install pyarrow"):
+        data.load(str(tmp_path / "c.parquet"), read)
+    with pytest.raises(ValueError, match="hf:me/rows: pip install datasets"):
+        data.load("hf:me/rows", read)
+    with pytest.raises(ValueError, match="expected hf:owner/name"):
+        data.load("hf:rows", read)
+    failing = SimpleNamespace(load_dataset=lambda *a, split: {}["no such\nset"])
+    monkeypatch.setitem(sys.modules, "datasets", failing)
+    with pytest.raises(ValueError, match=r"--data hf:me/rows:test: KeyError: [^\n]+$"):
+        data.load("hf:me/rows:test", read)
+    for wrong in ("question", "=a", "question=", "a=b,a=c"):
+        with pytest.raises(ValueError, match="--columns .*: expected OURS=THEIRS"):
+            data.read_columns(wrong)
+    assert data.load("problems:test", read, rows=1, columns="question=none of it")  # built in

@@ -8,8 +8,9 @@ import re
 import types
 
 import pytest
-import tyro
 from conftest import ROOT
+
+import stage
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
@@ -50,26 +51,60 @@ def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
     return found
 
 
-def sentences(cls: type) -> dict[str, str]:
-    """The string under each field, those of the classes below included."""
-    found = {}
-    for c in reversed(cls.__mro__[:-1]):
-        body = ast.parse(inspect.getsource(c)).body[0].body
-        for field, doc in zip(body, body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-                found[field.target.id] = doc.value.value
-    return found
-
-
 @pytest.mark.parametrize("script, cls", CONFIGS)
-def test_every_field_is_documented_and_read(script, cls):
+def test_every_field_is_documented_and_read(script, cls, capsys):
     module = importlib.import_module(script)
-    config, said = getattr(module, cls), sentences(getattr(module, cls))
-    letters = lambda text: re.sub(r"[\s│]", "", text)
-    page = letters(tyro.extras.get_parser(config).format_help())
+    config = getattr(module, cls)
+    said = stage.described(config)
+    words = [cls.lower()] if cls != "Config" else []
+    page = "".join(shown(module, [*words, "--help"], capsys).split()).replace("│", "")
     read = reads(module, "main", set(), set())
     for field in dataclasses.fields(config):
-        assert len(said.get(field.name, "")) > 10 and said[field.name].endswith("."), field.name
-        assert "--" + field.name.replace("_", "-") in page, field.name
-        assert letters(said[field.name])[:20] in page, field.name
+        _, sentence = said.get(field.name, ("", ""))
+        assert len(sentence) > 10 and sentence.endswith("."), field.name
+        flag = field.name.replace("_", "-")
+        assert f"--{flag}" in page or f"--no-{flag}" in page, field.name
+        assert "".join(sentence.split())[:20] in page, field.name
         assert field.name in read, f"{field.name} is never read"
+
+
+def shown(module, args, capsys, width="80") -> str:
+    """What a script prints for these flags before it leaves."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setenv("COLUMNS", width)
+        stage.cli(module.Config, module.__doc__, args, prog=f"{module.__name__}.py")
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+@pytest.mark.parametrize("script", ["train_grpo", "train_sft", "train_simpo", "eval"])
+def test_help_is_grouped_and_has_the_defaults_of_the_model(script, capsys):
+    module = importlib.import_module(script)
+    tiny = shown(module, ["--help"], capsys)
+    page = shown(module, ["--model", "google/gemma-3-12b-it", "--help"], capsys)
+    groups = re.findall(r"^ (\S+) options *$", page, re.M)
+    assert groups[0] == "model" and len(set(groups)) == len(groups) > 3
+    assert groups[-1] == "judge" or "judge" not in groups
+    assert page[page.index(" model options") :].splitlines()[2].startswith("  --model STR")
+    for text, model in ((tiny, "tiny"), (page, "gemma3-12b")):
+        assert f"those of --model {model}." in text
+        assert re.search(r"bfloat16\)|float32\)", text)[0][:-1] == module.DEFAULTS[
+            "tiny" if model == "tiny" else "gemma3"]["dtype"]
+    assert "None" not in page and "\x1b" not in page
+    assert max(map(len, page.splitlines())) <= 80
+
+
+def test_flags_people_type(capsys):
+    grpo, sft = (importlib.import_module(name) for name in ("train_grpo", "train_sft"))
+    got = stage.cli(grpo.Config, "", ["--lr", "2e-5", "--batch-size=4", "--num-generations", "6",
+                                      "--max-new-tokens", "9", "--output-dir", "x", "--sapo"])
+    assert got == grpo.Config(learning_rate=2e-5, prompts=4, group=6, max_new=9, out="x", sapo=True)
+    assert stage.cli(sft.Config, "", ["--batch-size", "4"]) == sft.Config(batch_rows=4)
+    start = grpo.Config(steps=7, data="a")  # a notebook's flags, changed on the command line
+    assert stage.cli(grpo.Config, "", ["--steps", "9"], default=start) == grpo.Config(
+        steps=9, data="a")
+    assert "--learning-rate" in shown(sft, ["--learning-rat", "1"], capsys)
+    pairs = importlib.import_module("synthesize").Pairs
+    assert stage.cli(importlib.import_module("synthesize").Config, "", ["pairs", "--rows", "3"]
+                     ) == pairs(rows=3)
+    assert "--no-greedy" in shown(importlib.import_module("eval"), ["--help"], capsys)

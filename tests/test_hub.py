@@ -244,3 +244,16 @@ def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path)
         hub.find_start("tiny", None, str(tmp_path / "simpo"))
     moved = hub.find_start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
     assert moved.weights == tmp_path / "moved"
+
+
+def test_the_hub_ids_of_models_are_names_too():
+    """google/gemma-2-2b is a base model, and so is the 270m without a suffix."""
+    for given, short in (("google/gemma-3-1b-it", "gemma3-1b"),
+                         ("google/gemma-2-2b", "gemma2-2b-pt"),
+                         ("google/gemma-3-1b-pt", "gemma3-1b-pt"), ("tiny", "tiny"),
+                         ("google/gemma-3-270m", "gemma3-270m-pt"), ("gemma2-9b", "gemma2-9b"),
+                         ("google/gemma-2-27b-it", "gemma2-27b"), ("gemma3-4b-it", "gemma3-4b-it")):
+        assert hub.short_name(given) == short
+        if "/" in given:
+            assert "google/" + hub.hub_name(given) == "google/" + hub.hub_name(short) == given
+        assert hub.base_name(given) == hub.base_name(short)

@@ -14,6 +14,7 @@ import data
 import judge
 import rewards
 import rollouts
+import stage
 
 pytestmark = pytest.mark.smoke
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,12 +36,13 @@ def test_the_two_commands_are_there():
 def parse(script, flags):
     """As the script itself would: what it gives tyro.cli, with nothing behind it."""
     text = (ROOT / script).read_text()
-    entry = re.search(r"tyro\.cli\((\w+)", text)[1]
+    parser, entry = re.findall(r"(tyro|stage)\.cli\((\w+)", text)[-1]
     entry = getattr(importlib.import_module(script.removesuffix(".py")), entry)
     if not isinstance(entry, type) and callable(entry):  # a function would do its work
         entry = functools.wraps(entry)(lambda **_: None)
     by_place = (tyro.conf.PositionalRequiredArgs,) if "PositionalRequiredArgs" in text else ()
-    config, rest = tyro.cli(entry, args=flags, config=by_place, return_unknown_args=True)
+    parser = stage.cli if parser == "stage" else functools.partial(tyro.cli, config=by_place)
+    config, rest = parser(entry, description="", args=flags, return_unknown_args=True)
     assert not rest or script == "to_kaggle.py", rest
     if rest:  # of the script that it is given
         parse(config.script, rest)
@@ -103,7 +105,7 @@ TABLE = [flags for page in PAGES
 @pytest.mark.parametrize("flags", TABLE)
 def test_settings_of_the_literature_parse(flags):
     assert len(TABLE) >= 9
-    config = tyro.cli(importlib.import_module("train_grpo").Config, args=flags.split())
+    config = stage.cli(importlib.import_module("train_grpo").Config, "", flags.split())
     importlib.import_module("train_grpo").resolve(config)
 
 

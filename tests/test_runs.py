@@ -23,6 +23,7 @@ from conftest import ROOT, contents
 
 import hosts
 import runs
+import stage
 import synthesize
 import train_grpo
 
@@ -425,10 +426,18 @@ def test_one_reader_of_lines_survives_what_is_torn(tmp_path):
 
 def test_a_line_cannot_drive_the_terminal(capsys):
     runs.say("a\x1b[2J\x1b]0;t\x07\r\u202e\ud800\x9b\tb\nc")
-    runs.say("\x1b[36mb")  # a colour is let through, and ended
     said = capsys.readouterr().err.splitlines()
-    assert said == ["a\\x1b[2J\\x1b]0;t\\x07\\r\\u202e\\ud800\\x9b\tb", "c",
-                    "\x1b[36mb\x1b[0m"]
+    assert said == ["a\\x1b[2J\\x1b]0;t\\x07\\r\\u202e\\ud800\\x9b\tb", "c"]
+
+
+def test_colours_go_to_a_terminal_alone_and_can_be_refused(capsys, monkeypatch):
+    for is_terminal, no_color, expected in (
+        (True, "", "\x1b[36mb\x1b[0mc\x1b[0m"), (True, "1", "bc"), (False, "", "bc"),
+    ):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        runs.say("\x1b[36mb\x1b[0mc")
+        assert capsys.readouterr().err.strip() == expected
 
 
 # ------------------------------------------------------------------ arrays and retention
@@ -715,23 +724,66 @@ def test_nan_stops_with_the_batch(tmp_path):
         assert saved["rest/0"].tolist() == [1, 1] and saved["rest/1/0"] == "a"
 
 
-def test_lines_now_and_then(tmp_path, capsys):
-    budget, show = runs.Budget(steps=100, clock=FakeClock()), {"loss": "loss", "tps": "tok/s"}
-    with open_run(tmp_path / "x", budget, show, every_s=3600) as run:
+def test_lines_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    budget, show = runs.Budget(steps=100, clock=FakeClock()), {"loss": "loss", "ok": "ok {:4.0%}"}
+    with open_run("x", budget, show, every_s=3600) as run:
         run.restore(LIKE)
         for step in range(1, 6):
             budget.clock.now += 10
             budget.progress(step)
-            run.log(step, {"loss": 2.0, "tps": 1e4, "other": 1})
+            run.log(step, {"loss": 2.0, "ok": 0.2, "other": 1})
         run.every_s = 0
-        run.log(5, {"eval_loss": 2.0})  # nothing to show
+        run.log(5, {"eval_accuracy": 0.38, "eval_accuracy_low": 0.3, "eval_accuracy_high": 0.46,
+                    "eval_format": 1.0, "eval_loss": 2.0})
         run.log(6, {"loss": 2.0})
+        budget.clock.now += 60
+        run.log(7, {"loss": 2.0})
     assert capsys.readouterr().err.splitlines() == [
-        "step 1/100  loss 2  tok/s 1e+04",
-        "step 2/100  loss 2  tok/s 1e+04",
-        "step 3/100  loss 2  tok/s 1e+04  16:10 left",
-        "step 6/100  loss 2  15:49 left",
+        "x",
+        "step 1/100    loss 2  ok  20 %",
+        "step 2/100    loss 2  ok  20 %",
+        "step 3/100    loss 2  ok  20 %  16:10 left",
+        "step 5/100    held out: right 38.0 % (30-46), format 100 %, loss 2",
+        "step 6/100    loss 2  15:50 left",
+        "step 7/100    loss 2  14:50 left",
     ]
+
+
+def test_a_header_every_20_lines_and_warnings_in_time(tmp_path, capsys):
+    show = {"reward": "reward {:5.2f}"}
+    cut, flat = "completions/clipped_ratio", "frac_reward_zero_std"
+    with open_run(tmp_path / "x", show=show, every_s=0.0, steps=None, time_limit="1h") as run:
+        run.restore(LIKE)
+        for step in range(1, 42):
+            run.log(step, {"reward": 0.5, cut: 1.0, flat: float(step % 3 > 0 or step > 30)})
+            run.log(step, {"eval_accuracy": 0.5 if step == 2 else 0.25})
+    said = capsys.readouterr().err.splitlines()
+    headers = [i for i, line in enumerate(said) if str(tmp_path) in line]
+    assert said[headers[0] + 1] == "step 1  reward  0.50" and len(headers) == 3
+    assert all(len(line) <= 80 for line in said if line.startswith("step"))
+    steps = lambda i, j: sum("reward " in line for line in said[i:j] if "warning" not in line)
+    assert steps(headers[0], headers[1]) == 20 == steps(headers[1], headers[2])
+    warned = [i for i, line in enumerate(said) if line.startswith("warning")]
+    assert [said[i].split()[4] for i in warned] == ["every", "the"]  # each once
+    assert said[warned[0] - 1].startswith("step 3 ") and said[warned[1] - 1].startswith("step 33 ")
+
+
+def test_the_flag_that_was_given_is_named_and_not_what_followed_from_it(tmp_path, capsys):
+    first = train_grpo.resolve(train_grpo.Config(out=str(tmp_path), steps=9, adapter=None))
+    runs.write_config(tmp_path, first)
+    changed = train_grpo.resolve(train_grpo.Config(out=str(tmp_path), model="google/gemma-3-1b-it"))
+    with pytest.raises(SystemExit, match="^--model was 'tiny' when"):
+        runs.check_unchanged(tmp_path, changed)
+    changed = dataclasses.replace(first, slots=3, lora_rank=8, lora_alpha=8.0)
+    with pytest.raises(SystemExit, match="^--lora-rank was 16 when"):
+        runs.check_unchanged(tmp_path, changed)
+    stage.show_config(dataclasses.replace(changed, sapo=True, system="Think first. " * 20))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("given    --system Think first.") and max(map(len, said[:-1])) <= 80
+    assert "--sapo" in "".join(said) and "--lora-alpha" not in "".join(said)
+    assert said[-2] == "default  --model tiny --data problems --learning-rate 0.001 --max-new 104"
+    assert said[-1] == f"all      {tmp_path}/config.json"
 
 
 # ------------------------------------------------------------------ loggers, environment

@@ -325,13 +325,15 @@ def test_what_an_evaluation_leaves(whole):
     """Loss, accuracy and format of held-out rows, some completions, and the checkpoint's score."""
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     measured = {m["step"]: m for m in lines if "eval_loss" in m}
-    assert list(measured) == [3, 6]
+    assert list(measured) == [0, 3, 6]
     for step, m in measured.items():
         assert 0 <= m["eval_accuracy"] <= 1 and 0 <= m["eval_format"] <= 1 and m["eval_loss"] > 0
+        if step == 0:  # before the first update there is no checkpoint
+            continue
         state = json.loads((whole / f"checkpoints/step_{step}/resume/state.json").read_text())
         assert state["score"] == m["eval_accuracy"]
     rows = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [3, 6]  # one of the 40 rows is held out
+    assert [row["step"] for row in rows] == [0, 3, 6]  # one of the 40 rows is held out
     assert all({"prompt", "completion", "correct", "format", "stop"} <= row.keys() for row in rows)
 
 
@@ -393,7 +395,8 @@ def test_nan_in_the_weights_stops_with_step_and_batch(small, tmp_path):
     cfg, params = gemma.load(small)
     gemma.save(tmp_path / "model", cfg, params | {"norm": params["norm"].at[0].set(jnp.nan)})
     data.Tokenizer(small).save(tmp_path / "model")
-    said = sft(small, tmp_path / "a", "--weights", str(tmp_path / "model"), code=1)
+    said = sft(small, tmp_path / "a", "--weights", str(tmp_path / "model"), "--eval-every",
+               "0", code=1)
     assert "step 1 of" in said.splitlines()[-1] and "loss is nan" in said
     batch = np.load(tmp_path / "a" / "nan_step_1.npz")
     assert any(v.shape == (4, 176) for v in batch.values())
