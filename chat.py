@@ -1,8 +1,8 @@
 """Talk to a model in the terminal; its trace and its answer appear as they are written.
 
-    python chat.py --adapter runs/grpo                               # /base, /reset, Ctrl-D
-    python chat.py --adapter runs/grpo --prompt "What is 12 + 30?"   # one answer
-    python chat.py --adapter runs/grpo < questions.txt               # a question a line
+    python chat.py --adapter runs/grpo                     # /base, /reset, Ctrl-D
+    python chat.py --adapter runs/grpo --prompt "12 + 30?" # one answer
+    python chat.py --adapter runs/grpo < questions.txt     # a question a line
 
 /base answers the last question with the model before training. Programs are compiled for up to 256,
 512, 1024, ... tokens of conversation: a turn compiles only where it outgrows the last size.
@@ -29,6 +29,7 @@ from sampler import Sampler
 class Config:
     """Fields left at None take the model's defaults from DEFAULTS."""
 
+    # model
     model: str = "tiny"
     """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
     weights: str | None = None
@@ -39,6 +40,8 @@ class Config:
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the weights and the activations."""
+
+    # answers
     system: str | None = None
     """System text before the first question; default: the one the adapter was trained under."""
     prompt: str | None = None
@@ -133,6 +136,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
