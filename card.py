@@ -8,6 +8,7 @@ The card is a function of the run's files alone and holds no times, so a resumed
 one. It says which step the model is, and that the best of several evaluations flatters a little.
 """
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -163,7 +164,8 @@ def name_of(folder: Path) -> str:
 def commands(folder: Path, here: str, model: str = "tiny") -> str:
     """Commands for a folder that people call `here`: vLLM, llama.cpp, Ollama and the Hub."""
     told, name = facts(folder), name_of(folder)
-    quoted, gguf = (shlex.quote(str(p)) for p in (here, Path(here, "..", f"{name}.gguf")))
+    beside = os.path.normpath(Path(here, "..", f"{name}.gguf"))
+    quoted, gguf = shlex.quote(here), shlex.quote(beside)
     if told["rank"]:
         base = hub_id(model, told["base"]) or told["base"]
         most = min((r for r in VLLM_RANKS if r >= told["rank"]), default=told["rank"])
@@ -209,7 +211,8 @@ def usage(folder: Path, model: str) -> str:
     base = hub_id(model, told["base"]) or told["base"] if rank else "."
     how = ("Put it before the first question, as below:" if rank else
            "The chat template adds it to a conversation that brings none of its own:")
-    said = f"The model was trained under a system text. {how}\n\n> {system}\n\n" if system else ""
+    quote = "> " + system.replace("\n", "\n> ")
+    said = f"The model was trained under a system text. {how}\n\n{quote}\n\n" if system else ""
     return (f"## Use\n\n{said}```python\n{python_lines(base, rank, system)}```\n\n"
             f"```sh\n{commands(folder, '.', model)}```\n")
 

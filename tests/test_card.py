@@ -65,7 +65,7 @@ def test_a_card_has_the_hubs_metadata_results_and_the_real_rank(run):
     assert "The best of 3 evaluations" in text
     assert "| learning_rate | `1e-05` |" in text
     assert "--max-lora-rank 128 " in text and "vllm serve google/gemma-3-1b-it" in text
-    assert f"> {SYSTEM}" in text and f"system = {SYSTEM!r}" in text
+    assert "> Then answer: é, 数, 😀.\n" in text and f"system = {SYSTEM!r}" in text
     compile(re.search(r"```python\n(.*?)```", text, re.S)[1], "README.md", "exec")
     ElementTree = pytest.importorskip("xml.etree.ElementTree")
     svg = ElementTree.parse(run / "final/curve.svg").getroot()
@@ -85,8 +85,8 @@ def test_a_merged_folder_tells_what_it_is(run, tmp_path):
     assert "PeftModel" not in text and text.count("## Use") == 1
     assert card.commands(merged, "out/mine").splitlines() == [
         "vllm serve out/mine",
-        "python llama.cpp/convert_hf_to_gguf.py out/mine --outfile out/mine/../mine.gguf",
-        "llama-cli -m out/mine/../mine.gguf --jinja",
+        "python llama.cpp/convert_hf_to_gguf.py out/mine --outfile out/mine.gguf",
+        "llama-cli -m out/mine.gguf --jinja",
         "ollama create mine -f out/mine/Modelfile",
         "hf upload YOU/mine out/mine"]
 
