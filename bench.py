@@ -71,6 +71,8 @@ class Config:
     """Folder with a config.json that gives the shapes instead."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the base weights and the activations."""
+    base: Literal["dtype", "int8"] | None = None
+    """The frozen base: in --dtype, or int8."""
     phases: str | None = None
     """To measure: sft, grpo. To compile: sft, simpo, grpo, ppo, distill, or one of PHASES."""
     lora_rank: int | None = None
@@ -87,6 +89,8 @@ class Config:
     """Compile for this TPU (v5e:2x4 is Kaggle's), which need not be here, and run nothing."""
     judge: str | None = None
     """A Gemma that judges GRPO's completions on the same mesh."""
+    judge_base: Literal["dtype", "int8"] | None = None
+    """The judge's weights: bfloat16, or int8."""
     rows: int | None = None
     """Rows of one update, over all devices; measured rows have no padding."""
     length: int | None = None
@@ -149,7 +153,8 @@ class Cost(NamedTuple):
     """
 
     cfg: gemma.Config
-    itemsize: int  # bytes of a weight and of an activation
+    weight: int  # bytes of a weight of the base
+    itemsize: int  # of an adapter's weight and of an activation
     n_devices: int
     sharded: bool = False  # the base is split over the devices
     rank: int = 0
@@ -172,6 +177,7 @@ class Cost(NamedTuple):
         again = train and (remat == "layer" or (remat == "auto" and self.sharded))
         base, adapter = 1 + again + train * (1 if self.rank else 2), 1 + again + 2 * train
         weights = base * self.matrices() + adapter * self.n_adapter
+        n_bytes = base * self.weight * self.matrices() + adapter * self.itemsize * self.n_adapter
         width = base * self.matrices(sum) + adapter * self.n_adapter / max(1, self.rank)
         # Attention: two products forward, four backward; splash computes the scores again.
         forward = 1 + (train and (remat != "none" or self.sharded))
@@ -180,7 +186,7 @@ class Cost(NamedTuple):
         # scores are written, read for maximum and sum, and half (bf16) for the values.
         floats = L * (4 * D + 5 * N * H + 3.5 * N * keys * (not splash)) * (forward + train)
         return Work(2 * n_tokens * (weights + L * N * H * keys * products),
-                    self.itemsize * (weights + n_tokens * width) + 4 * n_tokens * floats)
+                    n_bytes + self.itemsize * n_tokens * width + 4 * n_tokens * floats)
 
     def logps(self, n_tokens: int, wanted: float, chunk: int, train: bool) -> Work:
         """Log-probs of the share `wanted` of the tokens, by chunks that each read the head.
@@ -190,7 +196,7 @@ class Cost(NamedTuple):
         its own gradient in float32.
         """
         V, n_head = self.cfg.vocab_size, self.cfg.vocab_size * self.cfg.hidden_size
-        read = self.itemsize * n_head / chunk
+        read = self.weight * n_head / chunk
         work = Work(2 * n_head, 16 * V + read) * wanted
         if train and self.rank:
             work += Work(2 * n_head, 2 * V + read) * wanted
@@ -205,7 +211,7 @@ class Cost(NamedTuple):
     def gathers(self, layers: int, head: int) -> Work:
         """So many gathers, or scatters of the gradient, of all layers and of the head."""
         n = self.matrices() * layers + self.cfg.vocab_size * self.cfg.hidden_size * head
-        return self.moved(self.itemsize * n) * self.sharded
+        return self.moved(self.weight * n) * self.sharded
 
     def micro_batch(self, config, length: int, train: bool, wanted: float, splash: bool,
                     head: bool = True) -> Work:
@@ -228,13 +234,14 @@ class Cost(NamedTuple):
         held = [length if g else min(length, cfg.sliding_window) for g in cfg.is_global]
         caches = 2 * slots * sum(held) * cfg.num_key_value_heads * cfg.head_dim
         n_head = V * cfg.hidden_size
-        head = Work(2 * slots * n_head, self.itemsize * (caches + n_head) + 24 * slots * V)
+        head = Work(2 * slots * n_head,
+                    self.itemsize * caches + self.weight * n_head + 24 * slots * V)
         work = self.layers(slots, statistics.mean(held)) + head
         if self.sharded:
             out_in = [(*spec.hf_shape(cfg), spec.inp == "D") for spec in gemma.LINEARS.values()]
             each = sum(4 * out if split else self.itemsize * inp for out, inp, split in out_in)
             n_bytes = n * slots * (cfg.num_hidden_layers * each + 4 * V)
-            elsewhere = self.itemsize * (self.matrices() + n_head) * (n - 1) / n
+            elsewhere = self.weight * (self.matrices() + n_head) * (n - 1) / n
             work += self.moved(n_bytes) + Work(0, n_bytes - elsewhere)
         return work
 
@@ -242,8 +249,8 @@ class Cost(NamedTuple):
 def policy_cost(config, cfg: gemma.Config, mesh: Mesh, trained, is_sharded) -> Cost:
     """The Cost of a script's own model; is_sharded: that of stage for the phase at hand."""
     n_adapter = sum(x.size for x in jax.tree.leaves(trained)) if config.lora_rank else 0
-    return Cost(cfg, jnp.dtype(config.dtype).itemsize, mesh.size, is_sharded(cfg, config, mesh),
-                config.lora_rank, n_adapter)
+    return Cost(cfg, stage.weight_bytes(config), jnp.dtype(config.dtype).itemsize, mesh.size,
+                is_sharded(cfg, config, mesh), config.lora_rank, n_adapter)
 
 
 def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict) -> dict:
@@ -273,7 +280,8 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
     update = passes(train=True) * n_micro
     if script == "distill":  # one more pass, of the teacher
         teacher, dtype, sharded = train_distill.teacher_of(config, mesh)
-        taught = Cost(teacher, dtype.itemsize, n, sharded)
+        weight = 1 if config.teacher_base == "int8" else dtype.itemsize
+        taught = Cost(teacher, weight, dtype.itemsize, n, sharded)
         update += taught.micro_batch(config, config.pack_length, False, wanted, False) * n_micro
     phases = {
         "prefill": prefill * -(-config.prompts // n),
@@ -290,9 +298,10 @@ def step_work(script: str, config, cfg: gemma.Config, mesh: Mesh, programs: dict
         phases["update"] += adam * (config.minibatches - 1) * config.inner_epochs
     if "judge" in programs:  # beginnings [X, U] that rows [B, C] continue
         judged_by, batch = judge.shape_of(config), programs["judge"][1][4]
-        dtype, sharded = stage.frozen_layout(judged_by, mesh)
+        int8 = config.judge_base == "int8"
+        dtype, sharded = stage.frozen_layout(judged_by, mesh, int8)
         (X, U), (B, C) = batch["tokens_XU"].shape, batch["tokens_BC"].shape
-        cost = Cost(judged_by, dtype.itemsize, n, sharded)
+        cost = Cost(judged_by, 1 if int8 else dtype.itemsize, dtype.itemsize, n, sharded)
         work = cost.layers(X // n * U, U) + cost.layers(B // n * C, U + C) + cost.gathers(1, 0)
         phases["judge"] = work * -(-n_samples // B)
     return {f"{script}_{phase}": work for phase, work in phases.items()}
@@ -322,7 +331,10 @@ def script_config(script: str, config: Config, **more):
 def start_of(shapes: tuple) -> tuple:
     """(trained, optimizer state, fixed) of a train_step: random weights, moments of zero."""
     trained, opt, fixed = shapes[:3]
-    draw = lambda s: jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02
+    # int8 weights, one step of which is small beside a float's, are drawn as wide as they get.
+    draw = lambda s: (jax.random.randint(jax.random.key(0), s.shape, -127, 128, s.dtype)
+                      if s.dtype == jnp.int8
+                      else jax.random.normal(jax.random.key(0), s.shape, s.dtype) * 0.02)
     zero = lambda s: jnp.zeros(s.shape, s.dtype)
     make = lambda: (*jax.tree.map(draw, (trained, fixed)), jax.tree.map(zero, opt))
     where = jax.tree.map(lambda s: s.sharding, (trained, fixed, opt))
@@ -572,7 +584,8 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
            "hbm_bytes": {}, "phases": {}}
     where = "split over" if stage.base_is_sharded(cfg, config, mesh) else "on each of"
     print(f"train_{script}.py: {config.model}, LoRA of rank {config.lora_rank} (0: all weights), "
-          f"the base in {config.dtype} {where} {out['device']}; JAX {jax.__version__}, "
+          f"the base in {'int8' if config.base == 'int8' else config.dtype} {where} "
+          f"{out['device']}; JAX {jax.__version__}, "
           f"libtpu {version}")
     rows = out["phases"]
     for phase, (program, _) in PHASES.items():

@@ -40,6 +40,8 @@ class Config:
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the weights and the activations."""
+    base: Literal["dtype", "int8"] = "dtype"
+    """The model's weights: in --dtype; or int8, half the bytes to keep and to read."""
 
     # answers
     system: str | None = None
@@ -64,7 +66,7 @@ class Chat:
         self.config, self.messages, self.n_answers = config, [], 0
         start = hub.find_start(config.model, config.weights, config.adapter)
         self.tok = data.Tokenizer(config.tokenizer or start.weights)
-        self.model, self.weights = stage.load_to_sample(start, config.dtype)
+        self.model, self.weights = stage.load_to_sample(start, config)
 
     @functools.cached_property
     def base(self) -> tuple:
@@ -73,7 +75,7 @@ class Chat:
         if adapter is not None:
             return params, adapter | {"scale": {k: 0 * s for k, s in adapter["scale"].items()}}
         start = hub.find_start(self.config.model, self.config.weights, None)
-        return stage.load_to_sample(start, self.config.dtype)[1]
+        return stage.load_to_sample(start, self.config)[1]
 
     def answer(self, messages: list[dict], weights: tuple) -> Iterator[tuple[str, str | None]]:
         """Yields (the answer so far, why it has ended or None)."""

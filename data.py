@@ -200,8 +200,12 @@ def _check_chat_template(folder: Path) -> None:
     templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
     for file in folder.glob("tokenizer_config.json"):
         templates.append(gemma.read_json(file).get("chat_template"))
+    prompt, system = folder / "prompt.json", ""  # the system text that a model of ours brings
+    if prompt.exists():
+        system = gemma.json_value(gemma.read_json(prompt), "system", str, "", prompt)
+    first = f"{system}\n\na" if system else "a"
     expected = "<bos>" + "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in (
-        ("user", "a"), ("model", "b"), ("user", "c"))) + "<start_of_turn>model\n"
+        ("user", first), ("model", "b"), ("user", "c"))) + "<start_of_turn>model\n"
     for template in filter(None, templates):
         if PIECES[-2] not in str(template):
             raise ValueError(f"{folder}: expected Gemma's chat template, which has {PIECES[-2]}, "

@@ -90,7 +90,7 @@ def score(terms: Terms, x_CcD, head_VD, y_CcE, head_VE, b: dict, n, with_gradien
         new["loss"] = weight_c * loss_c
         if with_gradient:
             d_cV = (d_cV * slope_cV * weight_c[:, None]).astype(x_cD.dtype)
-            dx_CcD = dx_CcD.at[i].set(jnp.einsum("cV,VD->cD", d_cV, head_VD))
+            dx_CcD = dx_CcD.at[i].set(gemma.matmul_back(d_cV, head_VD.T, x_cD.dtype))
         if dhead_VD is not None:
             dhead_VD += jnp.einsum("cV,cD->VD", d_cV, x_cD, preferred_element_type=jnp.float32)
         return {k: out[k].at[i].set(new[k]) for k in out}, dx_CcD, dhead_VD

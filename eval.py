@@ -66,6 +66,8 @@ class Sampling(judge.Config):
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the weights and the activations."""
+    base: Literal["dtype", "int8"] = "dtype"
+    """The model's weights: in --dtype; or int8, half the bytes to keep and to read."""
 
     # data
     data: str | None = None
@@ -173,7 +175,7 @@ def resolve(config: Config) -> Config:
 def answer(config, problems: list[Problem], tok: data.Tokenizer, start: hub.Start,
            greedy: bool) -> list[dict]:
     """Loads the model and runs `complete`, with samples.jsonl in --out as the journal."""
-    model, weights = stage.load_to_sample(start, config.dtype)
+    model, weights = stage.load_to_sample(start, config)
     sampler = Sampler(**model, slots=config.slots, max_prompt=config.max_prompt,
                       max_new=config.max_new)
     journal = Path(config.out) / "samples.jsonl"

@@ -22,6 +22,8 @@ What to know when comparing with google-deepmind/gemma and transformers' modelin
 4. On TPUs whole rows are attended by JAX's splash kernels (`splash`), all else by `attend`.
 5. Sharded weights are all-gathered layer by layer (`all_gather_params`); decoding moves the few
    activations between the devices instead (`sharded_matmul`).
+6. The matrices of a frozen base may be int8 (`Int8`). They are never dequantised as a whole:
+   `matmul` reads int8 and scales the result.
 """
 
 import dataclasses
@@ -313,6 +315,15 @@ class Spec:
         """When the base is sharded: every matrix is split along D, vectors are replicated."""
         return P(*("data" if a == "D" and self.inp else None for a in self.axes))
 
+    @property
+    def scale_axes(self) -> str:
+        return "L" * self.stacked + self.out
+
+    @property
+    def scale_pspec(self) -> P:
+        """The same for the scales of an int8 matrix, one for each output."""
+        return P(*("data" if a == "D" else None for a in self.scale_axes))
+
 
 def axis_sizes(cfg: Config) -> dict[str, int]:
     """The length of each axis letter of a parameter."""
@@ -351,12 +362,17 @@ def specs(cfg: Config) -> dict:
     return tree
 
 
-def pspecs(cfg: Config, shard: bool) -> dict:
+def pspecs(cfg: Config, shard: bool, int8: bool = False) -> dict:
     """PartitionSpecs of the parameters: split along D over the mesh axis "data", or replicated."""
-    return jax.tree.map(lambda s: s.pspec if shard else P(), specs(cfg))
+
+    def one(s):
+        pspec, scale = (s.pspec, s.scale_pspec) if shard else (P(), P())
+        return Int8(pspec, scale) if int8 and s.inp else pspec
+
+    return jax.tree.map(one, specs(cfg))
 
 
-def init(cfg: Config, key: jax.Array, dtype=jnp.float32) -> dict:
+def init(cfg: Config, key: jax.Array, dtype=jnp.float32, int8: bool = False) -> dict:
     """Random parameters: matrices normal(1/sqrt(fan in)), norms zero (they multiply by 1 + w)."""
     leaves, tree = jax.tree.flatten(specs(cfg))
     params = [jnp.zeros(spec.shape(cfg), dtype) for spec in leaves]
@@ -365,7 +381,85 @@ def init(cfg: Config, key: jax.Array, dtype=jnp.float32) -> dict:
             fan_in = math.prod(axis_sizes(cfg)[a] for a in spec.inp)
             normal = jax.random.normal(sub, spec.shape(cfg)) * fan_in**-0.5
             params[i] = normal.astype(dtype)
-    return tree.unflatten(params)
+    params = tree.unflatten(params)
+    return quantised(cfg, params) if int8 else params
+
+
+# ------------------------------------------------------------------------------------------ int8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A frozen matrix: int8 `q` times a float32 `scale` for each output (embedding: each word)."""
+
+    q: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.q.shape
+
+    @property
+    def T(self):
+        return Int8(self.q.T, self.scale)
+
+
+def quantise(spec: Spec, w: jax.Array) -> Int8:
+    """Symmetric int8 of one layer's matrix, or of all layers': |w - q scale| <= scale / 2.
+
+    scale = the largest |w| of an output / 127, NaN if one of them is not finite.
+    """
+    axes, w32 = spec.axes.removeprefix("L"), w.astype(jnp.float32)
+    inputs = tuple(i - len(axes) for i, a in enumerate(axes) if a in spec.inp)
+    top = jnp.max(jnp.abs(w32), axis=inputs, keepdims=True)
+    scale = jnp.where(top == 0, 1.0, top / 127)
+    # XLA's maximum on a CPU can lose a NaN, and an int8 has none.
+    scale = jnp.where(jnp.isfinite(w32).all(inputs, keepdims=True), scale, jnp.nan)
+    return Int8(jnp.round(w32 / scale).astype(jnp.int8), jnp.squeeze(scale, inputs))
+
+
+def quantised(cfg: Config, params: dict) -> dict:
+    """The parameters with every matrix as int8; norms stay as they are."""
+    return jax.tree.map(lambda s, w: quantise(s, w) if s.inp else w, specs(cfg), params)
+
+
+def is_int8(params: dict) -> bool:
+    return isinstance(params["embed_tokens"], Int8)
+
+
+def matmul(x_nI: jax.Array, w_IO: jax.Array | Int8, dtype=None) -> jax.Array:
+    """x W [n, O] in `dtype`, by default that of x; int8 is scaled after the product."""
+    dtype = dtype or x_nI.dtype
+    if isinstance(w_IO, Int8):
+        return _int8_matmul(x_nI, w_IO.q, w_IO.scale, x_nI.dtype).astype(dtype)
+    return jnp.dot(x_nI, w_IO, preferred_element_type=dtype)
+
+
+def matmul_back(g_nO: jax.Array, w_IO: jax.Array | Int8, dtype) -> jax.Array:
+    """The gradient of x in x W: g W^T [n, I], whose operands are of `dtype`."""
+    if isinstance(w_IO, Int8):
+        g_nO, w_IO = g_nO * w_IO.scale[None], w_IO.q.astype(dtype)
+    return jnp.einsum("nO,IO->nI", g_nO.astype(dtype), w_IO)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _int8_matmul(x_nI, q_IO, scale_O, dtype):
+    # XLA converts int8 inside the product: bf16 holds -127 to 127 exactly.
+    y_nO = jnp.dot(x_nI, q_IO.astype(dtype), preferred_element_type=jnp.float32)
+    return y_nO * scale_O.reshape((1,) * (y_nO.ndim - 1) + (-1,))
+
+
+def _int8_matmul_fwd(x_nI, q_IO, scale_O, dtype):
+    # By autodiff a scan over layers would keep every converted matrix for the backward pass.
+    return _int8_matmul(x_nI, q_IO, scale_O, dtype), Int8(q_IO, scale_O)
+
+
+def _int8_matmul_bwd(dtype, w_IO, g_nO):
+    return matmul_back(g_nO, w_IO, dtype), None, None
+
+
+_int8_matmul.defvjp(_int8_matmul_fwd, _int8_matmul_bwd)
 
 
 # --------------------------------------------------------------------------------------- forward
@@ -472,11 +566,16 @@ def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
     CPU backend transposes whole activations (LOG.md). fsdp: see `sharded_matmul`.
     """
     B, T, inner = *x.shape[:2], len(LINEARS[name].inp)
-    flat = lambda z: z.reshape(math.prod(z.shape[:inner]), -1)  # [*inp, *out] -> [in, out]
+
+    def flat(z):  # [*inp, *out] -> [in, out]
+        if isinstance(z, Int8):
+            return Int8(flat(z.q), z.scale.reshape(-1))
+        return z.reshape(math.prod(z.shape[:inner]), -1)
+
     out = w[name].shape[inner:] if fsdp is None or LINEARS[name].inp == "D" else (-1,)
     x = x.reshape(B * T, -1)
     if fsdp is None:
-        y = x @ flat(w[name])
+        y = matmul(x, flat(w[name]))
     else:
         y = sharded_matmul(x, flat(w[name]), fsdp).astype(x.dtype)
     if lora is not None and name in lora["a"]:
@@ -490,18 +589,18 @@ def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
     return checkpoint_name(y, "product").reshape(B, T, *out)
 
 
-def sharded_matmul(x_BI: jax.Array, w_IO: jax.Array, fsdp: str) -> jax.Array:
+def sharded_matmul(x_BI: jax.Array, w_IO: jax.Array | Int8, fsdp: str) -> jax.Array:
     """x W [B, O] for a W split along D over the mesh axis fsdp: sends activations, not weights.
 
     For the few rows of a decode step: gathering would move all weights for every token.
     """
     if w_IO.shape[0] != x_BI.shape[1]:  # I is D: x{our rows, D} -> all-to-all -> x{all, D/devices}
         x_BI = lax.all_to_all(x_BI, fsdp, split_axis=1, concat_axis=0, tiled=True)
-        y_BO = jnp.dot(x_BI, w_IO, preferred_element_type=jnp.float32)
+        y_BO = matmul(x_BI, w_IO, jnp.float32)
         # y{all rows, unreduced} -> reduce-scatter -> y{our rows}
         return lax.psum_scatter(y_BO, fsdp, scatter_dimension=0, tiled=True)
     # O is D: x{our rows} -> all-gather -> x{all}; y{all, D/devices} -> all-to-all -> y{our rows, D}
-    y_BO = lax.all_gather(x_BI, fsdp, tiled=True) @ w_IO
+    y_BO = matmul(lax.all_gather(x_BI, fsdp, tiled=True), w_IO)
     return lax.all_to_all(y_BO, fsdp, split_axis=0, concat_axis=1, tiled=True)
 
 
@@ -532,13 +631,18 @@ def layer(cfg, w, lora, x_BTD, positions_BT, freq_H, mask_BTT, past=(), attentio
 def all_gather_params(tree: dict, spec: dict, axis: str | None) -> dict:
     """All-gathers sharded matrices along D inside shard_map; the transpose scatters gradients."""
 
-    def one(w, s):
+    def gather(w, axes):  # w{D/devices} -> all-gather -> w{D}
+        return lax.all_gather(w, axis, axis=axes.index("D"), tiled=True) if "D" in axes else w
+
+    def one(s, w):
         if axis is None or not s.inp:
             return w
-        dim = s.axes.replace("L", "").index("D")  # w{D/devices} -> all-gather -> w{D}
-        return lax.all_gather(w, axis, axis=dim, tiled=True)
+        axes = s.axes.removeprefix("L")
+        if isinstance(w, Int8):
+            return Int8(gather(w.q, axes), gather(w.scale, s.out))
+        return gather(w, axes)
 
-    return jax.tree.map(one, tree, spec)
+    return jax.tree.map(one, spec, tree)
 
 
 def rope_frequencies(cfg: Config, is_global: bool) -> np.ndarray:
@@ -555,11 +659,14 @@ def attention_window(cfg: Config, is_global: bool) -> int:
 
 def embed(params: dict, cfg: Config, tokens_BT: jax.Array, fsdp: str | None = None) -> jax.Array:
     """The scaled embeddings [B, T, D]. A sharded table (12B: 2 GB) is never gathered."""
+    table, rows_BT = params["embed_tokens"], tokens_BT
     if fsdp is not None:
-        tokens_BT = lax.all_gather(tokens_BT, fsdp, tiled=True)  # rows of all devices
-    x_BTD = params["embed_tokens"][tokens_BT]
+        rows_BT = lax.all_gather(tokens_BT, fsdp, tiled=True)  # of all devices
+    x_BTD = (table.q if isinstance(table, Int8) else table)[rows_BT]
     if fsdp is not None:  # x{all rows, D/devices} -> all-to-all -> x{our rows, D}
         x_BTD = lax.all_to_all(x_BTD, fsdp, split_axis=0, concat_axis=2, tiled=True)
+    if isinstance(table, Int8):
+        x_BTD = (x_BTD * table.scale[tokens_BT][..., None]).astype(params["norm"].dtype)
     return x_BTD * jnp.asarray(cfg.hidden_size**0.5, x_BTD.dtype)
 
 
@@ -616,23 +723,25 @@ def hidden(params: dict, cfg: Config, tokens_BT: jax.Array, *args, **kwargs) -> 
     return forward(params, cfg, tokens_BT, *args, **kwargs)[0]
 
 
-def head(params: dict, cfg: Config, fsdp: str | None = None, n: int | None = None) -> jax.Array:
+def head(params: dict, cfg: Config, fsdp: str | None = None,
+         n: int | None = None) -> jax.Array | Int8:
     """The output embedding [V, D]: the tied input embedding, unscaled, or a separate one.
 
     n: only its first n rows, without those that pad the vocabulary.
     """
     name = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
-    return all_gather_params(params[name][:n], specs(cfg)[name], fsdp)
+    rows = jax.tree.map(lambda w: w[:n], params[name])
+    return all_gather_params(rows, specs(cfg)[name], fsdp)
 
 
-def read_logits(cfg: Config, head_VD: jax.Array, x_D: jax.Array,
+def read_logits(cfg: Config, head_VD: jax.Array | Int8, x_D: jax.Array,
                 fsdp: str | None = None) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D], soft-capped (Gemma 2).
 
     fsdp: the head is sharded and not gathered (`sharded_matmul`); hidden states are then [B, D].
     """
     if fsdp is None:
-        logits_V = jnp.einsum("...D,VD->...V", x_D, head_VD, preferred_element_type=jnp.float32)
+        logits_V = matmul(x_D, head_VD.T, jnp.float32)
     else:
         logits_V = sharded_matmul(x_D, head_VD.T, fsdp)
     if cap := cfg.final_logit_softcapping:
@@ -681,7 +790,7 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
 CHUNK, CHUNK_ELEMENTS = 512, 2**25
 
 
-def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
+def token_logps(x_BTD: jax.Array, head_VD: jax.Array | Int8, targets_BT: jax.Array, *,
                 temperature: jax.Array | float = 1.0, softcap: float | None = None,
                 wanted_BT: jax.Array | None = None,
                 chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
@@ -714,7 +823,7 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *,
 
 def _chunk(x_cD, head_VD, target_c, temperature, softcap):
     """One chunk: log-probs of all words [c, V], the target's, the entropy, d logit/d raw logit."""
-    logit_cV = jnp.einsum("cD,VD->cV", x_cD, head_VD, preferred_element_type=jnp.float32)
+    logit_cV = matmul(x_cD, head_VD.T, jnp.float32)
     slope = 1.0 / temperature
     if softcap:
         capped_cV = jnp.tanh(logit_cV / softcap)
@@ -737,7 +846,7 @@ def _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, with_dx):
         logp_cV, *new, slope = _chunk(x_cD, head_VD, target_c, temperature, softcap)
         if with_dx:
             d_cV = (jax.nn.one_hot(target_c, head_VD.shape[0]) - jnp.exp(logp_cV)) * slope
-            new.append(jnp.einsum("cV,VD->cD", d_cV.astype(x_cD.dtype), head_VD))
+            new.append(matmul_back(d_cV, head_VD.T, x_cD.dtype))
         return tuple(z.at[i].set(z_new) for z, z_new in zip(out, new, strict=True))
 
     zeros_Cc = jnp.zeros_like(targets_Cc, jnp.float32)
@@ -751,10 +860,11 @@ def _chunked_logps(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap):
 
 
 def _chunked_logps_fwd(x, head, targets, n_wanted, temperature, softcap):
-    with_dx = x.perturbed and not head.perturbed  # d logp/dhead needs the logits again anyway
-    args = x.value, head.value, targets.value, n_wanted.value, temperature.value
+    trains_head = any(z.perturbed for z in jax.tree.leaves(head))  # two arrays if int8
+    with_dx = x.perturbed and not trains_head  # d logp/dhead needs the logits again anyway
+    args = jax.tree.map(lambda z: z.value, (x, head, targets, n_wanted, temperature))
     logp, entropy, *dx = _score(*args, softcap, with_dx)
-    head_trained = () if head.perturbed else None
+    head_trained = () if trains_head else None
     return (logp, entropy), (dx[0] if dx else None, head_trained, *args[:3], args[4])
 
 
@@ -772,10 +882,10 @@ def _chunked_logps_bwd(softcap, residuals, cts):
         p_cV = jnp.exp(logp_cV)
         d_cV = g_c[:, None] * (jax.nn.one_hot(target_c, head_VD.shape[0]) - p_cV)
         d_cV = (d_cV - h_c[:, None] * p_cV * (logp_cV + entropy_c[:, None])) * slope
-        d_cV = d_cV.astype(x_cD.dtype)
         if head_trained is not None:
-            dhead_VD += jnp.einsum("cV,cD->VD", d_cV, x_cD, preferred_element_type=jnp.float32)
-        return dhead_VD, jnp.einsum("cV,VD->cD", d_cV, head_VD)
+            dhead_VD += jnp.einsum("cV,cD->VD", d_cV.astype(x_cD.dtype), x_cD,
+                                   preferred_element_type=jnp.float32)
+        return dhead_VD, matmul_back(d_cV, head_VD.T, x_cD.dtype)
 
     dhead_VD = None if head_trained is None else jnp.zeros_like(head_VD, jnp.float32)
     dhead_VD, dx_CcD = lax.scan(step, dhead_VD, (x_CcD, targets_Cc, ct_logp, ct_entropy))
@@ -883,21 +993,27 @@ def _to_devices(file: Path, name: str, sharding: NamedSharding | None, dtype=Non
         return jax.make_array_from_callback(shape, sharding, lambda shard: cast(tensor[shard]))
 
 
-@functools.partial(jax.jit, static_argnames="shape", donate_argnums=0)
-def _set_layer(leaf, tensor, i, shape):
-    """leaf[i] = one tensor of a file, transposed from torch's [out, inp] to [inp, out]."""
+@functools.partial(jax.jit, static_argnames=("spec", "shape"), donate_argnums=0)
+def _set_layer(leaf, tensor, i, delta, spec, shape):
+    """leaf[i] = one tensor of a file, transposed from torch's [out, inp] to [inp, out], + delta."""
     out, inp = shape
-    tensor = tensor.astype(leaf.dtype).reshape(out + inp)
+    tensor = tensor.reshape(out + inp)
     tensor = tensor.transpose(*range(len(out), len(out + inp)), *range(len(out)))
-    return lax.dynamic_update_index_in_dim(leaf, tensor, i, 0)
+    if delta is not None:
+        tensor = tensor.astype(jnp.float32) + delta
+    new = quantise(spec, tensor) if isinstance(leaf, Int8) else tensor.astype(leaf.dtype)
+    return jax.tree.map(lambda z, z_new: lax.dynamic_update_index_in_dim(z, z_new, i, 0), leaf, new)
 
 
-def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: bool = False):
+def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: bool = False,
+         int8: bool = False, delta=None):
     """Loads a Hugging Face folder -> (Config, parameters).
 
     Each tensor goes straight from its file to the device(s): the host never holds a second copy of
     the model. mesh: replicate over it, or with shard=True split every matrix along D over its axis
-    "data". A separate lm_head.weight is used only if it differs from the embedding.
+    "data". int8: matrices are `Int8`, quantised one by one. delta("q_proj", layer): what is added
+    in float32 to a matrix first, or None; see lora.delta. A separate lm_head.weight is used only if
+    it differs from the embedding.
     """
     cfg = read_config(path)
     where = _find_tensors(cfg, Path(path))
@@ -907,18 +1023,26 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
         del embedding, own
 
     def one(spec: Spec) -> jax.Array:
-        here = there = None
+        here = there = scales = None
+        quantises = int8 and spec.inp
         if mesh is not None:
-            here = NamedSharding(mesh, spec.pspec if shard else P())
+            here, scales = (NamedSharding(mesh, s if shard else P())
+                            for s in (spec.pspec, spec.scale_pspec))
             split = ("data" if g == "D" and shard else None for g in (spec.out, spec.inp))
             there = NamedSharding(mesh, P(*split) if spec.inp else P())
         if not spec.stacked:  # the embedding, the largest of all, has the same axes in the file
-            return _to_devices(*where[spec.name], here, dtype)
-        shape = tuple(tuple(axis_sizes(cfg)[a] for a in g) for g in (spec.out, spec.inp))
-        leaf = jnp.zeros(spec.shape(cfg), dtype, device=here)
+            tensor = _to_devices(*where[spec.name], here, None if quantises else dtype)
+            return jax.jit(quantise, static_argnums=0)(spec, tensor) if quantises else tensor
+        sizes = lambda axes: tuple(axis_sizes(cfg)[a] for a in axes)
+        shape = sizes(spec.out), sizes(spec.inp)
+        leaf = jnp.zeros(spec.shape(cfg), jnp.int8 if quantises else dtype, device=here)
+        if quantises:
+            leaf = Int8(leaf, jnp.zeros(sizes(spec.scale_axes), device=scales))
         for i in range(cfg.num_hidden_layers):
             tensor = _to_devices(*where[spec.name.format(i=i)], there)
-            leaf = _set_layer(leaf, tensor, i, shape).block_until_ready()  # one in flight at a time
+            added = delta and delta(spec.name.split(".")[-2], i)
+            leaf = _set_layer(leaf, tensor, i, added, spec, shape)
+            jax.block_until_ready(leaf)  # one in flight at a time
         return leaf
 
     return cfg, jax.tree.map(one, specs(cfg))

@@ -131,6 +131,8 @@ def put(x, sharding: Sharding) -> jax.Array:
 
 def own(mesh: Mesh) -> Mesh:
     """The part of a mesh that is this process's own devices."""
+    if count == 1:  # of a TPU that is only compiled for, half the devices are another host's
+        return mesh
     return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=mesh.axis_types)
 
 

@@ -65,6 +65,8 @@ class Config:
     """The model's name at the endpoint."""
     judge_weights: str | None = None
     """Folder of the judge's weights; default: looked for by name."""
+    judge_base: Literal["dtype", "int8"] = "dtype"
+    """The judge's weights: bfloat16 (a small judge: float32), or int8."""
     judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
     """One metric 1-5, all items at once, or item by item; pinocchio's needs an endpoint."""
     judge_calls: Literal["completion", "group"] = "completion"
@@ -105,8 +107,9 @@ def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None,
         return OverHTTP(endpoint, style, missing, config.judge_calls)
     folder = hub.find_model(name, given_folder(config), ("--judge", "--judge-weights"))
     mesh = hosts.own(mesh or gemma.all_devices())  # each host judges its own completions
-    dtype, shard = stage.frozen_layout(gemma.read_config(folder), mesh)
-    cfg, params = gemma.load(folder, dtype, mesh, shard)
+    int8 = config.judge_base == "int8"
+    dtype, shard = stage.frozen_layout(gemma.read_config(folder), mesh, int8)
+    cfg, params = gemma.load(folder, dtype, mesh, shard, int8)
     tok = data.Tokenizer(folder)
     return OnMesh(cfg, params, tok, mesh, style, missing=missing, shard=shard, rows=rows)
 
@@ -133,11 +136,11 @@ def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
     if not config.judge or is_address(config.judge):
         return {}
     cfg = shape_of(config)
-    dtype, shard = stage.frozen_layout(cfg, mesh)
-
-    shape = lambda spec, pspec: jax.ShapeDtypeStruct(
-        spec.shape(cfg), dtype, sharding=NamedSharding(mesh, pspec))
-    params = jax.tree.map(shape, gemma.specs(cfg), gemma.pspecs(cfg, shard))
+    int8 = config.judge_base == "int8"
+    dtype, shard = stage.frozen_layout(cfg, mesh, int8)
+    params = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype, int8))
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+    params = jax.tree.map(shape, params, gemma.pspecs(cfg, shard, int8))
     batch = batch_shapes(mesh, X=ROWS, B=ROWS, U=1024, C=1024)  # no shared beginning: most memory
     ids_A = np.arange(len(STYLES[config.judge_style].digits), dtype=np.int32)
     return {"judge": (read_answers, (params, cfg, mesh, shard, batch, ids_A))}
@@ -472,10 +475,11 @@ def read_answers(params: dict, cfg: gemma.Config, mesh: Mesh, shard: bool, batch
     def body(params, batch, ids_A):  # sizes are per device
         x_BD = last_states(params, cfg, batch, fsdp)
         # Every device needs the same few rows: head_AD{D/devices} -> all-gather -> head_AD
-        head_AD = gemma.all_gather_params(params[name][ids_A], gemma.specs(cfg)[name], fsdp)
+        rows_AD = jax.tree.map(lambda x: x[ids_A], params[name])
+        head_AD = gemma.all_gather_params(rows_AD, gemma.specs(cfg)[name], fsdp)
         return gemma.read_logits(cfg, head_AD, x_BD)
 
-    specs = gemma.pspecs(cfg, shard), P("data"), P()
+    specs = gemma.pspecs(cfg, shard, gemma.is_int8(params)), P("data"), P()
     return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("data"))(params, batch, ids_A)
 
 

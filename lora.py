@@ -92,14 +92,23 @@ def with_dropout(adapter: dict, rate: float, key: jax.Array) -> dict:
     return adapter | {"dropout": {"key": jax.random.split(key, L), "keep": jnp.full(L, 1.0 - rate)}}
 
 
+def delta(adapter: dict, name: str, i: int) -> jax.Array | None:
+    """s A B [*inp, *out] of a matrix of layer i, float32; None if the adapter has none for it."""
+    if name not in adapter["a"]:
+        return None
+    inp, out = LINEARS[name].inp, LINEARS[name].out
+    a, b, scale = (adapter[k][name][i] for k in ("a", "b", "scale"))
+    return jnp.einsum(f"{inp}R,R{out},->{inp}{out}", a, b, scale, precision="highest")
+
+
 def merge(params: dict, adapter: dict, cfg: Config) -> dict:
     """Parameters with s A B added, in float32, cast once to the base's dtype."""
+    if gemma.is_int8(params):
+        raise ValueError("an adapter is merged into unquantised weights; these are int8")
     layers = dict(params["layers"])
     for name in adapter["a"]:
-        inp, out = LINEARS[name].inp, LINEARS[name].out
-        delta = jnp.einsum(f"L{inp}R,LR{out},L->L{inp}{out}", adapter["a"][name],
-                           adapter["b"][name], adapter["scale"][name], precision="highest")
-        layers[name] = (layers[name].astype(jnp.float32) + delta).astype(layers[name].dtype)
+        change = jnp.stack([delta(adapter, name, i) for i in range(cfg.num_hidden_layers)])
+        layers[name] = (layers[name].astype(jnp.float32) + change).astype(layers[name].dtype)
     return params | {"layers": layers}
 
 

@@ -59,6 +59,8 @@ class Settings:
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the frozen base and the activations; trained arrays have float32 masters."""
+    base: Literal["dtype", "int8"] = "dtype"
+    """Frozen base: in --dtype; or int8, half the bytes to keep and to read (needs LoRA)."""
 
     # data
     data: str | None = None
@@ -184,6 +186,8 @@ class Settings:
     """The model's name at the endpoint."""
     judge_weights: str | None = None
     """Folder of the judge's weights; default: looked for by name."""
+    judge_base: Literal["dtype", "int8"] = "dtype"
+    """The judge's weights: bfloat16 (a small judge: float32), or int8."""
     judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
     """One metric 1-5, all items at once, or item by item; pinocchio's needs an endpoint."""
     judge_calls: Literal["completion", "group"] = "completion"

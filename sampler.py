@@ -229,9 +229,12 @@ def _refill(prompt_cache, queue, state):
             return n - 1 - (state["steps"][0] - 1 - jnp.arange(S)) % S
 
         def rotate(old_BKSH, prompt_XKSH):
-            S, n_held = old_BKSH.shape[2], prompt_XKSH.shape[2]
-            row_1KSH = lax.dynamic_slice_in_dim(prompt_XKSH, x, 1)[:, :, position(S) % n_held]
-            return _write(old_BKSH, row_1KSH, b, axis=0)
+            # Not by an index for each token: for that gather XLA on a TPU would copy the whole
+            # prompt cache into another layout, which takes as much memory again.
+            row_1KSH = lax.dynamic_slice_in_dim(prompt_XKSH, x, 1)
+            more = old_BKSH.shape[2] - row_1KSH.shape[2]
+            row_1KSH = jnp.pad(row_1KSH, ((0, 0), (0, 0), (0, more), (0, 0)))
+            return _write(old_BKSH, jnp.roll(row_1KSH, state["steps"][0] - n, axis=2), b, axis=0)
 
         old = state["cache"]
         cache = {k: jax.tree.map(rotate, old[k], prompt_cache[k]) for k in "kv"}
@@ -419,23 +422,22 @@ class Sampler:
     def fsdp(self) -> str | None:
         return "data" if self.shard else None
 
-    @property
-    def specs(self):  # PartitionSpecs of the base
-        return gemma.pspecs(self.cfg, True) if self.shard else P()
+    def specs(self, params):  # PartitionSpecs of the base
+        return gemma.pspecs(self.cfg, True, gemma.is_int8(params)) if self.shard else P()
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
     def prefill(self, params, lora, prompts, prompt_cache) -> dict:
         buckets = [n for n in (2**i for i in range(5, 30)) if n < self.max_prompt]
         body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt), self.fsdp)
         body = jax.shard_map(
-            body, mesh=self.mesh, in_specs=(self.specs, P(), P("data"), P("data")),
+            body, mesh=self.mesh, in_specs=(self.specs(params), P(), P("data"), P("data")),
             out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh))  # splash attention has none
         return body(params, lora, prompts, prompt_cache)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
     def decode(self, rules, params, lora, settings, prompt_cache, queue, state) -> dict:
         body = functools.partial(_decode, self.cfg, rules, self.chunk, self.fsdp)
-        specs = self.specs, P(), P(), P("data"), P("data"), P("data")
+        specs = self.specs(params), P(), P(), P("data"), P("data"), P("data")
         body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
         return body(params, lora, settings, prompt_cache, queue, state)
 
@@ -452,7 +454,8 @@ class Sampler:
                                                      P("data"))
         layered = jax.eval_shape(self._unstacked, params)
         lora, settings = shapes((lora, self._settings()), P())
-        params, layered = (jax.tree.map(shapes, p, self.specs) if self.shard else shapes(p, P())
+        specs = self.specs(params)
+        params, layered = (jax.tree.map(shapes, p, specs) if self.shard else shapes(p, specs)
                            for p in (params, layered))
         decode = self, rules or Rules(), layered, lora, settings, prompt_cache, queue, state
         return {"prefill": (Sampler.prefill, (self, params, lora, prompts, prompt_cache)),
@@ -496,7 +499,8 @@ class Sampler:
         stats.update(prefills=0, rounds=0, tokens=0, slot_steps=0)
         on_own = lambda tree, spec: hosts.on_own(tree, self.mesh, spec)
         lora, settings = on_own((lora, settings), P())
-        params = jax.tree.map(on_own, params, self.specs) if self.shard else on_own(params, P())
+        specs = self.specs(params)
+        params = jax.tree.map(on_own, params, specs) if self.shard else on_own(params, specs)
         if not prompts:
             return
         distinct, waiting = {}, {}  # equal prompts have one key and are prefilled once

@@ -11,8 +11,9 @@ A stage trains `trained` and reads `fixed`, two pytrees:
     with an adapter     trained = {"a", "b"}, float32          fixed = {"base", "scale"}
     --lora-rank 0       trained = all weights, float32         fixed = {}
 
-1. A starting adapter of another rank, or on other matrices, is merged into the base; `write_model`
-   stacks it onto the new one, so that final/ always belongs on the original base.
+1. A starting adapter of another rank, or on other matrices, is merged into the base as that is
+   loaded, before --base int8 rounds it; `write_model` stacks it onto the new one, so that final/
+   always belongs on the original base.
 2. The base is replicated if it fits and otherwise sharded over the mesh. An adapter is always
    replicated.
 3. The learning rate follows progress p, the share of the run that is done, so with --time-limit it
@@ -177,6 +178,9 @@ def check_ranges(config) -> None:
                 raise ValueError(f"{flag} {value}: expected {low:g} to {high:g}")
     if hasattr(config, "lora_targets"):
         lora.parse_targets(config.lora_targets)
+        if config.base == "int8" and not config.lora_rank:
+            raise ValueError("--base int8 with --lora-rank 0: int8 weights cannot be trained; "
+                             "leave one of the two out")
 
 
 def check_name(config) -> None:
@@ -255,14 +259,18 @@ def base_is_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
     if config.shard != "auto" or mesh.size == 1:
         return config.shard == "yes" and mesh.size > 1
     # Training all weights keeps a float32 master, two moments and a gradient of each.
-    per_weight = jnp.dtype(config.dtype).itemsize if config.lora_rank else 16
-    return copy_is_too_large(cfg, per_weight, mesh)
+    return copy_is_too_large(cfg, weight_bytes(config) if config.lora_rank else 16, mesh)
 
 
 def rollouts_are_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
     """Whether decoding reads a sharded base in place instead of gathering a copy per phase."""
-    itemsize = jnp.dtype(config.dtype).itemsize
-    return base_is_sharded(cfg, config, mesh) and copy_is_too_large(cfg, itemsize, mesh)
+    too_large = copy_is_too_large(cfg, weight_bytes(config), mesh)
+    return base_is_sharded(cfg, config, mesh) and too_large
+
+
+def weight_bytes(config) -> int:
+    """Bytes of a frozen weight."""
+    return 1 if config.base == "int8" else jnp.dtype(config.dtype).itemsize
 
 
 def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
@@ -278,20 +286,21 @@ def make_sampler(cfg: gemma.Config, config, mesh: Mesh):
     from sampler import Sampler  # here: SFT needs none
 
     return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, dtype=jnp.dtype(config.dtype),
-                   shard=rollouts_are_sharded(cfg, config, mesh))
+                   max_new=config.max_new, cached_prompts=min(16, max(4, config.slots // 4)),
+                   dtype=jnp.dtype(config.dtype), shard=rollouts_are_sharded(cfg, config, mesh))
 
 
 REPLICATED_BYTES = 2.5e9  # weights of a larger frozen model are sharded over the mesh
 
 
-def frozen_layout(cfg: gemma.Config, mesh: Mesh) -> tuple[jnp.dtype, bool]:
+def frozen_layout(cfg: gemma.Config, mesh: Mesh, int8: bool) -> tuple[jnp.dtype, bool]:
     """(dtype, whether it is sharded) of a judge or a teacher beside the model in training.
 
     float32 if it is small.
     """
     dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
-    return dtype, mesh.size > 1 and cfg.n_params * dtype.itemsize > REPLICATED_BYTES
+    n_bytes = cfg.n_params * (1 if int8 else dtype.itemsize)
+    return dtype, mesh.size > 1 and n_bytes > REPLICATED_BYTES
 
 
 def partition_specs(cfg: gemma.Config, config, sharded: bool) -> tuple[dict, dict]:
@@ -299,7 +308,8 @@ def partition_specs(cfg: gemma.Config, config, sharded: bool) -> tuple[dict, dic
     if not config.lora_rank:
         return gemma.pspecs(cfg, sharded), {}
     each = {n: P() for n in lora.parse_targets(config.lora_targets)}
-    return {"a": each, "b": each}, {"base": gemma.pspecs(cfg, sharded), "scale": each}
+    base = gemma.pspecs(cfg, sharded, config.base == "int8")
+    return {"a": each, "b": each}, {"base": base, "scale": each}
 
 
 def forward_weights(trained, fixed, dtype) -> tuple[dict, dict | None]:
@@ -348,9 +358,10 @@ def load_model(config, mesh: Mesh) -> Model:
         base = gemma.init(cfg, jax.random.key(config.seed))
     else:
         dtype = jnp.dtype(config.dtype if config.lora_rank else "float32")
-        cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
         if start.adapter is not None:
-            base, adapter, merged = continue_from(start.adapter, base, cfg, config)
+            adapter, merged = continue_from(start.adapter, cfg, config)
+        delta = partial(lora.delta, merged) if merged else None
+        cfg, base = gemma.load(start.weights, dtype, mesh, sharded, config.base == "int8", delta)
     trained, fixed = base, {}
     if config.lora_rank:
         adapter = adapter or new_adapter(cfg, config)
@@ -395,9 +406,8 @@ def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str
             runs.checksum(item.fields for item in held_out)}
 
 
-def continue_from(path: Path, base: dict, cfg: gemma.Config,
-                  config) -> tuple[dict, dict | None, dict | None]:
-    """(base, adapter to continue training or None, adapter merged into the base or None).
+def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, dict | None]:
+    """(adapter to continue training or None, adapter to merge into the base or None).
 
     An adapter whose rank or matrices differ from the config's is merged.
     """
@@ -408,9 +418,9 @@ def continue_from(path: Path, base: dict, cfg: gemma.Config,
         if not math.isclose(own, new, rel_tol=1e-5):
             runs.say(f"--adapter {path} keeps its own scale of {own:.4g}; the {new:.4g} of "
                      f"--lora-alpha {config.lora_alpha:g} would be a new adapter's")
-        return base, adapter, None
+        return adapter, None
     runs.say(f"--adapter {path} merged into the base: {lora.describe(adapter)}")
-    return lora.merge(base, adapter, cfg), None, adapter
+    return None, adapter
 
 
 def new_adapter(cfg: gemma.Config, config) -> dict:
@@ -419,12 +429,12 @@ def new_adapter(cfg: gemma.Config, config) -> dict:
                      config.rslora)
 
 
-def load_to_sample(start: hub.Start, dtype: str) -> tuple[dict, tuple]:
+def load_to_sample(start: hub.Start, config) -> tuple[dict, tuple]:
     """Loads a model only to sample from it -> (arguments of Sampler, (params, adapter))."""
-    mesh, dtype = gemma.all_devices(), jnp.dtype(dtype)
+    mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
     cfg = gemma.read_config(start.weights)
-    shard = mesh.size > 1 and copy_is_too_large(cfg, dtype.itemsize, mesh)
-    cfg, params = gemma.load(start.weights, dtype, mesh, shard)
+    shard = mesh.size > 1 and copy_is_too_large(cfg, weight_bytes(config), mesh)
+    cfg, params = gemma.load(start.weights, dtype, mesh, shard, config.base == "int8")
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
     if adapter is not None:
         runs.say(lora.describe(adapter))
@@ -478,7 +488,8 @@ def random_weights(cfg: gemma.Config, config) -> tuple[dict, dict]:
     if not config.lora_rank:
         return gemma.init(cfg, key), {}
     trained, scale = lora.split(new_adapter(cfg, config))
-    return trained, {"base": gemma.init(cfg, key, jnp.dtype(config.dtype))} | scale
+    base = gemma.init(cfg, key, jnp.dtype(config.dtype), config.base == "int8")
+    return trained, {"base": base} | scale
 
 
 def state_shapes(config, mesh: Mesh, weights, specs: tuple) -> tuple:

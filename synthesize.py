@@ -115,7 +115,7 @@ TINY = dict(dtype="float32", data="problems", rows=200, system="", max_prompt=88
             slots=32)
 DEFAULTS = {"tiny": TINY, "gemma2": REAL, "gemma3": REAL}
 TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
-MESH_ONLY = ("adapter", "dtype", "top_k", "top_p", "min_p", "repetition", "slots")
+MESH_ONLY = ("adapter", "dtype", "base", "top_k", "top_p", "min_p", "repetition", "slots")
 HTTP_ONLY = ("teacher_model", "limit", "budget")
 KEY_VARIABLE = "TEACHER_API_KEY"
 GIVE_UP = 32  # so many completions in a row without a reply mean that the server is gone

@@ -21,7 +21,7 @@ import dataclasses
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class Config(rollouts.Settings):
     """A Gemma by name or folder, with the student's tokenizer; default: a larger one."""
     teacher_adapter: str | None = None
     """A run or an adapter, as in --adapter, that makes the teacher."""
+    teacher_base: Literal["dtype", "int8"] = "dtype"
+    """The teacher's weights: bfloat16 (a small teacher: float32), or int8."""
     beta: float = 1.0
     """The divergence: 0 forward KL, 1 reverse KL, Jensen-Shannon's in between."""
     on_policy: float = 1.0
@@ -130,7 +132,7 @@ class Pair(NamedTuple):
 def teacher_of(config: Config, mesh: Mesh) -> tuple[gemma.Config, jnp.dtype, bool]:
     """(shape, dtype, whether it is sharded) of the teacher, without its weights."""
     cfg = stage.shape_of(config.teacher, flag="--teacher")
-    return cfg, *stage.frozen_layout(cfg, mesh)
+    return cfg, *stage.frozen_layout(cfg, mesh, config.teacher_base == "int8")
 
 
 def add_teacher(model: stage.Model, config: Config, mesh: Mesh) -> tuple[stage.Model, Pair]:
@@ -144,8 +146,9 @@ def add_teacher(model: stage.Model, config: Config, mesh: Mesh) -> tuple[stage.M
     tok = data.Tokenizer(start.weights)
     if difference := tok.differs(model.tok):
         raise ValueError(f"{given}: its tokenizer is not the student's: {difference}")
-    dtype, sharded = stage.frozen_layout(gemma.read_config(start.weights), mesh)
-    cfg, base = gemma.load(start.weights, dtype, mesh, sharded)
+    int8 = config.teacher_base == "int8"
+    dtype, sharded = stage.frozen_layout(gemma.read_config(start.weights), mesh, int8)
+    cfg, base = gemma.load(start.weights, dtype, mesh, sharded, int8)
     teacher = {"base": base}
     if start.adapter is not None:
         teacher["adapter"] = stage.put(lora.load(start.adapter, cfg), mesh, P())
@@ -160,7 +163,8 @@ def partition_specs(pair: Pair, config: Config, sharded: bool) -> tuple[dict, di
     """PartitionSpecs of (trained, fixed); sharded: the student's base."""
     specs, fixed = stage.partition_specs(pair.student, config, sharded)
     adapter = {"adapter": P()} if pair.has_adapter else {}
-    teacher = {"base": gemma.pspecs(pair.teacher, pair.is_sharded)} | adapter
+    int8 = config.teacher_base == "int8"
+    teacher = {"base": gemma.pspecs(pair.teacher, pair.is_sharded, int8)} | adapter
     return specs, fixed | {"teacher": teacher}
 
 
@@ -326,7 +330,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
     def weights():
         trained, fixed = stage.random_weights(cfg, config)
-        base = gemma.init(teacher, jax.random.key(0), dtype)
+        base = gemma.init(teacher, jax.random.key(0), dtype, config.teacher_base == "int8")
         return trained, fixed | {"teacher": {"base": base}}
 
     specs = partition_specs(pair, config, sharded)

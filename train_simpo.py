@@ -70,6 +70,8 @@ class Config:
     """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the frozen base and the activations; trained arrays have float32 masters."""
+    base: Literal["dtype", "int8"] = "dtype"
+    """Frozen base: in --dtype; or int8, half the bytes to keep and to read (needs LoRA)."""
 
     # data
     data: str | None = None

@@ -67,15 +67,16 @@ def counted(jaxpr, n: int) -> tuple[float, float]:
     return flops, arrived
 
 
-@pytest.mark.parametrize("shard, rank, remat", [
-    ("no", 16, "none"), ("no", 16, "attention"), ("no", 16, "layer"), ("no", 0, "none"),
-    ("yes", 16, "none"), ("yes", 16, "auto"), ("yes", 0, "auto"),
+@pytest.mark.parametrize("shard, rank, remat, base", [
+    ("no", 16, "none", "dtype"), ("no", 16, "attention", "dtype"), ("no", 16, "layer", "dtype"),
+    ("no", 0, "none", "dtype"), ("yes", 16, "none", "dtype"), ("yes", 16, "auto", "dtype"),
+    ("yes", 0, "auto", "dtype"), ("no", 16, "attention", "int8"), ("yes", 16, "auto", "int8"),
 ])
-def test_the_formulas_are_those_of_the_program(tmp_path, shard, rank, remat):
+def test_the_formulas_are_those_of_the_program(tmp_path, shard, rank, remat, base):
     """A product more or less with each weight would be 20 %."""
     config = train_sft.resolve(train_sft.Config(
         weights=config_in(tmp_path), dtype="float32", max_length=128, batch_rows=16, micro_rows=1,
-        remat=remat, lora_rank=rank, shard=shard,
+        remat=remat, lora_rank=rank, shard=shard, base=base,
     ))
     programs = train_sft.programs(config, mesh_of(8))
     function, arguments = programs["train_step"]
@@ -92,9 +93,10 @@ def test_a_size_goes_before_its_family():
     assert slots("gemma3-12b") == slots("gemma3-12b-pt") == 8 and slots("gemma3-1b-pt") == 32
 
 
-def test_a_decode_step_reads_the_weights_and_the_caches(tmp_path):
+@pytest.mark.parametrize("base", ["dtype", "int8"])
+def test_a_decode_step_reads_the_weights_and_the_caches(tmp_path, base):
     config = train_grpo.resolve(train_grpo.Config(
-        weights=config_in(tmp_path), dtype="float32", slots=2, max_prompt=32, max_new=32,
+        weights=config_in(tmp_path), dtype="float32", base=base, slots=2, max_prompt=32, max_new=32,
         pack_length=64,
     ))
     mesh = mesh_of(1)

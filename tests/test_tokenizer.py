@@ -353,7 +353,16 @@ def test_chat_template_of_another_model(directories, tmp_path, file):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     assert Tokenizer(tmp_path / "tokenizer.model")  # which brings no template
     pytest.importorskip("jinja2")
-    ours = CHAT_TEMPLATE
+    tok = Tokenizer(tmp_path / "tokenizer.model")
+    if is_json:  # the template of a model of ours writes the system text beside it
+        tok.save(tmp_path, "Be \"brief\".\nSay it's so.")
+        with pytest.raises(ValueError, match="its chat template writes .*Be .*brief"):
+            Tokenizer(tmp_path)
+        prompt = tmp_path / "prompt.json"
+        prompt.write_text(json.dumps({"system": "Be \"brief\".\nSay it's so."}))
+        Tokenizer(tmp_path)
+        prompt.unlink()
+    ours = CHAT_TEMPLATE.replace("DEFAULT", "''")
     for template, found in (
         (ours, None), (ours.replace("'user'", "'human'"), "must alternate"),
         (ours.replace("{{- bos_token -}}", ""), "'<start_of_turn>user"),
