@@ -1,8 +1,8 @@
 """Talk to a model in the terminal; its trace and its answer appear as they are written.
 
-    python chat.py --adapter runs/grpo                               # /base, /reset, Ctrl-D
-    python chat.py --adapter runs/grpo --prompt "What is 12 + 30?"   # one answer
-    python chat.py --adapter runs/grpo < questions.txt               # a question a line
+    python chat.py --adapter runs/grpo                     # /base, /reset, Ctrl-D
+    python chat.py --adapter runs/grpo --prompt "12 + 30?" # one answer
+    python chat.py --adapter runs/grpo < questions.txt     # a question a line
 
 /base answers the last question with the model before training. Programs are compiled for up to 256,
 512, 1024, ... tokens of conversation: a turn compiles only where it outgrows the last size.
@@ -29,6 +29,7 @@ from sampler import Sampler
 class Config:
     """Fields left at None take the model's defaults from DEFAULTS."""
 
+    # model
     model: str = "tiny"
     """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
     weights: str | None = None
@@ -41,6 +42,8 @@ class Config:
     """Precision of the weights and the activations."""
     base: Literal["dtype", "int8"] = "dtype"
     """The model's weights: in --dtype; or int8, half the bytes to keep and to read."""
+
+    # answers
     system: str | None = None
     """System text before the first question; default: the one the adapter was trained under."""
     prompt: str | None = None
@@ -135,6 +138,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    runs.command(lambda: main(stage.cli(Config, description=__doc__)))

@@ -1,12 +1,12 @@
 """On-policy distillation: the model learns from a teacher's distribution on its own completions.
 
-    loss = mean over completion tokens of D(student, teacher)     (GKD, arXiv 2306.13649)
+    loss = mean over completion tokens of D(student, teacher) (arXiv 2306.13649)
 
 D, over the whole vocabulary, is a KL or Jensen-Shannon divergence (--beta, see divergence.py).
 
-    python train_distill.py --teacher-adapter runs/teacher     # the tiny model
-    python train_distill.py --model gemma3-1b --teacher gemma3-12b --time-limit 8h
-    python train_distill.py --model gemma3-1b --on-policy 0    # on rows' solutions
+    python train_distill.py --teacher-adapter runs/teacher   # the tiny model
+    python train_distill.py --model gemma3-1b --teacher gemma3-12b
+    python train_distill.py --model gemma3-1b --on-policy 0  # rows' solutions
 
 Deviations from common practice, and why:
 

@@ -11,7 +11,7 @@ reward with it (arXiv 1506.02438), and both adapters make several clipped update
     value loss = mean of
         max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2) / 2
 
-    python train_ppo.py                                    # the tiny model, CPU, four minutes
+    python train_ppo.py                     # the tiny model, CPU, four minutes
 
     # algorithm
     python train_ppo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m

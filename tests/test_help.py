@@ -77,7 +77,8 @@ def shown(module, args, capsys, width="80") -> str:
     return captured.out + captured.err
 
 
-@pytest.mark.parametrize("script", ["train_grpo", "train_sft", "train_simpo", "eval"])
+@pytest.mark.parametrize("script", ["train_grpo", "train_ppo", "train_distill", "train_sft",
+                                    "train_simpo", "eval"])
 def test_help_is_grouped_and_has_the_defaults_of_the_model(script, capsys):
     module = importlib.import_module(script)
     tiny = shown(module, ["--help"], capsys)
