@@ -113,7 +113,7 @@ class World:
     def stop(self, name: str, out: Path, number: signal.Signals) -> None:
         owner, step, last = (evaluation, "grade", 20)
         if name in TRAINERS:
-            owner, step, last = runs.Run, "log", 2 + (name in ON_ROLLOUTS)  # which evaluate first
+            owner, step, last = runs.Run, "log", 3  # the first is an evaluation
         real, calls = getattr(owner, step), []
 
         def one(*a, **k):
@@ -346,8 +346,6 @@ def faults(world, name, out):
     nan = (world.folder / "nan/model.safetensors").read_bytes()
     written = ".tmp-step_3" if name in TRAINERS else "samples.jsonl"
     is_nan = ("the logits are not finite", "weights")
-    if name in ("train_sft", "train_simpo"):
-        is_nan = "step 1 of ", "loss is nan", "nan_step_1.npz"
     rows = Path(world.configs[name].data)
     other_row = rows.read_bytes().replace(b"0 + 1?", b"0 + 2?", 1)
     of_rows = f"the rows of --data {rows}" if name in TRAINERS else "the prompts"
