@@ -203,16 +203,16 @@ def _check_chat_template(folder: Path) -> None:
     prompt, system = folder / "prompt.json", ""  # the system text that a model of ours brings
     if prompt.exists():
         system = gemma.json_value(gemma.read_json(prompt), "system", str, "", prompt)
-    first = f"{system}\n\na" if system else "a"
-    expected = "<bos>" + "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in (
-        ("user", first), ("model", "b"), ("user", "c"))) + "<start_of_turn>model\n"
+    turns = "b<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
+    expected = [f"<bos><start_of_turn>user\n{first}a<end_of_turn>\n<start_of_turn>model\n{turns}"
+                for first in ("", f"{system}\n\n")]  # the system text may be in the template
     for template in filter(None, templates):
         if PIECES[-2] not in str(template):
             raise ValueError(f"{folder}: expected Gemma's chat template, which has {PIECES[-2]}, "
                              f"found {str(template)!r:.60}")
-        if isinstance(template, str) and (found := _apply(template)) not in (None, expected):
+        if isinstance(template, str) and (found := _apply(template)) not in (None, *expected):
             raise ValueError(f"{folder}: its chat template writes {found!r:.300}, expected Gemma's "
-                             f"{expected!r}")
+                             f"{expected[bool(system)]!r}")
 
 
 def _apply(template: str) -> str | None:

@@ -165,14 +165,15 @@ def command(call: Callable[[], Any]) -> None:
     try:
         call()
     except SystemExit as end:  # its text may quote a server
-        sys.exit(clean(end.code) if isinstance(end.code, str) else end.code)
+        code = clean(end.code) if isinstance(end.code, str) else end.code
+        raise SystemExit(code) from None  # IPython fails to show one that has a context
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         folder, *ours = (Path(f).resolve().parent for f in (last.filename, __file__, sys.argv[0]))
         stated = folder in ours and last.line.startswith("raise ")
         if not stated and getattr(error, "filename", None) is None:
             raise
-        sys.exit(clean(f"error: {error}"))
+        raise SystemExit(clean(f"error: {error}")) from None
 
 
 def _handle_signals(stack: contextlib.ExitStack, handler: Callable) -> None:

@@ -289,7 +289,7 @@ def test_no_sampler_is_compiled_where_nothing_is_to_be_answered(small, tmp_path,
     monkeypatch.setattr(rollouts, "Sampler", None)  # calling it would fail
     config = train_sft.Config(
         weights=str(small), out=str(tmp_path), data=str(small / "rows.jsonl"), steps=1,
-        batch_rows=8, micro_rows=1, max_length=176, eval_every=0, show=2)
+        batch_rows=8, micro_rows=1, max_length=176, eval_every=0, eval_accuracy=0, show=2)
     train_sft.main(config)
     assert (tmp_path / "held_out.jsonl").read_text().count("question") == 1
     with pytest.raises(TypeError, match="NoneType"):

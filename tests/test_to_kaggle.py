@@ -125,7 +125,7 @@ def test_one_file_in_a_kernel(tmp_path, one_device):
         stopped = re.fullmatch(
             r"SystemExit: stopped by SIGINT at step (\d+) of runs/grpo: .*", error
         )
-        assert stopped and "SIGINT: finishing this step, then saving" in said
+        assert stopped and "SIGINT: finishing this step, then saving" in said, (error, said[-500:])
         # nothing is left behind: signals are the kernel's again, the folder is unlocked
         said, error = talk(client, "print('on')\nwhile True: pass", "on\n", kernel.interrupt_kernel)
         assert error == "KeyboardInterrupt: "
