@@ -60,17 +60,22 @@ def their_logits(model, ids):
         return model(torch.tensor([ids])).logits[0].float().numpy()
 
 
-def test_logits_are_those_of_transformers_past_the_window(hf, ours, tok):
+def test_logits_are_as_close_to_the_exact_ones_as_those_of_transformers(hf, ours, tok):
+    """Past the window, in float32 and bfloat16; the exact ones are transformers' in float64.
+
+    On a text that repeats itself float32 rounds by up to 5e-3, where logits deviate by 10.
+    """
     cfg, params = ours
     ids = long_prompt(cfg, tok)
-    exact = their_logits(theirs(hf), ids)
-    got = np.asarray(gemma.logits(params, cfg, np.array([ids]))[0])
-    np.testing.assert_allclose(got, exact, rtol=0, atol=2e-3)
-    assert (got.argmax(-1) == exact.argmax(-1)).all()
-    rounded = np.abs(their_logits(theirs(hf, "bfloat16"), ids) - exact).mean()
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    got = np.asarray(gemma.logits(half, cfg, np.array([ids]))[0])
-    assert np.abs(got - exact).mean() < 1.2 * rounded
+    exact = their_logits(theirs(hf, "float64"), ids)
+    for dtype in ("float32", "bfloat16"):
+        rounded = np.abs(their_logits(theirs(hf, dtype), ids) - exact)
+        weights = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+        got = np.asarray(gemma.logits(weights, cfg, np.array([ids]))[0])
+        error = np.abs(got - exact)
+        assert error.mean() < 1.2 * rounded.mean() and error.max() < 2 * rounded.max(), dtype
+        if dtype == "float32":
+            assert error.max() < 0.02 and (got.argmax(-1) == exact.argmax(-1)).all()
 
 
 def test_greedy_decoding_is_that_of_transformers_past_the_window(hf, ours, tok):
