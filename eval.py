@@ -433,7 +433,8 @@ def summary(results: dict) -> str:
     named = [*greedy, ("sampled", sampled)] if votes else greedy
     named += [(name, name) for name in votes[-1:]]
     named += [(name, name) for name in ("format", "length", "reward")]
-    lines = [f"{results['n']} problems, 95 % intervals in brackets"]
+    lines = [f"{results['n']} problems, {results['n_graded']} with an answer to check; "
+             "95 % intervals in brackets"]
     for label, name in named:
         if results.get(name) is not None:
             value, *ends = (scale(name) * x for x in (results[name], *results["intervals"][name]))

@@ -306,7 +306,7 @@ def test_a_comparison_pairs_the_problems_both_have():
 def test_the_summary_is_five_lines_and_a_comparison_one_sentence():
     results = evaluation.summarize(complete(PARROT, PROBLEMS, samples=4))
     assert evaluation.summary(results).splitlines() == [
-        "4 problems, 95 % intervals in brackets",
+        "4 problems, 3 with an answer to check; 95 % intervals in brackets",
         "  greedy     66.7 %      [20.8, 93.9]",
         "  sampled    58.3 %      [50.0, 75.0]",
         "  maj@4      83.3 %      [50.0, 100.0]",
