@@ -715,7 +715,8 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
     sets, bad, names = [], [], read_columns(columns)
     for one in map(str.strip, source.split(",")):
         items, faults, found, longest, n_read = [], [], set(), 0, 0
-        ours = {} if split_of(one)[0] in BUILT_IN else names
+        built_in = split_of(one)[0] in BUILT_IN
+        ours = {} if built_in else names
         for where, row in read_rows(one, flag):
             if rows and len(items) == rows:
                 break
@@ -738,7 +739,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
             raise ValueError(f"{flag} {one}: no usable row{note}")
         runs.say(f"data: {len(items):,} {what} of {one}{note}")
         unread = ", ".join(sorted(found.difference(*COLUMNS.values())))
-        if unread and split_of(one)[0] not in BUILT_IN:
+        if unread and not built_in:
             runs.say(f"data: {one}: columns nothing reads: {unread} (but a --reward-file may)")
         sets.append(items)
         bad += faults

@@ -277,9 +277,9 @@ def load_problems(config, tok: data.Tokenizer) -> tuple[list[Problem], list[str]
     return numbered([problem for source in sources for problem in source]), bad
 
 
-def load_split(config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
-    """(problems to learn from, held-out ones) of a script's --data and --eval-data."""
-    sources, held_out = data.load_split(config, problem_reader(config, tok), rows=config.rows)
+def load_split(config, read) -> tuple[list[Problem], list[Problem]]:
+    """(problems to learn from, held-out ones) of --data and --eval-data; read: problem_reader()."""
+    sources, held_out = data.load_split(config, read, rows=config.rows)
     return numbered([problem for source in sources for problem in source]), numbered(held_out)
 
 

@@ -219,6 +219,16 @@ def show_config(config) -> None:
     runs.say(f"{'all':9}{config.out}/config.json")
 
 
+def begin(config) -> Mesh:
+    """What every training script does before it loads anything -> the mesh over all devices."""
+    hosts.connect(config)
+    if hosts.index == 0:
+        runs.claim(Path(config.out))
+    runs.compilation_cache()
+    show_config(config)
+    return gemma.all_devices()
+
+
 def model_config(config) -> gemma.Config:
     """The model's shape, from the config.json of --weights or by name; reads no weights."""
     return shape_of(config.model, config.weights)

@@ -382,18 +382,11 @@ def main(config: Config) -> Path | dict:
 
         return bench.plan("distill", config)
     config = resolve(config)
-    hosts.connect(config)
-    if hosts.index == 0:
-        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
-    runs.compilation_cache()
-    stage.show_config(config)
-    mesh = gemma.all_devices()
+    mesh = stage.begin(config)
 
     # load
     model, pair = add_teacher(stage.load_model(config, mesh), config, mesh)
-    sources, held_out = data.load_split(config, reader(config, model.tok), rows=config.rows)
-    problems = rollouts.numbered([problem for source in sources for problem in source])
-    held_out = rollouts.numbered(held_out)
+    problems, held_out = rollouts.load_split(config, reader(config, model.tok))
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
     model = model._replace(trained=None)  # else a resumed run would hold these weights too
 
@@ -403,7 +396,7 @@ def main(config: Config) -> Path | dict:
 
     # loop: rollout -> update -> log -> save
     scored = dataclasses.replace(config, rewards=config.rewards or "format")  # there is one to log
-    facts = stage.facts(config, model, sources, held_out)
+    facts = stage.facts(config, model, [problems], held_out)
     with (runs.Run(config, SHOWN, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(scored, problems, mesh) as scorer):
         setup = Setup(config, mesh, model, problems,
@@ -440,9 +433,7 @@ def main(config: Config) -> Path | dict:
                 "learning_rate": lr, "p": p, "num_tokens": state.num_tokens, "step_s": step_s,
                 "tokens_per_s": (state.num_tokens - before) / step_s})
             samples = [s for group in groups for s in group]
-            run.log_samples(state.step, [s.row() for s in samples[: config.log_samples]])
-            if config.show and (state.step == 1 or run.due(config.show_every, state.step)):
-                rollouts.show(samples[:: max(1, len(samples) // config.show)][: config.show])
+            rollouts.log_samples(config, state.step, run, samples)
             rollouts.check_drift(state.step, metrics, config)
             if trouble := scorer.trouble([s.scored for s in samples]):
                 save()

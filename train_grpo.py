@@ -600,19 +600,14 @@ def main(config: Config) -> Path | dict:
 
         return bench.plan("grpo", config)
     config = resolve(config)
-    hosts.connect(config)
-    if hosts.index == 0:
-        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
-    runs.compilation_cache()
-    stage.show_config(config)
+    mesh = stage.begin(config)
     if config.group == 2 and config.scale == "group":
         runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
                  "apart the rewards are; --scale none keeps the distance")
-    mesh = gemma.all_devices()
 
     # load
     model = stage.load_model(config, mesh)
-    problems, held_out = rollouts.load_split(config, model.tok)
+    problems, held_out = rollouts.load_split(config, rollouts.problem_reader(config, model.tok))
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
     model = model._replace(trained=None)  # else a resumed run would hold these weights too

@@ -448,16 +448,11 @@ def main(config: Config) -> Path | dict:
 
         return bench.plan("ppo", config)
     config = resolve(config)
-    hosts.connect(config)
-    if hosts.index == 0:
-        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
-    runs.compilation_cache()
-    stage.show_config(config)
-    mesh = gemma.all_devices()
+    mesh = stage.begin(config)
 
     # load
     model = stage.load_model(config, mesh)
-    problems, held_out = rollouts.load_split(config, model.tok)
+    problems, held_out = rollouts.load_split(config, rollouts.problem_reader(config, model.tok))
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(stage.put(start_of(model.trained, model.cfg, config), mesh, P()))
     model = model._replace(trained=None)  # else a resumed run would hold these weights too

@@ -39,7 +39,6 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
-import hosts
 import lora
 import runs
 import stage
@@ -331,12 +330,7 @@ def main(config: Config) -> Path | dict:
 
         return bench.plan("sft", config)
     config = resolve(config)
-    hosts.connect(config)
-    if hosts.index == 0:
-        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
-    runs.compilation_cache()
-    stage.show_config(config)
-    mesh = gemma.all_devices()
+    mesh = stage.begin(config)
     n_micro, _ = stage.batch_shape(config, mesh)
 
     # load

@@ -47,7 +47,6 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import gemma
-import hosts
 import lora
 import runs
 import stage
@@ -443,12 +442,7 @@ def main(config: Config) -> Path | dict:
     if not config.data:
         raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
                          '"4", "rejected": "5"} lines')
-    hosts.connect(config)
-    if hosts.index == 0:
-        runs.claim(Path(config.out))  # reject a wrong --out before loading anything
-    runs.compilation_cache()
-    stage.show_config(config)
-    mesh = gemma.all_devices()
+    mesh = stage.begin(config)
     n_micro, _ = stage.batch_shape(config, mesh)
 
     # load
