@@ -36,7 +36,7 @@ import tyro
 import data
 import rewards
 import runs
-import stage
+import settings
 
 HERE = Path(__file__).resolve().parent
 
@@ -398,7 +398,7 @@ def main(config: Config, flags: list[str]) -> Path:
     if script not in scripts:
         raise ValueError(f"{config.script}: expected one of {', '.join(scripts)}")
     module = importlib.import_module(script.removesuffix(".py"))
-    cli = stage.cli if "stage.cli(Config" in texts[script] else tyro.cli
+    cli = settings.cli if "settings.cli(Config" in texts[script] else tyro.cli
     parsed = cli(module.Config, description=module.__doc__, args=flags, prog=script)
     resolved = module.resolve(parsed) if hasattr(module, "resolve") else parsed  # checks values
     trains = script.startswith("train_") and not config.one_file
