@@ -544,7 +544,7 @@ def packed_programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
 
 
 def row_reader(config, tok: data.Tokenizer, read):
-    """data.read_example or read_pair with a script's --system and --max-length as its limit."""
+    """examples.read_example or read_pair with a script's --system and --max-length as its limit."""
 
     def limited(row: dict):
         item = read(row, tok, config.system)
@@ -572,7 +572,10 @@ class HeldOut:
 
     def __init__(self, config, mesh: Mesh, model: Model, items: list, eval_step):
         self.config, self.mesh, self.model, self.eval_step = config, mesh, model, eval_step
-        self.batches = data.eval_batches(items, config.max_length, config.micro_rows * mesh.size)
+        import examples  # here: only SFT and SimPO pack such batches
+
+        n_rows = config.micro_rows * mesh.size
+        self.batches = examples.eval_batches(items, config.max_length, n_rows)
         n = max(config.eval_accuracy, config.show if config.eval_every else 0)
         self.sampler = None
         if n and items:
