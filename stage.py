@@ -134,11 +134,15 @@ def resolve(config, defaults: dict[str, dict]):
     """Fills the fields of a script's Config left at None from its model's defaults.
 
     The system text is the one that the adapter was trained under, and so are rank and alpha, so
-    that a chain of stages trains one adapter. With --time-limit and without --steps the clock alone
+    that a chain of stages trains one adapter; where --model is left out, the model is the adapter's
+    too. With --time-limit and without --steps the clock alone
     decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, model=hub.short_name(config.model), system=system)
+    if config.adapter and config.model == "tiny" and not config.weights:  # --model is left out
+        model, weights = hub.trained_on(config.adapter)
+        config = dataclasses.replace(config, model=model, weights=weights)
     if hasattr(config, "out"):
         config = dataclasses.replace(config, out=str(hub.output(config.out)))
     if (table := runs.model_defaults(config.model, defaults)) is None:
