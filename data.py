@@ -1,38 +1,29 @@
-"""Text in, token batches out: tokenizer, chat template, rows of files, packing.
+"""Text in, tokens out: tokenizer, chat template, rows of data files, packing.
 
     tok = data.Tokenizer("tiny")
     row = data.parse_row({"question": "2 + 2?", "reasoning": "2 + 2 = 4.", "answer": 4})
-    ids, mask, _ = data.read_example(row.fields, tok, data.SYSTEM)
+    ids = tok.chat(data.with_system(row.chat, data.SYSTEM))
 
 Three facts about Gemma's SentencePiece vocabulary shape this file:
 
 1. `<start_of_turn>`, `<end_of_turn>`, HTML tags and runs of newlines or spaces are USER_DEFINED
    pieces, which SentencePiece matches inside any text. People, data sets and models write text, so
-   it is *neutralised*: a literal `<end_of_turn>` is encoded as `<` + `end_of_turn>`, decodes to the
-   same characters and never ends a turn.
-2. `<bos>`, `<eos>`, `<pad>` are CONTROL pieces: text never produces them. A sequence has one BOS,
-   which is put in front by its id.
+   a turn marker in a text is split: `<end_of_turn>` is encoded as `<` + `end_of_turn>`, which
+   decodes to the same characters and never ends a turn.
+2. `<bos>`, `<eos>`, `<pad>` are CONTROL pieces, which no text is encoded to. `chat` puts the id of
+   one BOS in front.
 3. Gemma 3's id of `<end_of_turn>` is Gemma 2's of `<start_of_turn>`: ids are looked up by piece.
 """
 
 import bisect
-import contextlib
-import csv
-import functools
-import importlib.util
-import json
-import math
 import re
-import struct
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise, starmap, takewhile, zip_longest
+from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import sentencepiece
 
-import gemma
 import hub
 import runs
 
@@ -40,65 +31,40 @@ import runs
 
 PIECES = ("<unk>", "<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 IMAGE_PIECES = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
-# What text must never become, in either family. Each piece begins with its only "<" or "[", so a
-# text that is cut behind the first character of every match holds none of them.
+# What no text may be encoded to, in either family. The first character of each piece, "<" or "[",
+# occurs in it only once, so a text that is cut after the first character of each match holds none.
 STEERING = re.compile(
     r"<(?:(?:start|end)_of_(?:turn|image)|image_soft_token|mask|2mass|unused[0-9]+)>"
     r"|\[(?:multimodal|@BOS@)\]"
 )
-# `Tokenizer.chat` as Jinja, for other programs that open a directory we saved. DEFAULT: the system
-# text of a conversation that brings none of its own.
-CHAT_TEMPLATE = r"""
-{{- bos_token -}}
-{%- set given = messages[0].role == 'system' -%}
-{%- set system = messages[0].content + '\n\n' if given else DEFAULT -%}
-{%- for m in (messages[1:] if given else messages) -%}
-{%- set role = 'model' if m.role == 'assistant' else m.role -%}
-{%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
-{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
-{%- endif -%}
-{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
-{{- (m.content | trim) + '<end_of_turn>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
-"""
 
 
 class Tokenizer:
-    """Gemma's SentencePiece model and chat template, from a model directory or a file in it.
-
-    The file is `tokenizer.model`, or `tokenizer.json` where that is alone (transformers 5 saves no
-    other) or has added tokens that `tokenizer.model` lacks (a fine-tune's).
+    """Gemma's SentencePiece model and chat template, from a model folder or a file in it.
 
     Messages are `{"role": "system" | "user" | "assistant", "content": str}`; "model" is another
     name for "assistant". System text goes into the first user turn, as in Gemma 3's template.
     """
 
     def __init__(self, path: str | Path):
-        files = [Path(path)]
-        if files[0].is_dir():
-            _check_chat_template(files[0])
-            files = [files[0] / name for name in ("tokenizer.model", "tokenizer.json")]
-            files = [file for file in files if file.exists()] or files[:1]
-        self.file, *newer = files
-        try:
-            self.sp = _open(self.file)
-            if newer and any(piece not in self for piece in _read_json(newer[0])[1]):
-                self.file = newer[0]
-                self.sp = _open(self.file)
-            found = [self.sp.encode(piece, out_type=str) for piece in PIECES[-2:]]
-        except (OSError, RuntimeError, ValueError) as e:
-            found = e
-        if found != [[piece] for piece in PIECES[-2:]]:
-            raise ValueError(f"{self.file}: expected Gemma's tokenizer.model or tokenizer.json "
-                             f"(--tokenizer DIR), to which {PIECES[-2:]} are one piece each, found "
-                             f"{found}")
+        import tokenizer_files  # here: the formats of the files are no matter of this page
+
+        self.file, self.sp = tokenizer_files.load(Path(path))
         self.vocab_size = self.sp.get_piece_size()
         ids = self.sp.piece_to_id(list(PIECES))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
         self.hidden = dict(zip(ids[1:], PIECES[1:], strict=True))  # what `decode` leaves out
         self.stop_ids = (self.end_of_turn, self.eos)
         self.forbidden_ids = tuple(self.sp.piece_to_id(p) for p in IMAGE_PIECES if p in self)
+
+    def save(self, folder: str | Path, system: str = "") -> None:
+        """Writes what AutoTokenizer needs: `tokenizer.model` and `tokenizer_config.json`.
+
+        system: what the chat template puts before a conversation without a system text of its own.
+        """
+        import tokenizer_files
+
+        tokenizer_files.save(Path(folder), self.file, self.sp, system)
 
     def __contains__(self, piece: str) -> bool:
         return self.sp.id_to_piece(self.sp.piece_to_id(piece)) == piece  # absent -> the id of <unk>
@@ -161,146 +127,6 @@ class Tokenizer:
             yield [self.start_of_turn], 0
             yield self.encode("model\n"), 0
 
-    def save(self, directory: str | Path, system: str = "") -> None:
-        """Writes what AutoTokenizer needs: `tokenizer.model` and `tokenizer_config.json`.
-
-        system: what the chat template puts before a conversation without a system text of its own.
-        Where tokenizer.json was read, it is copied too: transformers reads that first.
-        """
-        # added_tokens_decoder makes transformers' skip_special_tokens drop the turn markers. With
-        # extra_special_tokens instead, HTML tags would fall apart (transformers 5.23).
-        markers = (self.start_of_turn, self.end_of_turn)
-        config = {
-            "tokenizer_class": "GemmaTokenizer",
-            **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-            "add_bos_token": True, "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {
-                str(i): {"content": self.hidden[i], "special": True} for i in markers
-            },
-            "chat_template": CHAT_TEMPLATE.replace("DEFAULT", _quoted(system)),
-        }
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.file.suffix == ".json":
-            del config["added_tokens_decoder"]  # those of tokenizer.json count without it
-            (directory / "tokenizer.json").write_bytes(self.file.read_bytes())
-        (directory / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _quoted(system: str) -> str:
-    """The system text and the empty line behind it as a string of Jinja's."""
-    escaped = re.sub(r"(['\\])", r"\\\1", system + "\n\n" if system else "")
-    return "'" + escaped.replace("\r", "\\r").replace("\n", "\\n") + "'"
-
-
-def _check_chat_template(folder: Path) -> None:
-    """ValueError where a model folder has a chat template that is not Gemma's."""
-    templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
-    for file in folder.glob("tokenizer_config.json"):
-        templates.append(gemma.read_json(file).get("chat_template"))
-    prompt, system = folder / "prompt.json", ""  # the system text that a model of ours brings
-    if prompt.exists():
-        system = gemma.json_value(gemma.read_json(prompt), "system", str, "", prompt)
-    turns = "b<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
-    expected = [f"<bos><start_of_turn>user\n{first}a<end_of_turn>\n<start_of_turn>model\n{turns}"
-                for first in ("", f"{system}\n\n")]  # the system text may be in the template
-    for template in filter(None, templates):
-        if PIECES[-2] not in str(template):
-            raise ValueError(f"{folder}: expected Gemma's chat template, which has {PIECES[-2]}, "
-                             f"found {str(template)!r:.60}")
-        if isinstance(template, str) and (found := _apply(template)) not in (None, *expected):
-            raise ValueError(f"{folder}: its chat template writes {found!r:.300}, expected Gemma's "
-                             f"{expected[bool(system)]!r}")
-
-
-def _apply(template: str) -> str | None:
-    """Three turns by a chat template, as transformers applies it; None without jinja2."""
-    if importlib.util.find_spec("jinja2") is None:
-        return None
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise ValueError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    turns = [{"role": role, "content": text} for role, text in (
-        ("user", "a"), ("assistant", "b"), ("user", "c"))]
-    try:
-        return environment.from_string(template).render(
-            messages=turns, bos_token="<bos>", add_generation_prompt=True,
-            raise_exception=raise_exception)
-    except Exception as e:  # a template may fail in any way
-        return f"{type(e).__name__}: {e}"
-
-
-def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
-    if file.suffix == ".json":
-        return sentencepiece.SentencePieceProcessor(model_proto=_model_proto(*_read_json(file)))
-    gemma.check_file(file)
-    return sentencepiece.SentencePieceProcessor(model_file=str(file))
-
-
-def _read_json(file: Path) -> tuple[list[str], list[str], list[str]]:
-    """tokenizer.json: all pieces by id, those that are never split, and what each merge makes."""
-    content = gemma.read_json(file)
-    try:
-        added = {t["id"]: t["content"].replace(" ", "▁") for t in content["added_tokens"]}
-        other = [t["content"] for t in content["added_tokens"]
-                 if any(t.get(k) for k in ("lstrip", "rstrip", "single_word"))]
-        other += re.findall(r"Lowercase|NF[CDK]+|StripAccents|Bert\w*|Precompiled",
-                            json.dumps(content.get("normalizer")))
-        if other:
-            raise ValueError(f"{file} with {other[0]!r:.60}, which changes the text")
-        by_id = {i: piece for piece, i in content["model"]["vocab"].items()} | added
-        merges = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
-        if by_id.get(last := len(by_id) - 1) == IMAGE_PIECES[-1]:
-            del by_id[last], added[last]  # tokenizer.model lacks it, and text models a row for it
-        pieces = [by_id[i] for i in range(len(by_id))]
-        if missing := set(PIECES) - set(pieces):
-            raise ValueError(f"{file} without {sorted(missing)}")
-        return pieces, list(added.values()), ["".join(merge) for merge in merges]
-    except (KeyError, TypeError, AttributeError) as e:  # KeyError 7: no token has that id
-        raise ValueError(f"{file} without a key or id that a BPE has: {e!r}") from None
-
-
-def _model_proto(pieces: list[str], added: list[str], merged: list[str]) -> bytes:
-    """SentencePiece's own format; the numbers of fields are in its sentencepiece_model.proto.
-
-    SentencePiece joins the two neighbours whose piece has the highest score, transformers those
-    whose merge comes first: the scores are 0, -1, ... in the order of the merges.
-    """
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-    types = dict.fromkeys(added, USER_DEFINED) | dict.fromkeys(PIECES[1:4], CONTROL)
-    types |= {PIECES[0]: UNKNOWN} | {f"<0x{byte:02X}>": BYTE for byte in range(256)}
-    normal = (piece for piece in dict.fromkeys([*merged, *pieces]) if piece not in types)
-    scores = {piece: -float(n) for n, piece in enumerate(normal)}
-    fields = [(1, {1: piece, 2: scores.get(piece, 0.0), 3: types.get(piece, NORMAL)})
-              for piece in pieces]
-    # model_type = BPE, vocab_size, split_digits, allow_whitespace_only_pieces, byte_fallback
-    trainer = {3: 2, 4: len(pieces), 25: True, 26: True, 35: True}
-    for n, piece in enumerate(("<unk>", "<bos>", "<eos>", "<pad>")):
-        trainer |= {40 + n: pieces.index(piece), 45 + n: piece}
-    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = {1: "identity", 3: False, 4: False, 5: True}
-    return b"".join(starmap(_field, [*fields, (2, trainer), (3, normalizer)]))
-
-
-def _field(number: int, value: dict | str | float | int | bool) -> bytes:
-    """A field in protobuf's encoding: number and wire type, then varint, float, or sized bytes."""
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    content = value.encode() if isinstance(value, str) else b"".join(starmap(_field, value.items()))
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(n: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
-    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + _varint(n >> 7)
-
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -308,10 +134,10 @@ SYSTEM = (
     "Think about the problem first and write your reasoning between <reasoning> and </reasoning>. "
     "Then write only the final answer between <answer> and </answer>."
 )
-COLUMNS = {  # what a row holds: the columns it may be in, of which the first with a value counts
+COLUMNS = {  # what a row holds -> columns it may be in; the first of them with a value counts
     "prompt": ("messages", "conversations", "prompt", "question", "problem", "instruction"),
     "completion": ("completion",),
-    "output": ("output", "response"),  # the completion where no reasoning and answer make one
+    "output": ("output", "response"),  # the completion if no reasoning and answer make one
     "answer": ("answer", "answerKey", "answer_idx", "ground_truth"),
     "choices": ("choices", "options"),
     "system": ("system", "system_prompt"),
@@ -323,8 +149,8 @@ COLUMNS = {  # what a row holds: the columns it may be in, of which the first wi
 ROLES = {"system": "system", "user": "user", "human": "user",
          "assistant": "assistant", "model": "assistant", "gpt": "assistant"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# The edges of a text that a chat template has wrapped already: Gemma's, Mistral's, <|any other|>,
-# and "\nAssistant:" or "### Response:" where the model would begin.
+# How a text begins or ends that already went through a chat template: Gemma's, Mistral's,
+# <|any other|>, or plain text with "\nAssistant:" or "### Response:" at its end.
 TEMPLATED = re.compile(
     r"\A\s*(?:<bos>|<start_of_turn>|<[|｜]\w+[|｜]>|(?:<s>\s?)?\[INST])"
     r"|(?:<end_of_turn>|<eos>|<[|｜]\w+[|｜]>|\[/INST]|<start_of_turn>model"
@@ -353,10 +179,10 @@ def parse_row(row: dict) -> Row:
 
     {"messages": [...]}, ShareGPT's "conversations", {"prompt", "completion"} as texts or messages,
     Alpaca's {"instruction", "input", "output"}, {"question", "reasoning", "answer"}, GSM8K's
-    {"question", "answer": "... #### 42"}; without reasoning the completion is the bare answer.
-    "context" goes before the question, "system" before all, and choices are listed behind a
-    question that is a text: a list, MedQA's {"A": "Rome"} or ARC's {"text": [], "label": []}. The
-    answer is then a letter, a label, the text of a choice, or its number from 0.
+    {"question", "answer": "... #### 42"}. Without reasoning the completion is the bare answer.
+    "context" is put before the question. Choices are a list, MedQA's {"A": "Rome"} or ARC's
+    {"text": [], "label": []}; they are listed after a question that is a text, and the answer is
+    then a letter, a label, the text of a choice, or its number from 0.
     """
     found = {name: next((row[c] for c in columns if row.get(c) not in (None, "", [], {})), None)
              for name, columns in COLUMNS.items()}
@@ -372,7 +198,7 @@ def parse_row(row: dict) -> Row:
     traced = format_completion(reasoning, answer) if reasoning and answer else None
     said = found["completion"] or traced or found["output"] or answer
     if said and (chat[-1]["role"] == "user" or found["completion"]):
-        chat += _turns(said, "assistant", "completion")
+        chat += turns(said, "assistant", "completion")
     completion = chat.pop()["content"] if chat[-1]["role"] == "assistant" else None
     if completion is not None and not completion.strip():
         raise ValueError("the completion is empty")
@@ -382,13 +208,13 @@ def parse_row(row: dict) -> Row:
 
 
 def _chat(found: dict, choices: dict[str, str], is_alpaca: bool) -> list[dict]:
-    """The messages of a row without its completion, unless the completion is one of them."""
+    """The messages of a row; its completion is among them only if it came in the same list."""
     prompt = found["prompt"]
     if isinstance(prompt, str):
         more = found["input"] if is_alpaca else ""
         lines = map("{}) {}".format, LETTERS, choices.values())
         prompt = "\n".join([f"{prompt.strip()}\n\n{more}".strip(), *lines])
-    chat = _turns(prompt, "user", "prompt")
+    chat = turns(prompt, "user", "prompt")
     own = chat.pop(0)["content"].strip() if chat[0]["role"] == "system" else ""
     system = found["system"].strip() or own
     if not chat or own not in ("", system):
@@ -398,12 +224,12 @@ def _chat(found: dict, choices: dict[str, str], is_alpaca: bool) -> list[dict]:
     return [{"role": "system", "content": system}, *chat] if system else chat
 
 
-def _turns(value, role: str, name: str) -> list[dict]:
+def turns(value, role: str, name: str) -> list[dict]:
     """A text or a list of messages, in any known spelling -> [{"role", "content"}, ...]."""
     value = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise ValueError(f"expected a text or a list of messages as {name}, found {value!r:.60}")
-    turns = []
+    out = []
     for n, turn in enumerate(value):
         said, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(text, list):  # of parts; one that is not text is refused below
@@ -415,8 +241,8 @@ def _turns(value, role: str, name: str) -> list[dict]:
         if wrapped := TEMPLATED.search(text):
             raise ValueError(f"{name}, turn {n}: the text carries a chat template already "
                              f"({wrapped[0].strip()}); give the bare text, or messages")
-        turns.append({"role": ROLES[said], "content": text})
-    return turns
+        out.append({"role": ROLES[said], "content": text})
+    return out
 
 
 def _choices(found: list | dict | None) -> dict[str, str]:
@@ -432,7 +258,7 @@ def _choices(found: list | dict | None) -> dict[str, str]:
 
 
 def _scalar(value, name: str) -> str:
-    """1.0 -> "1", ["a", 7] -> "a, 7"; an empty text, NaN or an object is an error."""
+    """A value as text: 1.0 -> "1", ["a", 7] -> "a, 7"; an empty text, NaN or an object raises."""
     if isinstance(value, list) and value and not any(isinstance(v, list) for v in value):
         return ", ".join(_scalar(v, name) for v in value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -485,67 +311,6 @@ def with_system(chat: list[dict], system: str = "") -> list[dict]:
     return [{"role": "user", "content": f"{system}\n\n{chat[0]['content'].strip()}"}, *chat[1:]]
 
 
-# --- training sequences ---------------------------------------------------------------------------
-
-
-class Example(NamedTuple):
-    """One training sequence: token ids, and a mask that is 1 on what is trained on."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    fields: dict = {}  # the row that it was read from
-
-    prompt = property(lambda self: self.ids[: np.argmax(self.mask)].tobytes())  # for hold-out
-    n_tokens = property(lambda self: len(self.ids))
-
-
-class Pair(NamedTuple):
-    """Two completions of one prompt; the two sequences share a packed row, chosen first."""
-
-    chosen: Example
-    rejected: Example
-    fields: dict = {}  # the row that it was read from, with the chosen completion as its own
-
-    prompt = property(lambda self: self.chosen.prompt)
-    n_tokens = property(lambda self: self.chosen.n_tokens + self.rejected.n_tokens)
-
-
-def read_example(row: dict, tok: Tokenizer, system: str = "") -> Example:
-    """A row as one training sequence; every turn of the assistant is trained on."""
-    ids, mask = tok.example(_conversation(row, system))
-    return Example(np.array(ids, np.int32), np.array(mask, np.int8), row)
-
-
-def read_pair(row: dict, tok: Tokenizer, system: str = "") -> Pair:
-    """A row of {"prompt", "chosen", "rejected"}, each a text or a list of messages.
-
-    Lists that start with the user bring the prompt themselves. The mask is 1 on what the two don't
-    share: prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1].
-    """
-    rows = []
-    for key in ("chosen", "rejected"):
-        turns = _turns(row.get(key) or None, "assistant", key)
-        own = "completion" if turns[0]["role"] == "assistant" else "messages"
-        rows.append(row | {own: turns})
-    chats = [_conversation(fields, system) for fields in rows]
-    shared = len([*takewhile(lambda turns: turns[0] == turns[1], zip(*chats, strict=False))])
-    examples = [tok.example(chat) for chat in chats]
-    if examples[0] == examples[1] or shared % 2 == 0 or shared == min(map(len, chats)):
-        raise ValueError("chosen and rejected must be different answers to the same prompt")
-    n_prompt = len(tok.chat(chats[0][:shared]))
-    mask = lambda trained: np.array([0] * n_prompt + trained[n_prompt:], np.int8)
-    return Pair(*(Example(np.array(ids, np.int32), mask(trained)) for ids, trained in examples),
-                rows[0])
-
-
-def _conversation(row: dict, system: str) -> list[dict]:
-    chat, completion, *_ = parse_row(row)
-    if completion is None:
-        raise ValueError("expected a completion to train on (messages that end with the assistant, "
-                         f"completion, or reasoning and answer), found keys {sorted(row)}")
-    return [*with_system(chat, system), {"role": "assistant", "content": completion}]
-
-
 # --- sources of rows ------------------------------------------------------------------------------
 
 BUILT_IN = ("problems", "solutions", "gsm8k")
@@ -560,12 +325,11 @@ def split_of(source: str) -> tuple[str, str]:
 
 
 def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | ValueError]]:
-    """(where, row) of "problems", "solutions" or "gsm8k", each with :train or :test, of a file, or
-    of a dataset of the Hub: "hf:owner/name" or "hf:owner/name/config", each with any :split.
+    """(where, row) of each row of a source; one that is no JSON object comes as a ValueError.
 
-    "solutions" are the problems with every step in their traces. A slice takes some of the rows, by
-    number or by percentage, as in Hugging Face's datasets: gsm8k[:50%]. A line that is no JSON
-    object comes as a ValueError in the row's place.
+    A source is "problems", "solutions" (the problems with every step in their traces) or "gsm8k",
+    each with :train or :test; a file; or "hf:owner/name" or "hf:owner/name/config", each with any
+    :split. A slice takes some of the rows, by number or by percentage: gsm8k[:50%].
     """
     if part := SLICE.fullmatch(source):
         rows = list(read_rows(part[1], flag))
@@ -573,98 +337,29 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
                        for n, percent in (part.group(2, 3), part.group(4, 5)))
         yield from rows[start:stop]
         return
-    if source.startswith("hf:"):
-        for n, row in enumerate(_hub_dataset(source, flag), 1):
-            yield f"{source} row {n}", row
-        return
     name, split = split_of(source)
     if name in BUILT_IN and split not in ("train", "test"):
         raise ValueError(f"{flag} {source}: expected nothing, :train or :test after the name")
     if name in ("problems", "solutions"):
-        import problems  # here: other sources do not need it
+        import problems  # here: most sources need neither this nor tables
 
-        for i in range(problems.N_PROBLEMS[split]):
-            row = problems.word_problem(split, i)
-            steps = {"reasoning": row["solution"]} if name == "solutions" else {}
-            yield f"{source} row {i}", row | steps
-        return
-    path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
-    if path.suffix in (".csv", ".tsv", ".parquet"):
-        for n, row in enumerate(_table(path), 1):
-            yield f"{path} row {n}", row
-        return
-    lines = runs.read_jsonl(path)
-    if path.suffix == ".json" and (text := gemma.read_text(path, math.inf)).lstrip()[:1] == "[":
-        try:
-            lines = enumerate(gemma.parse_json(text), 1)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
-    for n, row in lines:
+        where, rows = f"{source} row ", enumerate(problems.rows(name, split))
+    elif source.startswith("hf:"):
+        import tables
+
+        where, rows = f"{source} row ", enumerate(tables.hub_dataset(source, flag), 1)
+    else:
+        path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
+        where, rows = f"{path}:", runs.read_jsonl(path)
+        if path.suffix != ".jsonl":
+            import tables
+
+            if (table := tables.read(path)) is not None:
+                where, rows = f"{path} row ", enumerate(table, 1)
+    for n, row in rows:
         if not isinstance(row, dict | ValueError):
             row = ValueError(f"expected a JSON object, found a {type(row).__name__}")
-        yield f"{path}:{n}", row
-
-
-def _hub_dataset(source: str, flag: str):
-    """The rows of hf:owner/name[/config][:split], by the package datasets."""
-    name, _, split = source.removeprefix("hf:").partition(":")
-    owner, *names = name.split("/")
-    if len(names) not in (1, 2):
-        raise ValueError(f"{flag} {source}: expected hf:owner/name, hf:owner/name/config, :split")
-    try:
-        import datasets
-
-        return datasets.load_dataset(f"{owner}/{names[0]}", *names[1:], split=split or "train")
-    except ImportError:
-        raise ValueError(f"{flag} {source}: pip install datasets, which reads it") from None
-    except Exception as e:  # whatever fails in it, the user sees one line
-        why = (str(e).splitlines() or [""])[0]
-        raise ValueError(f"{flag} {source}: {type(e).__name__}: {why}") from None
-
-
-def _table(path: Path) -> Iterator[dict | ValueError]:
-    """The rows of a CSV, TSV or Parquet file; an empty cell is None.
-
-    The cells of a CSV are texts, but for lists and objects in JSON, and the difficulty.
-    """
-    if path.suffix == ".parquet":
-        for row in _parquet(path):
-            yield {k: None if v != v else v for k, v in row.items()}  # NaN is no value
-        return
-    csv.field_size_limit(2**30)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","):
-                if None in row:
-                    yield ValueError(f"more cells than the {len(row) - 1} columns of the header")
-                else:
-                    yield {k: _cell(k, v) for k, v in row.items()}
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: {e}") from None
-
-
-def _cell(column: str, text: str | None):
-    if not text:
-        return None
-    if text[0] in "[{" or column == "difficulty":
-        with contextlib.suppress(ValueError):  # then it is a text
-            return gemma.parse_json(text)
-    return text
-
-
-def _parquet(path: Path) -> list[dict]:
-    try:
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            import pandas
-
-            return pandas.read_parquet(path).to_dict("records")
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except ImportError:
-        raise ValueError(f"{path}: pip install pyarrow, which reads it") from None
-    except Exception as e:  # a damaged file
-        raise ValueError(f"{path}: {(str(e).splitlines() or [''])[0]}") from None
+        yield f"{where}{n}", row
 
 
 def read_columns(columns: str) -> dict[str, str]:
@@ -678,7 +373,7 @@ def read_columns(columns: str) -> dict[str, str]:
 
 
 def renamed(row: dict, columns: dict[str, str]) -> dict:
-    """A row with the columns that --columns names under our names, and without empty ones."""
+    """A row with its columns under the names that --columns gives them, and without nulls."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise ValueError(f"--columns {ours}={theirs}: no {theirs}, found keys {sorted(row)}")
@@ -688,15 +383,15 @@ def renamed(row: dict, columns: dict[str, str]) -> dict:
 
 
 def unread_in_messages(row: dict) -> set[str]:
-    """What the messages of a row hold beside role and text: {"messages.reasoning_content"}."""
-    turns = [(name, turn) for name in ("messages", "conversations", "prompt", "chosen", "rejected")
-             if isinstance(row.get(name), list) for turn in row[name] if isinstance(turn, dict)]
-    return {f"{name}.{key}" for name, turn in turns for key, value in turn.items()
+    """Keys of a row's messages that nothing reads: {"messages.reasoning_content"}."""
+    lists = ("messages", "conversations", "prompt", "chosen", "rejected")
+    return {f"{name}.{key}" for name in lists if isinstance(row.get(name), list)
+            for turn in row[name] if isinstance(turn, dict) for key, value in turn.items()
             if value and key not in ("role", "content", "from", "value")}
 
 
 class TooLong(ValueError):
-    """What `read` raises in `load` for a row that is usable but for its length."""
+    """A row is too long; `load` reports the longest."""
 
     def __init__(self, n_tokens: int, limit: int, flag: str):
         super().__init__(f"{n_tokens} tokens, more than {flag} {limit}")
@@ -706,11 +401,11 @@ class TooLong(ValueError):
 def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_rows: bool = False,
          flag: str = "--data", what: str = "rows",
          columns: str = "") -> tuple[list[list], list[str]]:
-    """The items read(row) of each comma-separated source, and what was wrong with those left out.
+    """The items read(row) of each comma-separated source, and what was wrong with each bad row.
 
-    rows: at most so many items of each source, 0 for all. Bad rows, of which `read` or the JSON
-    raises a ValueError, are counted; without skip_bad_rows they stop it, the first by its place.
-    columns: see read_columns; not for the built-in sources.
+    A row is bad if `read` raises a ValueError for it, or if it is no JSON object. A bad row raises
+    a ValueError with its place, or is left out with skip_bad_rows. rows: the most items to take
+    from each source, 0 for all. columns: see read_columns; built-in sources ignore it.
     """
     sets, bad, names = [], [], read_columns(columns)
     for one in map(str.strip, source.split(",")):
@@ -747,7 +442,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
 
 
 def test_split(source: str) -> str | None:
-    """What a --data value is evaluated on: "gsm8k" -> "gsm8k:test"; None where a part has none."""
+    """The test split of a --data value: "gsm8k" -> "gsm8k:test"; None if a source has none."""
     parts = [split_of(part.strip()) for part in source.split(",")]
     if any(name not in BUILT_IN or split == "test" for name, split in parts):
         return None
@@ -757,8 +452,9 @@ def test_split(source: str) -> str | None:
 def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[list[list], list]:
     """(items of each source of config.data, held-out items).
 
-    Held out, at most config.eval_rows (0: all): config.eval_data, else the test split of built-in
-    sources, else all rows of 2 % of the *prompts*: a repeated question is never on both sides.
+    Held out are the rows of config.eval_data; or else the test split of built-in sources; or else
+    all rows of 2 % of the *prompts*, so that a repeated question is never on both sides. At most
+    config.eval_rows (0: all) of them are returned.
     """
     sets, _ = load(config.data, read, rows=rows, skip_bad_rows=config.skip_bad_rows,
                    columns=config.columns)
@@ -780,30 +476,19 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
     return sets, held_out[:n]
 
 
-def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
-    """--mix 0.7,0.3 as numbers, one for each source; None without --mix."""
-    try:
-        weights = [float(weight) for weight in mix.split(",")] if mix else None
-    except ValueError:
-        weights = []
-    if weights is not None and not (len(weights) == len(sources) and 0 < sum(weights) < math.inf
-                                    and min(weights) >= 0):
-        raise ValueError(f"--mix {mix}: expected {len(sources)} weights, one for each of --data")
-    return weights
-
-
-# --- packed batches -------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 def pack(prompts: list[int], completions: list[list[int]],
          size: int) -> list[list[tuple[int, list[int]]]]:
-    """Packs token counts into rows of `size`: a row is a list of (prompt, [its completions there]).
+    """Packs groups of completions into rows of `size` tokens; both arguments are token counts.
 
-    Best-fit decreasing, by groups that share one copy of their prompt: the largest goes first, to
-    the fullest row that takes it whole, else part of it to the emptiest row, else to a new one.
+    A row is a list of (prompt, [its completions in this row]); they share one copy of the prompt.
+    Best-fit decreasing: the largest group goes first, into the fullest row that takes all of it,
+    or else part of it into the emptiest row, or else into a new row.
     A prompt of 2 with completions of 3, 5 and 1 in 8 -> [[(0, [1, 2])], [(0, [0])]]: 2+5+1, 2+3.
     """
-    rows, spaces, n_noted = [], [], 0  # spaces, sorted: (room left, minus when noted, row)
+    rows, spaces, n_noted = [], [], 0  # spaces, sorted: (room left, -n_noted then, row)
     total = [p + sum(lengths) for p, lengths in zip(prompts, completions, strict=True)]
     for q in sorted(range(len(prompts)), key=lambda q: -total[q]):
         left = sorted(range(len(completions[q])), key=lambda i: -completions[q][i])
@@ -829,76 +514,3 @@ def pack(prompts: list[int], completions: list[list[int]],
                 bisect.insort(spaces, (room, -n_noted, r))
                 n_noted += 1
     return rows
-
-
-def fill(items: list[Example | Pair], size: int) -> list[list[Example]]:
-    """Packed rows of training sequences."""
-    rows = pack([0] * len(items), [[item.n_tokens] for item in items], size)
-    sequences = lambda item: item[:2] if isinstance(item, Pair) else (item,)
-    return [[example for i, _ in row for example in sequences(items[i])] for row in rows]
-
-
-def assemble(rows: list[list[Example]], n_rows: int, size: int) -> dict[str, np.ndarray]:
-    """Packed rows as arrays [n_rows, size]: tokens, mask, segments (0 = padding), positions.
-
-    [[p c], [p p c]] in 6 -> mask 010010, segments 112220, positions 010120.
-    """
-    keys = ("tokens", "mask", "segments", "positions")
-    out = {k: np.zeros((n_rows, size), np.int32) for k in keys}
-    for r, row in enumerate(rows):
-        start = 0
-        for s, (ids, mask, *_) in enumerate(row, 1):
-            span = slice(start, start + len(ids))
-            for key, value in zip(keys, (ids, mask, s, np.arange(len(ids))), strict=True):
-                out[key][r, span] = value
-            start += len(ids)
-    return out
-
-
-class Packed:
-    """Endless shuffled batches; batch n is a function of (seed, n): resuming needs only the step.
-
-    Each epoch takes from every source its share of the weights (default: all of it once), in an
-    order of its own, packs best-fit and shuffles the packed rows. A source is read to its end
-    before any row of it comes again.
-    """
-
-    def __init__(self, sources: list[list], size: int, n_rows: int, seed: int,
-                 weights: list[float] | None = None):
-        self.sources, self.size, self.n_rows, self.seed = sources, size, n_rows, seed
-        total = sum(map(len, sources))
-        share = weights or [len(s) for s in sources]
-        self.take = [max(1, round(total * w / sum(share))) if w else 0 for w in share]
-        self.epochs = []  # packed rows up to the end of each epoch
-        self._epoch = functools.lru_cache(maxsize=1)(self._epoch)
-
-    def _epoch(self, epoch: int) -> list[list[Example]]:
-        chosen = []
-        for i, (source, take) in enumerate(zip(self.sources, self.take, strict=True)):
-            for k in range(epoch * take, (epoch + 1) * take):
-                lap, at = divmod(k, len(source))
-                if at == 0 or k == epoch * take:
-                    order = np.random.default_rng((self.seed, i, lap)).permutation(len(source))
-                chosen.append(source[order[at]])
-        rows = fill(chosen, self.size)
-        order = np.random.default_rng((self.seed, 10**6, epoch)).permutation(len(rows))
-        return [rows[r] for r in order]
-
-    def batch(self, n: int) -> dict[str, np.ndarray]:
-        """Batch n = 0, 1, ...: arrays [n_rows, size]; a batch may span two epochs."""
-        first, rows = n * self.n_rows, []
-        while len(rows) < self.n_rows:
-            at = first + len(rows)
-            epoch = bisect.bisect_right(self.epochs, at)
-            packed = self._epoch(epoch)
-            start = self.epochs[epoch - 1] if epoch else 0
-            if epoch == len(self.epochs):
-                self.epochs.append(start + len(packed))
-            rows += packed[at - start :][: self.n_rows - len(rows)]
-        return assemble(rows, self.n_rows, self.size)
-
-
-def eval_batches(examples: list, size: int, n_rows: int) -> list[dict[str, np.ndarray]]:
-    """Every example once, packed; the last batch is filled up with empty rows."""
-    rows = fill(examples, size)
-    return [assemble(rows[i : i + n_rows], n_rows, size) for i in range(0, len(rows), n_rows)]

@@ -206,6 +206,26 @@ def find_start(model: str, weights: str | None, adapter: str | None,
                      "config.json (a whole model), or a run folder with final/")
 
 
+def trained_on(adapter: str) -> tuple[str, str | None]:
+    """The --model and --weights that an adapter was trained on; ("tiny", None) where unknown.
+
+    The base that its config names is known by its shape where it is still there, else by its name.
+    """
+    folder = find_adapter(adapter)
+    whole = (folder / "config.json").exists()
+    if not whole and not (folder / "adapter_config.json").exists():
+        return "tiny", None
+    base = folder if whole else _named_base(folder)
+    if not (base / "config.json").exists():
+        name = short_name(f"google/{base.name}")
+        return (name, None) if base_name(name) in gemma.CONFIGS else ("tiny", None)
+    cfg = gemma.read_config(base)
+    for name, known in gemma.CONFIGS.items():
+        if name != "tiny" and all(getattr(cfg, k) == getattr(known, k) for k in SHAPE):
+            return name, None if whole else str(base)
+    return "tiny", None
+
+
 def _check_manifest(folder: Path, flag: str) -> None:
     """Raises ValueError where a folder that a run wrote is no longer what the run wrote."""
     if (folder / "manifest.json").exists() and (wrong := runs.find_change(folder)):

@@ -289,14 +289,16 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
         out: Folder to write; a new or an empty one.
-        model: Which Gemma the adapter belongs on, as in training.
-        weights: Folder of the base's weights; default: looked for by the model's name.
+        model: Which Gemma the adapter belongs on; default: the one it was trained on.
+        weights: Folder of the base's weights; default: the adapter's, or looked for by name.
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
         dtype: Of the merged weights; the sum itself is computed in float32.
     """
     import card  # here: only a merge needs these two
     import data
 
+    if model == "tiny" and not weights:
+        model, weights = hub.trained_on(adapter)
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
         raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")

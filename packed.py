@@ -1,6 +1,7 @@
 """What SFT and SimPO share: flags, packed batches, the line of a step, the held-out evaluation.
 
-    sources, held_out = data.load_split(config, packed.row_reader(config, tok, data.read_example))
+    read = packed.row_reader(config, tok, examples.read_example)
+    sources, held_out = data.load_split(config, read)
     evaluation = packed.HeldOut(config, mesh, model, held_out, eval_step)
     began = packed.log_step(run, pending, began)      # a step, while the devices run the next one
     score = evaluation.measure(trained, step, run)    # of a checkpoint
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
+import examples
 import runs
 import settings
 import stage
@@ -80,7 +82,7 @@ def programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
 
 
 def row_reader(config, tok: data.Tokenizer, read):
-    """data.read_example or read_pair with a script's --system and its limit of --max-length."""
+    """examples.read_example or read_pair with --system, and with --max-length as the limit."""
 
     def limited(row: dict):
         item = read(row, tok, config.system)
@@ -122,7 +124,8 @@ class HeldOut:
 
     def __init__(self, config, mesh: Mesh, model: stage.Model, items: list, eval_step):
         self.config, self.mesh, self.model, self.eval_step = config, mesh, model, eval_step
-        self.batches = data.eval_batches(items, config.max_length, config.micro_rows * mesh.size)
+        n_rows = config.micro_rows * mesh.size
+        self.batches = examples.eval_batches(items, config.max_length, n_rows)
         n = max(config.eval_accuracy, config.show if config.eval_every else 0)
         self.sampler = None
         if n and items:

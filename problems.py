@@ -17,7 +17,9 @@ import hashlib
 import operator
 import random
 import re
+from collections.abc import Iterator
 
+N_PROBLEMS = {"train": 50_000, "test": 1_000}
 DIRECT = 0.5  # share of the problems whose trace states the last result without the steps
 LARGEST = 108  # 12 * 9, where the multiplication table ends
 DIFFICULTIES, SHARES = (1, 2, 3, 4, 5), (15, 30, 30, 17, 8)  # in percent
@@ -145,6 +147,13 @@ def word_problem(split: str, index: int) -> dict:
             "task_type": "math", "difficulty": difficulty}
 
 
+def rows(name: str, split: str) -> Iterator[dict]:
+    """All rows of "problems", or of "solutions", whose traces have every step."""
+    for i in range(N_PROBLEMS[split]):
+        row = word_problem(split, i)
+        yield row | {"reasoning": row["solution"]} if name == "solutions" else row
+
+
 def split_of(solution: str) -> str:
     """A hash of the equations decides: those of a test problem occur in no training problem."""
     chain = ", ".join(re.findall(r"\d+ [-+*/] \d+", solution))
@@ -215,6 +224,3 @@ def _name(rng: random.Random, nouns: list, lines: list) -> list:
         if "Ben" in line[0]:  # the next person becomes the current one
             words["Ana"] = people.pop()
     return named
-
-
-N_PROBLEMS = {"train": 50_000, "test": 1_000}

@@ -286,11 +286,14 @@ def resolve(config, defaults: dict[str, dict], alpha_per_rank: float = 1.0):
     """Fills the fields of a script's Config left at None from its model's defaults.
 
     The system text, the rank and alpha are those of --adapter, so that a chain of stages trains one
-    adapter; a new one has alpha = alpha_per_rank * rank. With --time-limit and without --steps the
-    clock alone decides, so steps stays None.
+    adapter, and so is the model where --model is left out; a new adapter has alpha = alpha_per_rank
+    * rank. With --time-limit and without --steps the clock alone decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
     config = dataclasses.replace(config, model=hub.short_name(config.model), system=system)
+    if config.adapter and config.model == "tiny" and not config.weights:  # --model is left out
+        model, weights = hub.trained_on(config.adapter)
+        config = dataclasses.replace(config, model=model, weights=weights)
     if hasattr(config, "out"):
         config = dataclasses.replace(config, out=str(hub.output(config.out)))
     if (table := runs.model_defaults(config.model, defaults)) is None:

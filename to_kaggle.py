@@ -366,7 +366,7 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
     end = ast.parse(files[script]).body[0].end_lineno  # of the docstring
     lines = files[script].split("\n")
     code, main, tail = "\n".join(lines[end:]).partition('\n\nif __name__ == "__main__":\n')
-    parser = re.compile(r"(tyro|stage)\.cli\(Config,")
+    parser = re.compile(r"(tyro|settings)\.cli\(Config,")
     assert len(parser.findall(tail)) == 1, f"{script} ends in another way than the other scripts"
     tail = parser.sub(r"CONFIG if KERNEL else \1.cli(Config, default=CONFIG,", tail)
     siblings = quoted({name: text for name, text in files.items() if name != script})

@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import bench  # noqa: E402
 import data  # noqa: E402
+import examples  # noqa: E402
 import gemma  # noqa: E402
 import problems  # noqa: E402
 import rewards  # noqa: E402
@@ -78,7 +79,7 @@ def values(weights: str, dtype: str) -> dict[str, np.ndarray]:
     cfg, tok = gemma.read_config(weights), data.Tokenizer(weights)
     mesh, T, out = gemma.all_devices(jax.devices()[:1]), cfg.sliding_window + 128, {}
     rows = [problems.word_problem("train", i) for i in range(100)]
-    examples = [data.read_example(row, tok) for row in rows]
+    sequences = [examples.read_example(row, tok) for row in rows]
     shared = dict(weights=weights, dtype=dtype, lora_rank=16, micro_rows=1)
     config = bench.script_config("sft", bench.Config(**shared, rows=2, length=T))
     model, rng = stage.load_model(config, mesh), np.random.default_rng(0)
@@ -95,7 +96,7 @@ def values(weights: str, dtype: str) -> dict[str, np.ndarray]:
                                        softcap=cfg.final_logit_softcapping)
         return {"logits": gemma.read_logits(cfg, head_VD, x_BTD[:, -1]), "logps": logp_BT}
 
-    tokens_BT = np.concatenate([e.ids for e in examples])[: 3 * T].reshape(3, T)
+    tokens_BT = np.concatenate([e.ids for e in sequences])[: 3 * T].reshape(3, T)
     prompt = rollouts.read_problem(rows[0], tok).prompt
     tokens_BT[2, -len(prompt) :] = prompt  # what the last row asks is far from its start
     out |= forward(tokens_BT)
@@ -115,7 +116,7 @@ def values(weights: str, dtype: str) -> dict[str, np.ndarray]:
     chi2 = np.sum((pooled(counts_V) - pooled(expected_V)) ** 2 / (pooled(expected_V) + 1e-9))
     out["sampling"] = (chi2 - often_V.sum()) / np.sqrt(2 * often_V.sum())
 
-    batch = data.Packed([examples], T, 2, seed=0).batch(0)
+    batch = examples.Packed([sequences], T, 2, seed=0).batch(0)
     batch = stage.put({k: v[:, None] for k, v in batch.items()}, mesh, P(None, "data"))
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
     step, _ = train_sft.make_steps(cfg, config, mesh, False)
@@ -127,7 +128,7 @@ def values(weights: str, dtype: str) -> dict[str, np.ndarray]:
         **shared, prompts=2, group=4, prompt_length=T // 2, new_tokens=T // 2, kl_coef=0.0),
         pack_length=2 * T, is_cap=0.0, cispo_cap=5.0)
     samples = []
-    for i, e in enumerate(examples[:8]):
+    for i, e in enumerate(sequences[:8]):
         ids, q = e.ids[e.mask > 0], i // 4
         rollout = Rollout(q, i % 4, ids, np.zeros(len(ids), np.float32), "stop")
         samples.append(rollouts.Sample(rollouts.read_problem(rows[q], tok), q, rollout, "", None,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import examples
 import problems
 import runs
 
@@ -51,7 +52,7 @@ def test_every_row_shape_is_the_same_row(row):
     before = json.dumps(row)
     assert data.parse_row(row)[:2] == ([TURN("user", "Q")], TAGGED)
     assert json.dumps(row) == before
-    ids, mask, _ = data.read_example(row, TOK, "Be brief.")
+    ids, mask, _ = examples.read_example(row, TOK, "Be brief.")
     assert (ids.tolist(), mask.tolist()) == TOK.example(
         [TURN("system", "Be brief."), TURN("user", "Q"), TURN("assistant", TAGGED)]
     )
@@ -88,7 +89,8 @@ def test_a_row_keeps_its_own_system_text(row):
     chat = data.parse_row(row).chat
     assert chat == [TURN("system", "Mine."), TURN("user", "Q")]
     assert data.with_system(chat, "Yours.") == [TURN("user", "Mine.\n\nQ")]
-    example = data.read_pair(row, TOK).chosen if "chosen" in row else data.read_example(row, TOK)
+    is_pair = "chosen" in row
+    example = examples.read_pair(row, TOK).chosen if is_pair else examples.read_example(row, TOK)
     assert TOK.decode(example.ids) == "user\nMine.\n\nQ\nmodel\nA"
 
 
@@ -153,7 +155,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("row, why", BAD_ROWS, ids=str)
 def test_bad_rows_are_named_with_file_and_line(tmp_path, row, why, said):
     file = write(tmp_path / "rows.jsonl", [QR | {"answer": 4}, row])
-    read = lambda row: data.read_example(row, TOK, "Be brief.")
+    read = lambda row: examples.read_example(row, TOK, "Be brief.")
     with pytest.raises(ValueError) as e:
         data.load(file, read)
     assert f"{file}:2: " in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
@@ -176,7 +178,7 @@ KNOWN = sorted(set().union(*data.COLUMNS.values()))
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(KNOWN), VALUES, max_size=5))
 def test_any_row_is_read_or_a_bad_row(row):
-    for read in (data.read_example, data.read_pair):
+    for read in (examples.read_example, examples.read_pair):
         try:
             read(row, TOK, "Be brief.")
         except ValueError as e:
@@ -197,7 +199,7 @@ A, YES, NO = (TURN("assistant", text) for text in ("a", "Yes", "No way"))
 ])
 def test_every_pair_shape_is_the_same_two_examples(row):
     prompt = TOK.chat([TURN("user", "Be brief.\n\nQ")])
-    pair = data.read_pair(row, TOK, "Be brief.")
+    pair = examples.read_pair(row, TOK, "Be brief.")
     for (ids, mask, _), text in zip(pair[:2], ("Yes", "No way"), strict=True):
         completion = [*TOK.encode(text), TOK.end_of_turn]
         assert ids.tolist() == prompt + completion
@@ -209,7 +211,8 @@ def test_every_pair_shape_is_the_same_two_examples(row):
 def test_earlier_answers_of_a_pair_are_not_compared():
     shared = [TURN("user", "Q"), TURN("assistant", "A"), TURN("user", "Sure?")]
     n = len(TOK.chat(shared))
-    for ids, mask, _ in data.read_pair({"prompt": shared, "chosen": "Y", "rejected": "N"}, TOK)[:2]:
+    row = {"prompt": shared, "chosen": "Y", "rejected": "N"}
+    for ids, mask, _ in examples.read_pair(row, TOK)[:2]:
         assert mask.tolist() == [0] * n + [1] * (len(ids) - n)
 
 
@@ -229,7 +232,7 @@ DIFFER = "different answers to the same prompt"
 ])
 def test_bad_pairs_are_named(bad, why):
     with pytest.raises(ValueError, match=why):
-        data.read_pair(bad, TOK)
+        examples.read_pair(bad, TOK)
 
 
 def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, said):
@@ -275,7 +278,7 @@ def test_fields_of_messages_that_nothing_reads_are_said(tmp_path, said):
 @pytest.mark.parametrize("array", ['["a", 3, null]', "[" * 100_000, "[" * 80 + "]" * 80, '[{"a'])
 def test_an_array_that_holds_no_rows(tmp_path, array):
     (tmp_path / "rows.json").write_text(array)
-    with pytest.raises(ValueError, match=f"{tmp_path}/rows.json:") as error:
+    with pytest.raises(ValueError, match=f"{tmp_path}/rows.json") as error:
         data.load(str(tmp_path / "rows.json"), data.parse_row)
     assert "expected a JSON object, found a str" in str(error.value) or "as JSON (" in str(error)
 
@@ -283,11 +286,11 @@ def test_an_array_that_holds_no_rows(tmp_path, array):
 def test_files_as_people_have_them(tmp_path):
     rows = [{"question": "2 + 2?", "reasoning": "It's \u00bd of 8.", "answer": n} for n in (4, 5)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
-    for name, content in (("mark.jsonl", "\ufeff" + text), ("lines.json", text),
-                          ("array.json", " \n" + json.dumps(rows))):
+    for name, at, content in (("mark.jsonl", ":2", "\ufeff" + text), ("lines.json", ":2", text),
+                              ("array.json", " row 2", " \n" + json.dumps(rows))):
         (tmp_path / name).write_text(content, encoding="utf-8")
         where, read = zip(*data.read_rows(str(tmp_path / name)), strict=True)
-        assert list(read) == rows and where[1].endswith(f"{name}:2")
+        assert list(read) == rows and where[1].endswith(name + at)
     (tmp_path / "broken.json").write_text("[1, ")
     with pytest.raises(ValueError, match="broken.json"):
         list(data.read_rows(str(tmp_path / "broken.json")))
@@ -391,14 +394,14 @@ def test_rows_share_prompts_and_hold_everything_once(groups):
 
 def test_assemble_worked_example():
     rows = [[(np.array([7, 8]), np.array([0, 1])), (np.array([7, 9, 8]), np.array([0, 0, 1]))]]
-    out = data.assemble(rows, 2, 6)
+    out = examples.assemble(rows, 2, 6)
     assert out["tokens"].tolist() == [[7, 8, 7, 9, 8, 0], [0] * 6]
     assert out["mask"].tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6]
     assert out["segments"].tolist() == [[1, 1, 2, 2, 2, 0], [0] * 6]
     assert out["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0] * 6]
 
 
-example = lambda n, token: data.Example(np.full(n, token), np.ones(n))
+example = lambda n, token: examples.Example(np.full(n, token), np.ones(n))
 source = lambda n, first: [example(5, first + i) for i in range(n)]  # each of an id of its own
 
 
@@ -410,9 +413,9 @@ def seen(batches):
 
 
 def test_the_two_of_a_pair_share_a_row_chosen_first():
-    pairs = [data.Pair(example(1 + i % 16, 2 * i + 1), example(1 + 5 * i % 16, 2 * i + 2))
+    pairs = [examples.Pair(example(1 + i % 16, 2 * i + 1), example(1 + 5 * i % 16, 2 * i + 2))
              for i in range(30)]
-    batches = data.eval_batches(pairs, 32, 4)
+    batches = examples.eval_batches(pairs, 32, 4)
     order = [seen([{k: v[r : r + 1] for k, v in b.items()}]) for b in batches for r in range(4)]
     assert sorted(sum(order, [])) == list(range(1, 61))
     for row in order:
@@ -420,7 +423,7 @@ def test_the_two_of_a_pair_share_a_row_chosen_first():
 
 
 def test_batches_depend_on_seed_and_number_alone():
-    make = lambda seed: data.Packed([source(23, 10), source(9, 100)], 12, 3, seed)
+    make = lambda seed: examples.Packed([source(23, 10), source(9, 100)], 12, 3, seed)
     straight = [make(1).batch(n) for n in range(20)]
     packed = make(1)
     for n in (17, 3, 19, 0):
@@ -430,13 +433,13 @@ def test_batches_depend_on_seed_and_number_alone():
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order():
-    packed = data.Packed([source(24, 10)], 12, 3, 0)  # two a row: an epoch is 4 batches
+    packed = examples.Packed([source(24, 10)], 12, 3, 0)  # two a row: an epoch is 4 batches
     first, second = (seen(map(packed.batch, range(n, n + 4))) for n in (0, 4))
     assert sorted(first) == sorted(second) == list(range(10, 34)) and first != second
 
 
 def test_mixing_weights_set_the_shares_and_no_row_repeats_before_all_were_seen():
-    packed = data.Packed([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
+    packed = examples.Packed([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
     small = [i for i in seen(map(packed.batch, range(10))) if i >= 100]  # two epochs: 2 x 15 of 30
     assert sorted(small) == list(range(100, 130))
 
@@ -460,12 +463,6 @@ def people(kind, folder, monkeypatch) -> str:
     elif kind == "parquet":
         pytest.importorskip("pyarrow.parquet").write_table(
             pytest.importorskip("pyarrow").Table.from_pylist(PEOPLE), file)
-    elif kind == "pandas":
-        pandas = pytest.importorskip("pandas")
-        file = folder / "rows.parquet"
-        pandas.DataFrame(PEOPLE).to_parquet(file)
-        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
-        monkeypatch.setattr(pandas, "read_parquet", lambda path: pandas.DataFrame(PEOPLE))
     elif kind == "hub":
         asked = SimpleNamespace(load_dataset=lambda *a, split: (
             PEOPLE if (a, split) == (("me/rows", "easy"), "test") else 1 / 0))
@@ -476,7 +473,7 @@ def people(kind, folder, monkeypatch) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("kind", ["json", "csv", "tsv", "parquet", "pandas", "hub"])
+@pytest.mark.parametrize("kind", ["json", "csv", "tsv", "parquet", "hub"])
 def test_data_as_people_have_it(tmp_path, monkeypatch, kind, said):
     """Under their own column names, with cells that are empty or hold a list."""
     source = people(kind, tmp_path, monkeypatch)
@@ -506,7 +503,7 @@ def test_what_is_wrong_with_such_data_is_one_line(tmp_path, monkeypatch):
     for name in ("b.csv", "c.parquet"):
         with pytest.raises(ValueError, match=rf"{name}: [^\n]+$"):
             data.load(str(tmp_path / name), read)
-    for name in ("pyarrow.parquet", "pandas", "datasets"):
+    for name in ("pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="c.parquet: pip install pyarrow"):
         data.load(str(tmp_path / "c.parquet"), read)

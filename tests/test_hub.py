@@ -13,8 +13,10 @@ import types
 
 import pytest
 
+import chat
 import gemma
 import hub
+import settings
 
 
 def one_line(call, *arguments) -> str:
@@ -244,6 +246,23 @@ def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path)
         hub.find_start("tiny", None, str(tmp_path / "simpo"))
     moved = hub.find_start("tiny", str(tmp_path / "moved"), str(tmp_path / "simpo"))
     assert moved.weights == tmp_path / "moved"
+
+
+def test_an_adapter_names_the_model_it_was_trained_on(tmp_path):
+    """By its base's shape, by the base's name where that is gone, else tiny: --model can wait."""
+    base, whole = place(tmp_path / "mine", "gemma3-270m"), place(tmp_path / "whole", "gemma2-2b")
+    for name, path, expected in (
+            ("here", str(base), ("gemma3-270m", str(base))),
+            ("gone", "/elsewhere/gemma-3-1b-it", ("gemma3-1b", None)),
+            ("pretrained", "google/gemma-3-270m", ("gemma3-270m-pt", None)),
+            ("other", "meta/llama", ("tiny", None)), ("empty", "", ("tiny", None))):
+        (tmp_path / name).mkdir()
+        config = json.dumps({"base_model_name_or_path": path})
+        (tmp_path / name / "adapter_config.json").write_text(config)
+        assert hub.trained_on(str(tmp_path / name)) == expected, name
+    assert hub.trained_on(str(whole)) == ("gemma2-2b", None)
+    config = settings.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
+    assert (config.model, config.weights, config.dtype) == ("gemma3-270m", str(base), "bfloat16")
 
 
 def test_the_hub_ids_of_models_are_names_too():

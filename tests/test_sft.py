@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
 import data
+import examples
 import gemma
 import lora
 import rollouts
@@ -37,13 +38,13 @@ def mesh_of(n):
     return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
 
 
-def examples(n, seed=0, longest=20):
+def random_examples(n, seed=0, longest=20):
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
         length = int(rng.integers(4, longest))
         mask = (np.arange(length) >= rng.integers(1, length - 1)).astype(np.int8)
-        rows.append(data.Example(rng.integers(3, 97, length).astype(np.int32), mask))
+        rows.append(examples.Example(rng.integers(3, 97, length).astype(np.int32), mask))
     return rows
 
 
@@ -80,9 +81,9 @@ def close(got, expected, rtol=1e-5):
     assert got[1]["n_tokens"] == expected[1]["n_tokens"]
 
 
-ROWS = examples(20)
-PACKED = data.assemble(data.fill(ROWS, 32), 16, 32)
-ONE_EACH = data.assemble([[r] for r in ROWS], 24, 32)
+ROWS = random_examples(20)
+PACKED = examples.assemble(examples.fill(ROWS, 32), 16, 32)
+ONE_EACH = examples.assemble([[r] for r in ROWS], 24, 32)
 
 
 @pytest.mark.smoke
@@ -95,7 +96,7 @@ def test_gradient_is_that_of_the_mean_over_all_tokens():
     """Against the textbook loss on whole logits, one example a row."""
     trained, fixed = weights()
 
-    batch = data.assemble([[r] for r in ROWS], len(ROWS), 32)
+    batch = examples.assemble([[r] for r in ROWS], len(ROWS), 32)
     tokens, mask = batch["tokens"], batch["mask"][:, 1:]
 
     def total(trained):

@@ -16,6 +16,7 @@ from conftest import ROOT, check_sharded_step
 from test_sft import CFG, KILLER, mesh_of
 
 import data
+import examples
 import gemma
 import lora
 import problems
@@ -203,9 +204,9 @@ def test_pair_sums_worked_example():
 
 
 def test_sums_and_lengths_count_completion_tokens_only():
-    """Through data.assemble: prompts, padding and the neighbours in a row change neither."""
+    """Through examples.assemble: prompts, padding and the neighbours in a row change neither."""
     pairs = random_pairs(6)
-    packed = data.assemble(data.fill(pairs, 64), 6, 64)
+    packed = examples.assemble(examples.fill(pairs, 64), 6, 64)
     segments, mask = packed["segments"][:, 1:], packed["mask"][:, 1:].astype(np.float32)
     n = np.asarray(train_simpo.pair_sums(jnp.asarray(mask), segments)).reshape(-1, 2)
     expected = sorted([int(example.mask.sum()) for example in pair[:2]] for pair in pairs)
@@ -223,14 +224,14 @@ def random_pairs(n, seed=0):
     for _ in range(n):
         prompt, completions = draw(2, 7), (draw(2, 9), draw(2, 9))
         mask = lambda c: np.array([0] * len(prompt) + [1] * len(c), np.int8)  # noqa: B023
-        pairs.append(data.Pair(*(
-            data.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
+        pairs.append(examples.Pair(*(
+            examples.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
     return pairs
 
 
 PAIRS = random_pairs(24)
-PACKED = data.assemble(data.fill(PAIRS, 48), 16, 48)
-ONE_EACH = data.assemble([list(pair[:2]) for pair in PAIRS], 24, 48)
+PACKED = examples.assemble(examples.fill(PAIRS, 48), 16, 48)
+ONE_EACH = examples.assemble([list(pair[:2]) for pair in PAIRS], 24, 48)
 
 
 def weights(config):
@@ -275,7 +276,7 @@ def test_gradient_is_that_of_the_mean_over_all_pairs(loss):
     """Against whole logits, one sequence a row, for which nothing is packed or chunked."""
     config = config_of(loss)
     trained, fixed = weights(config)
-    one = data.assemble([[e] for pair in PAIRS for e in pair[:2]], 48, 24)
+    one = examples.assemble([[e] for pair in PAIRS for e in pair[:2]], 48, 24)
     tokens, mask = one["tokens"], one["mask"][:, 1:].astype(np.float32)
 
     def sums(adapter):

@@ -18,6 +18,7 @@ from conftest import ROOT
 from test_judge import serving
 
 import data
+import examples
 import problems
 import rollouts
 import runs
@@ -114,10 +115,10 @@ def test_the_trainers_rebuild_the_prompt_that_was_sampled(system, family):
         prompt = synthesize.prompt_of(problem)
         assert not system or system not in json.dumps(prompt)
         pair = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
-        for example in data.read_pair(pair, TOK[family], system)[:2]:
+        for example in examples.read_pair(pair, TOK[family], system)[:2]:
             assert example.prompt == np.array(problem.prompt, np.int32).tobytes()
         row = synthesize.training_row(problem, data.format_completion("It is so.", "4"))
-        ids, mask, _ = data.read_example(row, TOK[family], system)
+        ids, mask, _ = examples.read_example(row, TOK[family], system)
         first = len(problem.prompt)
         assert rollouts.read_problem(row, TOK[family], system).prompt == problem.prompt
         assert tuple(ids[:first]) == problem.prompt and mask[first:].all()
@@ -169,8 +170,9 @@ def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tm
     config = Pairs(**mesh_config(tmp_path, "whole", rows=0))
     problems = {p.id: p for p in rollouts.load_problems(config, TOK["gemma3"])[0]}
     assert {row["id"] for row in rows} | {row["id"] for row in rejects} == {*problems}
-    (examples,), _ = data.load(str(file), lambda row: data.read_pair(row, TOK["gemma3"], "Think."))
-    for row, pair in zip(rows, examples, strict=True):
+    read_pair = lambda row: examples.read_pair(row, TOK["gemma3"], "Think.")
+    (found,), _ = data.load(str(file), read_pair)
+    for row, pair in zip(rows, found, strict=True):
         assert row["chosen_reward"] - row["rejected_reward"] >= 0.1 - 1e-9
         assert row["chosen_rewards"].keys() == {"format", "answer", "length"}
         for example in pair[:2]:
@@ -280,8 +282,9 @@ def test_faults_of_a_server_and_every_row_once(tmp_path):
         assert not rejects and {*(asked - before)} == lost
         assert [row for row in again if row["source"] not in lost] == rows
     file = write(tmp_path / "rows.jsonl", again)
-    (examples,), _ = data.load(file, lambda row: data.read_example(row, TOK["gemma3"], data.SYSTEM))
-    assert len(examples) == N
+    read_example = lambda row: examples.read_example(row, TOK["gemma3"], data.SYSTEM)
+    (found,), _ = data.load(file, read_example)
+    assert len(found) == N
     assert again[1] == {
         "question": "What is the value of card 1?", "answer": "2", "task_type": "math",
         "reasoning": "By the first way the value of card 1 is 1 + 1 = 2 dollars in all.",

@@ -16,7 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from make_tokenizer import TAGS, special_pieces, train_tokenizer
 
-from data import CHAT_TEMPLATE, PIECES, Tokenizer, with_system
+from data import PIECES, Tokenizer, with_system
+from tokenizer_files import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("gemma2", "gemma3")
