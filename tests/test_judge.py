@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gemma import random_params
@@ -64,15 +64,9 @@ COMPLETIONS = [
 CASES = [(c, ROW) for c in COMPLETIONS] + [(c, OTHER) for c in COMPLETIONS[:2]]
 
 
-def mesh(n_devices=8):
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((n_devices,), ("data",), axis_types=axis_types,
-                         devices=jax.devices()[:n_devices])
-
-
 def on_mesh(style="grar", family="gemma3", n_devices=1, shard=False, rows=4, **more):
     cfg, params = CFG[family], params_of(family)
-    on = mesh(n_devices)
+    on = mesh_of(n_devices)
     specs = gemma.pspecs(cfg, shard)
     params = jax.tree.map(
         lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(on, spec)), params, specs
@@ -109,7 +103,7 @@ def test_scores_equal_sums_over_the_digits_of_transformers(tmp_path, family, sty
     transformers.logging.set_verbosity_error()
     folder = tmp_path if family != "tiny" else ROOT / "tiny"
     if family == "tiny":
-        ours = judge.open(judge.Config(judge="tiny", judge_style=style), mesh(1), rows=4)
+        ours = judge.open(judge.Config(judge="tiny", judge_style=style), mesh_of(1), rows=4)
         tok, ours.max_tokens = ours.tok, 2048  # more than it was trained for
     else:
         gemma.save(tmp_path, CFG[family], params_of(family))
@@ -228,7 +222,7 @@ def test_digits_must_be_tokens_of_their_own():
 
 def test_programs_compile_from_shapes_alone(tmp_path):
     gemma.save(tmp_path, CFG["gemma3"], params_of("gemma3"))
-    function, args = judge.programs(judge.Config(judge=str(tmp_path)), mesh(2))["judge"]
+    function, args = judge.programs(judge.Config(judge=str(tmp_path)), mesh_of(2))["judge"]
     assert function.lower(*args).compile().memory_analysis().temp_size_in_bytes > 0
 
 
@@ -858,7 +852,7 @@ def test_what_cannot_be_opened_says_so():
 def test_large_judges_are_sharded(monkeypatch):
     for most, shard in ((1e6, True), (1e9, False)):
         monkeypatch.setattr(stage, "REPLICATED_BYTES", most)
-        ours = judge.open(judge.Config(judge=str(ROOT / "tiny")), mesh(8))
+        ours = judge.open(judge.Config(judge=str(ROOT / "tiny")), mesh_of(8))
         assert ours.shard == shard
         assert ours.params["layers"]["q_proj"].sharding.is_fully_replicated != shard
 
