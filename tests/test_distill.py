@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CFG, ROOT, check_sharded_step, close, live_adapter, mesh_of
+from test_grpo import samples_of
 
 import data
 import divergence
@@ -18,8 +19,7 @@ import lora
 import rewards
 import stage
 import train_distill
-from rollouts import Problem, Sample, pack
-from sampler import Rollout
+from rollouts import pack
 
 LARGER = dataclasses.replace(  # padded to a longer vocabulary, and with a cap as in Gemma 2
     CFG, vocab_size=104, hidden_size=40, num_hidden_layers=2, is_global=(False, True),
@@ -119,24 +119,6 @@ def test_values_of_trl_as_numbers(n):
     np.testing.assert_allclose(grad, c["grad"], atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("beta", BETAS)
-def test_loss_and_gradient_are_those_of_trl(beta, temperature):
-    torch = pytest.importorskip("torch")
-    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason="TRL 1.16 is absent")
-    rng = np.random.default_rng(1)
-    student, teacher = rng.normal(size=(2, 2, 6, 13)).astype(np.float32) * 3
-    mask = rng.random((2, 6)) < 0.7
-    x = torch.tensor(student, requires_grad=True)
-    labels = torch.tensor(np.where(mask, 1, -100))
-    loss = gkd.GKDTrainer.generalized_jsd_loss(
-        x, torch.tensor(teacher), labels, beta=beta, temperature=temperature)
-    loss.backward()
-    got, grad = trl_like(student, teacher, mask, beta, temperature)
-    np.testing.assert_allclose(got, loss.item(), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(grad, x.grad.numpy(), atol=1e-6)
-
-
 @pytest.mark.parametrize("beta", BETAS)
 def test_nothing_is_learnt_from_oneself(beta):
     x, head, _, _, tokens, weight, _ = case(V=500)
@@ -176,21 +158,6 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
 # ------------------------------------------------------------------------- layouts of an update
 
 
-def samples_of(n=16, seed=0):
-    """Completions of prompts that four of them share, with advantages."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for i in range(n):
-        if i % 4 == 0:
-            prompt = tuple(rng.integers(3, 97, rng.integers(1, 9)).tolist())
-        ids = rng.integers(3, 97, rng.integers(1, 13)).astype(np.int32)
-        problem = Problem("id", prompt, "question", "1", "number", (), "math")
-        out.append(Sample(problem, i // 4, Rollout(0, 0, ids, np.zeros(len(ids), np.float32),
-                                                   "stop"), "", None, False,
-                          rewards.Scored(1.0, {}, {}), rng.normal() if i % 3 else 0.0))
-    return out
-
-
 def weights_for(config):
     """(trained, fixed) of a student under a larger teacher with an adapter."""
     params = gemma.init(CFG, jax.random.key(0))
@@ -219,7 +186,7 @@ def step(config, devices, student=False, teacher=False, check_vma=True, batch=No
     fixed_specs["teacher"].pop("adapter")
     trained, fixed = (stage.put(x, mesh, s) for x, s in ((trained, specs), (fixed, fixed_specs)))
     fixed["teacher"]["adapter"] = stage.put(adapter, mesh, jax.sharding.PartitionSpec())
-    batch, n_micro = batch or packed(samples_of(), config, devices)
+    batch, n_micro = batch or packed(samples_of(zeros=5), config, devices)
     opt = stage.optimizer(config).init(trained)
     _, opt, metrics, _ = train_step(trained, opt, fixed, batch, np.int32(n_micro), np.float32(0))
     return jax.device_get((opt[1].mu, metrics))

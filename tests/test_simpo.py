@@ -260,7 +260,7 @@ def undivided(config):
     return gradient(PACKED, config=config)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["simpo", "dpo"])
 def test_gradient_is_that_of_the_mean_over_all_pairs(loss):
     """Against whole logits, one sequence a row, for which nothing is packed or chunked."""
     config = config_of(loss)
@@ -319,8 +319,7 @@ def test_remat_changes_no_gradient():
     close(gradient(PACKED, config=layer), undivided(config))
 
 
-@pytest.mark.parametrize("loss,rank,sharded", [("simpo", 4, False), ("dpo", 4, True),
-                                               ("ipo", 0, False)])
+@pytest.mark.parametrize("loss,rank,sharded", [("dpo", 4, True), ("ipo", 0, False)])
 def test_steps_move_what_is_trained_and_nothing_else(loss, rank, sharded):
     """Some B leaves 0, the base stays bit-identical, and so does the reference."""
     mesh = mesh_of(8)
