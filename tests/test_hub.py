@@ -16,7 +16,7 @@ import pytest
 import chat
 import gemma
 import hub
-import stage
+import settings
 
 
 def one_line(call, *arguments) -> str:
@@ -261,7 +261,7 @@ def test_an_adapter_names_the_model_it_was_trained_on(tmp_path):
         (tmp_path / name / "adapter_config.json").write_text(config)
         assert hub.trained_on(str(tmp_path / name)) == expected, name
     assert hub.trained_on(str(whole)) == ("gemma2-2b", None)
-    config = stage.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
+    config = settings.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
     assert (config.model, config.weights, config.dtype) == ("gemma3-270m", str(base), "bfloat16")
 
 
