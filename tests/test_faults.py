@@ -433,6 +433,7 @@ def test_teacher_down(world, tmp_path, monkeypatch, capsys):
 
     real = synthesize.Teacher
     monkeypatch.setattr(synthesize, "Teacher", functools.partial(real, retries=0))
+    monkeypatch.setenv("TEACHER_API_KEY", "sk-teacher-1234")
     with serving(answer) as server:
         rows = world.folder / "rows.jsonl"
         config = synthesize.Traces(teacher=server.url, data=str(rows), out=str(tmp_path), rows=12,
@@ -442,3 +443,6 @@ def test_teacher_down(world, tmp_path, monkeypatch, capsys):
         up[0], before = 10**6, len(server.bodies)
         synthesize.main(config)
         assert len(server.bodies) - before == 7 and "no reply" not in capsys.readouterr().err
+        assert {*server.keys} == {"Bearer sk-teacher-1234"}
+    for file in tmp_path.rglob("*.json*"):
+        assert "sk-teacher" not in file.read_text(), file

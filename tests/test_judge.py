@@ -273,17 +273,6 @@ def test_rubrics_of_every_kind():
     assert all(len(judge.rubric({"task_type": kind})) == 3 for kind in kinds)
 
 
-def test_what_a_prompt_says():
-    shared, (rest,) = judge.digit_prompts("grar", "MINE", ROW)
-    assert "1. Sum: She adds 12 and 7. (weight 1)\n2. Short: It is short. (weight 0.5)" in shared
-    assert "The right answer:\n19" in shared and ROW["question"] in shared
-    assert "Metric: correctness of the reasoning" in shared and "MINE" not in shared
-    assert rest.count("\nMINE\n") == 1 and rest.endswith("from 1 (worst) to 5 (best).")
-    shared, rests = judge.digit_prompts("explicit", "MINE", ROW)
-    assert shared.count("MINE") == 1 and len(rests) == 2 and "Short: It is short." in rests[1]
-    assert "Write a line on rain." in judge.opening("implicit", OTHER)
-
-
 def test_a_judge_reads_the_whole_conversation(small):
     """All turns and the system text, the row's or --system's; a question alone has no role."""
     tok = data.Tokenizer(small)
