@@ -18,8 +18,9 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import disk
 import gemma
-import runs
+import terminal
 
 KAGGLE = Path("/kaggle")  # inputs lie in input/; only what is in working/ survives the session
 
@@ -228,7 +229,7 @@ def trained_on(adapter: str) -> tuple[str, str | None]:
 
 def _check_manifest(folder: Path, flag: str) -> None:
     """Raises ValueError where a folder that a run wrote is no longer what the run wrote."""
-    if (folder / "manifest.json").exists() and (wrong := runs.find_change(folder)):
+    if (folder / "manifest.json").exists() and (wrong := disk.find_change(folder)):
         raise ValueError(f"{flag} {folder}: {wrong}")
 
 
@@ -245,8 +246,8 @@ def _compare_base(adapter: Path, weights: Path, name: str) -> None:
     """Says so where an adapter was trained on a model of another name than these weights have."""
     base = _named_base(adapter)
     if base.name not in ("", name) and base.name not in str(weights.resolve()):
-        runs.say(f"--adapter {adapter} was trained on {base}, and is put on {weights}: is that the "
-                 "same model?")
+        terminal.say(f"--adapter {adapter} was trained on {base}, and is put on {weights}: is "
+                     "that the same model?")
 
 
 def _trained_base(adapter: Path) -> Path | None:
@@ -298,7 +299,7 @@ def find_gsm8k(split: str) -> Path:
         raise ValueError(f"--data gsm8k: no {name} in $GSM8K, {searched}; {url}: {e}") from None
     if (found := sha256(content)) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
-    with runs.writing(cache):
+    with disk.writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         partial = cache / f"{name}.{os.getpid()}"  # renamed when whole: a kill leaves no torn file
         partial.write_bytes(content)

@@ -27,7 +27,7 @@ import numpy as np
 
 import gemma
 import hub
-import runs
+import terminal
 from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 
 
@@ -325,4 +325,4 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
 if __name__ == "__main__":
     import tyro
 
-    runs.command(lambda: tyro.cli(main))
+    terminal.command(lambda: tyro.cli(main))
