@@ -211,7 +211,7 @@ class Order:
             self.phases.append((start, rows))
 
     def take(self, drawn: int, n: int, p: float, in_step: int = 0) -> list[int]:
-        """The next n problems at progress p, after `drawn` in earlier steps and `in_step` in this."""
+        """The next n problems at progress p; drawn: taken before, in_step: of them in this step."""
         phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
         rows = self.phases[phase][1]
         if self.ordered:
