@@ -14,6 +14,7 @@ import types
 import pytest
 
 import chat
+import download
 import gemma
 import hub
 import stage
@@ -46,7 +47,7 @@ def bare(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(hub, "_download", lambda *_: (None, "no network"))
+    monkeypatch.setattr(download, "model", lambda *_: (None, "no network"))
     monkeypatch.setattr(hub, "KAGGLE", tmp_path / "kaggle")
     return tmp_path
 
@@ -171,9 +172,9 @@ def test_unknown_names_and_wrong_flags(bare):
 
 
 def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypatch):
-    monkeypatch.undo()  # the real _download; conftest keeps huggingface_hub offline
+    monkeypatch.undo()  # the real download; conftest keeps huggingface_hub offline
     start = time.perf_counter()
-    folder, why = hub._download("no-such-gemma", "google/no/transformers/such")
+    folder, why = download.model("no-such-gemma", "google/no/transformers/such")
     assert folder is None and why.startswith("huggingface_hub: ")
     assert "\n" not in why and time.perf_counter() - start < 5
 
@@ -182,19 +183,19 @@ def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypa
     stub.model_download = lambda handle: asked.append(handle) or str(bare)
     monkeypatch.setitem(sys.modules, "kagglehub", stub)
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    assert hub._download("no-such-gemma", "handle")[0] is None and not asked
+    assert download.model("no-such-gemma", "handle")[0] is None and not asked
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    assert hub._download("no-such-gemma", "handle") == (bare, "") and asked == ["handle"]
+    assert download.model("no-such-gemma", "handle") == (bare, "") and asked == ["handle"]
 
     hf_hub = types.ModuleType("huggingface_hub")
     hf_hub.snapshot_download = lambda name, allow_patterns: asked.append(name) or str(bare)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hf_hub)
     stub.model_download = None
-    assert hub._download("gemma-3-1b-it", "handle") == (bare, "")
+    assert download.model("gemma-3-1b-it", "handle") == (bare, "")
     assert asked == ["handle", "google/gemma-3-1b-it"]
     monkeypatch.setitem(sys.modules, "kagglehub", None)  # not installed
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    folder, why = hub._download("gemma-3-1b-it", "handle")
+    folder, why = download.model("gemma-3-1b-it", "handle")
     assert folder is None and "kagglehub: " in why and "huggingface_hub: " in why
 
 
