@@ -3,7 +3,6 @@
     adapter = lora.init(cfg, key, rank=16, alpha=32)
     logits_BTV = gemma.logits(params, cfg, tokens_BT, lora=adapter)
     params = lora.merge(params, adapter, cfg)
-    python lora.py --model gemma3-1b --adapter runs/sft --out merged      # for other programs
 
 An adapter is a nested dict of layer-stacked arrays, float32 even on a bfloat16 base:
 
@@ -14,12 +13,10 @@ applies them. float32 matters: bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A 
 learning rates.
 """
 
-import dataclasses
 import json
 import math
 import re
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +24,6 @@ import numpy as np
 
 import gemma
 import hub
-import runs
 from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
 
 
@@ -63,7 +59,7 @@ def shapes(spec: Spec, cfg: Config, rank: int) -> tuple[tuple, tuple]:
 
 
 def split(adapter: dict) -> tuple[dict, dict]:
-    """(the trained part, the fixed part) of an adapter; `trained | fixed` joins them again."""
+    """(the trained part, the fixed part) of an adapter, which is `trained | fixed`."""
     return {k: adapter[k] for k in "ab"}, {"scale": adapter["scale"]}
 
 
@@ -85,7 +81,7 @@ def describe(adapter: dict) -> str:
 
 
 def with_dropout(adapter: dict, rate: float, key: jax.Array) -> dict:
-    """The adapter with dropout on its inputs, for one training forward; every layer has a key."""
+    """The adapter with dropout on its inputs for one forward pass; each layer gets its own key."""
     if rate == 0.0:
         return adapter
     L = next(iter(adapter["scale"].values())).shape[0]
@@ -113,7 +109,7 @@ def merge(params: dict, adapter: dict, cfg: Config) -> dict:
 
 
 def stack(first: dict, second: dict, cfg: Config) -> dict:
-    """One adapter that adds what two add: its rank is the sum of theirs, its B holds the scales."""
+    """One adapter that does what two do: its rank is the sum of theirs, its B holds the scales."""
     out = {"a": {}, "b": {}, "scale": {}}
     for name in (n for n in LINEARS if n in first["a"] or n in second["a"]):
         parts = []
@@ -130,12 +126,12 @@ def stack(first: dict, second: dict, cfg: Config) -> dict:
 
 
 def write_prompt(folder: Path, system: str) -> None:
-    """Leaves the system text beside an adapter or model, for the next stage and for eval."""
+    """Writes prompt.json, the system text of an adapter or model, for later stages and eval."""
     (folder / "prompt.json").write_text(json.dumps({"system": system}, ensure_ascii=False))
 
 
 def read_prompt(adapter: str | None, system: str | None) -> str | None:
-    """The system text that `--adapter` was trained under; another one given is an error."""
+    """The system text that `--adapter` was trained under; ValueError if --system is another."""
     if adapter is None:
         return system
     folder = hub.find_adapter(adapter)
@@ -153,10 +149,7 @@ def read_size(folder: Path) -> dict:
     """{"lora_rank", "lora_alpha"} of an adapter folder; {} where it holds none."""
     if not (file := folder / "adapter_config.json").exists():
         return {}
-    config = gemma.read_json(file)
-    rank = gemma.json_value(config, "r", int, 8, file)
-    alpha = gemma.json_value(config, "lora_alpha", float, 8, file)
-    rslora = gemma.json_value(config, "use_rslora", bool, False, file)
+    rank, alpha, _, rslora = read_settings(file)
     return {"lora_rank": rank, "lora_alpha": alpha * math.sqrt(rank) if rslora else alpha}
 
 
@@ -213,13 +206,14 @@ SETTINGS = {  # of adapter_config.json that is plain LoRA -> the values it may h
 KEY = re.compile(r"model\.layers\.(\d+)\.[a-z_]+\.(\w+_proj)\.lora_([AB])(?:\.default)?\.weight")
 
 
-def read_settings(file: Path) -> tuple[float, dict[str, float], bool]:
-    """(lora_alpha, alpha_pattern, use_rslora) of an adapter_config.json that is plain LoRA.
+def read_settings(file: Path) -> tuple[int, float, dict[str, float], bool]:
+    """(r, lora_alpha, alpha_pattern, use_rslora) of an adapter_config.json that is plain LoRA.
 
     ValueError names any other setting, such as modules_to_save or use_dora: without it only a part
     of what was trained would be loaded.
     """
     config = gemma.read_json(file)
+    rank = gemma.json_value(config, "r", int, 8, file)
     alpha = gemma.json_value(config, "lora_alpha", float, 8, file)
     rslora = gemma.json_value(config, "use_rslora", bool, False, file)
     alphas = gemma.json_value(config, "alpha_pattern", dict, {}, file)
@@ -230,7 +224,7 @@ def read_settings(file: Path) -> tuple[float, dict[str, float], bool]:
     wrong += [f"alpha_pattern {key!r:.60}" for key in alphas if not re.fullmatch(r"[\w.]+", key)]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]}; only plain LoRA can be read")
-    return alpha, alphas, rslora
+    return rank, alpha, alphas, rslora
 
 
 def load(path: str | Path, cfg: Config) -> dict:
@@ -240,7 +234,7 @@ def load(path: str | Path, cfg: Config) -> dict:
     do nothing.
     """
     file = Path(path) / "adapter_model.safetensors"
-    alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
+    _, alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
     with gemma.open_tensors(file) as f:  # a .bin is never opened, it could run code
         tensors = {key: f.get_tensor(key) for key in f.keys()}
     found = {name: {} for name in LINEARS}  # {layer: {"module": name, "A": [r, in], "B": [out, r]}}
@@ -251,8 +245,6 @@ def load(path: str | Path, cfg: Config) -> dict:
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
         found[m[2]].setdefault(int(m[1]), {"module": module})[m[3]] = np.float32(tensor)
     R = max((len(t) for key, t in tensors.items() if ".lora_A" in key), default=0)
-    if R > 4096:  # every matrix is padded to it
-        raise ValueError(f"{file}: a matrix has rank {R:,}, expected at most 4,096")
     adapter = {"a": {}, "b": {}, "scale": {}}
     for name in (name for name in LINEARS if found[name]):
         a, b = (np.zeros(shape, np.float32) for shape in shapes(LINEARS[name], cfg, R))
@@ -273,56 +265,3 @@ def load(path: str | Path, cfg: Config) -> dict:
     if not adapter["a"]:
         raise ValueError(f"{file}: holds no LoRA matrices")
     return jax.tree.map(jnp.asarray, adapter)
-
-
-# --------------------------------------------------------------------------- for other programs
-
-
-def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
-         tokenizer: str | None = None,
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-    """Merges an adapter into its base and writes a whole text-only model for other programs.
-
-    The chat template of the folder adds the system text that the adapter was trained under. The
-    commands for vLLM, llama.cpp, Ollama and the Hub are printed.
-
-    Args:
-        adapter: A run folder, its final/, or a PEFT adapter.
-        out: Folder to write; a new or an empty one.
-        model: Which Gemma the adapter belongs on; default: the one it was trained on.
-        weights: Folder of the base's weights; default: the adapter's, or looked for by name.
-        tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
-        dtype: Of the merged weights; the sum itself is computed in float32.
-    """
-    import card  # here: only a merge needs these two
-    import data
-
-    if model == "tiny" and not weights:
-        model, weights = hub.trained_on(adapter)
-    base, path = hub.find_start(model, weights, adapter)
-    if path is None:
-        raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ValueError(f"--out {out} is there already, and not empty: name another folder")
-    tok = data.Tokenizer(tokenizer or base)
-    cfg, params = gemma.load(base, jnp.dtype(dtype))
-    params = merge(params, load(path, cfg), cfg)
-    stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
-    gemma.save(out, dataclasses.replace(cfg, eos_token_id=stops), params)
-    system = read_prompt(adapter, None) or ""
-    tok.save(out, system)
-    file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, not a list
-    file.write_text(json.dumps(gemma.read_json(file) | {"eos_token_id": tok.eos}, indent=2))
-    if system:
-        write_prompt(Path(out), system)
-    card.write_merged(Path(out), path, model)
-    print(f"{out}: {path} merged into {base}, {dtype}")
-    if system:
-        print(f"its chat template adds the system text of the training: {system}")
-    print(card.commands(Path(out), out, model), end="")
-
-
-if __name__ == "__main__":
-    import tyro
-
-    runs.command(lambda: tyro.cli(main))

@@ -15,6 +15,7 @@ import data
 import gemma
 import hub
 import lora
+import merge
 import stage
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
@@ -330,10 +331,10 @@ def trained(tmp_path_factory):
 
 
 def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
-    """`python lora.py`: transformers opens it; names and keys that vLLM and llama.cpp look for."""
+    """`python merge.py`: transformers opens it; names and keys that vLLM and llama.cpp look for."""
     torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
     monkeypatch.chdir(trained)
-    lora.main("runs/grpo", "merged", dtype="float32")
+    merge.main("runs/grpo", "merged", dtype="float32")
     cfg, params = gemma.load("tiny")
     adapter = lora.load("runs/grpo/final", cfg)
     theirs = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
@@ -354,9 +355,9 @@ def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
 def test_what_cannot_be_merged(trained, monkeypatch):
     monkeypatch.chdir(trained)
     with pytest.raises(ValueError, match="--adapter tiny: a whole model already"):
-        lora.main("tiny", "merged-twice")
+        merge.main("tiny", "merged-twice")
     with pytest.raises(ValueError, match="--out tiny is there already, and not empty"):
-        lora.main("runs/grpo", "tiny", weights="tiny")
+        merge.main("runs/grpo", "tiny", weights="tiny")
 
 
 def test_another_base_and_another_alpha_are_said(tmp_path, capsys):
