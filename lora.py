@@ -24,7 +24,7 @@ import numpy as np
 
 import gemma
 import hub
-from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
+from gemma import LINEARS, Config, Spec, axis_sizes
 
 
 def parse_targets(targets: str) -> list[str]:
@@ -160,9 +160,12 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
          multimodal: bool = False) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them, in float32.
 
-    multimodal: gemma.is_multimodal(base folder). PEFT opens such a base as a class whose matrices
-    have other names: with the text-only names the adapter would do nothing, after a warning.
+    multimodal: model_files.is_multimodal(base folder). PEFT opens such a base as a class whose
+    matrices have other names: under the text-only names the adapter would do nothing, after a
+    warning.
     """
+    import model_files  # here, as below, because of its formats
+
     path, r, adapter = Path(path), rank(adapter), jax.device_get(adapter)
     tensors, alphas = {}, {}
     for name in adapter["a"]:
@@ -188,7 +191,7 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         "use_rslora": False,  # lora_alpha already holds the factor
     }
     path.mkdir(parents=True, exist_ok=True)
-    gemma.save_tensors(path / "adapter_model.safetensors", tensors)
+    model_files.save_tensors(path / "adapter_model.safetensors", tensors)
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -233,13 +236,15 @@ def load(path: str | Path, cfg: Config) -> dict:
     A tensor that this model cannot take is an error: PEFT itself only warns, and the adapter would
     do nothing.
     """
+    import model_files
+
     file = Path(path) / "adapter_model.safetensors"
     _, alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
-    with gemma.open_tensors(file) as f:  # a .bin is never opened, it could run code
+    with model_files.open_tensors(file) as f:  # a .bin is never opened, it could run code
         tensors = {key: f.get_tensor(key) for key in f.keys()}
     found = {name: {} for name in LINEARS}  # {layer: {"module": name, "A": [r, in], "B": [out, r]}}
     for key, tensor in tensors.items():
-        m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
+        m = KEY.fullmatch(model_files.text_only_name(key.removeprefix("base_model.model.")) or "")
         if not m or m[2] not in LINEARS or int(m[1]) >= cfg.num_hidden_layers or tensor.ndim != 2:
             raise ValueError(f"{file}: tensor {key!r:.200} has no place in this model")
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it

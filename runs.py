@@ -359,10 +359,10 @@ def to_jsonl(rows: Iterable[dict]) -> bytes:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(line number, JSON value) of each line that is not blank; a bad one's is a ValueError."""
     try:
-        gemma.check_file(path)
+        file = open(path, "rb")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    with open(path, "rb") as file:
+    with file:
         for n, line in enumerate(file, 1):
             if line.strip():
                 try:

@@ -17,6 +17,7 @@ import chat
 import download
 import gemma
 import hub
+import model_files
 import stage
 
 
@@ -56,7 +57,7 @@ def place(folder, model, weights="model.safetensors"):
     """What `find` looks at: a config and the presence of weights."""
     folder.mkdir(parents=True)
     cfg = gemma.CONFIGS[model.removesuffix("-it").removesuffix("-pt")]
-    (folder / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
+    (folder / "config.json").write_text(json.dumps(model_files.config_to_dict(cfg)))
     if weights:
         (folder / weights).write_bytes(b"")
     return folder

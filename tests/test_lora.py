@@ -16,6 +16,7 @@ import gemma
 import hub
 import lora
 import merge
+import model_files
 import stage
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
@@ -144,7 +145,7 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    text = gemma.config_to_dict(base()[0])
+    text = model_files.config_to_dict(base()[0])
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                   image_size=28, patch_size=14)
     config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
@@ -155,7 +156,7 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     tokens = TOKENS % 90
     if own:
         adapter = random_adapter(cfg)
-        multimodal = gemma.is_multimodal(tmp_path / "base")
+        multimodal = model_files.is_multimodal(tmp_path / "base")
         lora.save(tmp_path / "adapter", adapter, cfg, multimodal=multimodal)
         # The text-only loader, as in the README, gives the same class as the container's own.
         model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

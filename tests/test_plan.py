@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 import bench
 import gemma
+import model_files
 import stage
 import train_distill
 import train_grpo
@@ -31,7 +32,7 @@ def config_in(folder, layers: int = 3):
         max_position_embeddings=256,
     )
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
+    (folder / "config.json").write_text(json.dumps(model_files.config_to_dict(cfg)))
     return str(folder)
 
 
