@@ -14,34 +14,20 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Literal
 
 import data
 import hub
 import rewards
 import rollouts
 import runs
+import settings
 import stage
 from sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(settings.Model):
     """Fields left at None take the model's defaults from DEFAULTS."""
-
-    # model
-    model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
-    weights: str | None = None
-    """Folder of the weights (config.json, safetensors); default: looked for by name."""
-    tokenizer: str | None = None
-    """Tokenizer folder or file, if the weights folder holds no tokenizer."""
-    adapter: str | None = None
-    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the weights and the activations."""
-    base: Literal["dtype", "int8"] = "dtype"
-    """The model's weights: in --dtype; or int8, half the bytes to keep and to read."""
 
     # answers
     system: str | None = None
@@ -62,7 +48,7 @@ class Chat:
     """A conversation with a model, and with the base that it was trained from."""
 
     def __init__(self, config: Config):
-        config = stage.resolve(config, DEFAULTS)
+        config = settings.resolve(config, DEFAULTS)
         self.config, self.messages, self.n_answers = config, [], 0
         start = hub.find_start(config.model, config.weights, config.adapter)
         self.tok = data.Tokenizer(config.tokenizer or start.weights)
@@ -138,4 +124,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
+    runs.command(lambda: main(settings.cli(Config, description=__doc__)))

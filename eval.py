@@ -33,17 +33,16 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 import data
 import hub
-import judge
 import rewards
 import rollouts
 import runs
+import settings
 import stage
 from rollouts import Problem, check, wilson
 from sampler import Rollout, Sampler
@@ -52,65 +51,7 @@ from sampler import Rollout, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling(judge.Config):
-    """Model, data and sampling: the flags that synthesize.py has too."""
-
-    # model
-    model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
-    weights: str | None = None
-    """Folder of the weights (config.json, safetensors); default: looked for by name."""
-    tokenizer: str | None = None
-    """Tokenizer folder or file, if the weights folder holds no tokenizer."""
-    adapter: str | None = None
-    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the weights and the activations."""
-    base: Literal["dtype", "int8"] = "dtype"
-    """The model's weights: in --dtype; or int8, half the bytes to keep and to read."""
-
-    # data
-    data: str | None = None
-    """Comma-separated: problems, solutions, gsm8k (built in), files (JSON, JSON lines, CSV,
-    Parquet) or hf:owner/name of the Hub; gsm8k:test, mine.csv[:50%]."""
-    rows: int | None = None
-    """Problems to take from the start of each source; 0: all of them."""
-    system: str | None = None
-    """System text before every question; default: the one the adapter was trained under."""
-    columns: str = ""
-    """Your columns under our names, as in question=instruction,answer=response."""
-    skip_bad_rows: bool = False
-    """Skip and count rows that cannot be used, instead of stopping at the first."""
-
-    # sampling
-    temperature: float = 1.0
-    """Temperature of the sampled completions."""
-    top_k: int = 0
-    """Sample from the k likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that add up to this probability."""
-    min_p: float = 0.0
-    """Sample from tokens at least this probable, relative to the likeliest token."""
-    max_prompt: int | None = None
-    """Longest prompt, in tokens; a row with a longer one is a bad row."""
-    max_new: int | None = None
-    """Longest completion, in tokens; a longer one is cut, with stop reason "length"."""
-    repetition: int = 0
-    """Stop a completion after this many tokens of a loop (stop reason "repetition"); 0: never."""
-    slots: int | None = None
-    """Completions decoded at once on each device; lower it when out of memory."""
-    seed: int = 0
-    """Seed of the sampling."""
-    reward_file: str | None = None
-    """Your own rewards: my.py (see README), or my.py:score, a function of (completion, row)."""
-    reward_threads: int = 16
-    """Completions scored at once, in threads."""
-    reward_timeout: float = 60.0
-    """Seconds without a new score after which the pending scores count as missing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Sampling):
+class Config(settings.Judge, settings.Sampling, settings.Rows):
     """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
 
     # evaluation
@@ -156,7 +97,7 @@ N_RESAMPLES = 2_000
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    config = stage.resolve(config, DEFAULTS)
+    config = settings.resolve(config, DEFAULTS)
     if config.samples < 0 or not (config.greedy or config.samples):
         raise ValueError(f"--samples {config.samples} leaves nothing to do: expected 1 or more, or "
                          "0 without --no-greedy")
@@ -514,7 +455,7 @@ def main(config: Config) -> dict:
     runs.check_versions()
     runs.compilation_cache()
     config = resolve(config)
-    stage.show_config(config)
+    settings.show_config(config)
     others = None
     if config.compare is not None:
         file = hub.output(config.compare) / "samples.jsonl"
@@ -550,4 +491,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
+    runs.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -22,7 +22,6 @@ Letters beyond those of gemma.py: X shared beginnings of U tokens; B rows that c
 tokens each; A allowed answers.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -33,7 +32,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,39 +46,14 @@ import gemma
 import hosts
 import hub
 import rewards
+import settings
 import stage
 from endpoint import Endpoint, is_address, read_address
 
-# ---------------------------------------------------------------------------------------- config
-
 ROWS = 4  # prompts of a batch on each device of the mesh
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The judge's flags, which every script that scores completions has."""
 
-    # judge
-    judge: str | None = None
-    """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
-    judge_model: str | None = None
-    """The model's name at the endpoint."""
-    judge_weights: str | None = None
-    """Folder of the judge's weights; default: looked for by name."""
-    judge_base: Literal["dtype", "int8"] = "dtype"
-    """The judge's weights: bfloat16 (a small judge: float32), or int8."""
-    judge_style: Literal["grar", "implicit", "explicit", "pinocchio"] = "grar"
-    """One metric 1-5, all items at once, or item by item; pinocchio's needs an endpoint."""
-    judge_calls: Literal["completion", "group"] = "completion"
-    """What one request to an endpoint judges: a completion, or all completions of a question."""
-    judge_threads: int = 16
-    """Requests in flight at an endpoint."""
-    judge_limit: int = 0
-    """Requests that may be sent, counting those of earlier sessions; 0: no limit."""
-    judge_missing: float = 0.2
-    """Share of missing judgements, of the latest 200, above which the run stops."""
-
-
-def check(config: Config) -> None:
+def check(config: settings.Judge) -> None:
     """Raises ValueError for wrong flags; call it before they are printed: one may hold a key."""
     name, style, calls = config.judge, config.judge_style, config.judge_calls
     if name is None:
@@ -94,8 +68,9 @@ def check(config: Config) -> None:
                          "mesh, takes grar, implicit or explicit, and completion")
 
 
-def open(config: Config, mesh: Mesh | None = None, *, cache: Path | None = None, rows: int = ROWS):
-    """The judge that a Config asks for; cache: a file for the replies of an endpoint."""
+def open(config: settings.Judge, mesh: Mesh | None = None, *, cache: Path | None = None,
+         rows: int = ROWS):
+    """The judge that the flags ask for; cache: a file for the replies of an endpoint."""
     check(config)
     name, style, missing = config.judge, config.judge_style, config.judge_missing
     if is_address(name):
@@ -121,17 +96,17 @@ def total(stats: list[dict[str, float]]) -> dict[str, float]:
     return out | {"judge_missing": missing / max(1, out["judge_n"])}
 
 
-def given_folder(config: Config) -> str | None:
+def given_folder(config: settings.Judge) -> str | None:
     """The folder of a judge's weights, where --judge-weights or --judge names one."""
     return config.judge_weights or (config.judge if Path(config.judge).is_dir() else None)
 
 
-def shape_of(config: Config) -> gemma.Config:
+def shape_of(config: settings.Judge) -> gemma.Config:
     """The shape of a judge on the mesh, by name or from a folder's config.json, without weights."""
     return stage.shape_of(config.judge, given_folder(config), "--judge")
 
 
-def programs(config: Config, mesh: Mesh) -> dict[str, tuple]:
+def programs(config: settings.Judge, mesh: Mesh) -> dict[str, tuple]:
     """The program that a judge on the mesh runs: name -> (function, argument shapes)."""
     if not config.judge or is_address(config.judge):
         return {}

@@ -1,6 +1,6 @@
-"""The start and end of every training stage: defaults, weights on the mesh, optimizer, final/.
+"""The start and end of every training stage: weights on the mesh, optimizer, final/.
 
-    config = stage.resolve(config, DEFAULTS)
+    mesh = stage.begin(config)
     model = stage.load_model(config, mesh)
     opt = stage.init_optimizer(config, model.trained, mesh, model.specs)
     ...                                                   # the script's own loop
@@ -21,17 +21,10 @@ A stage trains `trained` and reads `fixed`, two pytrees:
 """
 
 import dataclasses
-import inspect
 import math
-import os
-import re
-import shutil
-import sys
-import textwrap
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,180 +40,9 @@ import hosts
 import hub
 import lora
 import runs
+import settings
 
-# ------------------------------------------------------------------------------ the command line
-
-ALIASES = {"learning_rate": "--lr", "prompts": "--batch-size", "batch_rows": "--batch-size",
-           "group": "--num-generations", "max_new": "--max-new-tokens", "out": "--output-dir"}
-LAST = ("optimisation", "run", "several_hosts", "judge")  # groups of flags
-DESCRIBED = re.compile(r'(?sm)^    # (?P<group>[^\n(]+)|^    (?P<field>\w+): [^\n]+\n'
-                       r'    """(?P<help>.*?)"""')
-
-
-def described(cls: type) -> dict[str, tuple[str, str]]:
-    """Field -> (the comment that heads its group, the sentence under it), from the source."""
-    found = {}
-    for c in reversed(cls.__mro__[:-1]):
-        group = ""
-        for m in DESCRIBED.finditer(inspect.getsource(c)):
-            if m["field"]:
-                found[m["field"]] = group, " ".join(m["help"].split())
-            else:
-                group = re.sub(r"\W+", "_", m["group"].removeprefix("the ").strip())
-    return found
-
-
-def introduction(docstring: str) -> str:
-    """What --help says of a script: its docstring up to the notes for readers of the code."""
-    paragraphs = docstring.partition("\n1. ")[0].strip().split("\n\n")
-    paragraphs[-1] = re.sub(r"[^.]*:\Z", "", paragraphs[-1])  # "What to know:"
-    width = min(100, shutil.get_terminal_size().columns) - 1
-    fill = partial(textwrap.fill, width=width, initial_indent=" ", subsequent_indent=" ")
-    # tyro would join lines that begin with a letter
-    paragraphs = [p if p.startswith(" ") else fill(p) for p in paragraphs if p]
-    return "\n\n".join(paragraphs)
-
-
-def cli(config_class, description: str, args: list[str] | None = None, default=None, **more):
-    """tyro.cli() for a script's Config, or a union of them, with help in groups.
-
-    tyro shows one group for each nested class, so it reads classes made of the groups here. The
-    defaults shown are those of the --model in args. more: as for tyro.cli.
-    """
-    import tyro  # here: a notebook needs none
-
-    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")
-    args, classes = sys.argv[1:] if args is None else args, get_args(config_class)
-    words = " ".join(args).replace("=", " ").split()
-    model = hub.short_name(words[words.index("--model") + 1] if "--model" in words[:-1] else "tiny")
-    classes = classes or (config_class,)
-    defaults = getattr(sys.modules[classes[0].__module__], "DEFAULTS", {})
-    table = runs.model_defaults(model, defaults) or {}
-    grouped = {_in_groups(cls, default, table): cls for cls in classes}
-    about = f"{introduction(description)}\n\n The defaults shown are those of --model {model}."
-    found = tyro.cli(reduce(or_, grouped), description=about, args=args, config=(
-        tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff), **more)
-    found, *rest = found if more.get("return_unknown_args") else (found,)
-    flat = {k: v for part in vars(found).values() for k, v in vars(part).items()}
-    config = grouped[type(found)](**flat)
-    return (config, *rest) if rest else config
-
-
-def _in_groups(cls: type, default, table: dict) -> type:
-    """A class with one nested class for each group of flags, each flag with its help."""
-    import tyro
-
-    types, about, groups = get_type_hints(cls, include_extras=True), described(cls), {}
-    for field in dataclasses.fields(cls):
-        group, text = about[field.name]
-        value = getattr(default, field.name, field.default)
-        shown = table.get(field.name) if value is None else value
-        hint = "" if shown in (None, "") or shown is False else (
-            f"(default: {textwrap.shorten(str(shown), 40)})")
-        alias = (ALIASES[field.name],) if field.name in ALIASES else None
-        flag = tyro.conf.arg(help=text, help_behavior_hint=hint, aliases=alias)
-        groups.setdefault(group, []).append((field.name, Annotated[types[field.name], flag], value))
-    parts = []
-    for name in sorted(groups, key=lambda name: LAST.index(name) if name in LAST else -1):
-        part = dataclasses.make_dataclass(name, groups[name], frozen=True)
-        parts.append((f"{name}_", Annotated[part, tyro.conf.arg(name=name)], part()))
-    return dataclasses.make_dataclass(cls.__name__, parts, frozen=True)
-
-
-# -------------------------------------------------------------------------------------- defaults
-
-
-def resolve(config, defaults: dict[str, dict]):
-    """Fills the fields of a script's Config left at None from its model's defaults.
-
-    The system text is the one that the adapter was trained under, and so are rank and alpha, so
-    that a chain of stages trains one adapter; where --model is left out, the model is the adapter's
-    too. With --time-limit and without --steps the clock alone
-    decides, so steps stays None.
-    """
-    system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, model=hub.short_name(config.model), system=system)
-    if config.adapter and config.model == "tiny" and not config.weights:  # --model is left out
-        model, weights = hub.trained_on(config.adapter)
-        config = dataclasses.replace(config, model=model, weights=weights)
-    if hasattr(config, "out"):
-        config = dataclasses.replace(config, out=str(hub.output(config.out)))
-    if (table := runs.model_defaults(config.model, defaults)) is None:
-        raise ValueError(f"--model {config.model}: expected one of {', '.join(gemma.CONFIGS)}")
-    if config.adapter and getattr(config, "lora_rank", 0) is None:
-        table = table | lora.read_size(hub.find_adapter(config.adapter))
-    unset = {k: v for k, v in table.items() if getattr(config, k) is None}
-    if runs.parse_time(getattr(config, "time_limit", None)) is not None:
-        unset.pop("steps", None)
-    config = dataclasses.replace(config, **unset)
-    check_ranges(config)
-    check_name(config)
-    return config
-
-
-RANGES = (  # the least and the largest value that make sense, and the fields
-    (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
-     "reward_threads minibatches"),
-    (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
-     "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
-     "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
-     "max_drift reward_coef value_clip value_lr value_warmup temperature"),
-    (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
-     "on_policy gamma lam"),
-    (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),
-    (1e-9, math.inf, "clip_norm sapo_pos sapo_neg"),
-)
-
-
-def check_ranges(config) -> None:
-    """Raises ValueError for a number that makes no sense, before anything is loaded."""
-    for low, high, names in RANGES:
-        for name in names.split():
-            value = getattr(config, name, None)
-            if value is not None and not low <= value <= high:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {value}: expected {low:g} to {high:g}")
-    if hasattr(config, "lora_targets"):
-        lora.parse_targets(config.lora_targets)
-        if config.base == "int8" and not config.lora_rank:
-            raise ValueError("--base int8 with --lora-rank 0: int8 weights cannot be trained; "
-                             "leave one of the two out")
-
-
-def check_name(config) -> None:
-    """Raises ValueError if --model names another size than that of the given folder.
-
-    The name picks the defaults: a Gemma of a billion weights must not get those of the tiny model.
-    """
-    folder = Path(config.weights) if config.weights else None
-    if folder is None and config.adapter:
-        folder = hub.find_adapter(config.adapter)
-    if folder is None or not (folder / "config.json").exists():
-        return
-    cfg, named = gemma.read_config(folder), gemma.CONFIGS[hub.base_name(config.model)]
-    if cfg.n_params > max(10**8, 1.5 * named.n_params):
-        raise ValueError(f"--model {config.model} has {named.n_params:,} weights, but {folder} "
-                         f"holds {cfg.n_params:,}: name its size with --model")
-
-
-FACTS = ("model", "data", "steps", "learning_rate", "lora_rank", "samples", "max_new", "margin")
-
-
-def show_config(config) -> None:
-    """Prints the settings that were given, and five that matter of the others."""
-    values = dataclasses.asdict(config)
-    given = runs.given(values, type(config))
-    others = [k for k in FACTS if k not in given and values.get(k) is not None][:5]
-    for title, names in (("given", given), ("default", others)):
-        words = []
-        for name in names:
-            flag, value = "--" + name.replace("_", "-"), values[name]
-            text = textwrap.shorten(str(value), 60, placeholder="…")
-            words.append(flag if value is True else f"{flag}\u00a0{text}".replace(" ", "\u00a0"))
-        lines = textwrap.wrap(" ".join(words), 70, break_on_hyphens=False) or ["nothing"]
-        for n, line in enumerate(lines):
-            runs.say(f"{title if n == 0 else '':9}{line}".replace("\u00a0", " "))
-    runs.say(f"{'all':9}{config.out}/config.json")
+# ----------------------------------------------------------------------------------- the beginning
 
 
 def begin(config) -> Mesh:
@@ -229,7 +51,7 @@ def begin(config) -> Mesh:
     if hosts.index == 0:
         runs.claim(Path(config.out))
     runs.compilation_cache()
-    show_config(config)
+    settings.show_config(config)
     return gemma.all_devices()
 
 
@@ -515,104 +337,12 @@ def state_shapes(config, mesh: Mesh, weights, specs: tuple) -> tuple:
     return trained, jax.tree.map(shape, opt, optimizer_specs(tx, trained, specs[0])), fixed
 
 
-def batch_shape(config, mesh: Mesh) -> tuple[int, int]:
-    """(micro-batches, rows of a micro-batch over all devices) of an update from packed rows."""
-    rows = min(config.micro_rows * mesh.size, config.batch_rows)
-    if config.batch_rows % rows or rows % mesh.size:
-        raise ValueError(f"--batch-rows {config.batch_rows} is not a multiple of --micro-rows "
-                         f"{config.micro_rows} times {mesh.size} devices")
-    return config.batch_rows // rows, rows
-
-
-def packed_programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
-    """The programs of a stage on packed rows: name -> (jitted function, argument shapes).
-
-    steps: (train_step, eval_step); state: from state_shapes.
-    """
-    (train_step, eval_step), (trained, opt, fixed) = steps, state
-    n_micro, rows = batch_shape(config, mesh)
-
-    def batch(*lead):
-        sharding = NamedSharding(mesh, P(*(None for _ in lead), "data"))
-        array = jax.ShapeDtypeStruct((*lead, rows, config.max_length), jnp.int32, sharding=sharding)
-        return dict.fromkeys(("tokens", "mask", "segments", "positions"), array)
-
-    lr, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
-    return {
-        "train_step": (train_step, (trained, opt, fixed, batch(n_micro), lr, key)),
-        "eval_step": (eval_step, (trained, fixed, batch())),
-    }
-
-
-# ------------------------------------------------------------------------------------ evaluations
-
-
-def row_reader(config, tok: data.Tokenizer, read):
-    """examples.read_example or read_pair with a script's --system and --max-length as its limit."""
-
-    def limited(row: dict):
-        item = read(row, tok, config.system)
-        if item.n_tokens > config.max_length:
-            raise data.TooLong(item.n_tokens, config.max_length, "--max-length")
-        return item
-
-    return limited
-
-
 def keep_held_out(config, items: list) -> None:
     """Writes the held-out rows into the run folder, so that eval.py can read the same rows."""
     if hosts.index == 0:
         file = Path(config.out) / "held_out.jsonl"
         with runs.writing(file):
             runs.replace_file(file, runs.to_jsonl(item.fields for item in items))
-
-
-class HeldOut:
-    """The evaluation of SFT and SimPO: the loss of held-out rows, and greedy answers.
-
-    It answers --eval-accuracy problems and prints --show of them. A sampler takes minutes to
-    compile on a TPU, so --show alone builds none if --eval-every is 0.
-    """
-
-    def __init__(self, config, mesh: Mesh, model: Model, items: list, eval_step):
-        self.config, self.mesh, self.model, self.eval_step = config, mesh, model, eval_step
-        import examples  # here: only SFT and SimPO pack such batches
-
-        n_rows = config.micro_rows * mesh.size
-        self.batches = examples.eval_batches(items, config.max_length, n_rows)
-        n = max(config.eval_accuracy, config.show if config.eval_every else 0)
-        self.sampler = None
-        if n and items:
-            import rollouts  # here: most of SFT needs no sampler
-
-            problems = [rollouts.read_problem(item.fields, model.tok, config.system)
-                        for item in items[:n]]
-            self.problems, self.rollouts = problems, rollouts
-            in_place = rollouts_are_sharded(model.cfg, config, mesh)
-            self.sampler = rollouts.Sampler(
-                model.cfg, mesh, slots=min(8 if in_place else 64, len(problems)),
-                max_prompt=max(len(problem.prompt) for problem in problems),
-                max_new=config.max_new, dtype=jnp.dtype(config.dtype), shard=in_place)
-
-    def measure(self, trained: dict, step: int, run: runs.Run) -> float:
-        """Logs and prints the metrics -> the checkpoint's score: accuracy, or minus the loss."""
-        model, rows = self.model, []
-        with run.budget.measure("eval"):
-            sums = [self.eval_step(trained, model.fixed, put(batch, self.mesh, P("data")))
-                    for batch in self.batches]
-            sums = jax.tree.map(lambda *x: float(np.sum(x)), *jax.device_get(sums))
-            count = sums.pop("count")
-            metrics = {f"eval_{k}": x / count for k, x in sums.items()}
-            if self.sampler is not None:
-                weights = forward_weights(trained, model.fixed, jnp.dtype(self.config.dtype))
-                rows = self.rollouts.answer(self.sampler, weights, model.tok, self.problems)
-                if n := self.config.eval_accuracy:
-                    metrics |= self.rollouts.accuracy(rows[:n])
-        run.log(step, metrics)
-        run.log_samples(step, rows[: self.config.show])
-        for row in rows[: self.config.show]:
-            runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
-        return metrics.get("eval_accuracy", -metrics["eval_loss"])
 
 
 # ---------------------------------------------------------------------------------------- the end

@@ -41,16 +41,15 @@ import judge
 import rewards
 import rollouts
 import runs
-import stage
+import settings
 from endpoint import Endpoint, Unavailable, read_address
-from eval import Sampling
 from rollouts import Problem, check
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class Traces(Sampling):
+class Traces(settings.Judge, settings.Sampling, settings.Rows):
     """Rows for train_sft.py from a teacher: any OpenAI-compatible endpoint, or --model itself.
 
     Fields left at None are filled from DEFAULTS.
@@ -90,7 +89,7 @@ class Traces(Sampling):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs(Sampling):
+class Pairs(settings.Judge, settings.Sampling, settings.Rows):
     """Preference pairs for train_simpo.py: the best and the worst of several completions."""
 
     # pairs
@@ -133,7 +132,8 @@ def resolve(config: Config) -> Config:
         if (value := getattr(config, name)) != getattr(type(config), name):
             where = "is not for a --teacher" if teacher else "needs a --teacher"
             raise ValueError(f"--{name.replace('_', '-')} {value} {where}")
-    config = stage.resolve(config, {hub.short_name(config.model): TEACHER} if teacher else DEFAULTS)
+    defaults = {hub.short_name(config.model): TEACHER} if teacher else DEFAULTS
+    config = settings.resolve(config, defaults)
     if config.data is None:
         raise ValueError("--data is missing: name problems, gsm8k or JSONL files")
     least = {"samples": 1 if asks else 2}
@@ -360,7 +360,7 @@ def main(config: Config) -> Path:
     runs.compilation_cache()
     config = resolve(config)
     out = Path(config.out)
-    stage.show_config(config)
+    settings.show_config(config)
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
     problems, bad = rollouts.load_problems(config, tok)
@@ -393,4 +393,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
+    runs.command(lambda: main(settings.cli(Config, description=__doc__)))

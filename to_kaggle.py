@@ -36,7 +36,7 @@ import tyro
 import data
 import rewards
 import runs
-import stage
+import settings
 
 HERE = Path(__file__).resolve().parent
 
@@ -366,7 +366,7 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
     end = ast.parse(files[script]).body[0].end_lineno  # of the docstring
     lines = files[script].split("\n")
     code, main, tail = "\n".join(lines[end:]).partition('\n\nif __name__ == "__main__":\n')
-    parser = re.compile(r"(tyro|stage)\.cli\(Config,")
+    parser = re.compile(r"(tyro|settings)\.cli\(Config,")
     assert len(parser.findall(tail)) == 1, f"{script} ends in another way than the other scripts"
     tail = parser.sub(r"CONFIG if KERNEL else \1.cli(Config, default=CONFIG,", tail)
     siblings = quoted({name: text for name, text in files.items() if name != script})
@@ -398,7 +398,7 @@ def main(config: Config, flags: list[str]) -> Path:
     if script not in scripts:
         raise ValueError(f"{config.script}: expected one of {', '.join(scripts)}")
     module = importlib.import_module(script.removesuffix(".py"))
-    cli = stage.cli if "stage.cli(Config" in texts[script] else tyro.cli
+    cli = settings.cli if "settings.cli(Config" in texts[script] else tyro.cli
     parsed = cli(module.Config, description=module.__doc__, args=flags, prog=script)
     resolved = module.resolve(parsed) if hasattr(module, "resolve") else parsed  # checks values
     trains = script.startswith("train_") and not config.one_file

@@ -41,6 +41,7 @@ import lora
 import rewards
 import rollouts
 import runs
+import settings
 import stage
 from rollouts import Problem, Sample
 from sampler import Rollout, Sampler
@@ -72,7 +73,6 @@ class Config(rollouts.Settings):
 
     # the run
     out: str = "runs/distill"
-    """Run folder; the same command continues the run in it."""
 
 
 REAL = dict(
@@ -100,9 +100,7 @@ SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    config = stage.resolve(config, DEFAULTS)
-    if config.lora_alpha is None:
-        config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
+    config = settings.resolve(config, DEFAULTS)
     if not 0 <= config.beta <= 1:
         raise ValueError(f"--beta {config.beta:g}: expected 0 to 1")
     if config.group < (least := 2 if config.rewards else 1):
@@ -447,4 +445,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
+    runs.command(lambda: main(settings.cli(Config, description=__doc__)))

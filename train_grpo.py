@@ -52,6 +52,7 @@ import hosts
 import rewards
 import rollouts
 import runs
+import settings
 import stage
 from rollouts import Problem, Sample
 from sampler import Sampler
@@ -65,7 +66,6 @@ class Config(rollouts.Settings):
 
     # the run
     out: str = "runs/grpo"
-    """Run folder; the same command continues the run in it."""
 
     # algorithm
     inner_epochs: int = 1
@@ -147,9 +147,7 @@ SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    config = stage.resolve(config, DEFAULTS)
-    if config.lora_alpha is None:
-        config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
+    config = settings.resolve(config, DEFAULTS)
     check_algorithm(config)
     if config.group < 2:
         raise ValueError(f"--group {config.group}: expected 2 or more, to compare")
@@ -662,4 +660,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
+    runs.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -49,6 +49,7 @@ import gemma
 import hosts
 import rollouts
 import runs
+import settings
 import stage
 from rollouts import Sample
 
@@ -61,7 +62,6 @@ class Config(rollouts.Settings):
 
     # the run
     out: str = "runs/ppo"
-    """Run folder; the same command continues the run in it."""
 
     # LoRA
     lora_rank: int | None = None
@@ -121,12 +121,10 @@ SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's defaults, and checks the rest."""
-    config = stage.resolve(config, DEFAULTS)
+    config = settings.resolve(config, DEFAULTS)
     if config.lora_rank < 1:
         raise ValueError(f"--lora-rank {config.lora_rank}: expected 1 or more, because policy and "
                          "critic are adapters on one frozen base")
-    if config.lora_alpha is None:
-        config = dataclasses.replace(config, lora_alpha=float(config.lora_rank))
     if config.dual_clip and config.dual_clip <= 1 + config.clip_high:
         raise ValueError(f"--dual-clip {config.dual_clip:g}: expected more than 1 + --clip-high = "
                          f"{1 + config.clip_high:g}")
@@ -517,4 +515,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
+    runs.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -35,7 +35,7 @@ import dataclasses
 import time
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,44 +49,22 @@ import data
 import examples
 import gemma
 import lora
+import packed
 import runs
+import settings
 import stage
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(packed.Settings):
     """Fields left at None take the model's defaults from DEFAULTS; the result is printed."""
-
-    # model
-    model: str = "tiny"
-    """Which Gemma: tiny, gemma3-270m/1b/4b/12b/27b, gemma2-2b/9b/27b; add -pt for a base model."""
-    weights: str | None = None
-    """Folder of the weights (config.json, safetensors); default: looked for by name."""
-    tokenizer: str | None = None
-    """Tokenizer folder or file, if the weights folder holds no tokenizer."""
-    adapter: str | None = None
-    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the frozen base and the activations; trained arrays have float32 masters."""
-    base: Literal["dtype", "int8"] = "dtype"
-    """Frozen base: in --dtype; or int8, half the bytes to keep and to read (needs LoRA)."""
 
     # data
     data: str | None = None
     """Comma-separated files (JSON, JSON lines, CSV, Parquet) of {"prompt", "chosen", "rejected"}
     rows, texts or message lists; or hf:owner/name of the Hub."""
-    mix: str | None = None
-    """Sampling weights of the --data sources, as in 0.7,0.3; default: every row once per epoch."""
-    eval_data: str | None = None
-    """Held-out pairs, as in --data; default: those of 2 % of prompts."""
-    system: str | None = None
-    """System text before every question; default: the one the adapter was trained under."""
-    columns: str = ""
-    """Your columns under our names, as in question=instruction,answer=response."""
-    skip_bad_rows: bool = False
-    """Skip and count rows that cannot be used, instead of stopping at the first."""
     max_length: int | None = None
     """Tokens per packed row, and of the longest pair: both completions, each with the prompt."""
 
@@ -102,91 +80,21 @@ class Config:
     orpo_lambda: float | None = None
     """Weight of ORPO's odds-ratio loss beside the chosen completion's likelihood; default: 0.1."""
 
-    # LoRA
-    lora_rank: int | None = None
-    """Rank of the adapter, by default that of --adapter; 0 trains every weight of the model."""
-    lora_alpha: float | None = None
-    """The adapter's output is scaled by alpha / rank; default: --adapter's, or twice the rank."""
-    lora_targets: str = "q,k,v,o,gate,up,down"
-    """Which matrices get an adapter."""
-    lora_dropout: float = 0.0
-    """Dropout rate of the adapter's inputs, in training only."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
-
-    # optimisation
-    steps: int | None = None
-    """Steps to run; with --time-limit, whichever ends first."""
-    time_limit: str | None = None
-    """Time limit, as in 8h45m; the schedule follows the clock, and the run saves before the end."""
-    batch_rows: int | None = None
-    """Packed rows per update, over all devices."""
-    micro_rows: int | None = None
-    """Packed rows computed at once on each device; lower it when out of memory."""
-    learning_rate: float | None = None
-    """Peak learning rate: linear warm-up, then cosine decay."""
-    warmup: float = 0.1
-    """Share of the run spent warming up."""
-    final_lr: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay, on every trained array."""
-    adam_b2: float = 0.99
-    """AdamW's beta2; 0.999 suits runs of many thousand steps."""
-    clip_norm: float = 1.0
-    """Clip gradients to this global norm."""
-    remat: Literal["none", "attention", "layer", "auto"] | None = None
-    """What the backward pass recomputes: attention (everything but matmuls with weights; 4N FLOPs
-    per token, like none) or the whole layer (6N). auto: attention, or layer if the base is
-    sharded."""
-    shard: Literal["auto", "yes", "no"] = "auto"
-    """Shard the base over the devices; auto: if a copy takes over 40 % of a device's memory."""
-
-    # the run
+    # defaults of its own
     out: str = "runs/simpo"
-    """Run folder; the same command continues the run in it."""
-    seed: int = 0
-    """Seed of the adapter, the data order and dropout."""
-    eval_every: int | None = None
-    """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
-    eval_rows: int = 256
-    """Maximum number of held-out rows; 0: all of them."""
-    eval_accuracy: int | None = None
-    """Held-out prompts answered greedily at each evaluation; the best checkpoint is then the most
-    accurate, not the one with the lowest loss."""
-    show: int = 2
-    """Held-out completions printed at each evaluation and kept in samples.jsonl."""
-    max_new: int | None = None
-    """Longest completion, in tokens; a longer one is cut, with stop reason "length"."""
-    save_every: int | None = None
-    """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
-    """Latest checkpoints to keep, besides the best."""
-    report_to: str = ""
-    """Also log to wandb, tensorboard or both, comma-separated, if installed."""
-    plan: bool = False
-    """Print whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes;
-    needs no weights and runs nothing."""
-
-    # several hosts (hosts.py)
-    coordinator: str | None = None
-    """host:port of process 0, which the others join; auto: JAX finds it (SLURM, GKE, TPUs)."""
-    n_processes: int | None = None
-    """Number of processes, each on its own host or GPU."""
-    process_id: int | None = None
-    """Number of this process, from 0."""
+    warmup: float = 0.1
 
 
 REAL = dict(
     dtype="bfloat16", system=data.SYSTEM, max_length=2048, lora_rank=16, steps=200, batch_rows=64,
     micro_rows=1, learning_rate=1e-6, remat="auto", eval_every=50, save_every=50, max_new=512,
-    eval_accuracy=64,
+    eval_rows=256, eval_accuracy=64,
 )
 DEFAULTS = {
     "tiny": dict(
         dtype="float32", system="", max_length=512, lora_rank=16, steps=60, batch_rows=8,
         micro_rows=4, learning_rate=1e-4, remat="none", eval_every=20, save_every=20, max_new=128,
-        eval_accuracy=100,
+        eval_rows=256, eval_accuracy=100,
     ),
     "gemma2": REAL,
     "gemma3": REAL,
@@ -210,9 +118,8 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
                              f"{', '.join(knobs)}".replace("_", "-"))
-    config = stage.resolve(config, {name: table | knobs for name, table in DEFAULTS.items()})
-    if config.lora_alpha is None:
-        config = dataclasses.replace(config, lora_alpha=2.0 * config.lora_rank)
+    config = settings.resolve(config, {name: table | knobs for name, table in DEFAULTS.items()},
+                           alpha_per_rank=2.0)
     if config.beta is not None and config.beta <= 0:
         raise ValueError(f"--beta {config.beta}: expected more than 0")
     if not 0 <= (config.label_smoothing or 0.0) < 0.5:
@@ -403,32 +310,10 @@ def programs(config: Config, mesh: Mesh) -> dict:
         return trained, with_reference(trained, fixed, config)
 
     state = stage.state_shapes(config, mesh, weights, partition_specs(cfg, config, sharded))
-    return stage.packed_programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
+    return packed.programs(config, mesh, make_steps(cfg, config, mesh, sharded), state)
 
 
 # ------------------------------------------------------------------------------------------ main
-
-
-class Pending(NamedTuple):
-    """A step that may still be running on the devices."""
-
-    step: int
-    metrics: dict  # on the devices
-    batch: dict
-    lr: float
-    p: float  # progress at its start
-
-
-def log_step(run: runs.Run, pending: Pending, began: float) -> float:
-    """Waits for a step and logs it -> the time, which is when the next step began."""
-    metrics = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
-    run.check_finite(pending.step, metrics, pending.batch)
-    now = time.perf_counter()
-    n_tokens = int((pending.batch["segments"] > 0).sum())
-    run.log(pending.step, metrics | {
-        "learning_rate": pending.lr, "p": pending.p, "tokens_per_s": n_tokens / (now - began),
-        "step_s": now - began})
-    return now
 
 
 @runs.one_line
@@ -444,14 +329,14 @@ def main(config: Config) -> Path | dict:
         raise ValueError('--data is missing: name a JSONL file of {"prompt": "2 + 2?", "chosen": '
                          '"4", "rejected": "5"} lines')
     mesh = stage.begin(config)
-    n_micro, _ = stage.batch_shape(config, mesh)
+    n_micro, _ = packed.batch_shape(config, mesh)
 
     # load
     model = stage.load_model(config, mesh)
-    read = stage.row_reader(config, model.tok, examples.read_pair)
+    read = packed.row_reader(config, model.tok, examples.read_pair)
     sources, held_out = data.load_split(config, read)
     batches = examples.Packed(sources, config.max_length, config.batch_rows, config.seed,
-                          examples.mix_weights(config.mix, sources))
+                              examples.mix_weights(config.mix, sources))
     model = model._replace(fixed=with_reference(model.trained, model.fixed, config))
     trained, fixed = model.trained, model.fixed
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
@@ -459,7 +344,7 @@ def main(config: Config) -> Path | dict:
 
     # compile
     train_step, eval_step = make_steps(model.cfg, config, mesh, model.sharded)
-    evaluation = stage.HeldOut(config, mesh, model, held_out, eval_step)
+    evaluation = packed.HeldOut(config, mesh, model, held_out, eval_step)
 
     # loop: batch -> update -> log -> evaluate -> save
     with runs.Run(config, SHOWN, facts=stage.facts(config, model, sources, held_out)) as run:
@@ -486,19 +371,19 @@ def main(config: Config) -> Path | dict:
                 trained, opt, fixed, stage.put(micro, mesh, P(None, "data")), np.float32(lr),
                 jax.random.fold_in(key, step))
             if pending is not None:  # log the previous step while the devices run this one
-                began = log_step(run, pending, began)
+                began = packed.log_step(run, pending, began)
             step += 1
-            pending = Pending(step, metrics, batch, lr, p)
+            pending = packed.Pending(step, metrics, batch, lr, p)
             evaluates = run.due(config.eval_every, step)
             if evaluates or run.due(config.save_every, step):
-                log_step(run, pending, began)
+                packed.log_step(run, pending, began)
                 pending = None
                 save(evaluation.measure(trained, step, run) if evaluates else None)
                 began = time.perf_counter()
         if pending is not None:
-            log_step(run, pending, began)
+            packed.log_step(run, pending, began)
         return run.end(step, save, lambda: evaluation.measure(trained, step, run), write)
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(stage.cli(Config, description=__doc__)))
+    runs.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -18,7 +18,7 @@ import download
 import gemma
 import hub
 import model_files
-import stage
+import settings
 
 
 def one_line(call, *arguments) -> str:
@@ -177,7 +177,7 @@ def test_downloads_are_tried_last_and_fail_fast_without_a_network(bare, monkeypa
     start = time.perf_counter()
     folder, why = download.model("no-such-gemma", "google/no/transformers/such")
     assert folder is None and why.startswith("huggingface_hub: ")
-    assert "\n" not in why and time.perf_counter() - start < 5
+    assert "\n" not in why and time.perf_counter() - start < 30
 
     asked = []
     stub = types.ModuleType("kagglehub")
@@ -263,7 +263,7 @@ def test_an_adapter_names_the_model_it_was_trained_on(tmp_path):
         (tmp_path / name / "adapter_config.json").write_text(config)
         assert hub.trained_on(str(tmp_path / name)) == expected, name
     assert hub.trained_on(str(whole)) == ("gemma2-2b", None)
-    config = stage.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
+    config = settings.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
     assert (config.model, config.weights, config.dtype) == ("gemma3-270m", str(base), "bfloat16")
 
 

@@ -109,7 +109,7 @@ def test_scores_equal_sums_over_the_digits_of_transformers(tmp_path, family, sty
     transformers.logging.set_verbosity_error()
     folder = tmp_path if family != "tiny" else ROOT / "tiny"
     if family == "tiny":
-        ours = judge.open(judge.Config(judge="tiny", judge_style=style), mesh(1), rows=4)
+        ours = judge.open(settings.Judge(judge="tiny", judge_style=style), mesh(1), rows=4)
         tok, ours.max_tokens = ours.tok, 2048  # more than it was trained for
     else:
         gemma.save(tmp_path, CFG[family], params_of(family))
@@ -228,7 +228,7 @@ def test_digits_must_be_tokens_of_their_own():
 
 def test_programs_compile_from_shapes_alone(tmp_path):
     gemma.save(tmp_path, CFG["gemma3"], params_of("gemma3"))
-    function, args = judge.programs(judge.Config(judge=str(tmp_path)), mesh(2))["judge"]
+    function, args = judge.programs(settings.Judge(judge=str(tmp_path)), mesh(2))["judge"]
     assert function.lower(*args).compile().memory_analysis().temp_size_in_bytes > 0
 
 
@@ -779,7 +779,7 @@ def test_the_key_is_in_no_file_text_or_object(tmp_path, monkeypatch, capfd):
                 "headers": [("X-Key", SECRET)]}
 
     with serving(answer) as server:
-        config = judge.Config(judge=server.url, judge_model="m", judge_style="implicit")
+        config = settings.Judge(judge=server.url, judge_model="m", judge_style="implicit")
         with closing(judge.open(config, cache=tmp_path / "replies")) as ours:
             parts = [ours.submit(f"case {n}", ROW).result(10) for n in range(4)]
             seen = repr([parts, vars(ours), vars(ours.endpoint), vars(ours.endpoint.client),
@@ -809,7 +809,7 @@ def test_the_key_is_in_no_file_text_or_object(tmp_path, monkeypatch, capfd):
 ])
 def test_addresses_that_may_hold_a_key_are_refused_and_not_repeated(address):
     with pytest.raises(ValueError, match="--judge: expected http.*JUDGE_API_KEY") as error:
-        judge.check(judge.Config(judge=address.format(SECRET)))
+        judge.check(settings.Judge(judge=address.format(SECRET)))
     assert SECRET not in str(error.value)
 
 
@@ -820,8 +820,8 @@ def test_plain_http_and_a_missing_package_are_one_line(monkeypatch, capsys):
         assert len(capsys.readouterr().err.splitlines()) == n_lines
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match="--judge: .*pip install openai"):
-        judge.check(judge.Config(judge="http://localhost/v1"))
-    judge.check(judge.Config(judge="tiny"))
+        judge.check(settings.Judge(judge="http://localhost/v1"))
+    judge.check(settings.Judge(judge="tiny"))
 
 
 def test_closing_ends_what_is_waiting_or_under_way():
@@ -843,13 +843,13 @@ def test_closing_ends_what_is_waiting_or_under_way():
 
 def test_what_cannot_be_opened_says_so():
     for config, match in (
-        (judge.Config(), "--judge: expected"),
-        (judge.Config(judge="tiny", judge_style="pinocchio"), "--judge-style pinocchio, .* on"),
-        (judge.Config(judge="tiny", judge_calls="group"), "--judge-calls group: .*tiny"),
-        (judge.Config(judge="gemma9-1b"), "--judge gemma9-1b: unknown"),
-        (judge.Config(judge="tiny", judge_weights="/nowhere"), "--judge-weights /nowhere"),
-        (judge.Config(judge="http://h", judge_threads=0), "--judge-threads 0"),
-        (judge.Config(judge="http://h", judge_limit=-1), "--judge-limit -1"),
+        (settings.Judge(), "--judge: expected"),
+        (settings.Judge(judge="tiny", judge_style="pinocchio"), "--judge-style pinocchio, .* on"),
+        (settings.Judge(judge="tiny", judge_calls="group"), "--judge-calls group: .*tiny"),
+        (settings.Judge(judge="gemma9-1b"), "--judge gemma9-1b: unknown"),
+        (settings.Judge(judge="tiny", judge_weights="/nowhere"), "--judge-weights /nowhere"),
+        (settings.Judge(judge="http://h", judge_threads=0), "--judge-threads 0"),
+        (settings.Judge(judge="http://h", judge_limit=-1), "--judge-limit -1"),
     ):
         with pytest.raises(ValueError, match=match):
             judge.open(config)
@@ -858,7 +858,7 @@ def test_what_cannot_be_opened_says_so():
 def test_large_judges_are_sharded(monkeypatch):
     for most, shard in ((1e6, True), (1e9, False)):
         monkeypatch.setattr(stage, "REPLICATED_BYTES", most)
-        ours = judge.open(judge.Config(judge=str(ROOT / "tiny")), mesh(8))
+        ours = judge.open(settings.Judge(judge=str(ROOT / "tiny")), mesh(8))
         assert ours.shard == shard
         assert ours.params["layers"]["q_proj"].sharding.is_fully_replicated != shard
 

@@ -15,7 +15,7 @@ import examples
 import judge
 import rewards
 import rollouts
-import stage
+import settings
 
 pytestmark = pytest.mark.smoke
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,12 +37,12 @@ def test_the_two_commands_are_there():
 def parse(script, flags):
     """As the script itself would: what it gives tyro.cli, with nothing behind it."""
     text = (ROOT / script).read_text()
-    parser, entry = re.findall(r"(tyro|stage)\.cli\((\w+)", text)[-1]
+    parser, entry = re.findall(r"(tyro|settings)\.cli\((\w+)", text)[-1]
     entry = getattr(importlib.import_module(script.removesuffix(".py")), entry)
     if not isinstance(entry, type) and callable(entry):  # a function would do its work
         entry = functools.wraps(entry)(lambda **_: None)
     by_place = (tyro.conf.PositionalRequiredArgs,) if "PositionalRequiredArgs" in text else ()
-    parser = stage.cli if parser == "stage" else functools.partial(tyro.cli, config=by_place)
+    parser = settings.cli if parser == "settings" else functools.partial(tyro.cli, config=by_place)
     config, rest = parser(entry, description="", args=flags, return_unknown_args=True)
     assert not rest or script == "to_kaggle.py", rest
     if rest:  # of the script that it is given
@@ -89,7 +89,7 @@ def test_the_page_is_short_and_its_sizes_and_links_are_true():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 250
     sizes = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M)
-    assert len(sizes) == 12
+    assert len(sizes) == 13
     for name, lines in sizes:
         n = len((ROOT / name).read_text().splitlines())
         assert abs(n - int(lines)) <= 0.2 * n, f"{name} has {n} lines"
@@ -106,7 +106,7 @@ TABLE = [flags for page in PAGES
 @pytest.mark.parametrize("flags", TABLE)
 def test_settings_of_the_literature_parse(flags):
     assert len(TABLE) >= 9
-    config = stage.cli(importlib.import_module("train_grpo").Config, "", flags.split())
+    config = settings.cli(importlib.import_module("train_grpo").Config, "", flags.split())
     importlib.import_module("train_grpo").resolve(config)
 
 

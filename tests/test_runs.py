@@ -23,7 +23,7 @@ from conftest import ROOT, contents
 
 import hosts
 import runs
-import stage
+import settings
 import synthesize
 import train_grpo
 
@@ -778,7 +778,7 @@ def test_the_flag_that_was_given_is_named_and_not_what_followed_from_it(tmp_path
     changed = dataclasses.replace(first, slots=3, lora_rank=8, lora_alpha=8.0)
     with pytest.raises(SystemExit, match="^--lora-rank was 16 when"):
         runs.check_unchanged(tmp_path, changed)
-    stage.show_config(dataclasses.replace(changed, sapo=True, system="Think first. " * 20))
+    settings.show_config(dataclasses.replace(changed, sapo=True, system="Think first. " * 20))
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("given    --system Think first.") and max(map(len, said[:-1])) <= 80
     assert "--sapo" in "".join(said) and "--lora-alpha" not in "".join(said)
