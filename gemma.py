@@ -19,7 +19,7 @@ What to know when comparing with google-deepmind/gemma and transformers' modelin
    the cache after the last layer. Training and prefill are the same with no cache.
 3. sqrt(D) is rounded to the activations' dtype (bf16: 33.94 -> 34.0), as in the published code.
    RMSNorm, RoPE, scores, softmax and log-probs are float32 whatever the weights are.
-4. On TPUs whole rows are attended by JAX's splash kernels (splash.py), all else by `attend`.
+4. On TPUs JAX's splash kernels (splash.py) attend over whole rows; `attend` does all else.
 5. Sharded weights are all-gathered layer by layer (`all_gather_params`); decoding moves the few
    activations between the devices instead (`sharded_matmul`).
 6. The matrices of a frozen base may be int8 (`Int8`). They are never dequantised as a whole:
@@ -59,7 +59,7 @@ class Config:
     head_dim: int
     query_pre_attn_scalar: float
     sliding_window: int  # keys a local layer sees, its own included
-    is_global: tuple[bool, ...]  # one a layer
+    is_global: tuple[bool, ...]  # one per layer
     rope_local_base_freq: float
     rope_theta: float  # of the global layers
     rope_factor: float = 1.0  # divides the frequencies of the global layers
@@ -125,7 +125,7 @@ class Spec:
 
     @property
     def axes(self) -> str:
-        # The embedding is the one matrix read by row: [V, D] on both sides.
+        # The embedding is looked up by row, so it is [V, D] here and in the file.
         inner = self.out + self.inp if self.out == "V" else self.inp + self.out
         return "L" * self.stacked + inner
 
@@ -352,8 +352,9 @@ def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
            fsdp: str | None = None) -> jax.Array:
     """x W [B, T, *out], plus LoRA's scale * (x A) B where an adapter has this matrix.
 
-    As products of two-dimensional arrays: for the gradient of the same einsum on three axes XLA's
-    CPU backend transposes whole activations (LOG.md). fsdp: see `sharded_matmul`.
+    Written as products of two-dimensional arrays, because XLA's CPU backend transposes whole
+    activations for the gradient of the same einsum on three axes (LOG.md). fsdp: see
+    `sharded_matmul`.
     """
     B, T, inner = *x.shape[:2], len(LINEARS[name].inp)
 
