@@ -700,7 +700,7 @@ def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: b
     int8: matrices are `Int8`. delta("q_proj", layer): what is added in float32 to a matrix first,
     or None; see lora.delta.
     """
-    import model_files  # here, as below: the formats of the files are no matter of this page
+    import model_files  # here, as below: this page is not about the formats of files
 
     return model_files.load(path, dtype, mesh, shard, int8, delta)
 

@@ -164,7 +164,7 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
     matrices have other names: under the text-only names the adapter would do nothing, after a
     warning.
     """
-    import model_files  # here, as below, because of its formats
+    import model_files  # here, as below: only files need it
 
     path, r, adapter = Path(path), rank(adapter), jax.device_get(adapter)
     tensors, alphas = {}, {}
@@ -195,7 +195,7 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-SETTINGS = {  # of adapter_config.json that is plain LoRA -> the values it may have; None: any
+SETTINGS = {  # plain LoRA's keys in adapter_config.json -> values they may have; None: any
     **dict.fromkeys((
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
         "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",

@@ -40,6 +40,7 @@ from answers import TAG, TAGS, correct, kind_of, parse, words
 from answers import vote as vote
 
 HERE = Path(__file__).resolve().parent
+# Modules that a reward file may import which are no helpers of its own.
 OURS = {*"answers card check data divergence download endpoint examples formulas gemma hosts hub "
         "judge lora merge model_files packed problems report rewards rollouts runs sampler "
         "settings splash stage tables tokenizer_files".split()}
