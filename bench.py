@@ -52,6 +52,7 @@ import rewards
 import rollouts
 import runs
 import stage
+import terminal
 import train_distill
 import train_grpo
 import train_ppo
@@ -487,7 +488,7 @@ def find_libtpu() -> str | None:
         for found in folder.glob("libtpu-*.dist-info"):
             os.environ.setdefault("TPU_LIBRARY_PATH", str(folder / "libtpu" / "libtpu.so"))
             return found.name.split("-")[1].removesuffix(".dist")
-    runs.say("the compiler for TPUs is not here, so memory is added up from shapes, without "
+    terminal.say("the compiler for TPUs is not here, so memory is added up from shapes, without "
              "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
              f"{own} libtpu=={version}.*")
     return None
@@ -592,7 +593,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
         if phase.startswith(script) and phase.startswith(only) and program in programs:
             row = rows[phase] = {"arguments_bytes": tree_bytes(programs[program][1])}
             if compiles:
-                runs.say(f"compiling {phase}")
+                terminal.say(f"compiling {phase}")
                 row |= compiled_memory(*programs[program])
             row["beside_bytes"] = bytes_beside(program, programs)
             row["hbm_bytes"] = row.get("total_bytes", row["arguments_bytes"]) + row["beside_bytes"]
@@ -607,7 +608,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
             row["roofline_s"], row["bound"] = max(times)
     print_phases(rows, HBM_BYTES.get(kind, 0), compiles)
     if not peak:
-        runs.say(f"the peaks of a {kind} are not in PEAKS, so there is no estimate of time")
+        terminal.say(f"the peaks of a {kind} are not in PEAKS, so there is no estimate of time")
         return out
     out["step_s"] = sum(row.get("roofline_s", 0.0) for row in rows.values()) / EFFICIENCY
     out["session_s"] = runs.parse_time(config.time_limit or "9h")
@@ -686,4 +687,4 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     import tyro
 
-    runs.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(tyro.cli(Config, description=__doc__)))

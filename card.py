@@ -158,7 +158,7 @@ def python_lines(base: str, rank: int, system: str) -> str:
 
 
 def name_of(folder: Path) -> str:
-    return folder.resolve().name.removeprefix(".tmp-")  # as it will be called: see runs.py
+    return folder.resolve().name.removeprefix(".tmp-")  # its final name: see disk.py
 
 
 def commands(folder: Path, here: str, model: str = "tiny") -> str:

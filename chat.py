@@ -19,9 +19,9 @@ import data
 import hub
 import rewards
 import rollouts
-import runs
 import settings
 import stage
+import terminal
 from sampler import Sampler
 
 
@@ -107,8 +107,8 @@ def stream(answer: Iterator[tuple[str, str | None]]) -> str:
 
 def main(config: Config) -> None:
     """Answers --prompt, or what is typed or piped in, line by line."""
-    runs.check_versions()
-    runs.compilation_cache()
+    terminal.check_versions()
+    terminal.compilation_cache()
     if os.name != "nt":  # Windows has none
         import readline  # noqa: F401  input() then edits lines
     chat = Chat(config)
@@ -118,10 +118,10 @@ def main(config: Config) -> None:
         try:
             chat.turn(input("> " * sys.stdin.isatty()).strip())
         except (ValueError, KeyboardInterrupt) as e:  # Ctrl-C ends the answer only
-            runs.say(f"error: {e}" if str(e) else "\x1b[0mstopped")
+            terminal.say(f"error: {e}" if str(e) else "\x1b[0mstopped")
         except EOFError:
             return
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(settings.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import disk
 import hub
-import runs
+import terminal
 
 # --- tokenizer and chat template ------------------------------------------------------------------
 
@@ -350,7 +351,7 @@ def read_rows(source: str, flag: str = "--data") -> Iterator[tuple[str, dict | V
         where, rows = f"{source} row ", enumerate(tables.hub_dataset(source, flag), 1)
     else:
         path = hub.find_gsm8k(split) if name == "gsm8k" else hub.find_file(source, flag)
-        where, rows = f"{path}:", runs.read_jsonl(path)
+        where, rows = f"{path}:", disk.read_jsonl(path)
         if path.suffix != ".jsonl":
             import tables
 
@@ -432,10 +433,10 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
         note = f", {len(faults):,} bad rows left out; first: {faults[0]}{size}" if faults else ""
         if not items:
             raise ValueError(f"{flag} {one}: no usable row{note}")
-        runs.say(f"data: {len(items):,} {what} of {one}{note}")
+        terminal.say(f"data: {len(items):,} {what} of {one}{note}")
         unread = ", ".join(sorted(found.difference(*COLUMNS.values())))
         if unread and not built_in:
-            runs.say(f"data: {one}: columns nothing reads: {unread} (but a --reward-file may)")
+            terminal.say(f"data: {one}: columns nothing reads: {unread} (but a --reward-file may)")
         sets.append(items)
         bad += faults
     return sets, bad

@@ -11,7 +11,7 @@ import os
 import urllib.request
 from pathlib import Path
 
-import runs
+import disk
 
 GSM8K = {  # sha256 of grade_school_math/data/*.jsonl in github.com/openai/grade-school-math
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -74,7 +74,7 @@ def gsm8k(split: str, searched: list[Path]) -> Path:
         raise ValueError(f"--data gsm8k: no {name} in $GSM8K, {places}; {url}: {e}") from None
     if (found := sha256(content)) != GSM8K[split]:
         raise ValueError(f"{url}: expected sha256 {GSM8K[split]}, found {found}")
-    with runs.writing(cache):
+    with disk.writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         partial = cache / f"{name}.{os.getpid()}"  # renamed when whole: a kill leaves no torn file
         partial.write_bytes(content)

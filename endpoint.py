@@ -27,7 +27,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import runs
+import disk
+import terminal
 
 READINGS = 3  # replies that are asked for until one can be read
 # Parameters that some servers refuse: (name, the word that their error then contains). The refusal
@@ -88,7 +89,7 @@ class Endpoint:
         address = read_address(url, self.flag, self.key_variable)
         self.key()  # an unusable key is an error now, not at the first request
         if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
-            runs.say(f"{self.flag} {url}: plain http sends prompts and the key unencrypted")
+            terminal.say(f"{self.flag} {url}: plain http sends prompts and the key unencrypted")
         import openai
 
         self.openai, self.client = openai, openai.AsyncOpenAI(
@@ -103,8 +104,8 @@ class Endpoint:
         self.replies: dict[str, str] = {}  # by digest of the question; the latest counts
         self.under_way: dict[str, asyncio.Task] = {}  # likewise
         if cache is not None:
-            self.n_sent = sum(row["requests"] for row in runs.good_rows(cache, requests=int))
-            rows = runs.good_rows(cache, key=str, text=str)
+            self.n_sent = sum(row["requests"] for row in disk.good_rows(cache, requests=int))
+            rows = disk.good_rows(cache, key=str, text=str)
             self.replies = {row["key"]: row["text"] for row in rows}
         self.runner, self.slots = asyncio.Runner(), asyncio.Semaphore(threads)
         self.loop = self.runner.get_loop()
@@ -192,7 +193,7 @@ class Endpoint:
                 raise
             return await self._post(asked, refused | {named[0]})
         if "temperature" in refused - self.refused:
-            runs.say(f"{self.flag} {self.url} takes no temperature: its own default is used")
+            terminal.say(f"{self.flag} {self.url} takes no temperature: its own default is used")
         self.refused |= refused  # not before: the error may have had another cause
         return text
 

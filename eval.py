@@ -38,12 +38,14 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import disk
 import hub
 import rewards
 import rollouts
 import runs
 import settings
 import stage
+import terminal
 from rollouts import Problem, check, wilson
 from sampler import Rollout, Sampler
 
@@ -157,8 +159,8 @@ def complete(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: li
                 new = [group[i] for i in sorted(unfinished.pop(rollout.prompt))]
                 rows += new
                 if journal is not None:
-                    with runs.writing(journal), journal.open("ab") as f:
-                        f.write(runs.to_jsonl(new))
+                    with disk.writing(journal), journal.open("ab") as f:
+                        f.write(disk.to_jsonl(new))
     progress.close()
     return sorted(rows, key=lambda row: (row["problem"], row["mode"], row["sample"]))
 
@@ -206,7 +208,7 @@ def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> l
     """The rows of finished problems; drops a torn line and the rows of unfinished problems."""
     if not path.exists():
         return []
-    rows = runs.good_rows(path, **COMPLETION)
+    rows = disk.good_rows(path, **COMPLETION)
     counts = Counter((row["mode"], row["problem"]) for row in rows)
     rows = [row for row in rows if counts[row["mode"], row["problem"]] == n_of.get(row["mode"])]
     for row in rows:
@@ -214,7 +216,7 @@ def read_journal(path: Path, problems: list[Problem], n_of: dict[str, int]) -> l
             row.pop(name, None)
         if row["problem"] >= len(problems) or row["id"] != problems[row["problem"]].id:
             raise ValueError(f"{path}: problem {row['problem']} is no longer the one in --data")
-    runs.replace_file(path, runs.to_jsonl(rows))
+    disk.replace_file(path, disk.to_jsonl(rows))
     return rows
 
 
@@ -441,19 +443,19 @@ def table(results: dict) -> str:
 def begin_folder(config, kind: str, start: hub.Start, tok: data.Tokenizer,
                  problems: list[Problem]) -> None:
     """Writes config.json; refuses a folder of other weights, prompts or sampling."""
-    out, prompts = Path(config.out), runs.checksum((p.id, p.prompt) for p in problems)
+    out, prompts = Path(config.out), disk.checksum((p.id, p.prompt) for p in problems)
     facts = stage.checksums(start, tok) | {"checksum of the prompts": prompts}
     if (out / "samples.jsonl").exists():
         runs.check_unchanged(out, config, facts, MAY_CHANGE)
-    with runs.writing(out):
+    with disk.writing(out):
         runs.write_config(out, config, facts, kind)
 
 
-@runs.one_line
+@terminal.one_line
 def main(config: Config) -> dict:
     """Runs the evaluation, writes its folder, prints the table and returns the results."""
-    runs.check_versions()
-    runs.compilation_cache()
+    terminal.check_versions()
+    terminal.compilation_cache()
     config = resolve(config)
     settings.show_config(config)
     others = None
@@ -462,7 +464,7 @@ def main(config: Config) -> dict:
         if not file.with_name("results.json").is_file() or config.compare == config.out:
             raise ValueError(f"--compare {config.compare}: expected the folder of another, "
                              "finished evaluation, with results.json and samples.jsonl")
-        others = runs.good_rows(file, **COMPLETION)
+        others = disk.good_rows(file, **COMPLETION)
 
     start = hub.find_start(config.model, config.weights, config.adapter)
     tok = data.Tokenizer(config.tokenizer or start.weights)
@@ -471,7 +473,7 @@ def main(config: Config) -> dict:
         raise ValueError(f"--compare {config.compare}: has none of these {len(problems)} problems")
     out = Path(config.out)
     runs.claim(out, "eval")
-    with runs.lock(out):
+    with disk.lock(out):
         begin_folder(config, "eval", start, tok, problems)
         rows = answer(config, problems, tok, start, config.greedy)
         if config.rewards or config.reward_file:
@@ -480,15 +482,15 @@ def main(config: Config) -> dict:
         results = summarize(rows)
         if others is not None:
             results["compare"] = compare(rows, others)
-        with runs.writing(out):
-            runs.replace_file(out / "samples.jsonl", runs.to_jsonl(rows))
-            runs.write_json(out / "results.json", results)
+        with disk.writing(out):
+            disk.replace_file(out / "samples.jsonl", disk.to_jsonl(rows))
+            disk.write_json(out / "results.json", results)
     # the names of domains are text of the rows
-    print(runs.clean(table(results)) if config.all else summary(results))
+    print(terminal.clean(table(results)) if config.all else summary(results))
     if others is not None:
         print(sentence(results["compare"]))
     return results
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(settings.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))

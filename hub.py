@@ -13,8 +13,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import disk
 import gemma
-import runs
+import terminal
 
 KAGGLE = Path("/kaggle")  # inputs lie in input/; only what is in working/ survives the session
 
@@ -135,7 +136,7 @@ def _check_model(folder: Path, flag: str) -> Path:
 
 
 def _check_manifest(folder: Path, flag: str) -> None:
-    if (folder / "manifest.json").exists() and (wrong := runs.find_change(folder)):
+    if (folder / "manifest.json").exists() and (wrong := disk.find_change(folder)):
         raise ValueError(f"{flag} {folder}: {wrong}")
 
 
@@ -178,8 +179,8 @@ def find_start(model: str, weights: str | None, adapter: str | None,
                          f"is not there; {flags[1]} names it where it is now")
     found = find_model(model, weights, flags[:2])
     if base.name not in ("", hub_name(model)) and base.name not in str(found.resolve()):
-        runs.say(f"{flags[2]} {folder} was trained on {base}, and is put on {found}: is that the "
-                 "same model?")
+        terminal.say(f"{flags[2]} {folder} was trained on {base}, and is put on {found}: is that "
+                     "the same model?")
     return Start(found, folder)
 
 

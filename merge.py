@@ -16,7 +16,7 @@ import data
 import gemma
 import hub
 import lora
-import runs
+import terminal
 
 
 def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
@@ -60,4 +60,4 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
 
 
 if __name__ == "__main__":
-    runs.command(lambda: tyro.cli(main))
+    terminal.command(lambda: tyro.cli(main))

@@ -22,6 +22,7 @@ import examples
 import runs
 import settings
 import stage
+import terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,5 +158,5 @@ class HeldOut:
         run.log(step, metrics)
         run.log_samples(step, rows[: self.config.show])
         for row in rows[: self.config.show]:
-            runs.say(f"  {row['prompt']}\n  -> {row['completion']}")
+            terminal.say(f"  {row['prompt']}\n  -> {row['completion']}")
         return metrics.get("eval_accuracy", -metrics["eval_loss"])

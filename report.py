@@ -33,7 +33,8 @@ from typing import NamedTuple
 import tyro
 
 import gemma
-from runs import command, good_rows
+from disk import good_rows
+from terminal import command
 
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 SAMPLE = ("prompt", "completion", "gold", "correct", "format", "reward", "rewards", "errors",

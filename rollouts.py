@@ -36,6 +36,7 @@ import hosts
 import rewards
 import runs
 import settings
+import terminal
 from sampler import Rollout, Sampler
 
 # ----------------------------------------------------------------------------------------- settings
@@ -729,8 +730,8 @@ def show(samples: list[Sample]) -> None:
     number = lambda x: "missing" if x is None else f"{x:.3g}"
     for s in samples:
         parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
-        runs.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
+        terminal.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
                  f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
                  f"{s.rollout.stop}")
         for name, error in s.scored.errors.items():
-            runs.say(f"  {name}: {error}")
+            terminal.say(f"  {name}: {error}")

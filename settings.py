@@ -25,6 +25,7 @@ import gemma
 import hub
 import lora
 import runs
+import terminal
 
 # --------------------------------------------------------------------------------- shared flags
 
@@ -372,5 +373,5 @@ def show_config(config) -> None:
             words.append(flag if value is True else f"{flag}\u00a0{text}".replace(" ", "\u00a0"))
         lines = textwrap.wrap(" ".join(words), 70, break_on_hyphens=False) or ["nothing"]
         for n, line in enumerate(lines):
-            runs.say(f"{title if n == 0 else '':9}{line}".replace("\u00a0", " "))
-    runs.say(f"{'all':9}{config.out}/config.json")
+            terminal.say(f"{title if n == 0 else '':9}{line}".replace("\u00a0", " "))
+    terminal.say(f"{'all':9}{config.out}/config.json")

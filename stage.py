@@ -35,12 +35,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
+import disk
 import gemma
 import hosts
 import hub
 import lora
 import runs
 import settings
+import terminal
 
 # ----------------------------------------------------------------------------------- the beginning
 
@@ -50,7 +52,7 @@ def begin(config) -> Mesh:
     hosts.connect(config)
     if hosts.index == 0:
         runs.claim(Path(config.out))
-    runs.compilation_cache()
+    terminal.compilation_cache()
     settings.show_config(config)
     return gemma.all_devices()
 
@@ -201,7 +203,7 @@ def load_model(config, mesh: Mesh) -> Model:
     trained, fixed = base, {}
     if config.lora_rank:
         adapter = adapter or new_adapter(cfg, config)
-        runs.say(lora.describe(adapter))
+        terminal.say(lora.describe(adapter))
         trained, scale = lora.split(adapter)
         fixed = {"base": base} | put(scale, mesh, P())
     specs, _ = partition_specs(cfg, config, sharded)
@@ -210,7 +212,7 @@ def load_model(config, mesh: Mesh) -> Model:
     if sharded:
         in_place = rollouts_are_sharded(cfg, config, mesh)
         where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
-    runs.say(f"{cfg.n_params:,} weights {where}")
+    terminal.say(f"{cfg.n_params:,} weights {where}")
     trained = put(trained, mesh, specs)
     sums = checksums(start, tok, with_weights=not getattr(config, "from_scratch", False))
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged, sums)
@@ -222,7 +224,7 @@ def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) 
     for folder in [start.weights, start.adapter] if with_weights else []:
         files += [] if folder is None else sorted(folder.glob("*.safetensors"))
     files += [start.adapter / "adapter_config.json"] if start.adapter else []
-    return {f"checksum of {file.name}": runs.file_checksum(file) for file in files}
+    return {f"checksum of {file.name}": disk.file_checksum(file) for file in files}
 
 
 def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
@@ -232,14 +234,14 @@ def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str
     if own:
         import rewards  # here: SFT has none
 
-        sums |= {f"checksum of {f.name}": runs.file_checksum(f) for f in rewards.files(None, own)}
+        sums |= {f"checksum of {f.name}": disk.file_checksum(f) for f in rewards.files(None, own)}
     if judge := getattr(config, "judge_weights", None) or getattr(config, "judge", None):
-        sums |= {f"checksum of the judge's {file.name}": runs.file_checksum(file)
+        sums |= {f"checksum of the judge's {file.name}": disk.file_checksum(file)
                  for file in sorted(Path(judge).glob("*.safetensors"))}  # none for an address
     return sums | {
-        f"checksum of the rows of --data {config.data}": runs.checksum(rows),
+        f"checksum of the rows of --data {config.data}": disk.checksum(rows),
         f"checksum of the held-out rows of {config.eval_data or config.data}":
-            runs.checksum(item.fields for item in held_out)}
+            disk.checksum(item.fields for item in held_out)}
 
 
 def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, dict | None]:
@@ -252,10 +254,10 @@ def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, d
         own = adapter["scale"][targets[0]][0]
         new = lora.scaling(config.lora_alpha, config.lora_rank, config.rslora)
         if not math.isclose(own, new, rel_tol=1e-5):
-            runs.say(f"--adapter {path} keeps its own scale of {own:.4g}; the {new:.4g} of "
+            terminal.say(f"--adapter {path} keeps its own scale of {own:.4g}; the {new:.4g} of "
                      f"--lora-alpha {config.lora_alpha:g} would be a new adapter's")
         return adapter, None
-    runs.say(f"--adapter {path} merged into the base: {lora.describe(adapter)}")
+    terminal.say(f"--adapter {path} merged into the base: {lora.describe(adapter)}")
     return None, adapter
 
 
@@ -273,7 +275,7 @@ def load_to_sample(start: hub.Start, config) -> tuple[dict, tuple]:
     cfg, params = gemma.load(start.weights, dtype, mesh, shard, config.base == "int8")
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)
     if adapter is not None:
-        runs.say(lora.describe(adapter))
+        terminal.say(lora.describe(adapter))
     return {"cfg": cfg, "mesh": mesh, "dtype": dtype, "shard": shard}, (params, adapter)
 
 
@@ -341,8 +343,8 @@ def keep_held_out(config, items: list) -> None:
     """Writes the held-out rows into the run folder, so that eval.py can read the same rows."""
     if hosts.index == 0:
         file = Path(config.out) / "held_out.jsonl"
-        with runs.writing(file):
-            runs.replace_file(file, runs.to_jsonl(item.fields for item in items))
+        with disk.writing(file):
+            disk.replace_file(file, disk.to_jsonl(item.fields for item in items))
 
 
 # ---------------------------------------------------------------------------------------- the end

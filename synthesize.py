@@ -35,6 +35,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+import disk
 import eval as evaluation
 import hub
 import judge
@@ -42,6 +43,7 @@ import rewards
 import rollouts
 import runs
 import settings
+import terminal
 from endpoint import Endpoint, Unavailable, read_address
 from rollouts import Problem, check
 
@@ -160,7 +162,7 @@ class Teacher(Endpoint):
         self.price, self.budget, self.dollars = price, budget, 0.0
         super().__init__(url, model, **more)
         if self.cache is not None:
-            self.dollars = sum(row["dollars"] for row in runs.good_rows(self.cache, dollars=float))
+            self.dollars = sum(row["dollars"] for row in disk.good_rows(self.cache, dollars=float))
 
     def admit(self) -> None:
         super().admit()
@@ -353,11 +355,11 @@ def pairs(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
 # ------------------------------------------------------------------------------------------ main
 
 
-@runs.one_line
+@terminal.one_line
 def main(config: Config) -> Path:
     """Writes the rows or the pairs and returns their file."""
-    runs.check_versions()
-    runs.compilation_cache()
+    terminal.check_versions()
+    terminal.compilation_cache()
     config = resolve(config)
     out = Path(config.out)
     settings.show_config(config)
@@ -366,31 +368,31 @@ def main(config: Config) -> Path:
     problems, bad = rollouts.load_problems(config, tok)
     make, name = (traces, "rows") if isinstance(config, Traces) else (pairs, "pairs")
     runs.claim(out, name)
-    with runs.lock(out):
+    with disk.lock(out):
         if getattr(config, "teacher", None):
-            with runs.writing(out):
+            with disk.writing(out):
                 runs.write_config(out, config, kind=name)
                 (out / "teacher").mkdir(exist_ok=True)
             teacher = Teacher(
                 config.teacher, config.teacher_model, threads=config.teacher_threads,
                 limit=config.limit, price=config.price, budget=config.budget,
                 cache=out / "teacher" / "replies.jsonl")
-            with runs.writing(out), closing(teacher):
+            with disk.writing(out), closing(teacher):
                 rows = ask(teacher, problems, config)
-            runs.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
+            terminal.say(f"{teacher.n_sent:,} requests and {teacher.dollars:.2f} dollars so far")
         else:
             evaluation.begin_folder(config, name, start, tok, problems)
             rows = evaluation.answer(config, problems, tok, start, greedy=False)
         made, rejects = make(problems, rows, tok, config)
         rejects += [{"reason": "bad row", "detail": line} for line in bad]
-        with runs.writing(out):
-            runs.replace_file(out / f"{name}.jsonl", runs.to_jsonl(made))
-            runs.replace_file(out / "rejects.jsonl", runs.to_jsonl(rejects))
+        with disk.writing(out):
+            disk.replace_file(out / f"{name}.jsonl", disk.to_jsonl(made))
+            disk.replace_file(out / "rejects.jsonl", disk.to_jsonl(rejects))
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
-    runs.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")
+    terminal.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")
     return out / f"{name}.jsonl"
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(settings.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -35,8 +35,8 @@ import tyro
 
 import data
 import rewards
-import runs
 import settings
+import terminal
 
 HERE = Path(__file__).resolve().parent
 
@@ -424,4 +424,4 @@ def main(config: Config, flags: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(*tyro.cli(Config, description=__doc__, return_unknown_args=True)))
+    terminal.command(lambda: main(*tyro.cli(Config, description=__doc__, return_unknown_args=True)))

@@ -43,6 +43,7 @@ import rollouts
 import runs
 import settings
 import stage
+import terminal
 from rollouts import Problem, Sample
 from sampler import Rollout, Sampler
 
@@ -151,7 +152,7 @@ def add_teacher(model: stage.Model, config: Config, mesh: Mesh) -> tuple[stage.M
     teacher = {"base": base}
     if start.adapter is not None:
         teacher["adapter"] = stage.put(lora.load(start.adapter, cfg), mesh, P())
-    runs.say(f"the teacher's {cfg.n_params:,} weights {'sharded' if sharded else 'on each'}")
+    terminal.say(f"the teacher's {cfg.n_params:,} weights {'sharded' if sharded else 'on each'}")
     facts = {f"{k} of the teacher": v for k, v in stage.checksums(start, tok).items()}
     model = model._replace(fixed=model.fixed | {"teacher": teacher},
                            checksums=model.checksums | facts)
@@ -372,10 +373,10 @@ def update(setup: Setup, state: State, groups: list[list[Sample]], given: list[S
                  state.num_tokens + n_tokens), metrics, host
 
 
-@runs.one_line
+@terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_versions()
+    terminal.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -445,4 +446,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(settings.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -54,6 +54,7 @@ import rollouts
 import runs
 import settings
 import stage
+import terminal
 from rollouts import Problem, Sample
 from sampler import Sampler
 
@@ -589,10 +590,10 @@ def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]]
     rollouts.check_drift(step, metrics, config)
 
 
-@runs.one_line
+@terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_versions()
+    terminal.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -600,7 +601,7 @@ def main(config: Config) -> Path | dict:
     config = resolve(config)
     mesh = stage.begin(config)
     if config.group == 2 and config.scale == "group":
-        runs.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
+        terminal.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
                  "apart the rewards are; --scale none keeps the distance")
 
     # load
@@ -660,4 +661,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(settings.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))

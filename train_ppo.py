@@ -51,6 +51,7 @@ import rollouts
 import runs
 import settings
 import stage
+import terminal
 from rollouts import Sample
 
 # ---------------------------------------------------------------------------------------- config
@@ -437,10 +438,10 @@ def update(config: Config, mesh: Mesh, fixed: dict, steps: tuple, reference: dic
 # ------------------------------------------------------------------------------------------ main
 
 
-@runs.one_line
+@terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_versions()
+    terminal.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -515,4 +516,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(settings.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))

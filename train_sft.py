@@ -44,6 +44,7 @@ import packed
 import runs
 import settings
 import stage
+import terminal
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -202,10 +203,10 @@ def programs(config: Config, mesh: Mesh) -> dict:
 # ------------------------------------------------------------------------------------------ main
 
 
-@runs.one_line
+@terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
-    runs.check_versions()
+    terminal.check_versions()
     if config.plan:
         import bench  # here: bench imports this file
 
@@ -268,4 +269,4 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    runs.command(lambda: main(settings.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import data
 import examples
 import problems
-import runs
+import terminal
 
 pytestmark = pytest.mark.smoke
 TURN = lambda role, text: {"role": role, "content": text}
@@ -26,7 +26,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(runs, "say", lines.append)
+    monkeypatch.setattr(terminal, "say", lines.append)
     return lines
 
 

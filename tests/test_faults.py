@@ -25,6 +25,7 @@ from conftest import KILLER, ROOT, contents
 from test_judge import serving
 
 import data
+import disk
 import eval as evaluation
 import gemma
 import judge
@@ -258,7 +259,7 @@ def test_kill_9(world, tmp_path, name):
                           env=os.environ | {"XLA_FLAGS": flags})
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     if name in TRAINERS:
-        assert runs.verify(tmp_path / "checkpoints/step_1") is None
+        assert disk.verify(tmp_path / "checkpoints/step_1") is None
         assert not (tmp_path / "final").exists()
     else:
         assert len((tmp_path / "samples.jsonl").read_bytes().splitlines()) > 2
@@ -349,7 +350,7 @@ def faults(world, name, out):
     rows = Path(world.configs[name].data)
     other_row = rows.read_bytes().replace(b"0 + 1?", b"0 + 2?", 1)
     of_rows = f"the rows of --data {rows}" if name in TRAINERS else "the prompts"
-    yield runs.lock(out), (f"{out} is in use by process {os.getpid()}", "--out"), False
+    yield disk.lock(out), (f"{out} is in use by process {os.getpid()}", "--out"), False
     yield refusing(errno.ENOSPC, written, 2), (str(out), "No space left on device"), False
     yield refusing(errno.EROFS, str(out)), (f"cannot write {out}", "Read-only", "--out"), False
     yield in_place_of(out / "config.json", b'{"seed": '), ("config.json", "another --out"), False
@@ -422,7 +423,7 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         world.run(name, tmp_path, **change)
         assert len(asked) > 9 and len({*asked}) == len(asked)
     if name == "train_grpo":
-        assert runs.verify(tmp_path / "final") is None
+        assert disk.verify(tmp_path / "final") is None
     else:
         assert (tmp_path / "pairs.jsonl").exists()
 

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import data
+import disk
 import eval as evaluation
 import examples
 import gemma
@@ -32,6 +33,7 @@ import rollouts
 import runs
 import stage
 import synthesize
+import terminal
 import train_sft
 from recipes import table
 
@@ -169,8 +171,8 @@ def good(small, tmp_path_factory):
               for mode, n in (("greedy", 1), ("sampled", 2))
               for i, p in enumerate(found) for s in range(n)]
     journal.mkdir()
-    (journal / "samples.jsonl").write_bytes(runs.to_jsonl(graded))
-    runs.write_json(journal / "results.json", evaluation.summarize(graded))
+    (journal / "samples.jsonl").write_bytes(disk.to_jsonl(graded))
+    disk.write_json(journal / "results.json", evaluation.summarize(graded))
     runs.write_config(journal, evaluation.Config(out=str(journal)), kind="eval")
     shutil.copytree(journal, root / "recipe" / "eval-start")
     (root / "replies.jsonl").write_text("\n".join(map(json.dumps, (
@@ -200,12 +202,12 @@ def readers(root: Path, found: list, cfg, tok) -> dict:
         runs.claim(run)
         runs.check_unchanged(run, train_sft.Config(out=str(run), steps=2, save_every=1))
         for name in ("metrics", "samples"):
-            runs.good_rows(run / f"{name}.jsonl", step=int)
+            disk.good_rows(run / f"{name}.jsonl", step=int)
 
     def read_journal():
         runs.claim(journal, "eval")
         n_of = {"greedy": 1, "sampled": 2}
-        others = runs.good_rows(journal / "samples.jsonl", **evaluation.COMPLETION)
+        others = disk.good_rows(journal / "samples.jsonl", **evaluation.COMPLETION)
         rows = evaluation.read_journal(journal / "samples.jsonl", found, n_of)
         (journal / "samples.jsonl").write_bytes(whole)  # it left out the scores
         for both in (rows, others):
@@ -259,7 +261,7 @@ def alarm(seconds: int):
 
 def test_damaged_files_are_used_or_refused_in_a_line(good, monkeypatch):
     pytest.importorskip("openai")  # which a teacher's cache needs, and slow to import
-    monkeypatch.setattr(runs, "say", str)
+    monkeypatch.setattr(terminal, "say", str)
     monkeypatch.setattr(evaluation, "N_RESAMPLES", 20)
     root, tried, refused = good[0], Counter(), Counter()
     kinds, wrong = readers(*good), []
@@ -337,7 +339,7 @@ def test_odd_rows_are_used_or_bad_rows(small, tmp_path, capsys):
     model = stage.Model(None, tok, None, {}, {}, {}, False, None, {})
     for items in usable:
         stage.keep_held_out(config, items)
-        assert len(runs.good_rows(tmp_path / "held_out.jsonl")) == len(items)
+        assert len(disk.good_rows(tmp_path / "held_out.jsonl")) == len(items)
         assert len(stage.facts(config, model, [items], items)) == 2
     missing = set()
     for problem in rollouts.numbered(usable[0]):

@@ -15,10 +15,10 @@ import pytest
 from conftest import FLAGS, ROOT, contents
 from safetensors.numpy import load_file
 
+import disk
 import gemma
 import hosts
 import lora
-import runs
 import train_distill
 import train_grpo
 import train_ppo
@@ -217,7 +217,7 @@ def test_a_process_that_dies_ends_the_other(both, folder):
     assert code != 0 and other == -signal.SIGKILL
     assert re.search("another task died|[Gg]loo", said), said
     checkpoints = [*(folder / "dies/checkpoints").glob("step_*")]
-    assert all(runs.verify(path) is None for path in checkpoints) and len(checkpoints) > 1
+    assert all(disk.verify(path) is None for path in checkpoints) and len(checkpoints) > 1
 
 
 # --------------------------------------------------------------------------------------- the flags

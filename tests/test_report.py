@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tyro
 
+import disk
 import eval as evaluation
 import report
 import runs
@@ -230,7 +231,7 @@ def test_odd_values_are_left_out_and_nothing_but_a_page_is_replaced(tmp_path):
             s.write(json.dumps({"step": 3, **{key: value for key in report.SAMPLE}}) + "\n")
             s.write(json.dumps({"step": value, "rewards": {"a": value}}) + "\n")
     results = {"pass@1": 0.5, "n": 3, "intervals": {"pass@1": [0.1, 0.9]}}
-    runs.write_json(folder / "results.json", results)
+    disk.write_json(folder / "results.json", results)
     assert "[10.0, 90.0]" in html(folder)
     for value in odd:
         changed = results | {"pass@1": value, "maj@2": 0.5, "intervals": {"maj@2": value}}
@@ -444,7 +445,7 @@ def base_and_trained(tmp_path_factory):
                  "n_tokens": 3, "stop": "stop", "completion": f"{name} {i}" + " hm" * 3000}
                 for i in range(3)]
         (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        runs.write_json(folder / "results.json", evaluation.summarize(rows))
+        disk.write_json(folder / "results.json", evaluation.summarize(rows))
         folders.append(str(folder))
     return report.main(report.Config(tuple(folders)))
 

@@ -21,10 +21,12 @@ import optax
 import pytest
 from conftest import ROOT, contents
 
+import disk
 import hosts
 import runs
 import settings
 import synthesize
+import terminal
 import train_grpo
 
 LIKE = {"w": np.zeros(4, np.float32)}
@@ -96,11 +98,11 @@ def run_python(code, *arguments, **options):
 DRIVER = """
 import os, shutil, signal, sys
 from pathlib import Path
-import conftest, runs, test_runs
+import conftest, runs, terminal, test_runs
 
 device = type("Device", (), {"device_kind": "fake"})
 runs.jax.devices, runs.jax.device_count = lambda: [device], lambda: 1
-runs.say = runs.Run.report = lambda *_: None
+terminal.say = runs.Run.report = lambda *_: None
 os.fsync = lambda handle: None  # a kill, unlike a power cut, keeps what was written
 operations = [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"),
               (runs, "save_file"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "write_text"),
@@ -188,16 +190,16 @@ def test_a_large_file_is_known_by_its_pieces(tmp_path, monkeypatch):
     file = tmp_path / "x"
     with open(file, "wb") as sparse:
         sparse.truncate(2**28 + 5)
-    first = runs.file_checksum(file)
+    first = disk.file_checksum(file)
     assert first.endswith(" (64 x 1,048,576 of 268,435,461 bytes)")
     for at in (0, 2**28 + 4):
         with open(file, "r+b") as sparse:
             sparse.seek(at)
             sparse.write(b"\1")
-        assert (second := runs.file_checksum(file)) != first
+        assert (second := disk.file_checksum(file)) != first
         first = second
     file.write_bytes(b"a")
-    assert runs.file_checksum(file) == "ca978112ca1bbdca (1 x 1 of 1 bytes)"  # sha256 of "a"
+    assert disk.file_checksum(file) == "ca978112ca1bbdca (1 x 1 of 1 bytes)"  # sha256 of "a"
 
 
 def test_no_valid_checkpoint_starts_again(whole, tmp_path):
@@ -306,7 +308,7 @@ def test_disk_full_in_any_fsync_loses_nothing(tmp_path, monkeypatch):
                 run.save(2, LIKE, {"seen": 2}, model)
             left = sorted(path.name for path in (tmp_path / "x/checkpoints").iterdir())
             assert left[0] == "step_1"
-            assert all(runs.verify(tmp_path / "x/checkpoints" / name) is None for name in left)
+            assert all(disk.verify(tmp_path / "x/checkpoints" / name) is None for name in left)
         assert k > 9
 
 
@@ -404,7 +406,7 @@ def test_every_flag_that_may_change_exists_and_memory_flags_are_among_them():
     scripts = train_grpo.Config, synthesize.Traces, synthesize.Pairs
     fields = {field.name for script in scripts for field in dataclasses.fields(script)}
     assert runs.MAY_CHANGE <= fields
-    assert runs.MEMORY.keys() <= runs.MAY_CHANGE and {*hosts.FLAGS} <= runs.MAY_CHANGE
+    assert terminal.MEMORY.keys() <= runs.MAY_CHANGE and {*hosts.FLAGS} <= runs.MAY_CHANGE
 
 
 # ------------------------------------------------------------------ lines of JSON
@@ -414,18 +416,18 @@ def test_one_reader_of_lines_survives_what_is_torn(tmp_path):
     rows = [{"a": "é\r\n\ud800 \u2028"}, {"b": [1.5, None]}]
     file = tmp_path / "a.jsonl"
     bad = [b'{"torn": "\xc3', b"\xff\xfe\x00", b"3", b"[" * 100_000, b'{"a": 1}}']
-    text = b"\xef\xbb\xbf" + runs.to_jsonl(rows[:1]) + b"\n  \r\n" + b"\n".join(bad) + b"\n"
-    file.write_bytes(text + runs.to_jsonl(rows[1:]).replace(b"\n", b"\r\n") + b'{"st')
-    read = [*runs.read_jsonl(file)]
+    text = b"\xef\xbb\xbf" + disk.to_jsonl(rows[:1]) + b"\n  \r\n" + b"\n".join(bad) + b"\n"
+    file.write_bytes(text + disk.to_jsonl(rows[1:]).replace(b"\n", b"\r\n") + b'{"st')
+    read = [*disk.read_jsonl(file)]
     assert [n for n, _ in read] == [1, 4, 5, 6, 7, 8, 9, 10]
-    assert [row for _, row in read if isinstance(row, dict)] == rows == runs.good_rows(file)
+    assert [row for _, row in read if isinstance(row, dict)] == rows == disk.good_rows(file)
     wrong = [str(row) for _, row in read if isinstance(row, ValueError)]
     assert len(wrong) == 5 and read[3] == (6, 3)
-    assert runs.good_rows(tmp_path / "none") == []
+    assert disk.good_rows(tmp_path / "none") == []
 
 
 def test_a_line_cannot_drive_the_terminal(capsys):
-    runs.say("a\x1b[2J\x1b]0;t\x07\r\u202e\ud800\x9b\tb\nc")
+    terminal.say("a\x1b[2J\x1b]0;t\x07\r\u202e\ud800\x9b\tb\nc")
     said = capsys.readouterr().err.splitlines()
     assert said == ["a\\x1b[2J\\x1b]0;t\\x07\\r\\u202e\\ud800\\x9b\tb", "c"]
 
@@ -436,7 +438,7 @@ def test_colours_go_to_a_terminal_alone_and_can_be_refused(capsys, monkeypatch):
     ):
         monkeypatch.setenv("NO_COLOR", no_color)
         monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
-        runs.say("\x1b[36mb\x1b[0mc")
+        terminal.say("\x1b[36mb\x1b[0mc")
         assert capsys.readouterr().err.strip() == expected
 
 
@@ -692,7 +694,7 @@ def test_final_is_the_best_step_unless_that_one_is_damaged(whole, tmp_path, caps
                 (folder / "checkpoints/step_2/adapter.txt").write_text("?")
             run.finish(named(6))
         assert (folder / "final/adapter.txt").read_text() == str(expected)
-        assert runs.verify(folder / "final") is None and not (folder / "final/resume").exists()
+        assert disk.verify(folder / "final") is None and not (folder / "final/resume").exists()
     assert "step 2 was the best, but adapter.txt has changed" in capsys.readouterr().err
 
 
@@ -733,7 +735,7 @@ def test_lines_now_and_then(tmp_path, capsys, monkeypatch):
             budget.clock.now += 10
             budget.progress(step)
             run.log(step, {"loss": 2.0, "ok": 0.2, "other": 1})
-        run.every_s = 0
+        run.step_lines.every_s = 0
         run.log(5, {"eval_accuracy": 0.38, "eval_accuracy_low": 0.3, "eval_accuracy_high": 0.46,
                     "eval_format": 1.0, "eval_loss": 2.0})
         run.log(6, {"loss": 2.0})
@@ -819,9 +821,9 @@ def test_old_jax_names_the_one_command(monkeypatch, version, installed, command)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == installed)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     if command is None:
-        return runs.check_versions(jax=version)
+        return terminal.check_versions(jax=version)
     with pytest.raises(SystemExit) as stop:
-        runs.check_versions(jax=version)
+        terminal.check_versions(jax=version)
     assert str(stop.value) == f"JAX {version} is too old, 0.10 is needed: {command}"
 
 
@@ -849,10 +851,10 @@ def test_a_mistake_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
 def test_an_old_sentencepiece_is_named_too():
     """CVE-2026-1260: a tokenizer's file writes where it should not."""
     for version in ("0.2.1", "0.2.1.dev0", "0.3", "1.0"):
-        runs.check_versions(sentencepiece=version)
+        terminal.check_versions(sentencepiece=version)
     for version in ("0.2.0", "0.1.99", "0.2"):
         with pytest.raises(SystemExit, match=f"^sentencepiece {version} is too old, 0.2.1 is need"):
-            runs.check_versions(sentencepiece=version)
+            terminal.check_versions(sentencepiece=version)
 
 
 OLD_JAX = """

@@ -18,10 +18,10 @@ from conftest import ROOT
 from test_judge import serving
 
 import data
+import disk
 import examples
 import problems
 import rollouts
-import runs
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
@@ -32,7 +32,7 @@ N = 24
 
 
 def write(path, rows):
-    path.write_bytes(runs.to_jsonl(rows))
+    path.write_bytes(disk.to_jsonl(rows))
     return str(path)
 
 
