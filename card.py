@@ -13,6 +13,7 @@ import re
 import shlex
 from pathlib import Path
 
+import disk
 import gemma
 import hub
 import report
@@ -127,8 +128,8 @@ def hub_id(model: str, base: str) -> str | None:
 def facts(folder: Path) -> dict:
     """rank (0: a whole model), base (its folder) and system text of an adapter or model folder."""
     config, prompt = folder / "adapter_config.json", folder / "prompt.json"
-    adapter = gemma.read_json(config) if config.exists() else {}
-    system = gemma.read_json(prompt).get("system") if prompt.exists() else ""
+    adapter = disk.read_json(config) if config.exists() else {}
+    system = disk.read_json(prompt).get("system") if prompt.exists() else ""
     return {"rank": adapter.get("r", 0), "base": adapter.get("base_model_name_or_path") or "",
             "system": system or ""}
 

@@ -28,11 +28,8 @@ What to know when comparing with google-deepmind/gemma and transformers' modelin
 
 import dataclasses
 import functools
-import json
 import math
-import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -720,51 +717,3 @@ def read_config(path: str | Path) -> Config:
     import model_files
 
     return model_files.read_config(path)
-
-
-def read_text(path: str | Path) -> str:
-    """A file as UTF-8; ValueError names the file."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-
-
-def parse_json(text: str | bytes) -> Any:
-    """A JSON value; ValueError for anything else."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"cannot be read as JSON ({e})") from None
-
-
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file; ValueError names the file. `json_value` checks its values."""
-    text = read_text(path)
-    try:
-        content = parse_json(text)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
-def json_value(values: dict, key: str, kind: type, default, source: str | Path, low=1e-12,
-               high=2**24):
-    """values[key], or the default if it is absent or null; the default `...` makes it required.
-
-    ValueError unless it is a `kind`: a number from `low` to `high` (an int is a float too, a bool
-    is no number), or a text that UTF-8 and file names can hold.
-    """
-    value = values.get(key)
-    if value is None and default is not ...:
-        return default
-    is_number = kind in (int, float)
-    limits = f" from {math.ceil(low) if kind is int else low:g} to {high}" if is_number else ""
-    right = isinstance(value, (int, float) if kind is float else kind)
-    right = right and (kind is bool or not isinstance(value, bool))
-    right = right and not (kind is str and re.search("[\0\ud800-\udfff]", value))
-    if not right or is_number and not low <= value <= high:
-        raise ValueError(f"{source}: {key} is {value!r:.60}, expected {kind.__name__}{limits}")
-    return value

@@ -208,7 +208,7 @@ def _named_base(folder: Path) -> Path | None:
     file = folder / "adapter_config.json"
     if not file.exists():
         return None
-    return Path(gemma.json_value(gemma.read_json(file), "base_model_name_or_path", str, "", file))
+    return Path(disk.json_value(disk.read_json(file), "base_model_name_or_path", str, "", file))
 
 
 # ------------------------------------------------------------------------------------------- data

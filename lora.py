@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import disk
 import gemma
 import hub
 from gemma import LINEARS, Config, Spec, axis_sizes
@@ -138,7 +139,7 @@ def read_prompt(adapter: str | None, system: str | None) -> str | None:
     if not (folder / "prompt.json").exists():
         return system
     file = folder / "prompt.json"
-    trained = gemma.json_value(gemma.read_json(file), "system", str, ..., file)
+    trained = disk.json_value(disk.read_json(file), "system", str, ..., file)
     if system is not None and system != trained:
         raise ValueError(f"--system {system!r}, but {folder} was trained under {trained!r}: "
                          "leave --system out, or begin without --adapter")
@@ -215,12 +216,12 @@ def read_settings(file: Path) -> tuple[int, float, dict[str, float], bool]:
     ValueError names any other setting, such as modules_to_save or use_dora: without it only a part
     of what was trained would be loaded.
     """
-    config = gemma.read_json(file)
-    rank = gemma.json_value(config, "r", int, 8, file)
-    alpha = gemma.json_value(config, "lora_alpha", float, 8, file)
-    rslora = gemma.json_value(config, "use_rslora", bool, False, file)
-    alphas = gemma.json_value(config, "alpha_pattern", dict, {}, file)
-    alphas = {key: gemma.json_value(alphas, key, float, alpha, file) for key in alphas}
+    config = disk.read_json(file)
+    rank = disk.json_value(config, "r", int, 8, file)
+    alpha = disk.json_value(config, "lora_alpha", float, 8, file)
+    rslora = disk.json_value(config, "use_rslora", bool, False, file)
+    alphas = disk.json_value(config, "alpha_pattern", dict, {}, file)
+    alphas = {key: disk.json_value(alphas, key, float, alpha, file) for key in alphas}
     wrong = [f"{key!r:.60} is {value!r:.60}" for key, value in config.items()
              if value and (allowed := SETTINGS.get(key, ())) is not None and value not in allowed]
     # PEFT takes regular expressions, some of which would run for ever: only names are read here.

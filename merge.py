@@ -13,6 +13,7 @@ import tyro
 
 import card
 import data
+import disk
 import gemma
 import hub
 import lora
@@ -49,7 +50,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     system = lora.read_prompt(adapter, None) or ""
     tok.save(out, system)
     file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, not a list
-    file.write_text(json.dumps(gemma.read_json(file) | {"eos_token_id": tok.eos}, indent=2))
+    file.write_text(json.dumps(disk.read_json(file) | {"eos_token_id": tok.eos}, indent=2))
     if system:
         lora.write_prompt(Path(out), system)
     card.write_merged(Path(out), path, model)

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import gemma
-from gemma import Config, Int8, Spec, axis_sizes, json_value, quantise, read_json, specs
+from disk import json_value, read_json
+from gemma import Config, Int8, Spec, axis_sizes, quantise, specs
 
 # ----------------------------------------------------------------------------------- config.json
 
