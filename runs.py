@@ -74,7 +74,7 @@ def parse_time(text: str | float | None) -> float | None:
 
 
 class Budget:
-    """The share of the run that is done: by steps, by the clock, or whichever is further.
+    """The share of the run that is done, by steps or by the clock, whichever is further.
 
     With a limit the share follows the clock, p = p0 + (1 - p0) · elapsed / (limit - reserve): p0 is
     the share in the checkpoint, elapsed counts this session alone, from `start` (None: now), and
@@ -92,7 +92,7 @@ class Budget:
 
     @contextlib.contextmanager
     def measure(self, kind: str):
-        """Time a "save" (Run does it) or an "eval": each must also fit in at the end."""
+        """Time an "eval" or a "save" (Run times its saves); the reserve has room for both."""
         begin = self.clock()
         yield
         took = self.clock() - begin

@@ -14,12 +14,19 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests reaches for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests, workers and subprocesses share what is compiled. Before the first compilation, or a process
+# compiles everything anew.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/jax-programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+import gemma  # noqa: E402
+import lora  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -67,7 +74,6 @@ def small(tmp_path_factory):
     """A folder with a random model, the shipped tokenizer, and 40 rows of data."""
     folder = tmp_path_factory.mktemp("small")
     import data
-    import gemma
     import problems
 
     tok = data.Tokenizer(ROOT / "tiny")
@@ -96,13 +102,50 @@ def told(monkeypatch):
 
 def greedy(params, cfg, prompt, n: int) -> list[int]:
     """The plainest decoder there is: a whole forward pass for each of n tokens."""
-    import gemma
-
     logits = jax.jit(gemma.logits, static_argnames="cfg")
     ids = [*prompt, *[0] * n]  # no token sees those after it
     for t in range(len(prompt), len(ids)):
         ids[t] = int(logits(params, cfg, np.array([ids]))[0, t - 1].argmax())
     return ids[len(prompt) :]
+
+
+ONE_DEVICE = {**os.environ, "XLA_FLAGS": " ".join(FLAGS[1:])}  # the environment of a subprocess
+CFG = gemma.Config(
+    "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
+    max_position_embeddings=64,
+)
+
+
+def mesh_of(n: int) -> jax.sharding.Mesh:
+    """The first n of the eight devices."""
+    return jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
+                         devices=jax.devices()[:n])
+
+
+def live_adapter(cfg, seed=0, rank=4):
+    """A random adapter whose B is not 0, so that every gradient is alive."""
+    adapter = lora.init(cfg, jax.random.key(seed), rank, 8.0)
+    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
+    return adapter | {"b": jax.tree.map(noise, adapter["b"])}
+
+
+def weights_of(config) -> tuple[dict, dict]:
+    """(trained, fixed) of a live adapter on CFG, or of all weights where --lora-rank is 0."""
+    params = gemma.init(CFG, jax.random.key(0))
+    if not config.lora_rank:
+        return params, {}
+    trained, fixed = lora.split(live_adapter(CFG))
+    return trained, {"base": params} | fixed
+
+
+def close(got, expected, rtol=1e-5) -> None:
+    """Two (gradient, metrics): arrays differ by rtol of their largest entry, which is not 0."""
+    found = dict(jax.tree_util.tree_leaves_with_path(got[0]))
+    for path, x in jax.tree_util.tree_leaves_with_path(expected[0]):
+        assert np.abs(x).max() > 0, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(found[path], x, atol=rtol * np.abs(x).max(), rtol=0)
+    for name, x in expected[1].items():
+        np.testing.assert_allclose(got[1][name], x, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args) -> None:

@@ -191,51 +191,6 @@ def correct(name: str, weights: str, reference: str, modes: tuple) -> dict:
     return found
 
 
-def attention(T: int) -> dict:
-    """cuDNN's attention and gemma.attend in bfloat16 against gemma.attend in float32.
-
-    Two packed segments a row and a window, in the shape of gemma3-1b; forward and gradients.
-    """
-    cfg, B = dataclasses.replace(gemma.CONFIGS["gemma3-1b"], sliding_window=T // 4), 4
-    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (jax.random.normal(key, (B, T, n, H)) for key, n in
-                  zip(keys, (N, K, K, N), strict=True))
-    at_T, part_T = jnp.arange(T), (jnp.arange(T) > T // 3)
-    away_TT = at_T[:, None] - at_T[None]
-    mask_TT = (away_TT >= 0) & (away_TT < cfg.sliding_window) & (part_T[:, None] == part_T[None])
-    mask_BTT = jnp.broadcast_to(mask_TT, (B, T, T))
-
-    def ours(q, k, v):
-        return gemma.attend(cfg, q, [(k.swapaxes(1, 2), v.swapaxes(1, 2), mask_BTT)])
-
-    def cudnn(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask_BTT[:, None], implementation="cudnn",
-                                            scale=cfg.query_pre_attn_scalar**-0.5)
-
-    def results(attend, dtype):
-        both = jax.jit(lambda *x: (lambda y, vjp: (y, *vjp(g.astype(dtype))))(*jax.vjp(attend, *x)))
-        args = [x.astype(dtype) for x in (q, k, v)]
-        jax.block_until_ready(both(*args))
-        began = time.perf_counter()
-        out = jax.block_until_ready(both(*args))
-        return [np.asarray(x, np.float32) for x in out], time.perf_counter() - began
-
-    with jax.default_matmul_precision("highest"):
-        exact, _ = results(ours, jnp.float32)
-    found, wrong = {}, []
-    for name, function in {"attend": ours, "cudnn": cudnn}.items():
-        try:
-            out, found[f"{name} s"] = results(function, jnp.bfloat16)
-        except Exception as e:  # whatever cuDNN says of this machine is the result
-            found[name] = f"not available: {str(e).splitlines()[0]:.120}"
-            continue
-        for what, x, y in zip(("out", "dq", "dk", "dv"), out, exact, strict=True):
-            error = found[f"{name} {what}"] = float(np.abs(x - y).max() / np.abs(y).max())
-            wrong += [] if error < 0.03 else [f"{name} {what} {error:.2g}"]
-    return found | {"wrong": wrong}
-
-
 # ----------------------------------------------------------------------------------------- speed
 
 SHAPES = dict(rows=16, length=2048, micro_rows=8, prompts=64, group=8, prompt_length=128,
@@ -308,7 +263,6 @@ def plan(config: Config) -> list[Task]:
     if config.weights:
         tasks.append(Task("correct real", 12, 40, inside("correct real")))
     tasks += [
-        Task("correct attention", 4, 15, inside("correct attention")),
         Task("speed sft", 9, 40, [*measure, "sft"]),
         Task("speed grpo", 10, 50, [*measure, "grpo"]),
         Task("speed profile sft", 4, 25, inside("speed profile sft")),
@@ -347,8 +301,6 @@ def run_inside(config: Config) -> dict:
     if kind == "speed":
         shapes = QUICK if config.quick else SHAPES
         return profile(what.split()[-1], shapes, Path(config.out))
-    if what == "attention":
-        return attention(128 if config.quick else 2048)
     weights = config.weights if what == "real" else str(ROOT / "tiny")
     return correct(what, weights, config.reference, (EXACT, BF16) if config.quick else MODES)
 

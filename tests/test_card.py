@@ -83,12 +83,6 @@ def test_a_merged_folder_tells_what_it_is(run, tmp_path):
                  'from_pretrained(".", dtype', "llama-cli -m ../mine.gguf --jinja"):
         assert said in text, said
     assert "PeftModel" not in text and text.count("## Use") == 1
-    assert card.commands(merged, "out/mine").splitlines() == [
-        "vllm serve out/mine",
-        "python llama.cpp/convert_hf_to_gguf.py out/mine --outfile out/mine.gguf",
-        "llama-cli -m out/mine.gguf --jinja",
-        "ollama create mine -f out/mine/Modelfile",
-        "hf upload YOU/mine out/mine"]
 
 
 @pytest.mark.parametrize("system", ["", SYSTEM])

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, check_sharded_step
-from jax.sharding import AxisType
+from conftest import CFG, ROOT, check_sharded_step, close, live_adapter, mesh_of
+from test_grpo import samples_of
 
 import data
 import divergence
@@ -19,13 +19,8 @@ import lora
 import rewards
 import stage
 import train_distill
-from rollouts import Problem, Sample, pack
-from sampler import Rollout
+from rollouts import pack
 
-CFG = gemma.Config(
-    "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
-    max_position_embeddings=64,
-)
 LARGER = dataclasses.replace(  # padded to a longer vocabulary, and with a cap as in Gemma 2
     CFG, vocab_size=104, hidden_size=40, num_hidden_layers=2, is_global=(False, True),
     final_logit_softcapping=3.0)
@@ -36,10 +31,6 @@ BETAS = (0.0, 0.3, 0.5, 1.0)
 
 def change(**fields):
     return dataclasses.replace(CONFIG, **fields)
-
-
-def mesh_of(n):
-    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
 
 
 # --------------------------------------------------------------------------------- the divergence
@@ -128,24 +119,6 @@ def test_values_of_trl_as_numbers(n):
     np.testing.assert_allclose(grad, c["grad"], atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("beta", BETAS)
-def test_loss_and_gradient_are_those_of_trl(beta, temperature):
-    torch = pytest.importorskip("torch")
-    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason="TRL 1.16 is absent")
-    rng = np.random.default_rng(1)
-    student, teacher = rng.normal(size=(2, 2, 6, 13)).astype(np.float32) * 3
-    mask = rng.random((2, 6)) < 0.7
-    x = torch.tensor(student, requires_grad=True)
-    labels = torch.tensor(np.where(mask, 1, -100))
-    loss = gkd.GKDTrainer.generalized_jsd_loss(
-        x, torch.tensor(teacher), labels, beta=beta, temperature=temperature)
-    loss.backward()
-    got, grad = trl_like(student, teacher, mask, beta, temperature)
-    np.testing.assert_allclose(got, loss.item(), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(grad, x.grad.numpy(), atol=1e-6)
-
-
 @pytest.mark.parametrize("beta", BETAS)
 def test_nothing_is_learnt_from_oneself(beta):
     x, head, _, _, tokens, weight, _ = case(V=500)
@@ -185,35 +158,14 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
 # ------------------------------------------------------------------------- layouts of an update
 
 
-def samples_of(n=16, seed=0):
-    """Completions of prompts that four of them share, with advantages."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for i in range(n):
-        if i % 4 == 0:
-            prompt = tuple(rng.integers(3, 97, rng.integers(1, 9)).tolist())
-        ids = rng.integers(3, 97, rng.integers(1, 13)).astype(np.int32)
-        problem = Problem("id", prompt, "question", "1", "number", (), "math")
-        out.append(Sample(problem, i // 4, Rollout(0, 0, ids, np.zeros(len(ids), np.float32),
-                                                   "stop"), "", None, False,
-                          rewards.Scored(1.0, {}, {}), rng.normal() if i % 3 else 0.0))
-    return out
-
-
-def noisy(cfg, seed):
-    adapter = lora.init(cfg, jax.random.key(seed), 4, 8.0)
-    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
-    return adapter | {"b": jax.tree.map(noise, adapter["b"])}
-
-
 def weights_for(config):
     """(trained, fixed) of a student under a larger teacher with an adapter."""
     params = gemma.init(CFG, jax.random.key(0))
     trained, fixed = params, {}
     if config.lora_rank:
-        trained, fixed = lora.split(noisy(CFG, 1))
+        trained, fixed = lora.split(live_adapter(CFG, 1))
         fixed |= {"base": params}
-    teacher = {"base": gemma.init(LARGER, jax.random.key(5)), "adapter": noisy(LARGER, 6)}
+    teacher = {"base": gemma.init(LARGER, jax.random.key(5)), "adapter": live_adapter(LARGER, 6)}
     return trained, fixed | {"teacher": teacher}
 
 
@@ -234,22 +186,12 @@ def step(config, devices, student=False, teacher=False, check_vma=True, batch=No
     fixed_specs["teacher"].pop("adapter")
     trained, fixed = (stage.put(x, mesh, s) for x, s in ((trained, specs), (fixed, fixed_specs)))
     fixed["teacher"]["adapter"] = stage.put(adapter, mesh, jax.sharding.PartitionSpec())
-    batch, n_micro = batch or packed(samples_of(), config, devices)
+    batch, n_micro = batch or packed(samples_of(zeros=5), config, devices)
     opt = stage.optimizer(config).init(trained)
     _, opt, metrics, _ = train_step(trained, opt, fixed, batch, np.int32(n_micro), np.float32(0))
     return jax.device_get((opt[1].mu, metrics))
 
 
-def close(got, expected, tolerance=2e-5):
-    for path, x in jax.tree_util.tree_leaves_with_path(expected[0]):
-        y = dict(jax.tree_util.tree_leaves_with_path(got[0]))[path]
-        assert np.abs(x).max() > 0, jax.tree_util.keystr(path)
-        np.testing.assert_allclose(y, x, atol=tolerance * np.abs(x).max(), rtol=0)
-    for name, value in expected[1].items():
-        np.testing.assert_allclose(got[1][name], value, rtol=2e-5, err_msg=name)
-
-
-@pytest.mark.smoke
 @pytest.mark.parametrize("rank, student, teacher, check_vma", [
     (4, False, True, True), (4, False, True, False), (4, True, False, True), (0, False, True, True),
     (0, True, True, False)])
@@ -257,7 +199,7 @@ def test_devices_and_shards_change_no_gradient(rank, student, teacher, check_vma
     """A sharded teacher is a replicated one, eight devices are one, with rewards mixed in."""
     config = change(lora_rank=rank, rewards="format", reward_coef=0.5)
     one = step(config, 1)
-    close(step(config, 8, student, teacher, check_vma), one)
+    close(step(config, 8, student, teacher, check_vma), one, 2e-5)
     assert one[1]["divergence"] > 0.1 and one[1]["loss"] != pytest.approx(one[1]["divergence"])
 
 
@@ -268,7 +210,7 @@ def test_packed_is_unpacked():
     each = {k: np.stack([r[k].reshape(-1, 32)[0] for r in rows])[None] for k in rows[0]}
     batch, n_micro = packed(samples, config, 1)
     assert batch["segments"].max() > 1 and n_micro > 1
-    close(step(config, 1, batch=(batch, n_micro)), step(config, 1, batch=(each, 1)))
+    close(step(config, 1, batch=(batch, n_micro)), step(config, 1, batch=(each, 1)), 2e-5)
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_tokens_by_whole_logits():
@@ -302,7 +244,7 @@ def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
 # ---------------------------------------------------------------------------------------- rollouts
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.0, 1 / 3, 0.9, 1.0])
 def test_the_share_of_prompts_that_the_student_answers(share):
     own = [train_distill.is_own(i, share) for i in range(1000)]
     assert abs(sum(own) - 1000 * share) < 1
@@ -363,7 +305,7 @@ def test_another_tokenizer_is_refused_by_name():
 
 def adapter_in(folder, model):
     cfg = gemma.read_config(model)
-    lora.save(folder, noisy(cfg, 8), cfg, str(model))
+    lora.save(folder, live_adapter(cfg, 8), cfg, str(model))
     return str(folder)
 
 
@@ -393,20 +335,6 @@ def test_a_teacher_that_cannot_teach_is_refused(small, tmp_path, monkeypatch):
         m.setattr(data.Tokenizer, "differs", lambda *_: "token 3 is 'a' in X, 'b' in Y")
         with pytest.raises(ValueError, match="its tokenizer is not the student's: token 3 is 'a'"):
             train_distill.add_teacher(model, better, mesh)
-
-
-@pytest.mark.parametrize("fields, why", [
-    (dict(beta=1.1), "--beta 1.1: expected 0 to 1"), (dict(on_policy=-0.1), "--on-policy -0.1"),
-    (dict(temperature=0.0), "--temperature 0.0"), (dict(group=0), "--group 0: expected 1 or more"),
-    (dict(group=1, rewards="format"), "--group 1: expected 2 or more"),
-    (dict(rewards="judge:1"), "--rewards judge: needs --judge"), (dict(rewards="x"), "--rewards"),
-    (dict(judge="tiny"), "--judge tiny: needs --rewards"),
-    (dict(reward_file="my.py"), "--reward-file my.py: needs --rewards"),
-    (dict(pack_length=64), "--pack-length 64"), (dict(reward_coef=-1.0), "--reward-coef -1"),
-])
-def test_a_wrong_value_is_refused_before_anything_is_loaded(fields, why):
-    with pytest.raises(ValueError, match=why):
-        train_distill.resolve(train_distill.Config(**fields))
 
 
 def test_a_teacher_of_another_system_text_is_refused(small, tmp_path):

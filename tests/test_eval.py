@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import time
 
 import jax
 import numpy as np
@@ -68,11 +67,6 @@ def test_bootstrap_is_scipys():
     ci = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile",
                          random_state=1).confidence_interval
     np.testing.assert_allclose(evaluation.bootstrap(values), (ci.low, ci.high), atol=4e-3)
-
-
-def test_mcnemar_by_hand():
-    assert evaluation.mcnemar(0, 0) == 1.0 and evaluation.mcnemar(3, 3) == 1.0
-    assert evaluation.mcnemar(6, 1) == evaluation.mcnemar(1, 6) == 2 * (1 + 7) / 2**7
 
 
 def test_intervals_and_mcnemar_are_scipys():
@@ -231,15 +225,6 @@ def test_every_metric_by_hand():
     assert "66.7  [" in text and "poems" in text
 
 
-def test_accuracy_and_format_are_two_questions():
-    """The same answers, with tags and without."""
-    bare = Parrot([["It is 6."], ["so 7"], ["B"], ["x"]], None)
-    full = Parrot([[said("6")], [said("7")], [said("B")], [said("x")]], None)
-    a, b = (evaluation.summarize(complete(parrot, PROBLEMS)) for parrot in (bare, full))
-    assert (a["pass@1"], a["format"], a["pass@1_tags"]) == (1.0, 0.0, 0.0)
-    assert (b["pass@1"], b["format"], b["pass@1_tags"]) == (1.0, 1.0, 1.0)
-
-
 def test_scores_are_means_of_what_was_scored():
     """By hand: a reward for the first letter, one that fails for "cut", one for rows with gold."""
     rows = complete(PARROT, PROBLEMS, samples=4)
@@ -303,48 +288,6 @@ def test_a_comparison_pairs_the_problems_both_have():
         evaluation.compare(ours, theirs[:0] + [theirs[0] | {"id": "another"}])
 
 
-def test_the_summary_is_five_lines_and_a_comparison_one_sentence():
-    results = evaluation.summarize(complete(PARROT, PROBLEMS, samples=4))
-    assert evaluation.summary(results).splitlines() == [
-        "4 problems, 3 with an answer to check; 95 % intervals in brackets",
-        "  greedy     66.7 %      [20.8, 93.9]",
-        "  sampled    58.3 %      [50.0, 75.0]",
-        "  maj@4      83.3 %      [50.0, 100.0]",
-        "  format     75.0 %      [30.1, 95.4]",
-        f"  length     {results['length']:.1f} tokens "
-        f"[{', '.join(f'{x:.1f}' for x in results['intervals']['length'])}]"]
-    only = evaluation.summary(evaluation.summarize(complete(PARROT, PROBLEMS)))
-    assert [line.split()[0] for line in only.splitlines()[1:]] == ["greedy", "format", "length"]
-    pair = {"this": 0.6, "other": 0.4, "difference": 0.2, "interval": (0.1, 0.3), "n": 200}
-    for name, change, said in (
-        ("pass@1", {"p": 0.0004}, "Accuracy rose: 40.0 % -> 60.0 %, +20.0 points [+10.0, +30.0] on "
-                                  "200 problems, McNemar p 0.0004."),
-        ("pass@1", {"p": 0.3}, "Accuracy is unchanged as far as one can tell: 40.0 % -> 60.0 %, "),
-        ("pass@1", {}, "Accuracy rose: 40.0 % -> 60.0 %, +20.0 points [+10.0, +30.0] on 200 "),
-        ("format", {"p": 0.01, "difference": -0.2}, "Format fell: 40.0 % -> 60.0 %, -20.0 points"),
-    ):
-        assert evaluation.sentence({"n": 200, name: pair | change}).startswith(said)
-
-
-def test_the_pace_begins_after_the_first_round(monkeypatch):
-    """The first completion comes when everything is compiled; what is left is not slowed by it."""
-    bars = []
-
-    class Bar(evaluation.tqdm):
-        def close(self):
-            bars.append(self.format_dict)
-            super().close()
-
-    class Slow(Parrot):
-        def sample(self, *args, **kw):
-            time.sleep(0.5 * (kw["temperature"] == 0))
-            yield from super().sample(*args, **kw)
-
-    monkeypatch.setattr(evaluation, "tqdm", Bar)
-    complete(Slow(PARROT.texts[0.0], PARROT.texts[1.0]), PROBLEMS, samples=4)
-    assert bars[0]["n"] == bars[0]["total"] == 20 and bars[0]["elapsed"] < 0.4
-
-
 # -------------------------------------------------------------------------------------- whole runs
 
 
@@ -375,7 +318,7 @@ def config(folder, tmp_path):
 
 
 @pytest.mark.smoke
-def test_end_to_end_and_after_a_kill(config, tmp_path, monkeypatch, capsys):
+def test_end_to_end(config, tmp_path, monkeypatch, capsys):
     results = evaluation.main(config)
     printed = capsys.readouterr().out
     out = tmp_path / "out"
@@ -387,36 +330,8 @@ def test_end_to_end_and_after_a_kill(config, tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 6 * 3 and results == evaluation.summarize(rows)
     assert len({r["completion"] for r in rows}) > 10
-
-    # the same, killed after some problems
-    class Killed(Exception):
-        pass
-
-    calls, kill_at, real = [], [13], evaluation.grade
-
-    def grade(*args):
-        calls.append(args)
-        if len(calls) in kill_at:
-            raise Killed
-        return real(*args)
-
-    killed = dataclasses.replace(config, out=str(tmp_path / "killed"))
-    monkeypatch.setattr(evaluation, "grade", grade)
-    with pytest.raises(Killed):
-        evaluation.main(killed)
-    journal = tmp_path / "killed" / "samples.jsonl"
-    n_written = len(journal.read_text().splitlines())
-    assert 6 <= n_written < 18 and not (tmp_path / "killed" / "results.json").exists()
-    with journal.open("a") as f:
-        f.write('{"problem": 5, "id": "to')  # a torn line
-    calls.clear()
-    kill_at.clear()
-    again = evaluation.main(killed)
-    assert len(calls) == 18 - n_written  # what was finished stayed
-    assert again == results
-    assert journal.read_bytes() == (out / "samples.jsonl").read_bytes()
-    calls.clear()
-    assert evaluation.main(killed) == results and not calls  # nothing is left to sample
+    monkeypatch.setattr(evaluation, "grade", None)  # calling it would fail
+    assert evaluation.main(config) == results  # nothing is left to sample
 
 
 def test_an_adapter_brings_its_system_text_and_can_be_compared(config, folder, tmp_path):
@@ -472,26 +387,7 @@ def test_rewards_and_a_judge(config, tmp_path, monkeypatch, capsys):
     assert completions(sampled) == completions((tmp_path / "out/samples.jsonl").read_text())
 
 
-def test_defaults_and_bad_flags():
+def test_defaults():
     config = evaluation.resolve(evaluation.Config(model="gemma3-1b", samples=8))
     assert (config.samples, config.data, config.dtype) == (8, "gsm8k:test", "bfloat16")
-    for config in (evaluation.Config(samples=-1), evaluation.Config(samples=0, greedy=False)):
-        with pytest.raises(ValueError, match="--samples"):
-            evaluation.resolve(config)
-    for flags, match in (
-        ({"model": "llama"}, "--model llama"),
-        ({"temperature": -1.0}, "--temperature -1.0: expected 0"),
-        ({"rewards": "fromat:1"}, "--rewards 'fromat:1'"),
-        ({"rewards": "format:1,judge:2"}, "--rewards judge: needs --judge"),
-        ({"rewards": "format:1", "judge": "tiny"}, "--judge tiny: needs --rewards"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            evaluation.resolve(evaluation.Config(**flags))
-
-
-def test_the_system_text_is_that_of_training():
-    import train_sft
-
-    for module in (evaluation, train_sft):
-        assert module.DEFAULTS["gemma3"]["system"] is data.SYSTEM
-    assert all(tag in data.SYSTEM for tag in rewards.TAGS)
+    assert config.system is data.SYSTEM and all(tag in data.SYSTEM for tag in rewards.TAGS)

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import KILLER, ROOT, contents
+from conftest import KILLER, ONE_DEVICE, ROOT, contents, live_adapter
 from test_judge import serving
 
 import data
@@ -45,7 +45,8 @@ SCRIPTS = (*TRAINERS, "eval", "synthesize")
 MODULE = {"train_sft": train_sft, "train_simpo": train_simpo, "train_grpo": train_grpo,
           "train_ppo": train_ppo, "train_distill": train_distill, "eval": evaluation,
           "synthesize": synthesize}
-every_script = pytest.mark.parametrize("name", SCRIPTS)
+every_script = pytest.mark.parametrize(  # what one worker has run serves all tests of a script
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS])
 
 
 def configs(folder: Path) -> dict:
@@ -62,7 +63,7 @@ def configs(folder: Path) -> dict:
                                           batch_rows=8, max_length=64, eval_rows=8, loss="dpo"),
         "train_grpo": train_grpo.Config(**start, **run | rollouts, prompts=2, group=4, eval_rows=4,
                                         inner_epochs=2, kl_coef=0.1, pack_length=40,
-                                        is_cap=2.0, resample=1, curriculum="ordered",
+                                        base="int8", is_cap=2.0, resample=1, curriculum="ordered",
                                         rewards="language:1,repetition:1"),
         "train_ppo": train_ppo.Config(**start, **run | rollouts, prompts=2, group=4, eval_rows=4,
                                       inner_epochs=2, minibatches=2, value_warmup=1, kl_coef=0.1,
@@ -148,9 +149,10 @@ def world(small, tmp_path_factory):
     for name, lines in (("rows", rows), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     cfg, params = gemma.load(folder)
-    save_adapter(folder / "adapter", cfg)
-    save_adapter(folder / "teacher", cfg, 7)
-    save_adapter(folder / "other", dataclasses.replace(cfg, hidden_size=48))
+    lora.save(folder / "adapter", live_adapter(cfg, 3), cfg)
+    lora.save(folder / "teacher", live_adapter(cfg, 7), cfg)
+    wider = dataclasses.replace(cfg, hidden_size=48)
+    lora.save(folder / "other", live_adapter(wider), wider)
     norm = params["norm"].at[0].set(jnp.nan)
     gemma.save(folder / "nan", cfg, params | {"norm": norm})
     compiled = []
@@ -158,12 +160,6 @@ def world(small, tmp_path_factory):
         for script in map(MODULE.get, TRAINERS):
             m.setattr(script, "make_steps", once_for_each_shape(script.make_steps, compiled))
         yield World(folder, configs(folder), compiled)
-
-
-def save_adapter(folder, cfg, seed=3):
-    adapter = lora.init(cfg, jax.random.key(seed), 4, 8.0)
-    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
-    lora.save(folder, adapter | {"b": jax.tree.map(noise, adapter["b"])}, cfg)
 
 
 def once_for_each_shape(make_steps, compiled):
@@ -236,7 +232,6 @@ sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-ONE_DEVICE = "--xla_backend_optimization_level=0"
 
 
 @every_script
@@ -254,9 +249,8 @@ def test_kill_9(world, tmp_path, name):
         if (value := getattr(config, field.name)) != getattr(unset, field.name):
             command += ["--" + field.name.replace("_", "-"), str(value)]
     world.whole(name)  # before, so that the process finds its programs in the cache
-    flags = os.environ["XLA_FLAGS"] if name in TRAINERS else ONE_DEVICE
     done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"XLA_FLAGS": flags})
+                          env=os.environ if name in TRAINERS else ONE_DEVICE)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     if name in TRAINERS:
         assert disk.verify(tmp_path / "checkpoints/step_1") is None
@@ -319,8 +313,7 @@ def test_out_of_memory_of_a_real_device(world, tmp_path):
                "--data", str(world.folder / "rows.jsonl"), "--out", str(tmp_path), "--slots",
                "9000000"]
     command = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "bash", *command]
-    env = os.environ | {"XLA_FLAGS": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_DEVICE, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith("out of memory: lower --slots (RESOURCE_EXHAUSTED"), line
@@ -441,6 +434,7 @@ def test_teacher_down(world, tmp_path, monkeypatch, capsys):
 
     real = synthesize.Teacher
     monkeypatch.setattr(synthesize, "Teacher", functools.partial(real, retries=0))
+    monkeypatch.setenv("TEACHER_API_KEY", "sk-teacher-1234")
     with serving(answer) as server:
         rows = world.folder / "rows.jsonl"
         config = synthesize.Traces(teacher=server.url, data=str(rows), out=str(tmp_path), rows=12,
@@ -450,3 +444,6 @@ def test_teacher_down(world, tmp_path, monkeypatch, capsys):
         up[0], before = 10**6, len(server.bodies)
         synthesize.main(config)
         assert len(server.bodies) - before == 7 and "no reply" not in capsys.readouterr().err
+        assert {*server.keys} == {"Bearer sk-teacher-1234"}
+    for file in tmp_path.rglob("*.json*"):
+        assert "sk-teacher" not in file.read_text(), file

@@ -1,12 +1,10 @@
 """train_grpo.py: golden losses, layouts that change no gradient, runs that survive a kill."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
-import os
-import re
-import subprocess
-import sys
 import time
 import types
 
@@ -14,9 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
-from conftest import KILLER, ROOT, check_sharded_step
-from jax.sharding import AxisType
+from conftest import (
+    CFG,
+    ROOT,
+    check_sharded_step,
+    close,
+    live_adapter,
+    mesh_of,
+    weights_of,
+)
 
 import data
 import gemma
@@ -30,24 +34,14 @@ from sampler import Rollout
 from stage import new_adapter, optimizer, partition_specs, put
 from train_grpo import advantages, policy_loss, token_weights
 
-CFG = gemma.Config(
-    "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
-    max_position_embeddings=64,
-)
 CONFIG = train_grpo.resolve(train_grpo.Config(
     lora_rank=4, prompts=4, group=4, max_prompt=8, max_new=12, pack_length=32, micro_rows=1,
     slots=8, steps=4,
 ))
-LEVELS = "token", "sequence", "sequence-token", "geometric"
-NORMS = ("sequence", "token", "constant")
 
 
 def change(**fields):
     return dataclasses.replace(CONFIG, **fields)
-
-
-def mesh_of(n):
-    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
 
 
 def sample(prompt, ids, total=0.0, stop="stop", logps=None, group=0, advantage=0.0, parts=None):
@@ -203,14 +197,6 @@ def test_advantages_other_projects_expect():
     close(batch, np.array([-1, 0, 1] * 2) / (ranks.std(ddof=1) + 1e-4))
 
 
-def test_the_scale_of_two_rewards_is_lost_in_their_deviation_alone():
-    r = np.array([[0.0, 1.0], [0.0, 0.01]])
-    group = advantages(r, change(scale="group"))
-    np.testing.assert_allclose(np.abs(group), 0.5**0.5, rtol=0.02)
-    none = advantages(r, change(scale="none"))
-    np.testing.assert_allclose(none, [[-0.5, 0.5], [-0.005, 0.005]])
-
-
 def test_equal_rewards_have_no_advantage_and_missing_ones_are_in_no_mean():
     for config in [change(scale=s, baseline=b) for s in ("group", "batch", "none")
                    for b in ("mean", "loo")] + [change(per_reward=True)]:
@@ -286,16 +272,6 @@ def samples_of(n=16, seed=0, zeros=0):
     return out
 
 
-def weights_for(config, seed=0):
-    params = gemma.init(CFG, jax.random.key(seed))
-    if not config.lora_rank:
-        return params, {}
-    adapter = new_adapter(CFG, config)
-    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(seed + 1), b.shape)
-    trained, fixed = lora.split(adapter | {"b": jax.tree.map(noise, adapter["b"])})
-    return trained, {"base": params} | fixed
-
-
 def one_each(samples, config):
     """The same update unpacked: one sequence a row, all rows in one micro-batch."""
     weights = token_weights(samples, config)
@@ -306,20 +282,10 @@ def one_each(samples, config):
 
 def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False):
     mesh = mesh_of(devices)
-    trained, fixed = weights_for(config)
+    trained, fixed = weights_of(config)
     trained, fixed = put((trained, fixed), mesh, partition_specs(CFG, config, sharded))
     f = jax.jit(train_grpo.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     return jax.device_get(f(trained, fixed, batch, np.int32(n_micro), np.bool(on_policy)))
-
-
-def close(got, expected, rtol=1e-5):
-    """Relative to the size of each array's largest entry."""
-    for path, x in jax.tree_util.tree_leaves_with_path(expected[0]):
-        y = dict(jax.tree_util.tree_leaves_with_path(got[0]))[path]
-        assert np.abs(x).max() > 0, jax.tree_util.keystr(path)
-        np.testing.assert_allclose(y, x, atol=rtol * np.abs(x).max(), rtol=0)
-    for name, value in expected[1].items():
-        np.testing.assert_allclose(got[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def off_policy(samples):
@@ -335,8 +301,9 @@ def off_policy(samples):
     return fill
 
 
-@pytest.mark.parametrize("loss_norm", NORMS)
-@pytest.mark.parametrize("ratio_level", LEVELS)
+@pytest.mark.parametrize("ratio_level, loss_norm", [
+    ("token", "token"), ("sequence", "sequence"), ("sequence-token", "constant"),
+    ("geometric", "sequence")])
 def test_packed_is_unpacked(ratio_level, loss_norm):
     config = change(ratio_level=ratio_level, loss_norm=loss_norm, kl_coef=0.1, kl_unbiased=True,
                     is_cap=2.0, clip_low=2.0, clip_high=4.0, entropy_coef=0.1,
@@ -351,34 +318,38 @@ def test_packed_is_unpacked(ratio_level, loss_norm):
     assert got[1]["kl"] > 0 and np.abs(got[1]["loss"]) > 0
 
 
+@functools.lru_cache(maxsize=1)
+def on_one_device(config):
+    """(gradient, metrics) of the sixteen samples."""
+    samples = samples_of()
+    batch, n, _ = pack(samples, token_weights(samples, config), config, 1)
+    return gradient(off_policy(samples)(batch), n, config)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("rank,sharded", [(4, False), (4, True), (0, False), (0, True)])
 def test_eight_devices_change_no_gradient(rank, sharded, check_vma):
     config = change(lora_rank=rank, kl_coef=0.1, entropy_coef=0.1)
     samples = samples_of()
-    fill, weights = off_policy(samples), token_weights(samples, config)
-    one, n_one, _ = pack(samples, weights, config, 1)
-    all_, n_all, _ = pack(samples, weights, config, 8)
-    assert n_one > n_all >= 1
-    close(gradient(fill(all_), n_all, config, 8, sharded, check_vma),
-          gradient(fill(one), n_one, config), 2e-5)
+    batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
+    found = gradient(off_policy(samples)(batch), n, config, 8, sharded, check_vma)
+    close(found, on_one_device(config), 2e-5)
 
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
     config, samples = change(lora_rank=rank, kl_coef=0.1), samples_of()
     batch, n, _ = pack(samples, token_weights(samples, config), config, 8)
-    check_sharded_step(CFG, config, train_grpo.make_steps, partition_specs, *weights_for(config),
+    check_sharded_step(CFG, config, train_grpo.make_steps, partition_specs, *weights_of(config),
                        off_policy(samples)(batch), np.int32(n), np.bool(False),
                        np.float32(1e-3))
 
 
-@pytest.mark.parametrize("micro_rows", [2, 4, 8])
-def test_micro_batches_change_no_gradient(micro_rows):
+def test_micro_batches_change_no_gradient():
     samples = samples_of()
     out = []
-    for config in (change(), change(micro_rows=micro_rows)):
+    for config in (change(), change(micro_rows=4)):
         batch, n, _ = pack(samples, token_weights(samples, config), config, 1)
         out.append(gradient(batch, n, config, on_policy=True))
     close(out[1], out[0])
@@ -386,7 +357,7 @@ def test_micro_batches_change_no_gradient(micro_rows):
 
 def test_a_varying_number_of_micro_batches_compiles_nothing_new():
     mesh = mesh_of(8)
-    trained, fixed = weights_for(CONFIG)
+    trained, fixed = weights_of(CONFIG)
     f = jax.jit(train_grpo.grads_on_mesh(CFG, CONFIG, mesh, False))
     counts = set()
     for n in (0, 1, 5, 16):
@@ -497,7 +468,7 @@ def test_temperature_and_softcap_are_in_the_trainers_log_probs():
     """Equal to whole logits, capped and then divided by the temperature."""
     cfg = dataclasses.replace(CFG, final_logit_softcapping=5.0)
     config = change(temperature=0.7)
-    trained, fixed = weights_for(config)
+    trained, fixed = weights_of(config)
     samples = samples_of(4)
     batch, n, spans = pack(samples, token_weights(samples, config), config, 1)
     b = {k: v[0] for k, v in batch.items()}
@@ -511,8 +482,7 @@ def test_temperature_and_softcap_are_in_the_trainers_log_probs():
         np.testing.assert_allclose(entropy[r, span], -(np.exp(z) * z).sum(-1), atol=2e-5)
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-@pytest.mark.parametrize("inner_epochs", [1, 2])
+@pytest.mark.parametrize("inner_epochs, kl_coef", [(1, 0.0), (2, 0.1)])
 def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, told, inner_epochs,
                                        kl_coef):
     """mu updates a step, the first of them on-policy, and a reference pass only for the KL term."""
@@ -520,7 +490,7 @@ def test_no_forward_pass_is_made_twice(small, tmp_path, monkeypatch, capsys, tol
     real = gemma.hidden
     monkeypatch.setattr(gemma, "hidden", lambda *a, **k: passes.append(1) or real(*a, **k))
     config = change(kl_coef=kl_coef)
-    trained, fixed = weights_for(config)
+    trained, fixed = weights_of(config)
     batch, _, _ = pack(samples_of(), [0.1] * 16, config, 1)
     micro = {k: jnp.asarray(v[0]) for k, v in batch.items()} | {"on_policy": True}
     jax.eval_shape(jax.grad(lambda t: train_grpo.loss(t, fixed, micro, CFG, config, None)[0]),
@@ -629,25 +599,6 @@ def test_resampling_in_order_takes_new_problems(monkeypatch):
     assert len(calls) > 1 and len(taken) == len(set(taken))
 
 
-@pytest.mark.parametrize("flags, why", [
-    ({"cispo_cap": 5.0, "clip_high": 0.3}, "--clip-high 0.3 has no effect beside --cispo-cap 5.0"),
-    ({"cispo_cap": 5.0, "clip_low": 0.1}, "--clip-low 0.1 has no effect beside --cispo-cap 5.0"),
-    ({"per_reward": True, "scale": "none"}, "--scale none has no effect beside --per-reward True"),
-    ({"sapo": True, "clip_high": 0.2}, "--clip-high 0.2 has no effect beside --sapo True"),
-    ({"cispo_cap": 5.0, "sapo": True}, "--sapo True has no effect beside --cispo-cap 5.0"),
-    ({"ratio_level": "geometric", "dual_clip": 3.0},
-     "--dual-clip 3.0 has no effect beside --ratio-level geometric"),
-    ({"is_mode": "mask"}, "--is-mode mask has no effect without --is-cap"),
-    ({"kl_unbiased": True}, "--kl-unbiased True has no effect without --kl-coef"),
-    ({"sapo_neg": 2.0}, "--sapo-neg 2.0 has no effect without --sapo"),
-    ({"dual_clip": 1.1}, "--dual-clip 1.1: expected more than 1 [+] --clip-high = 1.28"),
-    ({"is_cap": 1.0, "is_floor": 2.0}, "--is-floor 2: expected less than --is-cap 1"),
-])
-def test_settings_that_exclude_each_other_are_refused(flags, why):
-    with pytest.raises(ValueError, match=why):
-        train_grpo.resolve(train_grpo.Config(**flags))
-
-
 # ------------------------------------------------------------- the policy's probability (RLPR)
 
 
@@ -658,9 +609,7 @@ def test_prob_is_the_policys_own_probability_of_the_answer(small):
     config = train_grpo.resolve(train_grpo.Config(
         model="tiny", lora_rank=4, prompts=3, group=2, max_prompt=32, max_new=30, pack_length=64,
         slots=2, temperature=0.7, rewards="prob:1,format:0.5"))
-    adapter = new_adapter(cfg, config)
-    noise = lambda x: 0.3 * jax.random.normal(jax.random.key(5), x.shape)
-    trained, scale = lora.split(adapter | {"b": jax.tree.map(noise, adapter["b"])})
+    trained, scale = lora.split(live_adapter(cfg))
     fixed = {"base": params} | scale
     rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "Where?", "answer": "in Rome"},
             {"question": "Say hi."}]
@@ -728,38 +677,28 @@ def score(completion, row):
     if n % 16 == 2:
         return None
     return (n % 7) / 7
-
-
-def broken(completion, row):
-    return row["no such field"]
 '''
 
 
-def grpo(out, *flags, kill_at=None, code=0):
-    """Runs train_grpo.py as a user would, on the tiny model; returns what it printed."""
-    command = [str(ROOT / "train_grpo.py"), "--out", str(out), "--steps", "4", "--prompts", "3",
-               "--group", "4", "--max-new", "40", "--rows", "40", "--slots", "8", "--save-every",
-               "1", "--eval-every", "2", "--eval-rows", "8", "--keep", "9", *flags]
-    run = [sys.executable] if kill_at is None else [sys.executable, "-c", KILLER, str(kill_at)]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run([*run, *command], capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stderr
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run with everything on that keeps state, and its command's flags."""
+    """A run on the tiny model from an adapter on: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("grpo")
     (folder / "own.py").write_text(OWN)
-    flags = ["--inner-epochs", "2", "--kl-coef", "0.05", "--is-cap", "2", "--resample", "1",
-             "--rewards", "answer:1,format:0.2,score:0.1", "--reward-file",
-             str(folder / "own.py:score"), "--curriculum", "0:1-2,0.5:1-5"]
-    return folder / "run", flags, grpo(folder / "run", *flags)
+    cfg = gemma.read_config(ROOT / "tiny")
+    start = live_adapter(cfg)
+    lora.save(folder / "start", start | {"b": {k: 0.01 * b for k, b in start["b"].items()}}, cfg)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        train_grpo.main(train_grpo.Config(
+            out=str(folder / "run"), adapter=str(folder / "start"), steps=4, prompts=3, group=4,
+            max_new=40, rows=40, slots=1, lora_rank=4, kl_coef=0.05, is_cap=2.0, resample=1,
+            rewards="answer:1,format:0.2,score:0.1", reward_file=str(folder / "own.py:score"),
+            curriculum="0:1-2,0.5:1-5", save_every=0, eval_every=2, eval_rows=8))
+    return folder / "run", said.getvalue()
 
 
 def test_what_a_run_leaves(whole):
-    out, _, said = whole
+    out, said = whole
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in metrics if "reward" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4]
@@ -781,27 +720,9 @@ def test_what_a_run_leaves(whole):
     assert all(r["advantage"] == 0 for r in failed) and any(r["advantage"] for r in rows)
     assert {"no luck" in str(r["errors"]) for r in failed} == {True, False}
     assert said.count("reward ") > 4 and "</reasoning>" in said
+    assert steps[0]["kl"] == 0 < steps[1]["kl"]  # the reference is the adapter at the start
     final = json.loads((out / "final/adapter_config.json").read_text())
-    assert final["r"] == 16
-
-
-def test_a_reward_that_mostly_fails_stops_the_run(tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
-    flags = ["--reward-file", str(tmp_path / "own.py:broken"), "--rewards", "broken:1"]
-    said = grpo(tmp_path / "run", *flags, code=1).splitlines()[-1]
-    assert "12 of 12 completions have no reward, more than --max-missing 0.5" in said
-    assert "no such field" in said
-    assert (tmp_path / "run/checkpoints/step_1").exists()
-
-
-def test_the_reference_is_the_starting_adapter(whole, tmp_path):
-    """A run that goes on from another one: its first policy is its reference, its second not."""
-    flags = ["--adapter", str(whole[0]), "--kl-coef", "0.1", "--steps", "2", "--eval-every", "0"]
-    said = grpo(tmp_path, *flags)
-    assert "merged into the base" not in said
-    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    kl = [m["kl"] for m in steps if "kl" in m]
-    assert kl[0] == 0 < kl[1]
+    assert final["r"] == 4
 
 
 def test_a_reward_that_never_returns_is_missing(tmp_path):
@@ -824,22 +745,6 @@ def test_a_reward_that_never_returns_is_missing(tmp_path):
     assert "1 of 1 completions have no reward" in slow.trouble([one])
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--group", "1"], "--group 1"),
-    (["--rewards", "answre:1"], "answre"),
-    (["--rewards", "judge:1"], "judge"),
-    (["--pack-length", "64"], "--max-prompt + --max-new"),
-    (["--temperature", "0"], "--temperature 0"),
-    (["--curriculum", "hard"], "--curriculum"),
-    (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--max-prompt", "9", "--pack-length", "256"], "--max-prompt 9"),
-])
-def test_a_users_mistake_is_one_line(tmp_path, flags, why):
-    config = tyro.cli(train_grpo.Config, args=["--out", str(tmp_path), "--rows", "20", *flags])
-    with pytest.raises(ValueError, match=re.escape(why)):
-        train_grpo.main(config)
-
-
 def test_drift_between_sampler_and_trainer_stops_the_run():
     name = "sampling/sampling_logp_difference/mean"
     rows = [sample([5, 6], [7, 8], logps=[-1, -2], advantage=2.0)]
@@ -847,33 +752,11 @@ def test_drift_between_sampler_and_trainer_stops_the_run():
     logp_RT = batch["sampler"][0] + batch["mask"][0] * 0.25
     assert rollouts.drift(rows, spans, logp_RT)[name] == 0.25
     run = types.SimpleNamespace(log=lambda *_: None, log_samples=lambda *_: None)
-    scorer = types.SimpleNamespace(mix=rewards.read_mix("format:1"), stats=dict)
-    setup = types.SimpleNamespace(config=change(show=0), scorer=scorer)
-    state = train_grpo.State({}, None, step=3)
-    train_grpo.log_step(setup, state, run, [rows], {name: 0.4})
+    mix = rewards.read_mix("format:1")
+    scorer = types.SimpleNamespace(config=change(show=0), mix=mix, stats=dict)
+    rollouts.log_step(run, scorer, 3, [rows], {name: 0.4})
     with pytest.raises(SystemExit, match="step 3.*--max-drift"):
-        train_grpo.log_step(setup, state, run, [rows], {name: 0.6})
-
-
-def test_programs_are_the_jitted_functions_with_their_shapes():
-    config = train_grpo.Config(kl_coef=0.1)
-    programs = train_grpo.programs(config, mesh_of(8))
-    assert set(programs) == {"prefill", "decode", "reference", "train_step"}
-    for name, (f, arguments) in programs.items():
-        assert f.lower(*arguments) is not None, name
-
-
-@pytest.mark.parametrize("flags, why", [
-    ({"slots": 0}, "--slots 0: expected 1 to inf"), ({"top_p": 0.0}, "--top-p 0.0"),
-    ({"kl_coef": -1.0}, "--kl-coef -1.0"), ({"warmup": 2.0}, "--warmup 2.0: expected 0 to 1"),
-    ({"lora_targets": "zz"}, "--lora-targets"), ({"eval_rows": -3}, "--eval-rows -3"),
-    ({"rewards": "judge:1"}, "--rewards judge: needs --judge"),
-    ({"judge": "tiny"}, "--judge tiny: needs --rewards"),
-    ({"curriculum": "0:1,2:3"}, "stay below 1"),
-])
-def test_a_wrong_value_is_refused_before_anything_is_loaded(flags, why):
-    with pytest.raises(ValueError, match=why):
-        train_grpo.resolve(train_grpo.Config(**flags))
+        rollouts.log_step(run, scorer, 3, [rows], {name: 0.6})
 
 
 def test_a_resumed_run_knows_its_rows_files_rewards_and_judge_again(tmp_path):

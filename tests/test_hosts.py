@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import FLAGS, ROOT, contents
+from conftest import FLAGS, ROOT, contents, live_adapter
 from safetensors.numpy import load_file
 
 import disk
@@ -24,6 +24,7 @@ import train_grpo
 import train_ppo
 import train_sft
 
+pytestmark = pytest.mark.xdist_group("hosts")  # one worker makes the runs
 SCRIPTS = {"train_sft": train_sft, "train_grpo": train_grpo, "train_ppo": train_ppo,
            "train_distill": train_distill}
 WORKER = """
@@ -90,9 +91,7 @@ def folder(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("hosts")
     shutil.copytree(small, out / "model")
     cfg = gemma.read_config(out / "model")
-    adapter = lora.init(cfg, jax.random.key(3), 4, 8.0)
-    noise = lambda b: 0.1 * jax.random.normal(jax.random.key(4), b.shape)
-    lora.save(out / "teacher", adapter | {"b": jax.tree.map(noise, adapter["b"])}, cfg)
+    lora.save(out / "teacher", live_adapter(cfg, 3), cfg)
     (out / "own.py").write_text("score = lambda text, row: sum(map(ord, text)) % 7 / 7\n")
     return out
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gemma import random_params
@@ -36,6 +36,7 @@ import synthesize
 import train_grpo
 from endpoint import Endpoint, Unavailable, tokens_of
 from sampler import Sampler
+from settings import Judge
 
 CFG = {  # a window of 16 tokens: most of a prompt is out of a local layer's sight
     "gemma3": gemma.Config(
@@ -64,15 +65,9 @@ COMPLETIONS = [
 CASES = [(c, ROW) for c in COMPLETIONS] + [(c, OTHER) for c in COMPLETIONS[:2]]
 
 
-def mesh(n_devices=8):
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((n_devices,), ("data",), axis_types=axis_types,
-                         devices=jax.devices()[:n_devices])
-
-
 def on_mesh(style="grar", family="gemma3", n_devices=1, shard=False, rows=4, **more):
     cfg, params = CFG[family], params_of(family)
-    on = mesh(n_devices)
+    on = mesh_of(n_devices)
     specs = gemma.pspecs(cfg, shard)
     params = jax.tree.map(
         lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(on, spec)), params, specs
@@ -109,7 +104,7 @@ def test_scores_equal_sums_over_the_digits_of_transformers(tmp_path, family, sty
     transformers.logging.set_verbosity_error()
     folder = tmp_path if family != "tiny" else ROOT / "tiny"
     if family == "tiny":
-        ours = judge.open(settings.Judge(judge="tiny", judge_style=style), mesh(1), rows=4)
+        ours = judge.open(Judge(judge="tiny", judge_style=style), mesh_of(1), rows=4)
         tok, ours.max_tokens = ours.tok, 2048  # more than it was trained for
     else:
         gemma.save(tmp_path, CFG[family], params_of(family))
@@ -228,7 +223,7 @@ def test_digits_must_be_tokens_of_their_own():
 
 def test_programs_compile_from_shapes_alone(tmp_path):
     gemma.save(tmp_path, CFG["gemma3"], params_of("gemma3"))
-    function, args = judge.programs(settings.Judge(judge=str(tmp_path)), mesh(2))["judge"]
+    function, args = judge.programs(Judge(judge=str(tmp_path)), mesh_of(2))["judge"]
     assert function.lower(*args).compile().memory_analysis().temp_size_in_bytes > 0
 
 
@@ -277,17 +272,6 @@ def test_rubrics_of_every_kind():
     assert len({*metrics}) == 7 and "even if the final answer" in metrics[3]
     assert judge.task_of({}) == judge.task_of({"task_type": "cooking"}) == judge.task_of({})
     assert all(len(judge.rubric({"task_type": kind})) == 3 for kind in kinds)
-
-
-def test_what_a_prompt_says():
-    shared, (rest,) = judge.digit_prompts("grar", "MINE", ROW)
-    assert "1. Sum: She adds 12 and 7. (weight 1)\n2. Short: It is short. (weight 0.5)" in shared
-    assert "The right answer:\n19" in shared and ROW["question"] in shared
-    assert "Metric: correctness of the reasoning" in shared and "MINE" not in shared
-    assert rest.count("\nMINE\n") == 1 and rest.endswith("from 1 (worst) to 5 (best).")
-    shared, rests = judge.digit_prompts("explicit", "MINE", ROW)
-    assert shared.count("MINE") == 1 and len(rests) == 2 and "Short: It is short." in rests[1]
-    assert "Write a line on rain." in judge.opening("implicit", OTHER)
 
 
 def test_a_judge_reads_the_whole_conversation(small):
@@ -779,7 +763,7 @@ def test_the_key_is_in_no_file_text_or_object(tmp_path, monkeypatch, capfd):
                 "headers": [("X-Key", SECRET)]}
 
     with serving(answer) as server:
-        config = settings.Judge(judge=server.url, judge_model="m", judge_style="implicit")
+        config = Judge(judge=server.url, judge_model="m", judge_style="implicit")
         with closing(judge.open(config, cache=tmp_path / "replies")) as ours:
             parts = [ours.submit(f"case {n}", ROW).result(10) for n in range(4)]
             seen = repr([parts, vars(ours), vars(ours.endpoint), vars(ours.endpoint.client),
@@ -809,7 +793,7 @@ def test_the_key_is_in_no_file_text_or_object(tmp_path, monkeypatch, capfd):
 ])
 def test_addresses_that_may_hold_a_key_are_refused_and_not_repeated(address):
     with pytest.raises(ValueError, match="--judge: expected http.*JUDGE_API_KEY") as error:
-        judge.check(settings.Judge(judge=address.format(SECRET)))
+        judge.check(Judge(judge=address.format(SECRET)))
     assert SECRET not in str(error.value)
 
 
@@ -820,8 +804,8 @@ def test_plain_http_and_a_missing_package_are_one_line(monkeypatch, capsys):
         assert len(capsys.readouterr().err.splitlines()) == n_lines
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match="--judge: .*pip install openai"):
-        judge.check(settings.Judge(judge="http://localhost/v1"))
-    judge.check(settings.Judge(judge="tiny"))
+        judge.check(Judge(judge="http://localhost/v1"))
+    judge.check(Judge(judge="tiny"))
 
 
 def test_closing_ends_what_is_waiting_or_under_way():
@@ -843,13 +827,13 @@ def test_closing_ends_what_is_waiting_or_under_way():
 
 def test_what_cannot_be_opened_says_so():
     for config, match in (
-        (settings.Judge(), "--judge: expected"),
-        (settings.Judge(judge="tiny", judge_style="pinocchio"), "--judge-style pinocchio, .* on"),
-        (settings.Judge(judge="tiny", judge_calls="group"), "--judge-calls group: .*tiny"),
-        (settings.Judge(judge="gemma9-1b"), "--judge gemma9-1b: unknown"),
-        (settings.Judge(judge="tiny", judge_weights="/nowhere"), "--judge-weights /nowhere"),
-        (settings.Judge(judge="http://h", judge_threads=0), "--judge-threads 0"),
-        (settings.Judge(judge="http://h", judge_limit=-1), "--judge-limit -1"),
+        (Judge(), "--judge: expected"),
+        (Judge(judge="tiny", judge_style="pinocchio"), "--judge-style pinocchio, .* on"),
+        (Judge(judge="tiny", judge_calls="group"), "--judge-calls group: .*tiny"),
+        (Judge(judge="gemma9-1b"), "--judge gemma9-1b: unknown"),
+        (Judge(judge="tiny", judge_weights="/nowhere"), "--judge-weights /nowhere"),
+        (Judge(judge="http://h", judge_threads=0), "--judge-threads 0"),
+        (Judge(judge="http://h", judge_limit=-1), "--judge-limit -1"),
     ):
         with pytest.raises(ValueError, match=match):
             judge.open(config)
@@ -858,7 +842,7 @@ def test_what_cannot_be_opened_says_so():
 def test_large_judges_are_sharded(monkeypatch):
     for most, shard in ((1e6, True), (1e9, False)):
         monkeypatch.setattr(stage, "REPLICATED_BYTES", most)
-        ours = judge.open(settings.Judge(judge=str(ROOT / "tiny")), mesh(8))
+        ours = judge.open(Judge(judge=str(ROOT / "tiny")), mesh_of(8))
         assert ours.shard == shard
         assert ours.params["layers"]["q_proj"].sharding.is_fully_replicated != shard
 

@@ -14,7 +14,7 @@ from test_readme import parse
 
 def test_the_commands_for_a_real_model_parse():
     tasks = on_gpu.plan(on_gpu.Config(weights=str(ROOT / "tiny"), gsm8k="gsm8k"))
-    assert len(tasks) == 13
+    assert len(tasks) == 12
     for task in tasks:
         script, *flags = (word.replace("{left}", "60") for word in task.command)
         if script.startswith("tests/"):
@@ -30,5 +30,5 @@ def test_quick(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert {row["status"] for row in rows} == {"ok"} and len(rows) == 12
+    assert {row["status"] for row in rows} == {"ok"} and len(rows) == 11
     assert (tmp_path / "table.md").read_text() in done.stdout

@@ -9,8 +9,7 @@ import sys
 
 import jax
 import pytest
-from conftest import ROOT
-from jax.sharding import AxisType
+from conftest import ROOT, mesh_of
 
 import bench
 import gemma
@@ -34,11 +33,6 @@ def config_in(folder, layers: int = 3):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model_files.config_to_dict(cfg)))
     return str(folder)
-
-
-def mesh_of(n: int):
-    devices = jax.devices()[:n]
-    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 # -------------------------------------------------------------------------------------- formulas
@@ -86,6 +80,15 @@ def test_the_formulas_are_those_of_the_program(tmp_path, shard, rank, remat, bas
     flops, arrived = counted(function.trace(*arguments).jaxpr.jaxpr, 8)
     assert work.flops == pytest.approx(flops, rel=0.01)
     assert work.ici == pytest.approx(arrived, rel=0.03)  # of embedded tokens besides
+
+
+@pytest.mark.parametrize("module, fields", [
+    (train_sft, dict(max_length=64, batch_rows=8, micro_rows=1)),
+    (train_simpo, dict(max_length=64, batch_rows=8, micro_rows=1, loss="dpo")),
+    (train_grpo, dict(kl_coef=0.1)), (train_ppo, dict(kl_coef=0.1))])
+def test_programs_are_the_jitted_functions_with_their_shapes(module, fields):
+    for name, (f, arguments) in module.programs(module.Config(**fields), mesh_of(8)).items():
+        assert f.lower(*arguments) is not None, name
 
 
 def test_a_size_goes_before_its_family():
@@ -205,7 +208,7 @@ def test_too_large_a_program_is_reported(capsys, message):
 
 def compiled(*flags: str) -> dict:
     """What bench.py --json says of a v5e-8, from a process of its own: this one has no libtpu."""
-    drop = ("XLA_FLAGS", "JAX_PLATFORMS")
+    drop = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
     environment = {k: v for k, v in os.environ.items() if k not in drop} | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "bench.py"), "--target", "v5e:2x4", "--json", *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

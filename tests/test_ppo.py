@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
+from conftest import CFG, close, mesh_of
 from jax.sharding import PartitionSpec as P
-from test_grpo import CFG, mesh_of, samples_of
+from test_grpo import samples_of
 
 import gemma
 import lora
@@ -182,14 +182,6 @@ def gradient(part, batch, chosen, config, devices=1, sharded=False, check_vma=Tr
     return jax.device_get(f(trained[part], fixed, filled(batch), (padded, np.int32(len(chosen)))))
 
 
-def close(got, expected, rtol=2e-5):
-    """Relative to the size of each array's largest entry."""
-    for path, x in jax.tree_util.tree_leaves_with_path(expected):
-        y = dict(jax.tree_util.tree_leaves_with_path(got))[path]
-        assert np.abs(x).max() > 0 or "clip" in str(path), path
-        np.testing.assert_allclose(y, x, atol=rtol * np.abs(x).max() + 1e-9, rtol=0, err_msg=path)
-
-
 LOSSES = dict(kl_in="loss", dual_clip=3.0)
 
 
@@ -199,16 +191,14 @@ def test_packed_is_unpacked_and_minibatches_add_up(part):
     packed, n, spans = pack(samples, there(samples), config, 1, True)
     assert packed["segments"].max() > 3 and len(spans) == 14 and n < len(packed["mask"])
     whole = gradient(part, packed, range(n), config)
-    close(whole, gradient(part, one_each(samples), [0], config))
+    close(whole, gradient(part, one_each(samples), [0], config), 2e-5)
     parts = [[1, 4], [i for i in reversed(range(n)) if i not in (1, 4)]]
     share = [packed["mask"][p].sum() / packed["mask"].sum() for p in parts]
     each = [gradient(part, packed, p, config) for p in parts]
-    close(jax.tree.map(lambda x, y: share[0] * x + share[1] * y, *each), whole)
+    close(jax.tree.map(lambda x, y: share[0] * x + share[1] * y, *each), whole, 2e-5)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded, check_vma", [(False, True), (False, False), (True, True)])
 @pytest.mark.parametrize("part", LOSS)
 def test_eight_devices_change_no_gradient(part, sharded, check_vma):
     config, samples = change(**LOSSES), rewarded()
@@ -216,7 +206,7 @@ def test_eight_devices_change_no_gradient(part, sharded, check_vma):
     all_, n_all, _ = pack(samples, there(samples), config, 8, True)
     assert n_one > n_all >= 1
     close(gradient(part, all_, range(n_all), config, 8, sharded, check_vma),
-          gradient(part, one, range(n_one), config))
+          gradient(part, one, range(n_one), config), 2e-5)
 
 
 # ---------------------------------------------------------------------------- advantages in rows
@@ -245,18 +235,6 @@ def test_advantages_stay_inside_their_completions():
     targets, _ = train_ppo.set_advantages(samples, spans, flat, change(kl_coef=0.0))
     seen = targets["advantage"][batch["mask"].reshape(targets["advantage"].shape) > 0]
     np.testing.assert_allclose([seen.mean(), seen.std(ddof=1)], [0, 1], atol=1e-6)
-
-
-def test_a_critic_that_knows_the_return_explains_it_all():
-    samples = rewarded()
-    batch, _, spans = pack(samples, there(samples), CONFIG, 1, True)
-    flat = {k: np.zeros_like(batch["mask"].reshape(-1, CONFIG.pack_length))
-            for k in ("old", "ref", "value")}
-    ev = lambda: train_ppo.set_advantages(samples, spans, flat, CONFIG)[1]["explained_variance"]
-    assert ev() == 0
-    for i, r, span in spans:
-        flat["value"][r, span] = samples[i].scored.total
-    assert ev() == 1
 
 
 # ------------------------------------------------------------------------------------ one update
@@ -320,28 +298,3 @@ def test_a_missing_reward_is_as_if_its_completion_had_not_been(stepping):
     none = [dataclasses.replace(s, scored=s.scored._replace(total=None)) for s in samples]
     after, metrics = run(none, 5)
     assert all(same(after, run.__defaults__[1])) and metrics == {"update_s": 0.0}
-
-
-# -------------------------------------------------------------------------------------- the flags
-
-
-def test_programs_are_the_jitted_functions_with_their_shapes():
-    for kl_coef in (0.0, 0.1):
-        programs = train_ppo.programs(train_ppo.Config(kl_coef=kl_coef), mesh_of(8))
-        assert set(programs) == {"prefill", "decode", "estimate", "train_step", "critic_step"}
-        for name in ("estimate", "train_step", "critic_step"):
-            f, arguments = programs[name]
-            assert f.lower(*arguments) is not None, name
-
-
-@pytest.mark.parametrize("flags, why", [
-    (["--lora-rank", "0"], "--lora-rank 0: expected 1 or more"),
-    (["--dual-clip", "0.9"], "--dual-clip 0.9: expected more than 1 [+] --clip-high"),
-    (["--gamma", "1.1"], "--gamma 1.1: expected 0 to 1"),
-    (["--minibatches", "0"], "--minibatches 0: expected 1"),
-    (["--temperature", "0"], "--temperature 0"), (["--pack-length", "64"], "--pack-length 64"),
-    (["--curriculum", "hard"], "--curriculum"), (["--rewards", "judge:1"], "needs --judge"),
-])
-def test_a_users_mistake_is_one_line(flags, why):
-    with pytest.raises(ValueError, match=why):
-        train_ppo.resolve(tyro.cli(train_ppo.Config, args=flags))

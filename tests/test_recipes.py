@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT
-from test_sft import mesh_of
+from conftest import ONE_DEVICE, ROOT, mesh_of
 
 import gemma
 import lora
@@ -223,11 +222,10 @@ def whole(folder, name, **more):
     """A recipe on the tiny model from end to end -> its folder, and the rows of its table."""
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(problems.word_problem("train", i)) for i in range(48)))
-    env = os.environ | SHORT | more | {"OUT": str(folder / "out"), "data": str(rows)}
+    env = ONE_DEVICE | SHORT | more | {"OUT": str(folder / "out"), "data": str(rows)}
     if name in ("ideae", "gemmatron"):  # which have no steps: the clock ends them
         env |= {"sft_time": "40s", "grpo_time": "40s"}
-    env |= {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
+    env |= {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     command = ["bash", str(ROOT / "recipes" / f"{name}.sh"), "--model", "tiny"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]

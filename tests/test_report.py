@@ -131,14 +131,6 @@ def test_settings_that_differ_are_marked(tmp_path):
     assert "All settings" in alone and "What differs" not in alone
 
 
-def test_the_best_evaluation_is_named_where_it_is_not_the_last(tmp_path):
-    rates = (0, 20, 100), (2, 70, 100), (4, 60, 100)
-    page = html(write(tmp_path / "x", rates))
-    assert [label in page for label in ("step 2, the best", "step 4<", "step 4, ")] == [
-        True, True, False]
-    assert "held-out accuracy 20.0 % → 60.0 %" in page
-
-
 @pytest.mark.parametrize("module", [train_sft, train_simpo, train_grpo, train_ppo, train_distill,
                                     evaluation])
 def test_the_command_repeats_the_run(module, tmp_path, monkeypatch):
@@ -167,16 +159,6 @@ def test_without_arguments_it_takes_the_run_folders_of_runs(tmp_path, monkeypatc
     assert "<title>a, b</title>" in (tmp_path / "runs/report.html").read_text()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.27, 0.71), (-3, 5), (0, 1e9), (1e-7, 3e-7), (7, 8)])
-def test_ticks_are_few_round_and_inside(low, high):
-    ticks = report.ticks(low, high)
-    assert 2 <= len(ticks) <= 5 and len({text for _, text in ticks}) == len(ticks)
-    for value, text in ticks:
-        assert low - 1e-9 <= value <= high + 1e-9
-        assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01, abs=1e-12)
-    assert [text for _, text in report.ticks(0, 3, least=1)] == ["0", "1", "2", "3"]
-
-
 def drawn(values, unit=""):
     steps = {step: {"kl": value, "p": 0.5} for step, value in enumerate(values)}
     run = report.Run("x", {}, steps, {}, {}, True)
@@ -195,27 +177,11 @@ def test_every_curve_lies_within_its_frame(values, unit):
     assert texts[0] == "0" and texts[-1] == "100"
 
 
-def test_a_reward_that_is_the_accuracy_has_no_card_of_its_own(tmp_path):
-    folder = write(tmp_path / "x")
-    lines = (folder / "metrics.jsonl").read_text()
-    twins = lines.replace('"rewards/answer/mean"', '"accuracy": 0.5, "rewards/answer/mean"')
-    assert "Reward: answer" in html(folder)
-    (folder / "metrics.jsonl").write_text(twins)
-    assert "Reward: answer" not in html(folder) and ">Accuracy <" in html(folder)
-    assert "rewards/answer/mean" not in html(folder)
-
-
 def test_unknown_is_a_gap_and_not_zero():
     svg = drawn([1.0, 2.0, None, 4.0])
     d = re.search('class="c0 raw" d="(.*?)"', svg)[1]
     assert d.count("M") == 2 and d.count("L") == 3  # two lines, the second a dot
     assert "1 → <b>4</b>" in svg
-
-
-def test_a_long_curve_is_averaged_and_a_noisy_one_gets_its_running_mean():
-    svg = drawn([float(step % 2) for step in range(4000)])
-    assert re.search('raw faint" d="(.*?)"', svg)[1].count("L") == report.N_POINTS
-    assert 'class="c0 line"' in svg and "0.5 → <b>0.5" in svg and len(svg) < 20_000
 
 
 # -------------------------------------------------------------------------------- what it survives
@@ -461,19 +427,6 @@ def test_base_and_trained_answers_stand_side_by_side(base_and_trained, width):
     assert (left, right) == ("base, problem 1 wrong", "trained, problem 1 right")
     assert (base, trained) == ("base 1 hm", "trained 1")
     assert (x2 > x + 200) == (width == 1200) and height < 900  # a long text scrolls
-
-
-def test_an_earlier_answer_of_the_same_run_is_shown_beside(three_steps):
-    late, early, parts = drive(three_steps, """
-        const titles = () => all(".columns h3").map(e => e.textContent), late = titles();
-        press("ArrowLeft", true);
-        press("ArrowLeft", true);
-        return [late, titles(), [...$("answers").querySelectorAll(".part")].map(
-          e => [e.className, e.innerText])];""")
-    assert late == ["x, step 3 right", "x, step 1 wrong"]
-    assert early == ["x, step 1 wrong"]  # there is none before it
-    assert parts == [["part reasoning", "<reasoning>2 + 2</reasoning>"],
-                     ["part answer", "<answer>4</answer>"]]
 
 
 HOSTILE = [

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import live_adapter, mesh_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_gemma import TINY, random_params
 
 import gemma
-import lora
 from sampler import Rollout, Rules, Sampler, draw
 
 FAMILIES = ("gemma2", "gemma3")
@@ -28,16 +28,10 @@ CFG = {  # with a head of its own: a tied random model mostly repeats its last t
 params_of = functools.cache(lambda family: random_params(CFG[family], seed=4))
 
 
-def mesh(n_devices):
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((n_devices,), ("data",), axis_types=axis_types,
-                         devices=jax.devices()[:n_devices])
-
-
 def sampler(family="gemma3", n_devices=1, slots=4, **sizes):
     """Equal samplers share what is compiled: the tests use few different ones."""
     sizes = {"max_prompt": 40, "max_new": 64, "cached_prompts": 3, "chunk": 8} | sizes
-    return Sampler(CFG[family], mesh(n_devices), slots, dtype=jnp.float32, **sizes)
+    return Sampler(CFG[family], mesh_of(n_devices), slots, dtype=jnp.float32, **sizes)
 
 
 def random_prompts(*lengths, seed=0):
@@ -180,7 +174,7 @@ def test_tokens_do_not_depend_on_devices_slots_or_order(family):
     backwards = dict(reversed(numbered.items()))
     assert tokens(sampler(family).sample(params, backwards, **settings)) == expected
     sharded = jax.tree.map(
-        lambda w, spec: jax.device_put(w, NamedSharding(mesh(8), spec)),
+        lambda w, spec: jax.device_put(w, NamedSharding(mesh_of(8), spec)),
         params, gemma.pspecs(CFG[family], True),
     )
     assert tokens(others[1].sample(sharded, backwards, **settings)) == expected
@@ -207,12 +201,6 @@ def test_a_base_that_stays_sharded_gives_the_rollouts_of_a_replicated_one(family
 
 
 # --------------------------------------------------------------------------------- log-probs, ends
-
-
-def live_adapter(cfg):
-    adapter = lora.init(cfg, jax.random.key(0), rank=4, alpha=8.0)
-    b = lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape)
-    return adapter | {"b": jax.tree.map(b, adapter["b"])}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -398,5 +386,5 @@ def test_the_length_of_the_context_and_the_dtype_are_checked():
         sampler(slots=0)
     short = dataclasses.replace(CFG["gemma3"], max_position_embeddings=20)
     with pytest.raises(ValueError, match="prompt 0 has 20 tokens .*expected 1 to 19"):
-        Sampler(short, mesh(1), dtype=jnp.float32).sample(params_of("gemma3"), [[1] * 20])
+        Sampler(short, mesh_of(1), dtype=jnp.float32).sample(params_of("gemma3"), [[1] * 20])
     assert list(sampler().sample(params_of("gemma3"), [])) == []

@@ -2,12 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from contextlib import closing
 
@@ -154,17 +149,12 @@ def mesh_config(tmp_path, name, **more):
     return fields | more
 
 
-def test_pairs_are_the_same_again_and_after_a_kill_and_train_simpo_reads_them(tmp_path):
+def test_pairs_of_the_model_itself_are_what_train_simpo_reads(tmp_path):
     made = lambda name, **more: synthesize.main(
         Pairs(**mesh_config(tmp_path, name, margin=0.1, reference=True,
                             rewards="format:0.5,answer:1,length:0.3") | more))
     file = made("whole")
-    pairs, journal = file.read_bytes(), (file.parent / "samples.jsonl").read_bytes()
-    lines = journal.splitlines(keepends=True)
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "config.json").write_bytes((file.parent / "config.json").read_bytes())
-    (tmp_path / "killed" / "samples.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:30])
-    assert made("killed").read_bytes() == pairs
+    journal = (file.parent / "samples.jsonl").read_bytes()
     rows, rejects = read(file), read(file.parent / "rejects.jsonl")
     assert {row["chosen_sample"] for row in rows} > {-1} and len(rows) > 6
     config = Pairs(**mesh_config(tmp_path, "whole", rows=0))
@@ -290,41 +280,6 @@ def test_faults_of_a_server_and_every_row_once(tmp_path):
         "reasoning": "By the first way the value of card 1 is 1 + 1 = 2 dollars in all.",
         "source": 1, "teacher": server.url,
     }
-
-
-def test_a_killed_run_pays_for_nothing_twice(tmp_path):
-    """Killed while four requests are under way: those alone are sent again."""
-    held = []
-
-    def answer(n, body):
-        if n >= 10 and len(held) < 4:
-            held.append(question(body))
-            return "never"
-        return reply(question(body))
-
-    with serving(answer) as server:
-        command = [sys.executable, str(ROOT / "synthesize.py"), "traces", "--teacher", server.url,
-                   "--data", write(tmp_path / "data.jsonl", CARDS), "--teacher-threads", "4",
-                   "--out", str(tmp_path / "out")]
-        env = os.environ | {"TEACHER_API_KEY": "sk-teacher-1234567890"}
-        run = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while len(held) < 4 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.2)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
-        assert len(server.bodies) == 14 and not (tmp_path / "out" / "rows.jsonl").exists()
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        asked = [question(body) for body in server.bodies]
-        assert sorted(asked) == sorted([*range(N), *held])
-        assert "24 rows in" in done.stderr and "0 rejects" in done.stderr
-        assert {*server.keys} == {"Bearer sk-teacher-1234567890"}
-    rows = read(tmp_path / "out" / "rows.jsonl")
-    assert [row["source"] for row in rows] == [*range(N)]
-    assert (tmp_path / "out" / "rejects.jsonl").read_text() == ""
-    assert "1234567890" not in "".join(
-        file.read_text() for file in (tmp_path / "out").rglob("*") if file.is_file())
 
 
 def test_limits_hold_over_sessions(tmp_path):

@@ -15,7 +15,7 @@ from queue import Empty
 
 import pip
 import pytest
-from conftest import ROOT
+from conftest import ONE_DEVICE, ROOT
 
 import hub
 import lora
@@ -33,14 +33,9 @@ def export(folder, *flags, script="train_grpo.py", one_file=False):
     return to_kaggle.main(to_kaggle.Config(script, one_file, to), list(flags))
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    """Kernels with one device each, which compile a program once between them."""
-    with pytest.MonkeyPatch.context() as patch:
-        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        patch.setenv("XLA_FLAGS", flags)
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        yield
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE["XLA_FLAGS"])
 
 
 # ---------------------------------------------------------------------------------- in a kernel
@@ -87,13 +82,19 @@ def test_evaluation_is_on_the_data_of_the_training(tmp_path):
 
 
 def talk(client, code, until=None, then=None):
-    """Runs a cell: (all it printed, its error or None); when `until` is printed calls `then`."""
-    said, error, sent = "", None, client.execute(code)
-    deadline = time.monotonic() + 300
+    """Runs a cell: (all it printed, its error or None); when `until` is printed calls `then`.
+
+    A thread of the kernel's sends what is written to file descriptor 2, perhaps after the cell's
+    end: so this reads until nothing has come for a second.
+    """
+    said, error, sent, ended = "", None, client.execute(code), False
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
         try:
-            message = client.get_iopub_msg(timeout=5)
+            message = client.get_iopub_msg(timeout=1)
         except Empty:
+            if ended:
+                return said, error
             continue
         content = message["content"]
         if message["parent_header"].get("msg_id") != sent:
@@ -105,7 +106,7 @@ def talk(client, code, until=None, then=None):
             error = f"{content['ename']}: {content['evalue']}"
             said += re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(content["traceback"]))
         elif content.get("execution_state") == "idle":
-            return said, error
+            ended = True
     raise AssertionError(f"the cell did not end: {said[-2000:]}")
 
 
@@ -128,11 +129,12 @@ def test_one_file_in_a_kernel(tmp_path, one_device):
         assert stopped and "SIGINT: finishing this step, then saving" in said, (error, said[-500:])
         # nothing is left behind: signals are the kernel's again, the folder is unlocked
         said, error = talk(client, "print('on')\nwhile True: pass", "on\n", kernel.interrupt_kernel)
-        assert error == "KeyboardInterrupt: "
+        assert error == "KeyboardInterrupt: ", said[-500:]
         n = int(stopped[1]) + 1
         said, error = talk(client, f"main(dataclasses.replace(CONFIG, steps={n}, eval_every=0))")
-        assert error is None and f"resuming runs/grpo at step {n - 1}" in said
-        assert f"step {n}/{n}" in said and "done: runs/grpo/final" in said
+        for expected in (f"resuming runs/grpo at step {n - 1}", f"step {n}/{n}",
+                         "done: runs/grpo/final"):
+            assert error is None and expected in said, (expected, error, said[-2000:])
         # a sibling's error shows its lines
         said, error = talk(client, 'gemma.load("nowhere")')
         assert error.startswith("ValueError: nowhere/config.json: no such file")
