@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import tyro
 
-import gemma
+import disk
 from disk import good_rows
 from terminal import command
 
@@ -92,11 +92,11 @@ def read_run(folder: Path, share: float = 1.0) -> Run:
     if not is_run(folder):
         raise ValueError(f"{folder} is no run folder: no metrics, samples or results in it")
     files = (folder / "results.json", folder / "config.json")
-    results, config = (gemma.read_json(file) if file.exists() else {} for file in files)
-    wanted = gemma.json_value(config, "steps", int, 0, files[1], low=0, high=2**53)
-    config["code"] = gemma.json_value(config, "code", dict, {}, files[1])
+    results, config = (disk.read_json(file) if file.exists() else {} for file in files)
+    wanted = disk.json_value(config, "steps", int, 0, files[1], low=0, high=2**53)
+    config["code"] = disk.json_value(config, "code", dict, {}, files[1])
     if results:
-        results["intervals"] = gemma.json_value(results, "intervals", dict, {}, files[0])
+        results["intervals"] = disk.json_value(results, "intervals", dict, {}, files[0])
     steps = {}
     for row in good_rows(folder / "metrics.jsonl", step=int):
         steps.setdefault(row.pop("step"), {}).update({k: number(v) for k, v in row.items()})
