@@ -597,7 +597,7 @@ class OnMesh(Judge):
 def last_json(text: str) -> Any:
     """The last JSON object of a text, as a judge may quote others first; None if it is cut off."""
     found, end = None, 0
-    for match in [*re.finditer(r'\{\s*"', text)][-100:]:  # bounds the time that a hostile reply can take
+    for match in [*re.finditer(r'\{\s*"', text)][-100:]:  # a limit to hostile replies
         if match.start() >= end:  # not inside the object before
             found = None
             with suppress(ValueError, RecursionError):
