@@ -489,8 +489,8 @@ def find_libtpu() -> str | None:
             os.environ.setdefault("TPU_LIBRARY_PATH", str(folder / "libtpu" / "libtpu.so"))
             return found.name.split("-")[1].removesuffix(".dist")
     terminal.say("the compiler for TPUs is not here, so memory is added up from shapes, without "
-             "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
-             f"{own} libtpu=={version}.*")
+                 "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
+                 f"{own} libtpu=={version}.*")
     return None
 
 
