@@ -216,7 +216,7 @@ class Cost(NamedTuple):
 
     def micro_batch(self, config, length: int, train: bool, wanted: float, splash: bool,
                     head: bool = True) -> Work:
-        """--micro-rows rows with log-probs of a share of their tokens; head=False: with none."""
+        """One micro-batch, with log-probs of a share of its tokens, or of none (head=False)."""
         n_tokens, scatters = config.micro_rows * length, train and not self.rank
         chunk = min(n_tokens, max(gemma.CHUNK, gemma.CHUNK_ELEMENTS // self.cfg.vocab_size))
         if wanted < 1:

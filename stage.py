@@ -354,8 +354,10 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
     if config.lora_rank:
         adapter = jax.device_get(trained | {"scale": model.fixed["scale"]})
         adapter = adapter if model.merged is None else lora.stack(model.merged, adapter, cfg)
+        import model_files
+
         lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0),
-                  gemma.is_multimodal(model.weights))
+                  model_files.is_multimodal(model.weights))
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
