@@ -1,4 +1,4 @@
-"""eval.py: the statistics by hand and by scipy, every kind of row, and runs that survive a kill."""
+"""eval.py: the statistics by hand and by scipy, every kind of row, and whole runs."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""train_grpo.py: golden losses, layouts that change no gradient, runs that survive a kill."""
+"""train_grpo.py: golden losses, layouts that change no gradient, whole runs."""
 
 import contextlib
 import dataclasses

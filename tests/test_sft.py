@@ -1,4 +1,4 @@
-"""train_sft.py: gradients that no layout changes, a frozen base, and runs that survive a kill."""
+"""train_sft.py: gradients that no layout changes, a frozen base, and whole runs."""
 
 import dataclasses
 import functools
