@@ -181,7 +181,7 @@ _FIGURES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\bkph\b", "km/h"), (r"\bmph\b", "mi/h"),
     (rf"\ba (?={'|'.join(_SCALES)})", "1 "),
     (r"\b(?:minus|negative) (?=[$€£¥]?\d)", "-"), (r"\bper ?cent\b", "%"), (r" per (?=[a-z])", "/"),
-    # any operator will do for "twice 42": its operand is no answer
+    # "twice 42" becomes "* 42": a number beside an operator states no answer
     (r"\b(?:plus|times|(?:added|multiplied|divided) (?:to|by)|factorial|squared|cubed|twice|double"
      r"|root of|bce?)\b", "*"),
     (r"(?<=\d) ?[*x] ?10\^(?=[-+]?\d)", "e"),

@@ -210,13 +210,13 @@ class Cost(NamedTuple):
         return Work(0, 2 * n_bytes, n_bytes * (self.n_devices - 1) / self.n_devices)
 
     def gathers(self, layers: int, head: int) -> Work:
-        """So many gathers, or scatters of the gradient, of all layers and of the head."""
+        """`layers` gathers of all layers and `head` of the head, or scatters of their gradients."""
         n = self.matrices() * layers + self.cfg.vocab_size * self.cfg.hidden_size * head
         return self.moved(self.weight * n) * self.sharded
 
     def micro_batch(self, config, length: int, train: bool, wanted: float, splash: bool,
                     head: bool = True) -> Work:
-        """--micro-rows rows with log-probs of a share of their tokens; head=False: with none."""
+        """One micro-batch, with log-probs of a share of its tokens, or of none (head=False)."""
         n_tokens, scatters = config.micro_rows * length, train and not self.rank
         chunk = min(n_tokens, gemma.CHUNK)
         if wanted < 1:
@@ -375,7 +375,7 @@ def grpo_steps(config: Config, cfg: gemma.Config, mesh: Mesh) -> Iterator[dict]:
     train_step, shapes = programs["train_step"]
     trained, opt, fixed = start_of(shapes)
     reference = jax.tree.map(jnp.copy, trained)
-    sampler, dtype = stage.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
+    sampler, dtype = rollouts.make_sampler(cfg, c, mesh), jnp.dtype(config.dtype)
     rng = np.random.default_rng(0)
     n_stop = cfg.vocab_size // config.mean_length if config.mean_length else 0
     cost = policy_cost(c, cfg, mesh, trained, stage.rollouts_are_sharded)

@@ -13,6 +13,7 @@ import re
 import shlex
 from pathlib import Path
 
+import disk
 import gemma
 import hub
 import report
@@ -62,7 +63,7 @@ def ending(folder: Path, run_folder: Path, step: int) -> list[str]:
     adapter = f"--adapter {shlex.quote(str(run_folder))}{flags}"
     lines = [f"  {which(run, step)}", f"  {outcome(run, step)}" * bool(outcome(run, step)),
              f"  report: {run_folder / 'report.html'}", f"  talk: python chat.py {adapter}",
-             f"  export: python lora.py {adapter} --out merged" if facts(folder)["rank"] else
+             f"  export: python merge.py {adapter} --out merged" if facts(folder)["rank"] else
              f"  export: see {run_folder / 'final' / 'README.md'}"]
     return [line for line in lines if line]
 
@@ -127,8 +128,8 @@ def hub_id(model: str, base: str) -> str | None:
 def facts(folder: Path) -> dict:
     """rank (0: a whole model), base (its folder) and system text of an adapter or model folder."""
     config, prompt = folder / "adapter_config.json", folder / "prompt.json"
-    adapter = gemma.read_json(config) if config.exists() else {}
-    system = gemma.read_json(prompt).get("system") if prompt.exists() else ""
+    adapter = disk.read_json(config) if config.exists() else {}
+    system = disk.read_json(prompt).get("system") if prompt.exists() else ""
     return {"rank": adapter.get("r", 0), "base": adapter.get("base_model_name_or_path") or "",
             "system": system or ""}
 
@@ -171,7 +172,7 @@ def commands(folder: Path, here: str, model: str = "tiny") -> str:
         most = min((r for r in VLLM_RANKS if r >= told["rank"]), default=told["rank"])
         return (f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {most} "
                 f"--lora-modules {name}={quoted}\n"
-                f"python lora.py --model {model} --adapter {quoted} --out merged\n"
+                f"python merge.py --model {model} --adapter {quoted} --out merged\n"
                 f"hf upload YOU/{name} {quoted}\n")
     return (f"vllm serve {quoted}\n"
             f"python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {gguf}\n"

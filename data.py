@@ -48,7 +48,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        import tokenizer_files  # here: the formats of the files are no matter of this page
+        import tokenizer_files  # here, as below: this page is not about the formats of files
 
         self.file, self.sp = tokenizer_files.load(Path(path))
         self.vocab_size = self.sp.get_piece_size()
@@ -289,7 +289,7 @@ def _answer(found: dict, choices: dict[str, str]) -> tuple[str, str | None]:
         return reasoning, answer
     numbers = map(str, range(len(choices)))
     readings = [choices, choices.values(), numbers]
-    if not isinstance(value, str):  # of the choices 1, 2, 4 "2" is the second, and 2 the last
+    if not isinstance(value, str):  # among 1, 2, 4 the text "2" is B, the number 2 is C
         readings = [choices, numbers, choices.values()]
     letters = [(name.strip().casefold(), letter) for reading in readings
                for name, letter in zip(reading, LETTERS, strict=False)]
@@ -489,7 +489,7 @@ def pack(prompts: list[int], completions: list[list[int]],
     or else part of it into the emptiest row, or else into a new row.
     A prompt of 2 with completions of 3, 5 and 1 in 8 -> [[(0, [1, 2])], [(0, [0])]]: 2+5+1, 2+3.
     """
-    rows, spaces, n_noted = [], [], 0  # spaces, sorted: (room left, -n_noted then, row)
+    rows, spaces, n_noted = [], [], 0  # spaces: sorted (room left, -n_noted, row), newest first
     total = [p + sum(lengths) for p, lengths in zip(prompts, completions, strict=True)]
     for q in sorted(range(len(prompts)), key=lambda q: -total[q]):
         left = sorted(range(len(completions[q])), key=lambda i: -completions[q][i])

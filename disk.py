@@ -1,4 +1,4 @@
-"""Files that survive a kill at any moment: atomic writes, JSON lines, locks, sealed folders.
+"""Files: checked JSON in, and writes that survive a kill at any moment.
 
 A file is written under a temporary name and renamed, so a kill leaves the old or the new one; a
 folder is sealed with manifest.json, the sha256 of each of its files.
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-import gemma
 import hosts
 
 try:
@@ -129,6 +128,54 @@ def plain(value):
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
+def read_text(path: str | Path) -> str:
+    """A file as UTF-8; ValueError names the file."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value; ValueError for anything else."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"cannot be read as JSON ({e})") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file; ValueError names the file. `json_value` checks its values."""
+    text = read_text(path)
+    try:
+        content = parse_json(text)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def json_value(values: dict, key: str, kind: type, default, source: str | Path, low=1e-12,
+               high=2**24):
+    """values[key], or the default if it is absent or null; the default `...` makes it required.
+
+    ValueError unless it is a `kind`: a number from `low` to `high` (an int is a float too, a bool
+    is no number), or a text that UTF-8 and file names can hold.
+    """
+    value = values.get(key)
+    if value is None and default is not ...:
+        return default
+    is_number = kind in (int, float)
+    limits = f" from {math.ceil(low) if kind is int else low:g} to {high}" if is_number else ""
+    right = isinstance(value, (int, float) if kind is float else kind)
+    right = right and (kind is bool or not isinstance(value, bool))
+    right = right and not (kind is str and re.search("[\0\ud800-\udfff]", value))
+    if not right or is_number and not low <= value <= high:
+        raise ValueError(f"{source}: {key} is {value!r:.60}, expected {kind.__name__}{limits}")
+    return value
+
+
 def to_jsonl(rows: Iterable[dict]) -> bytes:
     """One line per row, in UTF-8; half a surrogate pair becomes an escape sequence."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -138,14 +185,14 @@ def to_jsonl(rows: Iterable[dict]) -> bytes:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(line number, JSON value) of each line that is not blank; of a bad line the ValueError."""
     try:
-        gemma.check_file(path)
+        file = open(path, "rb")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    with open(path, "rb") as file:
+    with file:
         for n, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    row = gemma.parse_json(line.decode("utf-8-sig"))
+                    row = parse_json(line.decode("utf-8-sig"))
                 except ValueError as error:
                     row = error
                 yield n, row
@@ -220,7 +267,7 @@ def find_change(directory: Path) -> str | None:
     """
     try:
         file = directory / "manifest.json"
-        sealed = gemma.json_value(gemma.read_json(file), "sha256", dict, ..., file)
+        sealed = json_value(read_json(file), "sha256", dict, ..., file)
         found = _checksums(directory)
     except (OSError, ValueError) as error:
         return str(error)
@@ -237,5 +284,5 @@ def verify(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None: find_change(), and it must have its own name."""
     if wrong := find_change(checkpoint):
         return wrong
-    name = gemma.read_json(checkpoint / "manifest.json").get("name")
+    name = read_json(checkpoint / "manifest.json").get("name")
     return None if name == checkpoint.name else f"it was saved as {name!r:.60}"

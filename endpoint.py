@@ -30,7 +30,7 @@ from typing import Any
 import disk
 import terminal
 
-READINGS = 3  # replies that are asked for until one can be read
+READINGS = 3  # how many replies are asked for until one can be read
 # Parameters that some servers refuse: (name, the word that their error then contains). The refusal
 # of a schema has many wordings, so a schema is suspected last and on any error.
 REFUSABLE = (("max_tokens", "max_completion_tokens"), ("temperature", "temperature"),

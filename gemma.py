@@ -1,8 +1,8 @@
-"""Gemma 2 and 3 in pure JAX: configs, parameters, forward, prefill, log-probs, safetensors.
+"""Gemma 2 and 3 in pure JAX: configs, parameters, forward, prefill, log-probs.
 
     cfg, params = gemma.load("path/to/gemma-3-1b-it", dtype=jnp.bfloat16)
     logits_BTV = gemma.logits(params, cfg, tokens_BT)       # to read; training never builds [B,T,V]
-    python gemma.py --weights path/to/gemma-3-1b-it         # check real weights: PASS or FAIL
+    python check.py --weights path/to/gemma-3-1b-it         # check real weights: PASS or FAIL
 
 Every array name ends in its axes, one capital letter each, the same in the whole repository:
 
@@ -19,7 +19,7 @@ What to know when comparing with google-deepmind/gemma and transformers' modelin
    the cache after the last layer. Training and prefill are the same with no cache.
 3. sqrt(D) is rounded to the activations' dtype (bf16: 33.94 -> 34.0), as in the published code.
    RMSNorm, RoPE, scores, softmax and log-probs are float32 whatever the weights are.
-4. On TPUs whole rows are attended by JAX's splash kernels (`splash`), all else by `attend`.
+4. On TPUs JAX's splash kernels (splash.py) attend over whole rows; `attend` does all else.
 5. Sharded weights are all-gathered layer by layer (`all_gather_params`); decoding moves the few
    activations between the devices instead (`sharded_matmul`).
 6. The matrices of a frozen base may be int8 (`Int8`). They are never dequantised as a whole:
@@ -28,23 +28,16 @@ What to know when comparing with google-deepmind/gemma and transformers' modelin
 
 import dataclasses
 import functools
-import json
 import math
-import os
-import re
-import stat
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -63,7 +56,7 @@ class Config:
     head_dim: int
     query_pre_attn_scalar: float
     sliding_window: int  # keys a local layer sees, its own included
-    is_global: tuple[bool, ...]  # one a layer
+    is_global: tuple[bool, ...]  # one per layer
     rope_local_base_freq: float
     rope_theta: float  # of the global layers
     rope_factor: float = 1.0  # divides the frequencies of the global layers
@@ -107,176 +100,6 @@ CONFIGS = {  # the vocabulary of 4b, 12b and 27b includes 64 rows that no token 
         max_position_embeddings=512, eos_token_id=(1, 11),
     ),
 }
-DEFAULTS = {  # by model_type, transformers' own for what a config.json does not say
-    "gemma2": CONFIGS["gemma2-2b"],
-    "gemma3": _published(3, 262208, 2304, 9216, 26, 8, 4, 256, 256, 4096, 131072),
-}
-DEFAULTS["gemma3_text"] = DEFAULTS["gemma3"]
-LAYER_TYPES = ("sliding_attention", "full_attention")  # by is_global
-
-
-def check_file(path: str | Path, limit: float = math.inf) -> None:
-    """OSError unless this is a file of at most `limit` bytes: a pipe or a device may never end."""
-    if "\0" in str(path):
-        raise OSError("its name holds a zero byte")
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("it is no regular file")
-    if status.st_size > limit:
-        raise OSError(f"it has {status.st_size:,} bytes, more than {limit:,}")
-
-
-def read_text(path: str | Path, limit: float = 2**27) -> str:
-    """A file as UTF-8; ValueError names it. The largest is tokenizer.json, Gemma's of 33 MB."""
-    try:
-        check_file(path, limit)
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise ValueError(f"{path}: cannot be read ({why})") from None
-
-
-def parse_json(text: str | bytes) -> Any:
-    """A JSON value; ValueError for anything else, and where it is nested more than 64 deep."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"cannot be read as JSON ({e})") from None
-    inner = [value]
-    for _ in range(65):  # deeper values would end in a RecursionError wherever they are written
-        inner = [x for outer in inner if isinstance(outer, dict | list)
-                 for x in (outer.values() if isinstance(outer, dict) else outer)]
-    if inner:
-        raise ValueError("cannot be read as JSON (nested more than 64 deep)")
-    return value
-
-
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file; ValueError where there is none. json_value() checks its values."""
-    text = read_text(path)
-    try:
-        content = parse_json(text)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
-def json_value(values: dict, key: str, kind: type, default, source: str | Path, low=1e-12,
-               high=2**24):
-    """values[key], or the default where it is absent or null; `...` as default: it must be there.
-
-    ValueError unless it is a `kind`: a number from `low` to `high` (whole numbers are floats too,
-    true and false are no numbers), a text that can be written as UTF-8.
-    """
-    value = values.get(key)
-    if value is None and default is not ...:
-        return default
-    is_number = kind in (int, float)
-    limits = f" from {math.ceil(low) if kind is int else low:g} to {high}" if is_number else ""
-    right = isinstance(value, (int, float) if kind is float else kind)
-    right = right and (kind is bool or not isinstance(value, bool))
-    right = right and not (kind is str and re.search("[\0\ud800-\udfff]", value))
-    if not right or is_number and not low <= value <= high:
-        raise ValueError(f"{source}: {key} is {value!r:.60}, expected {kind.__name__}{limits}")
-    return value
-
-
-def config_from_dict(hf: dict, source: str = "config.json") -> Config:
-    """Reads a Hugging Face config of any Gemma 2/3, in 4.x and 5.x spelling, nested or flat.
-
-    Published multimodal files omit most of `text_config`; absent keys take transformers' defaults.
-    """
-    read = functools.partial(json_value, source=source)
-    default = DEFAULTS.get(str(hf.get("model_type")))
-    if default is None:
-        raise ValueError(f"{source}: model_type is {hf.get('model_type')!r:.60}, expected one of "
-                         f"{', '.join(DEFAULTS)}")
-    raw, gemma3 = read(hf, "text_config", dict, hf), default.model_type == "gemma3_text"
-    # In transformers 5 RoPE is one dict, or one for each layer type; 4.x has separate fields.
-    rope = read(raw, "rope_parameters", dict, {})
-    far = read(rope, "full_attention", dict, rope) or read(raw, "rope_scaling", dict, {})
-    near = read(rope, "sliding_attention", dict, {} if gemma3 else far)
-    for key, value, *accepted in (
-        ("hidden_activation", raw.get("hidden_activation"), "gelu_pytorch_tanh", "gelu"),
-        ("use_bidirectional_attention", raw.get("use_bidirectional_attention"), False),
-        ("rope_type", far.get("rope_type", far.get("type")), "default", "linear"),
-        ("RoPE factor of local layers", near.get("factor"), 1.0),
-    ):
-        if value not in (None, *accepted):
-            raise ValueError(f"{source}: {key} is {value!r:.60}, expected one of {accepted}")
-    n = read(raw, "num_hidden_layers", int, default.num_hidden_layers, high=1000)
-    every = read(raw, "_sliding_window_pattern", int, 6 if gemma3 else 2)
-    every = read(raw, "sliding_window_pattern", int, every)
-    types = read(raw, "layer_types", list, [LAYER_TYPES[(i + 1) % every == 0] for i in range(n)])
-    if len(types) != n or any(t not in LAYER_TYPES for t in types):
-        raise ValueError(f"{source}: layer_types is {types!r:.60}, expected {n} of {LAYER_TYPES}")
-    fields = {field.name: field.type for field in dataclasses.fields(Config)}
-    values = {key: read(raw, key, kind, getattr(default, key))
-              for key, kind in fields.items() if kind in (int, float, bool)}
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):  # a null turns one off
-        values[key] = read(raw, key, float, None if key in raw else getattr(default, key))
-    if values["num_attention_heads"] % values["num_key_value_heads"] or values["head_dim"] % 2:
-        raise ValueError(f"{source}: num_attention_heads is no multiple of num_key_value_heads, or "
-                         f"head_dim {values['head_dim']} is odd")
-    tied = read(hf, "tie_word_embeddings", bool, values["tie_word_embeddings"])
-    theta = read(far, "rope_theta", float, values["rope_theta"])
-    local_theta = values["rope_local_base_freq"] if gemma3 else theta
-    return Config(default.model_type, **values | {
-        "is_global": tuple(t == LAYER_TYPES[True] for t in types),
-        "eos_token_id": _stop_ids(hf, source) or _stop_ids(raw, source) or (1,),
-        "tie_word_embeddings": tied, "rope_theta": theta,
-        "rope_factor": read(far, "factor", float, 1.0),
-        "rope_local_base_freq": read(near, "rope_theta", float, local_theta),
-    })
-
-
-def _stop_ids(values: dict, source: str | Path) -> tuple[int, ...]:
-    """eos_token_id as a tuple: files hold one id or a list of them, or none."""
-    stops = values.get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    ids = [json_value({"eos_token_id": i}, "eos_token_id", int, None, source, low=0) for i in stops]
-    return tuple(i for i in ids if i is not None)
-
-
-def read_config(path: str | Path) -> Config:
-    """The config.json of a model folder, with the stop ids of its generation_config.json added."""
-    file, generation = Path(path) / "config.json", Path(path) / "generation_config.json"
-    if not file.exists():
-        raise ValueError(f"{file}: no such file; {_found(Path(path))}")
-    cfg = config_from_dict(read_json(file), str(file))
-    if not generation.exists():
-        return cfg
-    more = _stop_ids(read_json(generation), generation)  # gemma-2-it: [1, 107] here, 1 there
-    return dataclasses.replace(cfg, eos_token_id=tuple(dict.fromkeys(cfg.eos_token_id + more)))
-
-
-def is_multimodal(path: str | Path) -> bool:
-    """Whether a model folder is a Gemma 3 with a vision tower, as 4b, 12b and 27b are published."""
-    return read_json(Path(path) / "config.json").get("model_type") == "gemma3"
-
-
-def config_to_dict(cfg: Config, dtype: str = "float32") -> dict:
-    """The Hugging Face config.json of `cfg`, in the spelling that transformers 4.x and 5.x read."""
-    gemma3 = cfg.model_type == "gemma3_text"
-    hf = dataclasses.asdict(cfg) | {
-        "architectures": ["Gemma3ForCausalLM" if gemma3 else "Gemma2ForCausalLM"],
-        "layer_types": [LAYER_TYPES[g] for g in cfg.is_global],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "eos_token_id": list(cfg.eos_token_id),
-        "bos_token_id": 2,
-        "pad_token_id": 0,
-        "torch_dtype": dtype,
-    }
-    for ours in ("is_global", "rope_factor") + (() if gemma3 else ("rope_local_base_freq",)):
-        del hf[ours]
-    for p in range(1, cfg.num_hidden_layers + 1):
-        if all(g == ((i + 1) % p == 0) for i, g in enumerate(cfg.is_global)):
-            hf["sliding_window_pattern"] = p  # all that transformers 4.50 to 4.52 read
-    if cfg.rope_factor != 1.0:
-        hf["rope_scaling"] = {"factor": cfg.rope_factor, "rope_type": "linear"}
-    return hf
 
 
 # ------------------------------------------------------------------------------------ parameters
@@ -299,7 +122,7 @@ class Spec:
 
     @property
     def axes(self) -> str:
-        # The embedding is the one matrix read by row: [V, D] on both sides.
+        # The embedding is looked up by row, so it is [V, D] here and in the file.
         inner = self.out + self.inp if self.out == "V" else self.inp + self.out
         return "L" * self.stacked + inner
 
@@ -522,48 +345,13 @@ def on_tpu(mesh: Mesh | None = None) -> bool:
     return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
 
 
-def splash(cfg, q_BTNH, parts, *, segments_BT, window, interpret=False) -> jax.Array:
-    """`attend` for whole rows by JAX's splash kernels, which keep no [T, T] scores in memory.
-
-    The kernels' masks are static, so `lax.cond` picks the local or the causal one for a layer. They
-    compare indices in the row, which inside a segment is the same as comparing positions. Scaled
-    queries are rounded to their dtype, which is exact where the scale is 1/16 (all up to 12B).
-    """
-    from jax.experimental.pallas.ops.tpu import splash_attention as kernels  # slow to import
-
-    ((k_BKTH, v_BKTH, _),) = parts
-    _, T, N, _ = q_BTNH.shape
-    block = 512 if T > 256 else 256 if T > 128 else 128
-    pad = -T % block
-    q_BNTH = q_BTNH.swapaxes(1, 2).astype(jnp.float32) * cfg.query_pre_attn_scalar**-0.5
-    q_BNTH, k_BKTH, v_BKTH = (
-        jnp.pad(z.astype(k_BKTH.dtype), ((0, 0), (0, 0), (0, pad), (0, 0)))
-        for z in (q_BNTH, k_BKTH, v_BKTH)
-    )
-    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)))
-
-    def run(mask):
-        kernel = kernels.make_splash_mha_single_device(
-            kernels.MultiHeadMask([mask] * N), block_sizes=kernels.BlockSizes(*[block] * 8),
-            attn_logits_soft_cap=cfg.attn_logit_softcapping, interpret=interpret)
-        segments = kernels.SegmentIds(segments_BT, segments_BT)
-        o_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
-        return o_BNTH[:, :, :T].swapaxes(1, 2)
-
-    square = T + pad, T + pad
-    causal = functools.partial(run, kernels.CausalMask(square))
-    if cfg.sliding_window >= T:
-        return causal()
-    local = functools.partial(run, kernels.LocalMask(square, (cfg.sliding_window - 1, 0), 0))
-    return lax.cond(window < T, local, causal)
-
-
 def linear(w: dict, lora: dict | None, name: str, x: jax.Array,
            fsdp: str | None = None) -> jax.Array:
     """x W [B, T, *out], plus LoRA's scale * (x A) B where an adapter has this matrix.
 
-    As products of two-dimensional arrays: for the gradient of the same einsum on three axes XLA's
-    CPU backend transposes whole activations (LOG.md). fsdp: see `sharded_matmul`.
+    Written as products of two-dimensional arrays, because XLA's CPU backend transposes whole
+    activations for the gradient of the same einsum on three axes (LOG.md). fsdp: see
+    `sharded_matmul`.
     """
     B, T, inner = *x.shape[:2], len(LINEARS[name].inp)
 
@@ -702,7 +490,9 @@ def forward(params: dict, cfg: Config, tokens_BT: jax.Array, positions_BT: jax.A
         mask_BTT = same_BTT & (distance_BTT >= 0) & (distance_BTT < window)
         attention = attend
         if splashes:  # whatever `remat` is, no [T, T] array is kept for the backward pass
-            attention = functools.partial(splash, segments_BT=segments_BT, window=window)
+            import splash
+
+            attention = functools.partial(splash.attend, segments_BT=segments_BT, window=window)
         w = all_gather_params(w, spec, fsdp)
         return layer(cfg, w, lora_l, x_BTD, positions_BT, freq_H, mask_BTT, attention=attention)
 
@@ -967,165 +757,17 @@ _chunked_logps.defvjp(_chunked_logps_fwd, _chunked_logps_bwd, symbolic_zeros=Tru
 # ------------------------------------------------------------------------------------------ files
 
 
-def text_only_name(name: str) -> str | None:
-    """A tensor's name in the text-only model; None for the vision tower and its projector.
-
-    language_model.model.norm.weight and model.language_model.norm.weight -> model.norm.weight
-    """
-    if name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector.")):
-        return None
-    for prefix in ("language_model.model.", "model.language_model."):
-        if name.startswith(prefix):
-            return "model." + name.removeprefix(prefix)
-    return name.removeprefix("language_model.")
-
-
-def _found(path: Path) -> str:
-    found = ", ".join(sorted(f.name for f in path.glob("*"))[:8]) or "nothing"
-    return ("expected a Transformers folder: config.json and one .safetensors file or "
-            f"model.safetensors.index.json, found {found}")
-
-
-def _safetensors_files(path: Path) -> list[Path]:
-    """model.safetensors, else the files its index names, else the only .safetensors file."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if index.exists():
-        weight_map = json_value(read_json(index), "weight_map", dict, {}, index)
-        if any(len(str(file)) > 255 for file in weight_map.values()):
-            raise ValueError(f"{index}: weight_map names a file by more than 255 characters")
-        # .name: whatever an index names, only files of this folder are opened.
-        return sorted({path / Path(str(file)).name for file in weight_map.values()})
-    files = list(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise ValueError(f"{path}: {_found(path)}")
-    return files
-
-
-def open_tensors(file: Path):
-    """An open safetensors file, its header read; ValueError where it is none, or only a part."""
-    try:
-        check_file(file)
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: not a safetensors file, or a part of one ({e}); "
-                         "a .bin is never opened, it could run code") from None
-
-
-def _find_tensors(cfg: Config, path: Path) -> dict[str, tuple[Path, str]]:
-    """Each tensor's text-only name -> its file and its name there; all are checked, none is read.
-
-    The files must hold exactly the tensors of `cfg`, and may hold a separate head.
-    """
-    expected, where, unexpected = {}, {}, []
-    for spec in jax.tree.leaves(specs(dataclasses.replace(cfg, tie_word_embeddings=False))):
-        for i in range(cfg.num_hidden_layers if spec.stacked else 1):
-            expected[spec.name.format(i=i)] = list(spec.hf_shape(cfg))
-    for file in _safetensors_files(path):
-        with open_tensors(file) as f:
-            for name in f.keys():
-                text_name = text_only_name(name)
-                if text_name not in expected:
-                    unexpected += [name] * (text_name is not None)
-                    continue
-                dtype, shape = f.get_slice(name).get_dtype(), f.get_slice(name).get_shape()
-                if shape != expected[text_name] or dtype not in ("BF16", "F16", "F32"):
-                    raise ValueError(f"{file}: tensor {name} is {dtype} {shape}, expected BF16, "
-                                     f"F16 or F32 {expected[text_name]}; quantised weights cannot "
-                                     "be read")
-                where[text_name] = file, name
-    optional = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
-    missing = sorted(expected.keys() - where.keys() - optional)
-    if missing or unexpected:
-        raise ValueError(f"{path}: found {len(where)} tensors of the model in config.json; missing "
-                         f"{len(missing)}: {missing[:3]}, unexpected {len(unexpected)}: "
-                         f"{sorted(unexpected)[:3]}")
-    return where
-
-
-def _read(file: Path, name: str) -> np.ndarray:
-    # Reopened for each tensor: closing unmaps the file, so its pages never add up in memory.
-    with open_tensors(file) as f:
-        return f.get_tensor(name)
-
-
-def _to_devices(file: Path, name: str, sharding: NamedSharding | None, dtype=None) -> jax.Array:
-    """One tensor on the devices. With several hosts, each reads only its own shards."""
-    cast = lambda x: x.astype(dtype or x.dtype, copy=False)
-    if sharding is None or sharding.is_fully_addressable:
-        return jax.device_put(cast(_read(file, name)), sharding)
-    with open_tensors(file) as f:
-        tensor = f.get_slice(name)
-        shape = tuple(tensor.get_shape())
-        return jax.make_array_from_callback(shape, sharding, lambda shard: cast(tensor[shard]))
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "shape"), donate_argnums=0)
-def _set_layer(leaf, tensor, i, delta, spec, shape):
-    """leaf[i] = one tensor of a file, transposed from torch's [out, inp] to [inp, out], + delta."""
-    out, inp = shape
-    tensor = tensor.reshape(out + inp)
-    tensor = tensor.transpose(*range(len(out), len(out + inp)), *range(len(out)))
-    if delta is not None:
-        tensor = tensor.astype(jnp.float32) + delta
-    new = quantise(spec, tensor) if isinstance(leaf, Int8) else tensor.astype(leaf.dtype)
-    return jax.tree.map(lambda z, z_new: lax.dynamic_update_index_in_dim(z, z_new, i, 0), leaf, new)
-
-
 def load(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None, shard: bool = False,
-         int8: bool = False, delta=None):
+         int8: bool = False, delta=None) -> tuple[Config, dict]:
     """Loads a Hugging Face folder -> (Config, parameters).
 
-    Each tensor goes straight from its file to the device(s): the host never holds a second copy of
-    the model. mesh: replicate over it, or with shard=True split every matrix along D over its axis
-    "data". int8: matrices are `Int8`, quantised one by one. delta("q_proj", layer): what is added
-    in float32 to a matrix first, or None; see lora.delta. A separate lm_head.weight is used only if
-    it differs from the embedding.
+    mesh: replicate over it, or with shard=True split every matrix along D over its axis "data".
+    int8: matrices are `Int8`. delta("q_proj", layer): what is added in float32 to a matrix first,
+    or None; see lora.delta.
     """
-    cfg = read_config(path)
-    where = _find_tensors(cfg, Path(path))
-    if "lm_head.weight" in where:
-        embedding, own = (_read(*where[n]) for n in ("model.embed_tokens.weight", "lm_head.weight"))
-        cfg = dataclasses.replace(cfg, tie_word_embeddings=bool((embedding == own).all()))
-        del embedding, own
+    import model_files  # here, as below: this page is not about the formats of files
 
-    def one(spec: Spec) -> jax.Array:
-        here = there = scales = None
-        quantises = int8 and spec.inp
-        if mesh is not None:
-            here, scales = (NamedSharding(mesh, s if shard else P())
-                            for s in (spec.pspec, spec.scale_pspec))
-            split = ("data" if g == "D" and shard else None for g in (spec.out, spec.inp))
-            there = NamedSharding(mesh, P(*split) if spec.inp else P())
-        if not spec.stacked:  # the embedding, the largest of all, has the same axes in the file
-            tensor = _to_devices(*where[spec.name], here, None if quantises else dtype)
-            return jax.jit(quantise, static_argnums=0)(spec, tensor) if quantises else tensor
-        sizes = lambda axes: tuple(axis_sizes(cfg)[a] for a in axes)
-        shape = sizes(spec.out), sizes(spec.inp)
-        leaf = jnp.zeros(spec.shape(cfg), jnp.int8 if quantises else dtype, device=here)
-        if quantises:
-            leaf = Int8(leaf, jnp.zeros(sizes(spec.scale_axes), device=scales))
-        for i in range(cfg.num_hidden_layers):
-            tensor = _to_devices(*where[spec.name.format(i=i)], there)
-            added = delta and delta(spec.name.split(".")[-2], i)
-            leaf = _set_layer(leaf, tensor, i, added, spec, shape)
-            jax.block_until_ready(leaf)  # one in flight at a time
-        return leaf
-
-    return cfg, jax.tree.map(one, specs(cfg))
-
-
-def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file for PyTorch, readable by whom the umask allows.
-
-    safetensors itself leaves mode 0600: a file that no other user and no web server can read.
-    """
-    path.unlink(missing_ok=True)
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
+    return model_files.load(path, dtype, mesh, shard, int8, delta)
 
 
 def save(path: str | Path, cfg: Config, params: dict) -> None:
@@ -1133,26 +775,13 @@ def save(path: str | Path, cfg: Config, params: dict) -> None:
 
     data.Tokenizer.save writes the tokenizer's files.
     """
-    path, tensors = Path(path), {}
-    for spec, leaf in zip(jax.tree.leaves(specs(cfg)), jax.tree.leaves(params), strict=True):
-        for i in range(cfg.num_hidden_layers if spec.stacked else 1):
-            tensor = np.asarray(leaf[i] if spec.stacked else leaf)
-            if spec.inp and spec.out != "V":  # [inp, out] -> torch's [out, inp]
-                n = len(spec.inp)
-                tensor = tensor.transpose(*range(n, tensor.ndim), *range(n))
-            tensor = np.ascontiguousarray(tensor).reshape(spec.hf_shape(cfg))
-            tensors[spec.name.format(i=i)] = tensor
-    config = config_to_dict(cfg, params["norm"].dtype.name)
-    generation = {k: config[k] for k in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    path.mkdir(parents=True, exist_ok=True)
-    for old in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors.index.json"):
-        old.unlink(missing_ok=True)  # some programs would read these instead
-    save_tensors(path / "model.safetensors", tensors)
-    (path / "config.json").write_text(json.dumps(config, indent=2))
-    (path / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    import model_files
+
+    model_files.save(path, cfg, params)
 
 
-if __name__ == "__main__":
-    from check import main  # the self-check also needs text and sampling, which import this file
+def read_config(path: str | Path) -> Config:
+    """The Config of a Hugging Face folder; ValueError names what is wrong with its config.json."""
+    import model_files
 
-    main()
+    return model_files.read_config(path)

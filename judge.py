@@ -116,7 +116,7 @@ def programs(config: settings.Judge, mesh: Mesh) -> dict[str, tuple]:
     params = jax.eval_shape(lambda: gemma.init(cfg, jax.random.key(0), dtype, int8))
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
     params = jax.tree.map(shape, params, gemma.pspecs(cfg, shard, int8))
-    batch = batch_shapes(mesh, X=ROWS, B=ROWS, U=1024, C=1024)  # no shared beginning: most memory
+    batch = batch_shapes(mesh, X=ROWS, B=ROWS, U=1024, C=1024)  # nothing shared: the most memory
     ids_A = np.arange(len(STYLES[config.judge_style].digits), dtype=np.int32)
     return {"judge": (read_answers, (params, cfg, mesh, shard, batch, ids_A))}
 
@@ -164,7 +164,7 @@ def rubric(row: dict) -> list[tuple[str, float]]:
     Read from "rubrics", or "rubric" as RaR publishes it: a list of {title, description, weight},
     of {criterion, points} (HealthBench) or of texts, or one text "1. first\\n2. second". A weight
     is a number or a name of WEIGHTS, which may also be the text's first word: "Essential Criteria:
-    ..." -> 1.0. An item with a negative weight is a fault to avoid; not every item may be one.
+    ..." -> 1.0. An item with a negative weight is a fault to avoid; one at least must be positive.
     """
     given = row.get("rubrics") or row.get("rubric") or [*task_of(row)[1:]]
     wrong = ValueError("rubrics: expected a text, or a list of texts, {title, description, weight} "
@@ -196,7 +196,7 @@ def rubric(row: dict) -> list[tuple[str, float]]:
 
 
 def weighted(values: list[float], items: list[tuple[str, float]]) -> float:
-    """sum w c / sum of the positive w, at least 0, of values c; a single value is the score."""
+    """sum w c / (sum of the positive w), at least 0, of values c; a single value is the score."""
     if len(values) == 1:
         return values[0]
     score = sum(w * c for (_, w), c in zip(items, values, strict=True))
@@ -411,7 +411,7 @@ def last_states(params: dict, cfg: gemma.Config, batch: dict, fsdp: str | None) 
     (X, U), (B, C), D = tokens_XU.shape, tokens_BC.shape, cfg.hidden_size
     u_XU = jnp.broadcast_to(jnp.arange(U)[None], (X, U))
     at_BC = n_X[of_B][:, None] + jnp.arange(C)[None]
-    # Where keys stand; no query comes after padding.
+    # Positions of the keys; padding stands after every query, so no query attends to it.
     key_XU = jnp.where(u_XU < n_X[:, None], u_XU, PADDING)
     key_BC = jnp.where(jnp.arange(C)[None] < n_B[:, None], at_BC, PADDING)
 
@@ -595,9 +595,9 @@ class OnMesh(Judge):
 
 
 def last_json(text: str) -> Any:
-    """The last JSON object of a text, or None where that one is cut: a judge may quote another."""
+    """The last JSON object of a text, as a judge may quote others first; None if it is cut off."""
     found, end = None, 0
-    for match in [*re.finditer(r'\{\s*"', text)][-100:]:  # no server makes us read for ever
+    for match in [*re.finditer(r'\{\s*"', text)][-100:]:  # a limit to hostile replies
         if match.start() >= end:  # not inside the object before
             found = None
             with suppress(ValueError, RecursionError):

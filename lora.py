@@ -3,7 +3,6 @@
     adapter = lora.init(cfg, key, rank=16, alpha=32)
     logits_BTV = gemma.logits(params, cfg, tokens_BT, lora=adapter)
     params = lora.merge(params, adapter, cfg)
-    python lora.py --model gemma3-1b --adapter runs/sft --out merged      # for other programs
 
 An adapter is a nested dict of layer-stacked arrays, float32 even on a bfloat16 base:
 
@@ -14,21 +13,19 @@ applies them. float32 matters: bf16(0.02) + 3e-6 == bf16(0.02), so a bfloat16 A 
 learning rates.
 """
 
-import dataclasses
 import json
 import math
 import re
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import disk
 import gemma
 import hub
-import terminal
-from gemma import LINEARS, Config, Spec, axis_sizes, text_only_name
+from gemma import LINEARS, Config, Spec, axis_sizes
 
 
 def parse_targets(targets: str) -> list[str]:
@@ -63,7 +60,7 @@ def shapes(spec: Spec, cfg: Config, rank: int) -> tuple[tuple, tuple]:
 
 
 def split(adapter: dict) -> tuple[dict, dict]:
-    """(the trained part, the fixed part) of an adapter; `trained | fixed` joins them again."""
+    """(the trained part, the fixed part) of an adapter, which is `trained | fixed`."""
     return {k: adapter[k] for k in "ab"}, {"scale": adapter["scale"]}
 
 
@@ -85,7 +82,7 @@ def describe(adapter: dict) -> str:
 
 
 def with_dropout(adapter: dict, rate: float, key: jax.Array) -> dict:
-    """The adapter with dropout on its inputs, for one training forward; every layer has a key."""
+    """The adapter with dropout on its inputs for one forward pass; each layer gets its own key."""
     if rate == 0.0:
         return adapter
     L = next(iter(adapter["scale"].values())).shape[0]
@@ -113,7 +110,7 @@ def merge(params: dict, adapter: dict, cfg: Config) -> dict:
 
 
 def stack(first: dict, second: dict, cfg: Config) -> dict:
-    """One adapter that adds what two add: its rank is the sum of theirs, its B holds the scales."""
+    """One adapter that does what two do: its rank is the sum of theirs, its B holds the scales."""
     out = {"a": {}, "b": {}, "scale": {}}
     for name in (n for n in LINEARS if n in first["a"] or n in second["a"]):
         parts = []
@@ -130,19 +127,19 @@ def stack(first: dict, second: dict, cfg: Config) -> dict:
 
 
 def write_prompt(folder: Path, system: str) -> None:
-    """Leaves the system text beside an adapter or model, for the next stage and for eval."""
+    """Writes prompt.json, the system text of an adapter or model, for later stages and eval."""
     (folder / "prompt.json").write_text(json.dumps({"system": system}, ensure_ascii=False))
 
 
 def read_prompt(adapter: str | None, system: str | None) -> str | None:
-    """The system text that `--adapter` was trained under; another one given is an error."""
+    """The system text that `--adapter` was trained under; ValueError if --system is another."""
     if adapter is None:
         return system
     folder = hub.find_adapter(adapter)
     if not (folder / "prompt.json").exists():
         return system
     file = folder / "prompt.json"
-    trained = gemma.json_value(gemma.read_json(file), "system", str, ..., file)
+    trained = disk.json_value(disk.read_json(file), "system", str, ..., file)
     if system is not None and system != trained:
         raise ValueError(f"--system {system!r}, but {folder} was trained under {trained!r}: "
                          "leave --system out, or begin without --adapter")
@@ -153,10 +150,7 @@ def read_size(folder: Path) -> dict:
     """{"lora_rank", "lora_alpha"} of an adapter folder; {} where it holds none."""
     if not (file := folder / "adapter_config.json").exists():
         return {}
-    config = gemma.read_json(file)
-    rank = gemma.json_value(config, "r", int, 8, file)
-    alpha = gemma.json_value(config, "lora_alpha", float, 8, file)
-    rslora = gemma.json_value(config, "use_rslora", bool, False, file)
+    rank, alpha, _, rslora = read_settings(file)
     return {"lora_rank": rank, "lora_alpha": alpha * math.sqrt(rank) if rslora else alpha}
 
 
@@ -167,9 +161,12 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
          multimodal: bool = False) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them, in float32.
 
-    multimodal: gemma.is_multimodal(base folder). PEFT opens such a base as a class whose matrices
-    have other names: with the text-only names the adapter would do nothing, after a warning.
+    multimodal: model_files.is_multimodal(base folder). PEFT opens such a base as a class whose
+    matrices have other names: under the text-only names the adapter would do nothing, after a
+    warning.
     """
+    import model_files  # here, as below: only files need it
+
     path, r, adapter = Path(path), rank(adapter), jax.device_get(adapter)
     tensors, alphas = {}, {}
     for name in adapter["a"]:
@@ -195,11 +192,11 @@ def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: 
         "use_rslora": False,  # lora_alpha already holds the factor
     }
     path.mkdir(parents=True, exist_ok=True)
-    gemma.save_tensors(path / "adapter_model.safetensors", tensors)
+    model_files.save_tensors(path / "adapter_model.safetensors", tensors)
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-SETTINGS = {  # of adapter_config.json that is plain LoRA -> the values it may have; None: any
+SETTINGS = {  # plain LoRA's keys in adapter_config.json -> values they may have; None: any
     **dict.fromkeys((
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
         "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
@@ -213,24 +210,25 @@ SETTINGS = {  # of adapter_config.json that is plain LoRA -> the values it may h
 KEY = re.compile(r"model\.layers\.(\d+)\.[a-z_]+\.(\w+_proj)\.lora_([AB])(?:\.default)?\.weight")
 
 
-def read_settings(file: Path) -> tuple[float, dict[str, float], bool]:
-    """(lora_alpha, alpha_pattern, use_rslora) of an adapter_config.json that is plain LoRA.
+def read_settings(file: Path) -> tuple[int, float, dict[str, float], bool]:
+    """(r, lora_alpha, alpha_pattern, use_rslora) of an adapter_config.json that is plain LoRA.
 
     ValueError names any other setting, such as modules_to_save or use_dora: without it only a part
     of what was trained would be loaded.
     """
-    config = gemma.read_json(file)
-    alpha = gemma.json_value(config, "lora_alpha", float, 8, file)
-    rslora = gemma.json_value(config, "use_rslora", bool, False, file)
-    alphas = gemma.json_value(config, "alpha_pattern", dict, {}, file)
-    alphas = {key: gemma.json_value(alphas, key, float, alpha, file) for key in alphas}
+    config = disk.read_json(file)
+    rank = disk.json_value(config, "r", int, 8, file)
+    alpha = disk.json_value(config, "lora_alpha", float, 8, file)
+    rslora = disk.json_value(config, "use_rslora", bool, False, file)
+    alphas = disk.json_value(config, "alpha_pattern", dict, {}, file)
+    alphas = {key: disk.json_value(alphas, key, float, alpha, file) for key in alphas}
     wrong = [f"{key!r:.60} is {value!r:.60}" for key, value in config.items()
              if value and (allowed := SETTINGS.get(key, ())) is not None and value not in allowed]
     # PEFT takes regular expressions, some of which would run for ever: only names are read here.
     wrong += [f"alpha_pattern {key!r:.60}" for key in alphas if not re.fullmatch(r"[\w.]+", key)]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]}; only plain LoRA can be read")
-    return alpha, alphas, rslora
+    return rank, alpha, alphas, rslora
 
 
 def load(path: str | Path, cfg: Config) -> dict:
@@ -239,20 +237,20 @@ def load(path: str | Path, cfg: Config) -> dict:
     A tensor that this model cannot take is an error: PEFT itself only warns, and the adapter would
     do nothing.
     """
+    import model_files
+
     file = Path(path) / "adapter_model.safetensors"
-    alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
-    with gemma.open_tensors(file) as f:  # a .bin is never opened, it could run code
+    _, alpha, alphas, rslora = read_settings(Path(path) / "adapter_config.json")
+    with model_files.open_tensors(file) as f:  # a .bin is never opened, it could run code
         tensors = {key: f.get_tensor(key) for key in f.keys()}
     found = {name: {} for name in LINEARS}  # {layer: {"module": name, "A": [r, in], "B": [out, r]}}
     for key, tensor in tensors.items():
-        m = KEY.fullmatch(text_only_name(key.removeprefix("base_model.model.")) or "")
+        m = KEY.fullmatch(model_files.text_only_name(key.removeprefix("base_model.model.")) or "")
         if not m or m[2] not in LINEARS or int(m[1]) >= cfg.num_hidden_layers or tensor.ndim != 2:
             raise ValueError(f"{file}: tensor {key!r:.200} has no place in this model")
         module = key.removeprefix("base_model.model.").split(".lora_")[0]  # as patterns name it
         found[m[2]].setdefault(int(m[1]), {"module": module})[m[3]] = np.float32(tensor)
     R = max((len(t) for key, t in tensors.items() if ".lora_A" in key), default=0)
-    if R > 4096:  # every matrix is padded to it
-        raise ValueError(f"{file}: a matrix has rank {R:,}, expected at most 4,096")
     adapter = {"a": {}, "b": {}, "scale": {}}
     for name in (name for name in LINEARS if found[name]):
         a, b = (np.zeros(shape, np.float32) for shape in shapes(LINEARS[name], cfg, R))
@@ -273,56 +271,3 @@ def load(path: str | Path, cfg: Config) -> dict:
     if not adapter["a"]:
         raise ValueError(f"{file}: holds no LoRA matrices")
     return jax.tree.map(jnp.asarray, adapter)
-
-
-# --------------------------------------------------------------------------- for other programs
-
-
-def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
-         tokenizer: str | None = None,
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-    """Merges an adapter into its base and writes a whole text-only model for other programs.
-
-    The chat template of the folder adds the system text that the adapter was trained under. The
-    commands for vLLM, llama.cpp, Ollama and the Hub are printed.
-
-    Args:
-        adapter: A run folder, its final/, or a PEFT adapter.
-        out: Folder to write; a new or an empty one.
-        model: Which Gemma the adapter belongs on; default: the one it was trained on.
-        weights: Folder of the base's weights; default: the adapter's, or looked for by name.
-        tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
-        dtype: Of the merged weights; the sum itself is computed in float32.
-    """
-    import card  # here: only a merge needs these two
-    import data
-
-    if model == "tiny" and not weights:
-        model, weights = hub.trained_on(adapter)
-    base, path = hub.find_start(model, weights, adapter)
-    if path is None:
-        raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ValueError(f"--out {out} is there already, and not empty: name another folder")
-    tok = data.Tokenizer(tokenizer or base)
-    cfg, params = gemma.load(base, jnp.dtype(dtype))
-    params = merge(params, load(path, cfg), cfg)
-    stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
-    gemma.save(out, dataclasses.replace(cfg, eos_token_id=stops), params)
-    system = read_prompt(adapter, None) or ""
-    tok.save(out, system)
-    file = Path(out) / "config.json"  # llama.cpp's converter reads one stop id there, not a list
-    file.write_text(json.dumps(gemma.read_json(file) | {"eos_token_id": tok.eos}, indent=2))
-    if system:
-        write_prompt(Path(out), system)
-    card.write_merged(Path(out), path, model)
-    print(f"{out}: {path} merged into {base}, {dtype}")
-    if system:
-        print(f"its chat template adds the system text of the training: {system}")
-    print(card.commands(Path(out), out, model), end="")
-
-
-if __name__ == "__main__":
-    import tyro
-
-    terminal.command(lambda: tyro.cli(main))

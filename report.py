@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import tyro
 
-import gemma
+import disk
 from disk import good_rows
 from terminal import command
 
@@ -92,11 +92,11 @@ def read_run(folder: Path, share: float = 1.0) -> Run:
     if not is_run(folder):
         raise ValueError(f"{folder} is no run folder: no metrics, samples or results in it")
     files = (folder / "results.json", folder / "config.json")
-    results, config = (gemma.read_json(file) if file.exists() else {} for file in files)
-    wanted = gemma.json_value(config, "steps", int, 0, files[1], low=0, high=2**53)
-    config["code"] = gemma.json_value(config, "code", dict, {}, files[1])
+    results, config = (disk.read_json(file) if file.exists() else {} for file in files)
+    wanted = disk.json_value(config, "steps", int, 0, files[1], low=0, high=2**53)
+    config["code"] = disk.json_value(config, "code", dict, {}, files[1])
     if results:
-        results["intervals"] = gemma.json_value(results, "intervals", dict, {}, files[0])
+        results["intervals"] = disk.json_value(results, "intervals", dict, {}, files[0])
     steps = {}
     for row in good_rows(folder / "metrics.jsonl", step=int):
         steps.setdefault(row.pop("step"), {}).update({k: number(v) for k, v in row.items()})
@@ -145,7 +145,7 @@ def plain(value):
 
 
 def curve(run: Run, name: str) -> list[tuple[int, float | None]]:
-    """(step, value) of its kind of step, training or evaluation; None where it has no value."""
+    """(step, value) at each training step or, of an eval_ metric, evaluation; None: no value."""
     kind = name.startswith("eval_")
     points = [(step, row.get(name)) for step, row in run.steps.items()
               if any(k.startswith("eval_") == kind for k in row)]
@@ -238,7 +238,7 @@ def ticks(low: float, high: float, least: float = 0.0) -> list[tuple[float, str]
 
 
 def means(points: list, stride: int, half: int) -> list:
-    """Every stride-th point as the mean of `half` neighbours on both sides; unknown stays so."""
+    """Every stride-th point, averaged with `half` neighbours on each side; None stays None."""
     out = []
     for i in range(stride // 2, len(points), stride):
         near = [v for _, v in points[max(0, i - half) : i + half + 1] if v is not None]
@@ -247,7 +247,7 @@ def means(points: list, stride: int, half: int) -> list:
 
 
 def path(points: list, x, y) -> str:
-    """A line through what is known; a point alone is a line to itself, which shows as a dot."""
+    """An SVG path through the known points; a lone point becomes a line to itself, a dot."""
     d, up = "", True
     for step, v in points:
         at = "" if v is None else f"{x(step):.1f},{y(v):.2f}"

@@ -27,15 +27,18 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import data
+import gemma
 import hosts
 import rewards
 import runs
 import settings
+import stage
 import terminal
 from sampler import Rollout, Sampler
 
@@ -87,7 +90,7 @@ class Settings(settings.Judge, settings.Sampling, settings.Training):
 class Problem:
     """One row, ready to be answered and graded."""
 
-    id: str  # hash of question and answer, not of the system text: pairs two models' runs
+    id: str  # hash of question and answer, without the system text: two runs can be paired by it
     prompt: tuple[int, ...]  # token ids
     question: str  # as text
     gold: str | None  # the right answer; None: nothing to check
@@ -208,7 +211,7 @@ class Order:
             self.phases.append((start, rows))
 
     def take(self, drawn: int, n: int, p: float, in_step: int = 0) -> list[int]:
-        """The next n problems at progress p, after `drawn` in all and `in_step` in this step."""
+        """The next n problems at progress p; drawn: taken before, in_step: of them in this step."""
         phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
         rows = self.phases[phase][1]
         if self.ordered:
@@ -270,8 +273,6 @@ def check_settings(config) -> None:
     if config.pack_length < (longest := config.max_prompt + config.max_new):
         raise ValueError(f"--pack-length {config.pack_length}: expected --max-prompt + --max-new = "
                          f"{longest} or more")
-    if config.temperature <= 0:
-        raise ValueError(f"--temperature {config.temperature}: expected more than 0")
     read_curriculum(config.curriculum)
 
 
@@ -402,8 +403,7 @@ class Scorer:
 
 
 def places(questions: list) -> list[tuple]:
-    """(question, index in its group, group size) each: a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2).
-    """
+    """(question, index in its group, group size): a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2)."""
     size, seen, out = Counter(questions), Counter(), []
     for question in questions:
         out.append((question, seen[question], size[question]))
@@ -431,7 +431,7 @@ def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.T
     arXiv 2506.18254. The right answer replaces what follows the completion's first <answer>. 0
     where there is no <answer>, or no room for the right answer within --max-new; None where no
     right answer is known. Probabilities are at --temperature. RLPR subtracts the probability
-    without a trace, but that is the same for all of a group, and so is in its mean anyway.
+    without a trace; it is equal within a group, so subtracting the group's mean removes it anyway.
 
     logps: (arrays of pack, micro-batches used) -> log-probs of the policy, of the same shape.
     """
@@ -452,7 +452,7 @@ def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.T
         return probs_QG
     batch, n_micro, spans = pack(samples, [1.0] * len(samples), config, mesh.size, True)
     mask_RT = batch["mask"].reshape(-1, config.pack_length)
-    for i, r, span in spans:  # log-probs of the answer alone: the rest needs no logits
+    for i, r, span in spans:  # keep only the answer: no other token needs logits
         mask_RT[r, span.start : span.stop - places[i][2]] = 0.0
     batch = {k: hosts.put(v, NamedSharding(mesh, P(None, "data"))) for k, v in batch.items()}
     logp_RT = np.asarray(hosts.whole(logps(batch, np.int32(n_micro)))).reshape(mask_RT.shape)
@@ -468,6 +468,28 @@ def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.T
 def token_rules(tok: data.Tokenizer) -> dict:
     """Arguments of Sampler.sample from a tokenizer: ids that stop, ids that are never sampled."""
     return {"stop": tok.stop_ids, "forbidden": tok.forbidden_ids, "vocab_size": tok.vocab_size}
+
+
+def make_sampler(cfg: gemma.Config, config, mesh: Mesh) -> Sampler:
+    """The Sampler of a stage that learns from its own completions."""
+    in_place = stage.rollouts_are_sharded(cfg, config, mesh)
+    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
+                   max_new=config.max_new, cached_prompts=min(16, max(4, config.slots // 4)),
+                   dtype=jnp.dtype(config.dtype), shard=in_place)
+
+
+def programs(cfg: gemma.Config, config, mesh: Mesh, trained, fixed) -> dict:
+    """The programs of sampling and of a judge: name -> (jitted function, argument shapes).
+
+    trained, fixed: ShapeDtypeStructs of a stage's weights.
+    """
+    cast = functools.partial(stage.forward_weights, dtype=jnp.dtype(config.dtype))
+    out = make_sampler(cfg, config, mesh).programs(*jax.eval_shape(cast, trained, fixed))
+    if config.judge:
+        import judge  # here: most runs have none
+
+        out |= judge.programs(config, mesh)
+    return out
 
 
 def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
@@ -709,20 +731,20 @@ def drift(samples: list[Sample], spans: list, logp_RT: np.ndarray) -> dict[str, 
             name + "max": float(d.max())}
 
 
-def check_drift(step: int, metrics: dict[str, float], config) -> None:
-    """Stops a run whose sampler and trainer disagree."""
-    drift = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-    if drift > config.max_drift:
-        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by {drift:.3g} "
-                         f"on average, more than --max-drift {config.max_drift}")
-
-
-def log_samples(config, step: int, run: runs.Run, samples: list[Sample]) -> None:
-    """Writes some of a step's completions to samples.jsonl, and prints a few now and then."""
+def log_step(run: runs.Run, scorer: Scorer, step: int, groups: list[list[Sample]],
+             metrics: dict[str, float]) -> None:
+    """Logs a step and prints some of its completions; stops if sampler and trainer disagree."""
+    config, samples = scorer.config, [s for group in groups for s in group]
+    seen = summarize(groups, scorer.mix) if groups else {}
+    run.log(step, seen | metrics | scorer.stats())
     failed = [s for s in samples[config.log_samples :] if s.scored.errors]
     run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
     if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
         show(samples[:: max(1, len(samples) // config.show)][: config.show])
+    difference = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if difference > config.max_drift:
+        raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by "
+                         f"{difference:.3g} on average, more than --max-drift {config.max_drift}")
 
 
 def show(samples: list[Sample]) -> None:

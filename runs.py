@@ -40,7 +40,6 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import disk
-import gemma
 import hosts
 import terminal
 
@@ -75,7 +74,7 @@ def parse_time(text: str | float | None) -> float | None:
 
 
 class Budget:
-    """The share of the run that is done: by steps, by the clock, or whichever is further.
+    """The share of the run that is done, by steps or by the clock, whichever is further.
 
     With a limit the share follows the clock, p = p0 + (1 - p0) · elapsed / (limit - reserve): p0 is
     the share in the checkpoint, elapsed counts this session alone, from `start` (None: now), and
@@ -93,7 +92,7 @@ class Budget:
 
     @contextlib.contextmanager
     def measure(self, kind: str):
-        """Time a "save" (Run does it) or an "eval": each must also fit in at the end."""
+        """Time an "eval" or a "save" (Run times its saves); the reserve has room for both."""
         begin = self.clock()
         yield
         took = self.clock() - begin
@@ -153,7 +152,7 @@ def claim(folder: Path, kind: str = "run") -> None:
     if names <= {".lock", ".tmp-config.json"}:  # left by a start that was killed
         return
     try:
-        begun = gemma.read_json(folder / "config.json")["code"]["kind"]
+        begun = disk.read_json(folder / "config.json")["code"]["kind"]
     except (ValueError, LookupError, TypeError):
         begun = None
     if begun != kind:
@@ -191,7 +190,7 @@ def check_unchanged(folder: Path, config: Any, extra: dict | None = None,
 
     The line names the flag that was given, not those that follow from it: --model, not --dtype.
     """
-    old = gemma.read_json(folder / "config.json")
+    old = disk.read_json(folder / "config.json")
     new = disk.plain(dataclasses.asdict(config) | (extra or {}))
     told = {name for values in (old, new) for name in given(values, type(config))}
     names = {*old, *new} - MAY_CHANGE - {*may_change, "code"}
@@ -460,7 +459,7 @@ class Run(contextlib.ExitStack):
         scores = []
         for step, path in self.checkpoints():
             with contextlib.suppress(OSError, ValueError, KeyError):
-                score = gemma.read_json(path / "resume/state.json")["score"]
+                score = disk.read_json(path / "resume/state.json")["score"]
                 scores += [] if score is None else [(score, step)]
         return max(scores, default=(0.0, None))[1]
 
@@ -484,7 +483,7 @@ class Run(contextlib.ExitStack):
                 terminal.say(f"refused {directory}: {reason}; trying the one before, or a fresh "
                              "start")
                 continue
-            record = gemma.read_json(directory / "resume/state.json")
+            record = disk.read_json(directory / "resume/state.json")
             arrays = _fill(like, load_file(directory / "resume/arrays.safetensors"), directory)
             saved = Saved(step, arrays, record["state"], record["budget"])
             break

@@ -119,7 +119,7 @@ class Training(Rows):
     out: str = "runs/train"
     """Run folder; the same command continues the run in it."""
     eval_every: int | None = None
-    """Steps between evaluations, of which the best checkpoint is kept; 0: only at the end."""
+    """Steps between evaluations; the best checkpoint is kept. 0: evaluate only at the end."""
     eval_rows: int | None = None
     """Maximum number of held-out rows; 0: all of them."""
     save_every: int | None = None
@@ -198,7 +198,7 @@ class Judge:
     judge_limit: int = 0
     """Requests that may be sent, counting those of earlier sessions; 0: no limit."""
     judge_missing: float = 0.2
-    """Share of missing judgements, of the latest 200, above which the run stops."""
+    """Stop if more than this share of the latest 200 judgements is missing."""
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -312,7 +312,7 @@ def resolve(config, defaults: dict[str, dict], alpha_per_rank: float = 1.0):
     return config
 
 
-RANGES = (  # the least and the largest value that make sense, and the fields
+RANGES = (  # (smallest value, largest value, fields)
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
      "reward_threads minibatches"),
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
@@ -327,7 +327,7 @@ RANGES = (  # the least and the largest value that make sense, and the fields
 
 
 def check_ranges(config) -> None:
-    """Raises ValueError for a number that makes no sense, before anything is loaded."""
+    """Raises ValueError for a number out of its range, before anything is loaded."""
     for low, high, names in RANGES:
         for name in names.split():
             value = getattr(config, name, None)
@@ -361,7 +361,7 @@ FACTS = ("model", "data", "steps", "learning_rate", "lora_rank", "samples", "max
 
 
 def show_config(config) -> None:
-    """Prints the settings that were given, and five that matter of the others."""
+    """Prints the flags that were given, then up to five important defaults."""
     values = dataclasses.asdict(config)
     given = runs.given(values, type(config))
     others = [k for k in FACTS if k not in given and values.get(k) is not None][:5]

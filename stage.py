@@ -11,9 +11,9 @@ A stage trains `trained` and reads `fixed`, two pytrees:
     with an adapter     trained = {"a", "b"}, float32          fixed = {"base", "scale"}
     --lora-rank 0       trained = all weights, float32         fixed = {}
 
-1. A starting adapter of another rank, or on other matrices, is merged into the base as that is
-   loaded, before --base int8 rounds it; `write_model` stacks it onto the new one, so that final/
-   always belongs on the original base.
+1. A starting adapter of another rank, or on other matrices, is merged into the base while it
+   loads, before --base int8 rounds the weights. `write_model` stacks that adapter onto the new one,
+   so final/ always fits the original base.
 2. The base is replicated if it fits and otherwise sharded over the mesh. An adapter is always
    replicated.
 3. The learning rate follows progress p, the share of the run that is done, so with --time-limit it
@@ -117,15 +117,6 @@ def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> b
     is_here = device.platform != "cpu" and device in jax.local_devices()  # else compile-only
     limit = ((device.memory_stats() if is_here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
-
-
-def make_sampler(cfg: gemma.Config, config, mesh: Mesh):
-    """The Sampler of a stage that learns from its own completions."""
-    from sampler import Sampler  # here: SFT needs none
-
-    return Sampler(cfg, mesh, slots=config.slots, max_prompt=config.max_prompt,
-                   max_new=config.max_new, cached_prompts=min(16, max(4, config.slots // 4)),
-                   dtype=jnp.dtype(config.dtype), shard=rollouts_are_sharded(cfg, config, mesh))
 
 
 REPLICATED_BYTES = 2.5e9  # weights of a larger frozen model are sharded over the mesh
@@ -363,8 +354,10 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
     if config.lora_rank:
         adapter = jax.device_get(trained | {"scale": model.fixed["scale"]})
         adapter = adapter if model.merged is None else lora.stack(model.merged, adapter, cfg)
+        import model_files
+
         lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0),
-                  gemma.is_multimodal(model.weights))
+                  model_files.is_multimodal(model.weights))
     else:
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)

@@ -11,7 +11,7 @@ import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import gemma
+import disk
 
 
 def read(path: Path) -> Iterable | None:
@@ -20,9 +20,9 @@ def read(path: Path) -> Iterable | None:
         return _csv(path)
     if path.suffix == ".parquet":
         return _parquet(path)
-    if path.suffix == ".json" and (text := gemma.read_text(path)).lstrip()[:1] == "[":
+    if path.suffix == ".json" and (text := disk.read_text(path)).lstrip()[:1] == "[":
         try:
-            return gemma.parse_json(text)
+            return disk.parse_json(text)
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
     return None
@@ -47,7 +47,7 @@ def _cell(column: str, text: str | None):
         return None
     if text[0] in "[{" or column == "difficulty":
         with contextlib.suppress(ValueError):  # then it is a text
-            return gemma.parse_json(text)
+            return disk.parse_json(text)
     return text
 
 

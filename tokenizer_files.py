@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-import gemma
+import disk
 
 MARKERS = ("<start_of_turn>", "<end_of_turn>")
 # data.Tokenizer.chat as Jinja. DEFAULT is replaced by the system text of a conversation that brings
@@ -98,12 +98,12 @@ def _quoted(system: str) -> str:
 
 def check_chat_template(folder: Path) -> None:
     """ValueError where a model folder has a chat template that does not write Gemma's turns."""
-    templates = [gemma.read_text(file) for file in folder.glob("chat_template.jinja")]
+    templates = [disk.read_text(file) for file in folder.glob("chat_template.jinja")]
     for file in folder.glob("tokenizer_config.json"):
-        templates.append(gemma.read_json(file).get("chat_template"))
+        templates.append(disk.read_json(file).get("chat_template"))
     prompt, system = folder / "prompt.json", ""
     if prompt.exists():  # a model of ours, whose template may add this system text
-        system = gemma.json_value(gemma.read_json(prompt), "system", str, "", prompt)
+        system = disk.json_value(disk.read_json(prompt), "system", str, "", prompt)
     turns = "b<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
     expected = [f"<bos><start_of_turn>user\n{first}a<end_of_turn>\n<start_of_turn>model\n{turns}"
                 for first in ("", f"{system}\n\n")]
@@ -150,7 +150,7 @@ def _open(file: Path) -> sentencepiece.SentencePieceProcessor:
 
 def _read_json(file: Path) -> tuple[list[str], list[str], list[str]]:
     """tokenizer.json: all pieces by id, the added ones (never split), and what each merge makes."""
-    content = gemma.read_json(file)
+    content = disk.read_json(file)
     try:
         added = {t["id"]: t["content"].replace(" ", "▁") for t in content["added_tokens"]}
         other = [t["content"] for t in content["added_tokens"]

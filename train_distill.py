@@ -335,17 +335,11 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
     specs = partition_specs(pair, config, sharded)
     trained, opt, fixed = stage.state_shapes(config, mesh, weights, specs)
-    base, adapter = jax.eval_shape(
-        partial(stage.forward_weights, dtype=jnp.dtype(config.dtype)), trained, fixed)
     n_micro, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.float32))
     train_step, = make_steps(pair, config, mesh, sharded)
     batch = rollouts.packed_shapes(config, mesh)
-    out = stage.make_sampler(cfg, config, mesh).programs(base, adapter)
+    out = rollouts.programs(cfg, config, mesh, trained, fixed)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, lr)
-    if config.judge:
-        import judge
-
-        out |= judge.programs(config, mesh)
     return out
 
 
@@ -392,7 +386,7 @@ def main(config: Config) -> Path | dict:
 
     # compile
     train_step, = make_steps(pair, config, mesh, model.sharded)
-    sampler = stage.make_sampler(model.cfg, config, mesh)
+    sampler = rollouts.make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> update -> log -> save
     scored = dataclasses.replace(config, rewards=config.rewards or "format")  # there is one to log
@@ -428,13 +422,10 @@ def main(config: Config) -> Path | dict:
             state, metrics, batch = update(setup, state, groups, given, lr)
             run.check_finite(state.step, metrics, batch)
             step_s = time.perf_counter() - began
-            seen = rollouts.summarize(groups, scorer.mix) if groups else {}
-            run.log(state.step, seen | metrics | times | scorer.stats() | {
+            rollouts.log_step(run, scorer, state.step, groups, metrics | times | {
                 "learning_rate": lr, "p": p, "num_tokens": state.num_tokens, "step_s": step_s,
                 "tokens_per_s": (state.num_tokens - before) / step_s})
             samples = [s for group in groups for s in group]
-            rollouts.log_samples(config, state.step, run, samples)
-            rollouts.check_drift(state.step, metrics, config)
             if trouble := scorer.trouble([s.scored for s in samples]):
                 save()
                 raise SystemExit(f"step {state.step}: {trouble}")

@@ -517,22 +517,17 @@ def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
     cfg = stage.model_config(config)
-    sharded, dtype = stage.base_is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
+    sharded = stage.base_is_sharded(cfg, config, mesh)
     train_step, reference = make_steps(cfg, config, mesh, sharded)
     specs = stage.partition_specs(cfg, config, sharded)
     weights = partial(stage.random_weights, cfg, config)
     trained, opt, fixed = stage.state_shapes(config, mesh, weights, specs)
-    base, adapter = jax.eval_shape(partial(stage.forward_weights, dtype=dtype), trained, fixed)
     batch = rollouts.packed_shapes(config, mesh)
     n_micro, flag, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.bool, jnp.float32))
-    out = stage.make_sampler(cfg, config, mesh).programs(base, adapter)
+    out = rollouts.programs(cfg, config, mesh, trained, fixed)
     out["train_step"] = train_step, (trained, opt, fixed, batch, n_micro, flag, lr)
     if config.kl_coef or "prob" in rewards.read_mix(config.rewards, config.reward_file).weights:
         out["reference"] = reference, (trained, fixed, batch, n_micro)
-    if config.judge:
-        import judge
-
-        out |= judge.programs(config, mesh)
     return out
 
 
@@ -581,15 +576,6 @@ def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
                              run)
 
 
-def log_step(setup: Setup, state: State, run: runs.Run, seen: list[list[Sample]],
-             metrics: dict[str, float]) -> None:
-    """Logs and prints a step; stops a run whose sampler and trainer disagree."""
-    config, step, samples = setup.config, state.step, [s for group in seen for s in group]
-    run.log(step, rollouts.summarize(seen, setup.scorer.mix) | metrics | setup.scorer.stats())
-    rollouts.log_samples(config, step, run, samples)
-    rollouts.check_drift(step, metrics, config)
-
-
 @terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
@@ -613,7 +599,7 @@ def main(config: Config) -> Path | dict:
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)
-    sampler = stage.make_sampler(model.cfg, config, mesh)
+    sampler = rollouts.make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     facts = stage.facts(config, model, [problems], held_out)
@@ -647,7 +633,7 @@ def main(config: Config) -> Path | dict:
                                    num_tokens=state.num_tokens + n_tokens)
             step_s = time.perf_counter() - began
             run.check_finite(state.step, metrics, batch)
-            log_step(setup, state, run, seen, metrics | times | {
+            rollouts.log_step(run, scorer, state.step, seen, metrics | times | {
                 "learning_rate": lr, "p": p, "num_tokens": state.num_tokens, "step_s": step_s,
                 "tokens_per_s": n_tokens / step_s})
             if trouble := scorer.trouble([s.scored for s in samples]):

@@ -12,8 +12,6 @@ reward with it (arXiv 1506.02438), and both adapters make several clipped update
         max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2) / 2
 
     python train_ppo.py                     # the tiny model, CPU, four minutes
-
-    # algorithm
     python train_ppo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
 
 Rollouts, packed rows and missing rewards are as in train_grpo.py. Besides:
@@ -364,7 +362,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
     cfg = stage.model_config(config)
-    sharded, dtype = stage.base_is_sharded(cfg, config, mesh), jnp.dtype(config.dtype)
+    sharded = stage.base_is_sharded(cfg, config, mesh)
     estimate, policy_step, critic_step = make_steps(cfg, config, mesh, sharded)
     policy, _, fixed = stage.state_shapes(config, mesh, partial(stage.random_weights, cfg, config),
                                           stage.partition_specs(cfg, config, sharded))
@@ -376,15 +374,10 @@ def programs(config: Config, mesh: Mesh) -> dict:
     before = trained | {"reference": policy if config.kl_coef else None}
     n, lr = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, jnp.float32))
     minibatch = jax.ShapeDtypeStruct(batch["old"].shape[:1], jnp.int32), n
-    sampler = stage.make_sampler(cfg, config, mesh)
-    out = sampler.programs(*stage.forward_weights(policy, fixed, dtype))
+    out = rollouts.programs(cfg, config, mesh, policy, fixed)
     out["estimate"] = estimate, (before, fixed, batch, n)
     out["train_step"] = policy_step, (trained, opt, fixed, every, minibatch, lr)
     out["critic_step"] = critic_step, (trained, opt, fixed, every, minibatch, lr)
-    if config.judge:
-        import judge
-
-        out |= judge.programs(config, mesh)
     return out
 
 
@@ -458,7 +451,7 @@ def main(config: Config) -> Path | dict:
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)
-    sampler = stage.make_sampler(model.cfg, config, mesh)
+    sampler = rollouts.make_sampler(model.cfg, config, mesh)
 
     # loop: rollout -> reward -> advantage -> update -> log -> save
     facts = stage.facts(config, model, [problems], held_out)
@@ -500,11 +493,9 @@ def main(config: Config) -> Path | dict:
                                    num_tokens=state.num_tokens + n_tokens)
             step_s = time.perf_counter() - began
             run.check_finite(state.step, metrics, batch)
-            run.log(state.step, rollouts.summarize(groups, scorer.mix) | metrics | times | {
+            rollouts.log_step(run, scorer, state.step, groups, metrics | times | {
                 "p": p, "num_tokens": state.num_tokens, "step_s": step_s,
-                "tokens_per_s": n_tokens / step_s} | scorer.stats())
-            rollouts.log_samples(config, state.step, run, samples)
-            rollouts.check_drift(state.step, metrics, config)
+                "tokens_per_s": n_tokens / step_s})
             if trouble := scorer.trouble([s.scored for s in samples]):
                 save()
                 raise SystemExit(f"step {state.step}: {trouble}")

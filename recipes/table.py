@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import gemma  # noqa: E402
+import disk  # noqa: E402
 
 
 def rows(folder: Path) -> list[tuple[str, float, dict]]:
@@ -25,8 +25,8 @@ def rows(folder: Path) -> list[tuple[str, float, dict]]:
         waiting += seconds.get(name, 0)
         file = folder / f"eval-{name}" / "results.json"
         if file.exists():
-            results = gemma.read_json(file)
-            results = {key: gemma.json_value(results, key, float, None, file, low=0)
+            results = disk.read_json(file)
+            results = {key: disk.json_value(results, key, float, None, file, low=0)
                        for key in ("pass@1", "maj@8", "format", "length")}
             out.append((name, waiting / 60, results))
             waiting = 0

@@ -44,7 +44,7 @@ def test_the_end_of_a_run_says_what_came_out_and_what_to_do_next(run):
         "  held-out accuracy 38.0 % -> 59.5 % (+12.0 ... +31.0 points)",
         f"  report: {run}/report.html",
         f"  talk: python chat.py {flags}",
-        f"  export: python lora.py {flags} --out merged"]
+        f"  export: python merge.py {flags} --out merged"]
     once = report.read_run(run)._replace(steps={80: {"eval_loss": 1.25}})
     assert card.which(once, 80) == "last step, 80"
     assert card.which(report.read_run(run), 80) == "last step, 80"  # as where the best is damaged

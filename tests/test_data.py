@@ -275,7 +275,7 @@ def test_fields_of_messages_that_nothing_reads_are_said(tmp_path, said):
     assert "columns nothing reads: messages.reasoning_content (" in line
 
 
-@pytest.mark.parametrize("array", ['["a", 3, null]', "[" * 100_000, "[" * 80 + "]" * 80, '[{"a'])
+@pytest.mark.parametrize("array", ['["a", 3, null]', "[" * 100_000, '[{"a'])
 def test_an_array_that_holds_no_rows(tmp_path, array):
     (tmp_path / "rows.json").write_text(array)
     with pytest.raises(ValueError, match=f"{tmp_path}/rows.json") as error:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import check
 import data
 import gemma
+import model_files
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("gemma2", "gemma3")
@@ -235,7 +236,7 @@ def test_every_prefix_and_dtype_loads(tmp_path, prefixes, stored, n_files):
     cfg = TINY["gemma3"]
     params = random_params(cfg)
     write_as(tmp_path, cfg, params, prefixes, stored, n_files)
-    assert gemma.is_multimodal(tmp_path) == (prefixes != "text-only")
+    assert model_files.is_multimodal(tmp_path) == (prefixes != "text-only")
     for dtype in DTYPES:
         found_cfg, found = gemma.load(tmp_path, dtype)
         assert found_cfg == cfg
@@ -343,7 +344,7 @@ def test_an_index_leads_nowhere_else(folder, named):
     file = folder / "model.safetensors.index.json"
     file.write_text(index.replace("ABSOLUTE", str(folder.parent)))
     message = one_line(gemma.load, folder)
-    assert message.startswith(f"{folder}/") and "not a safetensors file" in message
+    assert message.startswith(f"{folder}/") and "which is not in its folder" in message
 
 
 BAD_CONFIGS = [  # changes of a config.json, what is said of each
@@ -438,7 +439,7 @@ def test_the_better_perplexity_decides(tokenizers, folder, monkeypatch, capsys):
     expected, n = perplexities(params, cfg, tok)
     kind = min(expected, key=expected.get)
     said = rf"perplexity ([\d.]+) on {n} tokens of English as {kind}"
-    command = [sys.executable, str(ROOT / "gemma.py"), "--weights", str(folder)]
+    command = [sys.executable, str(ROOT / "check.py"), "--weights", str(folder)]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=quick)
     assert done.returncode == 1 and "PASS" not in done.stdout

@@ -25,6 +25,7 @@ import gemma
 import hub
 import judge
 import lora
+import model_files
 import problems
 import report
 import rewards
@@ -100,13 +101,11 @@ def damage(file: Path, rng: random.Random) -> None:
     content = file.read_bytes()
     if rng.random() < 0.06:
         file.unlink()
-        kind = rng.choice(("pipe", "folder", "device", "nowhere", "gone"))
-        if kind == "pipe":
-            os.mkfifo(file)
-        elif kind == "folder":
+        kind = rng.choice(("folder", "nowhere", "gone"))
+        if kind == "folder":
             file.mkdir()
-        elif kind != "gone":
-            file.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
+        elif kind == "nowhere":
+            file.symlink_to("/nowhere")
     elif file.suffix == ".jsonl" and rng.random() < 0.6:
         lines = content.splitlines()
         n = rng.randrange(len(lines))
@@ -188,9 +187,10 @@ def readers(root: Path, found: list, cfg, tok) -> dict:
     whole = (journal / "samples.jsonl").read_bytes()
 
     def read_model(folder):
-        found = gemma._find_tensors(gemma.read_config(folder), folder)  # all of load() but devices
+        # all of load() but the devices
+        found = model_files._find_tensors(gemma.read_config(folder), folder)
         for file, tensor in found.values():
-            gemma._read(file, tensor)
+            model_files._read(file, tensor)
         data.Tokenizer(folder).encode("Tom has 12 apples.")
 
     def read_adapter(folder):

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import gemma
 import lora
+import model_files
+import splash
 
 pytestmark = pytest.mark.smoke
 LOGITS_TOL = 2e-5
@@ -310,9 +312,9 @@ def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
         mask_BTT = same_BTT & (distance_BTT >= 0) & (distance_BTT < window)
         return gemma.attend(cfg, qkv[0], [(*qkv[1:], mask_BTT)])
 
-    def splash(qkv, window):
-        return gemma.splash(cfg, qkv[0], [(*qkv[1:], None)], segments_BT=segments_BT,
-                            window=window, interpret=True)
+    def kernels(qkv, window):
+        return splash.attend(cfg, qkv[0], [(*qkv[1:], None)], segments_BT=segments_BT,
+                             window=window, interpret=True)
 
     @functools.partial(jit, static_argnums=0)
     def both(attention, qkv, window):
@@ -321,7 +323,7 @@ def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
 
     for is_global in (False, True):
         window = gemma.attention_window(cfg, is_global)
-        expected, found = (both(f, qkv, window) for f in (plain, splash))
+        expected, found = (both(f, qkv, window) for f in (plain, kernels))
         for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
             assert_close(y, x, 1e-5 * jnp.abs(x).max())
     local, everything = (plain(qkv, gemma.attention_window(cfg, g)) * weight for g in (False, True))
@@ -331,8 +333,8 @@ def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
 @pytest.fixture
 def as_on_a_tpu(monkeypatch):
     monkeypatch.setattr(gemma, "on_tpu", lambda mesh=None: True)
-    interpreted = functools.partial(gemma.splash, interpret=True)
-    monkeypatch.setattr(gemma, "splash", interpreted)
+    interpreted = functools.partial(splash.attend, interpret=True)
+    monkeypatch.setattr(splash, "attend", interpreted)
     return monkeypatch
 
 
@@ -647,7 +649,7 @@ SPELLINGS = {  # spelling -> (the entry of CONFIGS it must give, config.json)
 def test_every_spelling_of_a_published_config_gives_its_entry(spelling):
     name, hf = SPELLINGS[spelling]
     same = {"eos_token_id": (1,)}  # published differently in base and chat models
-    got = gemma.config_from_dict(hf)
+    got = model_files.config_from_dict(hf)
     assert dataclasses.replace(got, **same) == dataclasses.replace(gemma.CONFIGS[name], **same)
     eos = hf.get("eos_token_id", 1)
     assert got.eos_token_id == (tuple(eos) if isinstance(eos, list) else (eos,))
@@ -657,8 +659,8 @@ def test_every_spelling_of_a_published_config_gives_its_entry(spelling):
 def test_a_written_config_reads_back(cfg):
     for tied in (True, False):
         cfg = dataclasses.replace(cfg, tie_word_embeddings=tied)
-        text = json.dumps(gemma.config_to_dict(cfg))
-        assert gemma.config_from_dict(json.loads(text)) == cfg
+        text = json.dumps(model_files.config_to_dict(cfg))
+        assert model_files.config_from_dict(json.loads(text)) == cfg
 
 
 @pytest.mark.parametrize("change", [
@@ -668,7 +670,7 @@ def test_a_written_config_reads_back(cfg):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_written_config_means_the_same_to_transformers(hf, tmp_path, family, change):
     cfg = dataclasses.replace(TINY[family], **change)
-    (tmp_path / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
+    (tmp_path / "config.json").write_text(json.dumps(model_files.config_to_dict(cfg)))
     theirs = hf.AutoConfig.from_pretrained(tmp_path)
     assert type(theirs).__name__ == {"gemma2": "Gemma2Config", "gemma3": "Gemma3TextConfig"}[family]
     theirs.save_pretrained(tmp_path)  # in its own spelling

@@ -752,12 +752,11 @@ def test_drift_between_sampler_and_trainer_stops_the_run():
     logp_RT = batch["sampler"][0] + batch["mask"][0] * 0.25
     assert rollouts.drift(rows, spans, logp_RT)[name] == 0.25
     run = types.SimpleNamespace(log=lambda *_: None, log_samples=lambda *_: None)
-    scorer = types.SimpleNamespace(mix=rewards.read_mix("format:1"), stats=dict)
-    setup = types.SimpleNamespace(config=change(show=0), scorer=scorer)
-    state = train_grpo.State({}, None, step=3)
-    train_grpo.log_step(setup, state, run, [rows], {name: 0.4})
+    mix = rewards.read_mix("format:1")
+    scorer = types.SimpleNamespace(config=change(show=0), mix=mix, stats=dict)
+    rollouts.log_step(run, scorer, 3, [rows], {name: 0.4})
     with pytest.raises(SystemExit, match="step 3.*--max-drift"):
-        train_grpo.log_step(setup, state, run, [rows], {name: 0.6})
+        rollouts.log_step(run, scorer, 3, [rows], {name: 0.6})
 
 
 def test_a_resumed_run_knows_its_rows_files_rewards_and_judge_again(tmp_path):

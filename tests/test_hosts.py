@@ -121,8 +121,8 @@ with runs.Run(train_sft.Config(out=sys.argv[5] + "/agree")) as run:
     assert run.stopping == "SIGTERM"
 assert i or os.path.exists(sys.argv[5] + "/agree/config.json")
 # No whole matrix is read for a split base.
-import gemma, hosts, jax, jax.numpy as jnp, numpy as np
-read, gemma._read = gemma._read, None
+import gemma, hosts, jax, model_files, jax.numpy as jnp, numpy as np
+read, model_files._read = model_files._read, None
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 cfg, params = gemma.load(sys.argv[5] + "/model", jnp.float32, mesh, True)
 assert [s.data.shape for s in params["embed_tokens"].addressable_shards] == [(768, 4)] * 4
@@ -142,7 +142,7 @@ sent = {"a": np.float32([[-0.0, np.nan, 1e-45]]), "n": np.array(7, np.int32), "e
 there = hosts.broadcast(jax.tree.map(lambda x: x * (i == 0), sent))
 assert all(a.tobytes() == b.tobytes() and a.shape == b.shape for a, b in
            zip(jax.tree.leaves(sent), jax.tree.leaves(there)))
-gemma._read = read
+model_files._read = read
 """
 DIES = """
 # Process 1 is killed in the middle of a run, after the checkpoint of step 2.

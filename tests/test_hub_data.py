@@ -5,6 +5,7 @@ import hashlib
 import pytest
 
 import data
+import download
 import hub
 
 pytestmark = pytest.mark.smoke
@@ -25,26 +26,27 @@ def refuse(*a, **k):
 def test_gsm8k_is_found_named_or_refused_by_checksum(tmp_path, monkeypatch):
     monkeypatch.setenv("GSM8K", str(tmp_path))
     monkeypatch.setattr(hub.Path, "home", lambda: tmp_path / "home")
-    monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(download.urllib.request, "urlopen", refuse)
     with pytest.raises(ValueError, match="no network") as e:
         hub.find_gsm8k("train")
     assert str(tmp_path) in str(e.value) and "$GSM8K" in str(e.value)
 
-    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *a, **k: Reply())
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *a, **k: Reply())
     found = hashlib.sha256(b"{}").hexdigest()
-    with pytest.raises(ValueError, match=f"expected sha256 {hub.GSM8K['train']}, found {found}"):
+    expected = download.GSM8K["train"]
+    with pytest.raises(ValueError, match=f"expected sha256 {expected}, found {found}"):
         hub.find_gsm8k("train")
     assert not [*tmp_path.rglob("*.jsonl")]  # a file with another checksum is not kept
-    monkeypatch.setitem(hub.GSM8K, "train", found)
+    monkeypatch.setitem(download.GSM8K, "train", found)
     [(where, _)] = data.read_rows("gsm8k")
     assert where == f"{tmp_path}/home/.cache/gsm8k/train.jsonl:1"
-    monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(download.urllib.request, "urlopen", refuse)
     cached = hub.find_gsm8k("train")
     assert cached.read_bytes() == b"{}"  # from the cache, without a network
     cached.write_bytes(b"{")  # no longer what was downloaded
     with pytest.raises(ValueError, match="no network"):
         hub.find_gsm8k("train")
-    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *a, **k: Reply())
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *a, **k: Reply())
     assert hub.find_gsm8k("train") == cached and cached.read_bytes() == b"{}"
     (tmp_path / "test.jsonl").write_text('{"question": "Q"}')
     assert [*data.read_rows("gsm8k:test")] == [(f"{tmp_path}/test.jsonl:1", {"question": "Q"})]

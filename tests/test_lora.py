@@ -15,6 +15,8 @@ import data
 import gemma
 import hub
 import lora
+import merge
+import model_files
 import stage
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 20))
@@ -143,7 +145,7 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    text = gemma.config_to_dict(base()[0])
+    text = model_files.config_to_dict(base()[0])
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                   image_size=28, patch_size=14)
     config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
@@ -154,7 +156,7 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     tokens = TOKENS % 90
     if own:
         adapter = random_adapter(cfg)
-        multimodal = gemma.is_multimodal(tmp_path / "base")
+        multimodal = model_files.is_multimodal(tmp_path / "base")
         lora.save(tmp_path / "adapter", adapter, cfg, multimodal=multimodal)
         # The text-only loader, as in the README, gives the same class as the container's own.
         model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -330,10 +332,10 @@ def trained(tmp_path_factory):
 
 
 def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
-    """`python lora.py`: transformers opens it; names and keys that vLLM and llama.cpp look for."""
+    """`python merge.py`: transformers opens it; names and keys that vLLM and llama.cpp look for."""
     torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
     monkeypatch.chdir(trained)
-    lora.main("runs/grpo", "merged", dtype="float32")
+    merge.main("runs/grpo", "merged", dtype="float32")
     cfg, params = gemma.load("tiny")
     adapter = lora.load("runs/grpo/final", cfg)
     theirs = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
@@ -354,9 +356,9 @@ def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
 def test_what_cannot_be_merged(trained, monkeypatch):
     monkeypatch.chdir(trained)
     with pytest.raises(ValueError, match="--adapter tiny: a whole model already"):
-        lora.main("tiny", "merged-twice")
+        merge.main("tiny", "merged-twice")
     with pytest.raises(ValueError, match="--out tiny is there already, and not empty"):
-        lora.main("runs/grpo", "tiny", weights="tiny")
+        merge.main("runs/grpo", "tiny", weights="tiny")
 
 
 def test_another_base_and_another_alpha_are_said(tmp_path, capsys):

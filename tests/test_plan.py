@@ -13,6 +13,7 @@ from conftest import ROOT, mesh_of
 
 import bench
 import gemma
+import model_files
 import stage
 import train_distill
 import train_grpo
@@ -30,7 +31,7 @@ def config_in(folder, layers: int = 3):
         max_position_embeddings=256,
     )
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(gemma.config_to_dict(cfg)))
+    (folder / "config.json").write_text(json.dumps(model_files.config_to_dict(cfg)))
     return str(folder)
 
 

@@ -18,6 +18,7 @@ from conftest import SHARED
 import data
 import gemma
 import lora
+import merge
 import stage
 import train_sft
 from sampler import Sampler
@@ -170,7 +171,7 @@ def test_a_merged_folder_reopened_is_base_and_adapter(hf, ours, tok, tmp_path):
     drawn = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     adapter = adapter | {"b": jax.tree.unflatten(shape, drawn)}
     lora.save(tmp_path / "adapter", adapter, cfg)
-    lora.main(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged"),
+    merge.main(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged"),
               model="gemma3-270m", weights=str(FOLDER), dtype="float32")
     ids = tok.chat([{"role": "user", "content": QUESTION}])
     expected = np.asarray(gemma.logits(params, cfg, np.array([ids]), lora=adapter)[0])

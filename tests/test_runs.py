@@ -832,8 +832,9 @@ def test_a_mistake_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
 
     def end(line: str) -> str:
         script = tmp_path / "script.py"
-        script.write_text("import sys\nimport numpy as np\nimport runs\nimport stage\n\n\n"
-                          f"def main():\n    {line}\n\n\nruns.command(main)\n")
+        script.write_text("import sys\nimport numpy as np\nimport runs\nimport stage\n"
+                          "import terminal\n\n\n"
+                          f"def main():\n    {line}\n\n\nterminal.command(main)\n")
         done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True,
                               text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert done.returncode == 1

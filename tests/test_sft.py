@@ -18,6 +18,7 @@ import data
 import examples
 import gemma
 import lora
+import model_files
 import rollouts
 import stage
 import train_sft
@@ -213,7 +214,7 @@ def test_what_is_split_and_what_rollouts_gather_follows_from_the_sizes(model, ra
 
 
 def test_a_real_gemma_does_not_get_the_tiny_models_defaults(tmp_path):
-    hf = gemma.config_to_dict(gemma.CONFIGS["gemma3-270m"])
+    hf = model_files.config_to_dict(gemma.CONFIGS["gemma3-270m"])
     (tmp_path / "config.json").write_text(json.dumps(hf))
     with pytest.raises(ValueError, match="--model tiny has 887,168 weights, but .* holds 268,098"):
         train_sft.resolve(train_sft.Config(weights=str(tmp_path)))

@@ -191,7 +191,7 @@ def test_all_files_that_are_needed_come_along():
     files = to_kaggle.needed("bench.py")
     assert files[0] == "bench.py" and len(set(files)) == len(files)
     assert {"train_grpo.py", "judge.py", "data.py", "runs.py"} < set(files)
-    assert "sampler.py" in to_kaggle.needed("gemma.py")  # only a function imports it
+    assert "model_files.py" in to_kaggle.needed("gemma.py")  # only a function imports it
 
 
 def test_a_reward_file_comes_along(tmp_path):
