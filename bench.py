@@ -218,7 +218,7 @@ class Cost(NamedTuple):
                     head: bool = True) -> Work:
         """One micro-batch, with log-probs of a share of its tokens, or of none (head=False)."""
         n_tokens, scatters = config.micro_rows * length, train and not self.rank
-        chunk = min(n_tokens, gemma.CHUNK)
+        chunk = min(n_tokens, max(gemma.CHUNK, gemma.CHUNK_ELEMENTS // self.cfg.vocab_size))
         if wanted < 1:
             chunk = min(chunk, max(128, n_tokens // 8))
         logps = self.logps(n_tokens, wanted, chunk, train) * head

@@ -576,15 +576,15 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
 # --------------------------------------------------------------------------------- token log-probs
 
 # A chunk of tokens meets the vocabulary in blocks of words, as flash attention meets its keys: a
-# block's logits [c, b] stay in the TPU's VMEM or the CPU's cache, and running sums are rescaled when
-# a larger logit appears. A chunk has 512 tokens: with fewer a v5e, which does 240 FLOPs a byte,
-# would spend longer reading the head than multiplying.
-CHUNK, BLOCK = 512, 16384
+# block's logits [c, b] stay in a TPU's VMEM or a CPU's cache, and running sums are rescaled when a
+# larger logit appears. A chunk has at least 512 tokens: with fewer a v5e, which does 240 FLOPs a
+# byte, would spend longer reading the head than multiplying.
+CHUNK, CHUNK_ELEMENTS, BLOCK = 512, 2**25, 16384
 
 
 def token_logps(x_BTD: jax.Array, head_VD: jax.Array | Int8, targets_BT: jax.Array, *,
                 temperature: jax.Array | float = 1.0, softcap: float | None = None,
-                wanted_BT: jax.Array | None = None, chunk: int = CHUNK,
+                wanted_BT: jax.Array | None = None, chunk: int | None = None,
                 block: int = BLOCK) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of its distribution, both [B, T] float32.
 
@@ -596,7 +596,8 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array | Int8, targets_BT: jax.Arr
     """
     B, T, D = x_BTD.shape
     n = B * T
-    chunk, block = min(n, chunk), min(head_VD.shape[0], block)
+    chunk = chunk or min(n, max(CHUNK, CHUNK_ELEMENTS // head_VD.shape[0]))
+    block = min(head_VD.shape[0], block)
     x_nD, targets_n, n_wanted = x_BTD.reshape(n, D), targets_BT.reshape(n), n
     if wanted_BT is not None:
         chunk, wanted_n = min(chunk, max(128, n // 8)), wanted_BT.reshape(n) > 0

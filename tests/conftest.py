@@ -149,10 +149,10 @@ def close(got, expected, rtol=1e-5) -> None:
 
 
 def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args) -> None:
-    """One train_step over eight devices, base replicated and sharded: the same to 1e-5.
+    """One train_step over eight devices, base replicated and sharded: the same.
 
-    Adam divides a gradient by its own size, so rounding of a tiny one moves a weight by 3e-5 of the
-    learning rate's 1e-3. Its first moments are a tenth of the gradient, so they are compared with their largest entry.
+    Adam's first moments are a tenth of the gradient, so they are compared with their largest entry,
+    to 1e-5; weights to 3e-5, as Adam divides a tiny gradient and its rounding by its own size.
     """
     import stage
 
