@@ -75,7 +75,8 @@ class Config:
     base: Literal["dtype", "int8"] | None = None
     """The frozen base: in --dtype, or int8."""
     phases: str | None = None
-    """To measure: sft, grpo. To compile: sft, simpo, grpo, ppo, distill, or one of PHASES."""
+    """To measure: sft, grpo. To compile: sft, simpo, grpo, ppo, distill, or one of their
+    phases, as in grpo_decode."""
     lora_rank: int | None = None
     """Rank of the adapter; 0 trains every weight."""
     remat: Literal["none", "attention", "layer", "auto"] | None = None
@@ -443,36 +444,27 @@ def measure(config: Config) -> dict:
 
 # ------------------------------------------------------------------------------------- compiling
 
-PHASES = {  # SCRIPT or SCRIPT_PART: its program, and the flags to lower if that does not fit
-    "sft": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
-    "sft_eval": ("eval_step", "--micro-rows"),
-    "simpo": ("train_step", "--micro-rows or --max-length, or take --remat layer"),
-    "simpo_eval": ("eval_step", "--micro-rows"),
-    "grpo_prefill": ("prefill", "--max-prompt"),
-    "grpo_decode": ("decode", "--slots or --max-new"),
-    "grpo_reference": ("reference", "--micro-rows"),
-    "grpo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
-    "grpo_judge": ("judge", "--judge, to a smaller one"),
-    "ppo_prefill": ("prefill", "--max-prompt"),
-    "ppo_decode": ("decode", "--slots or --max-new"),
-    "ppo_estimate": ("estimate", "--micro-rows"),
-    "ppo_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
-    "ppo_critic": ("critic_step", "--micro-rows or --pack-length, or take --remat layer"),
-    "ppo_judge": ("judge", "--judge, to a smaller one"),
-    "distill_prefill": ("prefill", "--max-prompt"),
-    "distill_decode": ("decode", "--slots or --max-new"),
-    "distill_update": ("train_step", "--micro-rows or --pack-length, or take --remat layer"),
-    "distill_judge": ("judge", "--judge, to a smaller one"),
-}
-KEPT = {  # arguments of a program that outlive its call
-    "train_step": (0, 1, 2), "eval_step": (0, 1), "reference": (0, 1), "judge": (0,),
-    "estimate": (0, 1), "critic_step": (0, 1, 2), "prefill": (1, 2, 4), "decode": (2, 3, 5, 7),
+PROGRAMS = {  # program: (its part of a phase's name, arguments that outlive a call, flags to lower)
+    "prefill": ("prefill", (1, 2, 4), "--max-prompt"),
+    "decode": ("decode", (2, 3, 5, 7), "--slots or --max-new"),
+    "reference": ("reference", (0, 1), "--micro-rows"),
+    "estimate": ("estimate", (0, 1), "--micro-rows"),
+    "train_step": ("update", (0, 1, 2), "--micro-rows or --{}-length, or take --remat layer"),
+    "critic_step": ("critic", (0, 1, 2), "--micro-rows or --{}-length, or take --remat layer"),
+    "eval_step": ("eval", (0, 1), "--micro-rows"),
+    "judge": ("judge", (0,), "--judge, to a smaller one"),
 }
 ENVIRONMENT = {  # libtpu looks for no TPU, ignores other processes that use one, and logs little
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+
+
+def phase_of(script: str, program: str) -> str:
+    """The name of a script's program among the phases: sft, sft_eval, grpo_decode, grpo_update."""
+    part, *_ = PROGRAMS[program]
+    return script if part == "update" and script not in ON_ROLLOUTS else f"{script}_{part}"
 
 
 def find_libtpu() -> str | None:
@@ -489,8 +481,8 @@ def find_libtpu() -> str | None:
             os.environ.setdefault("TPU_LIBRARY_PATH", str(folder / "libtpu" / "libtpu.so"))
             return found.name.split("-")[1].removesuffix(".dist")
     terminal.say("the compiler for TPUs is not here, so memory is added up from shapes, without "
-             "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
-             f"{own} libtpu=={version}.*")
+                 "temporaries. Where it has a wheel (Linux): pip install --no-deps --target "
+                 f"{own} libtpu=={version}.*")
     return None
 
 
@@ -567,7 +559,7 @@ def bytes_beside(program: str, programs: dict) -> int:
         if tree_bytes(params) != tree_bytes(kept[2].get("base")):
             kept.append(params)  # a copy for the rollouts: gathered, or cast from float32
     arguments = programs[program][1]
-    return tree_bytes(kept) - tree_bytes([arguments[i] for i in KEPT[program]])
+    return tree_bytes(kept) - tree_bytes([arguments[i] for i in PROGRAMS[program][1]])
 
 
 def plan(script: str, config, target: str | None = None, only: tuple[str, ...] = ("",)) -> dict:
@@ -589,8 +581,8 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
           f"{out['device']}; JAX {jax.__version__}, "
           f"libtpu {version}")
     rows = out["phases"]
-    for phase, (program, _) in PHASES.items():
-        if phase.startswith(script) and phase.startswith(only) and program in programs:
+    for program in PROGRAMS:
+        if program in programs and (phase := phase_of(script, program)).startswith(only):
             row = rows[phase] = {"arguments_bytes": tree_bytes(programs[program][1])}
             if compiles:
                 terminal.say(f"compiling {phase}")
@@ -606,7 +598,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
             times = [(done / top, name) for done, top, name in zip(
                 work, peak, ("FLOPs", "HBM", "ICI"), strict=True)]
             row["roofline_s"], row["bound"] = max(times)
-    print_phases(rows, HBM_BYTES.get(kind, 0), compiles)
+    print_phases(script, rows, HBM_BYTES.get(kind, 0), compiles)
     if not peak:
         terminal.say(f"the peaks of a {kind} are not in PEAKS, so there is no estimate of time")
         return out
@@ -623,7 +615,7 @@ COLUMNS = {  # of the table: the field of a phase, and its unit
 }
 
 
-def print_phases(phases: dict, limit: float, compiles: bool) -> None:
+def print_phases(script: str, phases: dict, limit: float, compiles: bool) -> None:
     """Prints the memory and time of each phase on a core, and whether it fits `limit` bytes."""
     print("\nOn each core: GiB " + ("as the compiler reports them" if compiles else
           "of the arguments alone, by their shapes (temporaries come on top)")
@@ -634,9 +626,11 @@ def print_phases(phases: dict, limit: float, compiles: bool) -> None:
         print(f"{phase:<15}" + "".join(f"{x:>13}" for x in cells), "", row.get("bound", ""))
     needs = {phase: row["hbm_bytes"] for phase, row in phases.items() if "hbm_bytes" in row}
     core = f"of a core's {limit / 2**30:.2f}"
+    advice = {phase_of(script, program): flags for program, (_, _, flags) in PROGRAMS.items()}
     for phase, n_bytes in needs.items():
         if 0 < limit < n_bytes:
-            print(f"{phase} needs up to {n_bytes / 2**30:.2f} GiB {core}; lower {PHASES[phase][1]}")
+            lower = advice[phase].format("pack" if script in ON_ROLLOUTS else "max")
+            print(f"{phase} needs up to {n_bytes / 2**30:.2f} GiB {core}; lower {lower}")
     if compiles and max(needs.values()) <= limit:
         print(f"It fits: at most {max(needs.values()) / 2**30:.2f} GiB {core}.")
 
@@ -661,8 +655,10 @@ def print_session(script: str, config, step_s: float, seconds: float) -> dict:
 def plan_scripts(config: Config) -> dict:
     """`plan` for each training script that --phases names."""
     wanted = (config.phases or ",".join(SCRIPTS)).split(",")
-    if unknown := set(wanted) - {*SCRIPTS, *PHASES}:
-        raise ValueError(f"--phases {', '.join(unknown)}: expected some of {', '.join(PHASES)}")
+    known = {*SCRIPTS} | {phase_of(script, program) for script in SCRIPTS for program in PROGRAMS}
+    if unknown := set(wanted) - known:
+        raise ValueError(f"--phases {', '.join(unknown)}: expected some of "
+                         f"{', '.join(sorted(known))}")
     out = {"hbm_bytes": {}, "phases": {}}
     for script in SCRIPTS:
         if only := tuple(phase for phase in wanted if phase.startswith(script)):

@@ -786,3 +786,9 @@ def read_config(path: str | Path) -> Config:
     import model_files
 
     return model_files.read_config(path)
+
+
+if __name__ == "__main__":
+    from check import main  # which imports this file
+
+    main()

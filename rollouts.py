@@ -753,7 +753,7 @@ def show(samples: list[Sample]) -> None:
     for s in samples:
         parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
         terminal.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
-                 f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
-                 f"{s.rollout.stop}")
+                     f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
+                     f"{s.rollout.stop}")
         for name, error in s.scored.errors.items():
             terminal.say(f"  {name}: {error}")

@@ -246,7 +246,7 @@ def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, d
         new = lora.scaling(config.lora_alpha, config.lora_rank, config.rslora)
         if not math.isclose(own, new, rel_tol=1e-5):
             terminal.say(f"--adapter {path} keeps its own scale of {own:.4g}; the {new:.4g} of "
-                     f"--lora-alpha {config.lora_alpha:g} would be a new adapter's")
+                         f"--lora-alpha {config.lora_alpha:g} would be a new adapter's")
         return adapter, None
     terminal.say(f"--adapter {path} merged into the base: {lora.describe(adapter)}")
     return None, adapter

@@ -588,7 +588,7 @@ def main(config: Config) -> Path | dict:
     mesh = stage.begin(config)
     if config.group == 2 and config.scale == "group":
         terminal.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
-                 "apart the rewards are; --scale none keeps the distance")
+                     "apart the rewards are; --scale none keeps the distance")
 
     # load
     model = stage.load_model(config, mesh)

@@ -120,7 +120,7 @@ def resolve(config: Config) -> Config:
             raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
                              f"{', '.join(knobs)}".replace("_", "-"))
     config = settings.resolve(config, {name: table | knobs for name, table in DEFAULTS.items()},
-                           alpha_per_rank=2.0)
+                              alpha_per_rank=2.0)
     if config.beta is not None and config.beta <= 0:
         raise ValueError(f"--beta {config.beta}: expected more than 0")
     if not 0 <= (config.label_smoothing or 0.0) < 0.5:
@@ -334,7 +334,7 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    read = packed.row_reader(config, model.tok, examples.read_pair)
+    read = packed.row_reader(config, model.tok, data.read_pair)
     sources, held_out = data.load_split(config, read)
     batches = examples.Packed(sources, config.max_length, config.batch_rows, config.seed,
                               examples.mix_weights(config.mix, sources))

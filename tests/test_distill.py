@@ -13,7 +13,6 @@ from test_grpo import samples_of
 
 import data
 import divergence
-import examples
 import gemma
 import lora
 import rewards
@@ -66,11 +65,11 @@ def in_float64(terms, x, head, y, head_y, tokens, weight, advantage):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("temperature, caps, rewarded", [
-    (1.0, (None, None), False), (0.7, (3.0, 2.0), True), (2.0, (None, 1.5), False)])
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta, temperature, caps, rewarded", [
+    (0.0, 0.7, (3.0, 2.0), True), (0.3, 1.0, (None, None), False), (0.3, 0.7, (3.0, 2.0), True),
+    (0.5, 2.0, (None, 1.5), False), (1.0, 0.7, (3.0, 2.0), True)])
 def test_loss_and_gradient_are_those_of_whole_logits_in_float64(beta, temperature, caps, rewarded):
-    """For chunks of every size, with tokens left out, by a frozen head and a trained one."""
+    """In several chunks and in one, with tokens left out, by a frozen head and a trained one."""
     arrays = [*map(jnp.asarray, case())]
     terms = terms_of(beta, temperature, caps, rewarded=rewarded, trains_head=True)
     with jax.enable_x64(True):
@@ -78,7 +77,7 @@ def test_loss_and_gradient_are_those_of_whole_logits_in_float64(beta, temperatur
         expected, (dx, dhead) = jax.value_and_grad(in_float64, (1, 2))(terms, *wide)
         expected, dx, dhead = (np.asarray(z) for z in (expected, dx, dhead))
     assert abs(expected) > 0.01 and min(np.abs(dx).max(), np.abs(dhead).max()) > 1e-3
-    for chunk in (3, 14, None):
+    for chunk in (3, None):
         def both(terms, c=chunk):
             f = lambda x, head: divergence.loss(terms, x, head, *arrays[2:], chunk=c)
             return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*arrays[:2])
@@ -258,7 +257,7 @@ def test_a_rows_solution_is_what_sft_would_train_on():
     config = change(on_policy=0.5, max_prompt=99, max_new=99, system="Add.")
     problem = train_distill.reader(config, tok)(row)
     s = train_distill.from_row(problem, config, tok)
-    ids, mask, _ = examples.read_example(row, tok, "Add.")
+    ids, mask, _ = data.read_example(row, tok, "Add.")
     assert [*problem.prompt, *s.rollout.ids] == ids.tolist()
     assert len(s.rollout.ids) == mask.sum() and s.rollout.ids[-1] == tok.end_of_turn
     with pytest.raises(data.TooLong, match="tokens, more than --max-new 3"):

@@ -147,29 +147,24 @@ def test_importance_correction_is_that_of_trl(case):
     np.testing.assert_allclose(grad, -np.array(case["ratio"]) * mask, atol=1e-6)
 
 
-def test_gspo_token_has_the_value_of_gspo_and_each_tokens_own_gradient(golden):
-    x, case = golden_case(golden, "gspo_eps0.05_beta0")
+def test_gspo_token_has_the_value_of_gspo_and_each_tokens_own_gradient():
+    x = {k: np.array(v) for k, v in FIELD["inputs"].items()}
     mask = x["mask"].astype(np.float32)
-    weight = np.broadcast_to(1 / mask.sum(1, keepdims=True) / 4, mask.shape) * mask
-    b = {"weight": weight, "advantage": np.broadcast_to(x["advantages"][:, None], mask.shape),
-         "mask": mask, "segments": np.ones(mask.shape, int), "old": x["old_logps"],
-         "sampler": x["old_logps"], "on_policy": False}
-    out = {}
-    for level in ("sequence", "sequence-token"):
-        config = change(ratio_level=level, clip_low=0.05, clip_high=0.05, kl_coef=0.0)
-        f = jax.value_and_grad(lambda logp, c=config: policy_loss(logp, b, c)[0])
-        out[level] = f(jnp.asarray(x["logps"], jnp.float32))
-    np.testing.assert_allclose(out["sequence"][0], case["out"]["loss"], atol=1e-6)
-    np.testing.assert_allclose(out["sequence-token"][0], out["sequence"][0], atol=1e-6)
-    # the same advantage for all tokens: a sequence's gradients are equal either way
-    np.testing.assert_allclose(out["sequence-token"][1], out["sequence"][1], atol=1e-6)
-    uneven = b | {"advantage": b["advantage"] * np.arange(1, 6)}
-    grads = []
-    for level in ("sequence", "sequence-token"):
-        config = change(ratio_level=level, clip_low=9.0, clip_high=9.0)
-        f = jax.grad(lambda logp, c=config: policy_loss(logp, uneven, c)[0])
-        grads.append(f(jnp.asarray(x["logps"], jnp.float32)))
-    assert np.ptp(np.asarray(grads[0])[0]) < 1e-6 < np.ptp(np.asarray(grads[1])[0])
+    even = np.broadcast_to(x["advantages"][:, None], mask.shape)
+
+    def value_and_grad(level, advantage):
+        config = change(ratio_level=level, clip_low=9.0, clip_high=9.0, kl_coef=0.0)
+        b = field_batch(x, mask, config, advantage=advantage)
+        f = jax.value_and_grad(lambda logp: policy_loss(logp, b, config)[0])
+        return f(jnp.asarray(x["logps"], jnp.float32))
+
+    whole, own = (value_and_grad(level, even) for level in ("sequence", "sequence-token"))
+    np.testing.assert_allclose(own[0], whole[0], atol=1e-6)
+    np.testing.assert_allclose(own[1], whole[1], atol=1e-6)
+    uneven = even * np.arange(1, 1 + mask.shape[1])
+    spread = [np.ptp(np.asarray(value_and_grad(level, uneven)[1])[0][mask[0] > 0])
+              for level in ("sequence", "sequence-token")]
+    assert spread[0] < 1e-6 < spread[1]
 
 
 def test_advantages_are_those_of_trl(golden):

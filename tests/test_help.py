@@ -98,7 +98,7 @@ def test_help_is_grouped_and_has_the_defaults_of_the_model(script, capsys):
 def test_flags_people_type(capsys):
     grpo, sft = (importlib.import_module(name) for name in ("train_grpo", "train_sft"))
     got = settings.cli(grpo.Config, "", ["--lr", "2e-5", "--batch-size=4", "--num-generations", "6",
-                                      "--max-new-tokens", "9", "--output-dir", "x", "--sapo"])
+                                         "--max-new-tokens", "9", "--output-dir", "x", "--sapo"])
     assert got == grpo.Config(learning_rate=2e-5, prompts=4, group=6, max_new=9, out="x", sapo=True)
     assert settings.cli(sft.Config, "", ["--batch-size", "4"]) == sft.Config(batch_rows=4)
     start = grpo.Config(steps=7, data="a")  # a notebook's flags, changed on the command line
@@ -107,5 +107,5 @@ def test_flags_people_type(capsys):
     assert "--learning-rate" in shown(sft, ["--learning-rat", "1"], capsys)
     pairs = importlib.import_module("synthesize").Pairs
     assert settings.cli(importlib.import_module("synthesize").Config, "", ["pairs", "--rows", "3"]
-                     ) == pairs(rows=3)
+                        ) == pairs(rows=3)
     assert "--no-greedy" in shown(importlib.import_module("eval"), ["--help"], capsys)

@@ -197,7 +197,7 @@ def test_too_large_a_program_is_reported(capsys, message):
     row = bench.compiled_memory(Refused(), ())
     assert row == {"total_bytes": pytest.approx(21.52 * GIB)}
     phases = {"sft": {"hbm_bytes": row["total_bytes"]}, "sft_eval": {"hbm_bytes": 14 * GIB}}
-    bench.print_phases(phases, 15.75 * GIB, True)
+    bench.print_phases("sft", phases, 15.75 * GIB, True)
     out = capsys.readouterr().out
     assert "\nsft needs up to 21.52 GiB of a core's 15.75; lower --micro-rows or" in out
     assert "fits" not in out
