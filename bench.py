@@ -193,17 +193,17 @@ class Cost(NamedTuple):
     def logps(self, n_tokens: int, wanted: float, chunk: int, train: bool) -> Work:
         """Log-probs of the share `wanted` of the tokens, by chunks that each read the head.
 
-        A float32 logit is written and read three times, its bf16 gradient once. A frozen head gives
-        that gradient in the forward pass; a trained head computes all logits again, and adds up
-        its own gradient in float32.
+        The logits of a block of words stay on the chip. A frozen head gives the gradient of the
+        hidden states in the forward pass; a trained head computes all logits again, and adds up its
+        own gradient in float32.
         """
-        V, n_head = self.cfg.vocab_size, self.cfg.vocab_size * self.cfg.hidden_size
+        n_head = self.cfg.vocab_size * self.cfg.hidden_size
         read = self.weight * n_head / chunk
-        work = Work(2 * n_head, 16 * V + read) * wanted
+        work = Work(2 * n_head, read) * wanted
         if train and self.rank:
-            work += Work(2 * n_head, 2 * V + read) * wanted
+            work += Work(2 * n_head, read) * wanted
         elif train:
-            work += Work(6 * n_head, 24 * V + 2 * read + 4 * n_head / chunk)
+            work += Work(6 * n_head, 2 * read + 8 * n_head / chunk)
         return work * n_tokens
 
     def moved(self, n_bytes: float) -> Work:

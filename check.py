@@ -1,6 +1,6 @@
 """Checks real Gemma weights: the tokenizer's ids, the perplexity of a paragraph, an answer to it.
 
-    python check.py --weights path/to/gemma-3-1b-it
+    python check.py --weights path/to/gemma-3-1b-it         # or: python gemma.py --weights ...
 
 The last line says PASS (exit code 0) or FAIL (exit code 1). The check cannot tell whether the
 weights are the published ones.
@@ -77,8 +77,13 @@ def self_check(weights: str) -> None:
     print(f"{PARAGRAPH} -> {tok.decode(answer.ids)!r} (yours to judge)\nPASS: {said}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line, here and of gemma.py."""
     try:
         tyro.cli(self_check)
     except ValueError as e:
         sys.exit(f"FAIL: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,77 +1,16 @@
-"""Training sequences of SFT and SimPO: rows -> token ids and a mask -> packed, shuffled batches.
+"""Examples and pairs of data.py as packed, shuffled batches, for SFT and SimPO.
 
-    read = lambda row: examples.read_example(row, tok, system)
-    batches = examples.Packed([list(map(read, rows))], 1024, n_rows=8, seed=0)
-    batches.batch(0)                        # {"tokens": [8, 1024], "mask": ..., ...}
+    batches = examples.Packed([rows], 1024, n_rows=8, seed=0)    # rows read by data.read_example
+    batches.batch(0)                                             # {"tokens": [8, 1024], ...}
 """
 
 import bisect
 import functools
 import math
-from itertools import takewhile
-from typing import NamedTuple
 
 import numpy as np
 
 import data
-
-
-class Example(NamedTuple):
-    """One training sequence: token ids, and a mask that is 1 on what is trained on."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    fields: dict = {}  # the row that it was read from
-
-    prompt = property(lambda self: self.ids[: np.argmax(self.mask)].tobytes())  # for hold-out
-    n_tokens = property(lambda self: len(self.ids))
-
-
-class Pair(NamedTuple):
-    """Two completions of one prompt; the two sequences share a packed row, chosen first."""
-
-    chosen: Example
-    rejected: Example
-    fields: dict = {}  # the row that it was read from, with the chosen completion as its own
-
-    prompt = property(lambda self: self.chosen.prompt)
-    n_tokens = property(lambda self: self.chosen.n_tokens + self.rejected.n_tokens)
-
-
-def read_example(row: dict, tok: data.Tokenizer, system: str = "") -> Example:
-    """A row as one training sequence; every turn of the assistant is trained on."""
-    ids, mask = tok.example(_conversation(row, system))
-    return Example(np.array(ids, np.int32), np.array(mask, np.int8), row)
-
-
-def read_pair(row: dict, tok: data.Tokenizer, system: str = "") -> Pair:
-    """A row of {"prompt", "chosen", "rejected"}, each a text or a list of messages.
-
-    Lists that start with the user bring the prompt themselves. The mask is 1 on what the two don't
-    share: prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1].
-    """
-    rows = []
-    for key in ("chosen", "rejected"):
-        turns = data.turns(row.get(key) or None, "assistant", key)
-        own = "completion" if turns[0]["role"] == "assistant" else "messages"
-        rows.append(row | {own: turns})
-    chats = [_conversation(fields, system) for fields in rows]
-    shared = len([*takewhile(lambda turns: turns[0] == turns[1], zip(*chats, strict=False))])
-    examples = [tok.example(chat) for chat in chats]
-    if examples[0] == examples[1] or shared % 2 == 0 or shared == min(map(len, chats)):
-        raise ValueError("chosen and rejected must be different answers to the same prompt")
-    n_prompt = len(tok.chat(chats[0][:shared]))
-    mask = lambda trained: np.array([0] * n_prompt + trained[n_prompt:], np.int8)
-    return Pair(*(Example(np.array(ids, np.int32), mask(trained)) for ids, trained in examples),
-                rows[0])
-
-
-def _conversation(row: dict, system: str) -> list[dict]:
-    chat, completion, *_ = data.parse_row(row)
-    if completion is None:
-        raise ValueError("expected a completion to train on (messages that end with the assistant, "
-                         f"completion, or reasoning and answer), found keys {sorted(row)}")
-    return [*data.with_system(chat, system), {"role": "assistant", "content": completion}]
 
 
 def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
@@ -86,14 +25,14 @@ def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
     return weights
 
 
-def fill(items: list[Example | Pair], size: int) -> list[list[Example]]:
+def fill(items: list[data.Example | data.Pair], size: int) -> list[list[data.Example]]:
     """Packed rows of training sequences."""
     rows = data.pack([0] * len(items), [[item.n_tokens] for item in items], size)
-    sequences = lambda item: item[:2] if isinstance(item, Pair) else (item,)
+    sequences = lambda item: item[:2] if isinstance(item, data.Pair) else (item,)
     return [[example for i, _ in row for example in sequences(items[i])] for row in rows]
 
 
-def assemble(rows: list[list[Example]], n_rows: int, size: int) -> dict[str, np.ndarray]:
+def assemble(rows: list[list[data.Example]], n_rows: int, size: int) -> dict[str, np.ndarray]:
     """Packed rows as arrays [n_rows, size]: tokens, mask, segments (0 = padding), positions.
 
     [[p c], [p p c]] in 6 -> mask 010010, segments 112220, positions 010120.
@@ -127,7 +66,7 @@ class Packed:
         self.epochs = []  # packed rows up to the end of each epoch
         self._epoch = functools.lru_cache(maxsize=1)(self._epoch)
 
-    def _epoch(self, epoch: int) -> list[list[Example]]:
+    def _epoch(self, epoch: int) -> list[list[data.Example]]:
         chosen = []
         for i, (source, take) in enumerate(zip(self.sources, self.take, strict=True)):
             for k in range(epoch * take, (epoch + 1) * take):

@@ -259,11 +259,11 @@ def matmul(x_nI: jax.Array, w_IO: jax.Array | Int8, dtype=None) -> jax.Array:
     return jnp.dot(x_nI, w_IO, preferred_element_type=dtype)
 
 
-def matmul_back(g_nO: jax.Array, w_IO: jax.Array | Int8, dtype) -> jax.Array:
-    """The gradient of x in x W: g W^T [n, I], whose operands are of `dtype`."""
+def matmul_back(g_nO: jax.Array, w_IO: jax.Array | Int8, dtype, out=None) -> jax.Array:
+    """The gradient of x in x W: g W^T [n, I] in type `out`, from operands of `dtype`."""
     if isinstance(w_IO, Int8):
         g_nO, w_IO = g_nO * w_IO.scale[None], w_IO.q.astype(dtype)
-    return jnp.einsum("nO,IO->nI", g_nO.astype(dtype), w_IO)
+    return jnp.einsum("nO,IO->nI", g_nO.astype(dtype), w_IO, preferred_element_type=out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -575,26 +575,29 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
 
 # --------------------------------------------------------------------------------- token log-probs
 
-# A chunk's float32 logits take up to 128 MiB (CHUNK_ELEMENTS), but it has at least 512 tokens: with
-# fewer a v5e, which does 240 FLOPs a byte, would spend longer reading the head than multiplying.
-CHUNK, CHUNK_ELEMENTS = 512, 2**25
+# A chunk of tokens meets the vocabulary in blocks of words, as flash attention meets its keys: a
+# block's logits [c, b] stay in a TPU's VMEM or a CPU's cache, and running sums are rescaled when a
+# larger logit appears. A chunk has at least 512 tokens: with fewer a v5e, which does 240 FLOPs a
+# byte, would spend longer reading the head than multiplying.
+CHUNK, CHUNK_ELEMENTS, BLOCK = 512, 2**25, 16384
 
 
 def token_logps(x_BTD: jax.Array, head_VD: jax.Array | Int8, targets_BT: jax.Array, *,
                 temperature: jax.Array | float = 1.0, softcap: float | None = None,
-                wanted_BT: jax.Array | None = None,
-                chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
+                wanted_BT: jax.Array | None = None, chunk: int | None = None,
+                block: int = BLOCK) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of its distribution, both [B, T] float32.
 
     Logits are soft-capped, then divided by the temperature (not differentiated), and exist for
-    `chunk` tokens at a time. Position t is scored against targets_BT[t]: shift before calling.
-    Tokens with wanted_BT = 0 score 0. They are sorted to the end, and chunks of only such tokens
-    are skipped. Under a gradient the forward pass also computes d logp/dx [B, T, D] while it has
-    the logits of a chunk, so that the backward pass does not compute them again.
+    `chunk` tokens and `block` words at a time. Position t is scored against targets_BT[t]: shift
+    before calling. Tokens with wanted_BT = 0 score 0. They are sorted to the end, and chunks of
+    only such tokens are skipped. Under a gradient the forward pass also computes d logp/dx
+    [B, T, D] while it has the logits, so that the backward pass does not compute them again.
     """
     B, T, D = x_BTD.shape
     n = B * T
     chunk = chunk or min(n, max(CHUNK, CHUNK_ELEMENTS // head_VD.shape[0]))
+    block = min(head_VD.shape[0], block)
     x_nD, targets_n, n_wanted = x_BTD.reshape(n, D), targets_BT.reshape(n), n
     if wanted_BT is not None:
         chunk, wanted_n = min(chunk, max(128, n // 8)), wanted_BT.reshape(n) > 0
@@ -604,39 +607,87 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array | Int8, targets_BT: jax.Arr
     x_CcD = jnp.pad(x_nD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
     targets_Cc = jnp.pad(targets_n, (0, pad)).reshape(-1, chunk)
     out = _chunked_logps(x_CcD, head_VD, targets_Cc, jnp.int32(n_wanted), jnp.float32(temperature),
-                         softcap)
+                         softcap, block)
     out = [z.reshape(-1)[:n] for z in out]
     if wanted_BT is not None:
         out = [jnp.zeros_like(z).at[order_n].set(z) * wanted_n for z in out]
     return tuple(z.reshape(B, T) for z in out)
 
 
-def _chunk(x_cD, head_VD, target_c, temperature, softcap):
-    """One chunk: log-probs of all words [c, V], the target's, the entropy, d logit/d raw logit."""
-    logit_cV = matmul(x_cD, head_VD.T, jnp.float32)
+def _words(head_VD, j, block):
+    """Block j of the head's rows, their ids [1, b], and whether no earlier block holds them.
+
+    Where b does not divide V, the last block begins earlier, so as to end at the last word.
+    """
+    start = jnp.minimum(j * block, head_VD.shape[0] - block)
+    w_bD = jax.tree.map(lambda z: lax.dynamic_slice_in_dim(z, start, block), head_VD)
+    ids_1b = start + jnp.arange(block)[None]
+    return w_bD, ids_1b, ids_1b >= j * block
+
+
+def _scaled(raw, temperature, softcap):
+    """Products of hidden states and head -> (logits, d logit/d product)."""
     slope = 1.0 / temperature
     if softcap:
-        capped_cV = jnp.tanh(logit_cV / softcap)
-        logit_cV, slope = capped_cV * softcap, (1.0 - capped_cV**2) / temperature
-    logit_cV /= temperature
-    # log_softmax gives the same, but XLA on a CPU fuses it with the product: three times as slow.
-    total_c1 = jax.nn.logsumexp(logit_cV, axis=-1, keepdims=True)
-    logp_cV = logit_cV - total_c1
-    # Indexed in logit_cV, which is stored anyway: XLA on a TPU would store logp_cV besides.
-    logp_c = (jnp.take_along_axis(logit_cV, target_c[:, None], axis=1) - total_c1)[:, 0]
-    entropy_c = -jnp.sum(jnp.exp(logp_cV) * logp_cV, axis=-1)
-    return logp_cV, logp_c, entropy_c, slope
+        capped = jnp.tanh(raw / softcap)
+        raw, slope = capped * softcap, (1.0 - capped**2) / temperature
+    return raw / temperature, slope
 
 
-def _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, with_dx):
+def _target(x_cD, head_VD, target_c, temperature, softcap):
+    """The targets' rows of the head [c, D] in float32, their logits and d logit/d product [c]."""
+    row_cD = jax.tree.map(lambda z: z[target_c], head_VD)
+    row_cD = row_cD.q * row_cD.scale[:, None] if isinstance(row_cD, Int8) else row_cD
+    row_cD = row_cD.astype(jnp.float32)
+    raw_c = jnp.sum(x_cD.astype(jnp.float32) * row_cD, axis=-1)
+    return row_cD, *_scaled(raw_c, temperature, softcap)
+
+
+def _chunk(x_cD, head_VD, target_c, temperature, softcap, block, with_dx):
+    """Log-probs, entropies (and d logp/dx) of one chunk of tokens.
+
+    With e = exp(logit - top), o = the sum of e over all words but the target, and Z = o + e of the
+    target: logp = target's logit - top - log Z, and d logp/dx = (o W[target] - sum of e W) / Z. The
+    target is left out of the sums, so nothing cancels where its probability is nearly 1.
+    """
+    row_cD, target_logit_c, target_slope = _target(x_cD, head_VD, target_c, temperature, softcap)
+
+    def add(j, sums):
+        top_c, others_c, mean_c, dx_cD = sums
+        w_bD, ids_1b, new_1b = _words(head_VD, j, block)
+        logit_cb, slope = _scaled(matmul(x_cD, w_bD.T, jnp.float32), temperature, softcap)
+        new_top_c = jnp.maximum(top_c, jnp.max(logit_cb, axis=-1))
+        counts_cb = new_1b & (ids_1b != target_c[:, None])
+        e_cb = jnp.where(counts_cb, jnp.exp(logit_cb - new_top_c[:, None]), 0.0)
+        rise_c, shrink_c = new_top_c - top_c, jnp.exp(top_c - new_top_c)
+        below_cb = e_cb * (logit_cb - new_top_c[:, None])
+        mean_c = (mean_c - rise_c * others_c) * shrink_c + jnp.sum(below_cb, axis=-1)
+        others_c = others_c * shrink_c + jnp.sum(e_cb, axis=-1)
+        if with_dx:
+            dx_cD = dx_cD * shrink_c[:, None]
+            dx_cD += matmul_back(e_cb * slope, w_bD.T, x_cD.dtype, jnp.float32)
+        return new_top_c, others_c, mean_c, dx_cD
+
+    zeros_c = jnp.zeros_like(target_logit_c)
+    dx_cD = jnp.zeros_like(row_cD) if with_dx else None
+    n_blocks = -(-head_VD.shape[0] // block)
+    top_c, others_c, mean_c, dx_cD = lax.fori_loop(
+        0, n_blocks, add, (target_logit_c, zeros_c, zeros_c, dx_cD))
+    below_c = target_logit_c - top_c
+    total_c = others_c + jnp.exp(below_c)
+    mean_c = (mean_c + jnp.exp(below_c) * below_c) / total_c  # E[logit - top]
+    out = below_c - jnp.log(total_c), jnp.log(total_c) - mean_c
+    if with_dx:
+        own_c1 = (others_c * target_slope)[:, None]
+        out += (((own_c1 * row_cD - dx_cD) / total_c[:, None]).astype(x_cD.dtype),)
+    return out
+
+
+def _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, block, with_dx):
     """Log-probs, entropies (and d logp/dx) of the chunks that hold the first n_wanted tokens."""
 
     def one(i, out):
-        x_cD, target_c = x_CcD[i], targets_Cc[i]
-        logp_cV, *new, slope = _chunk(x_cD, head_VD, target_c, temperature, softcap)
-        if with_dx:
-            d_cV = (jax.nn.one_hot(target_c, head_VD.shape[0]) - jnp.exp(logp_cV)) * slope
-            new.append(matmul_back(d_cV, head_VD.T, x_cD.dtype))
+        new = _chunk(x_CcD[i], head_VD, targets_Cc[i], temperature, softcap, block, with_dx)
         return tuple(z.at[i].set(z_new) for z, z_new in zip(out, new, strict=True))
 
     zeros_Cc = jnp.zeros_like(targets_Cc, jnp.float32)
@@ -644,41 +695,59 @@ def _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, with_dx):
     return lax.fori_loop(0, -(-n_wanted // targets_Cc.shape[1]), one, out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _chunked_logps(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap):
-    return _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _chunked_logps(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, block):
+    return _score(x_CcD, head_VD, targets_Cc, n_wanted, temperature, softcap, block, False)
 
 
-def _chunked_logps_fwd(x, head, targets, n_wanted, temperature, softcap):
+def _chunked_logps_fwd(x, head, targets, n_wanted, temperature, softcap, block):
     trains_head = any(z.perturbed for z in jax.tree.leaves(head))  # two arrays if int8
     with_dx = x.perturbed and not trains_head  # d logp/dhead needs the logits again anyway
     args = jax.tree.map(lambda z: z.value, (x, head, targets, n_wanted, temperature))
-    logp, entropy, *dx = _score(*args, softcap, with_dx)
+    logp, entropy, *dx = _score(*args, softcap, block, with_dx)
     head_trained = () if trains_head else None
-    return (logp, entropy), (dx[0] if dx else None, head_trained, *args[:3], args[4])
+    return (logp, entropy), (dx[0] if dx else None, head_trained, args, logp, entropy)
 
 
-def _chunked_logps_bwd(softcap, residuals, cts):
-    dx_CcD, head_trained, x_CcD, head_VD, targets_Cc, temperature = residuals
+def _chunked_logps_bwd(softcap, block, residuals, cts):
+    dx_CcD, head_trained, args, logp_Cc, entropy_Cc = residuals
+    x_CcD, head_VD, targets_Cc, n_wanted, temperature = args
     zero = jax.custom_derivatives.SymbolicZero
     if dx_CcD is not None and isinstance(cts[1], zero):  # frozen head, loss without the entropy
         dx_CcD = cts[0][..., None].astype(dx_CcD.dtype) * dx_CcD
         return dx_CcD, None, None, None, None
-    ct_logp, ct_entropy = (jnp.zeros(c.shape) if isinstance(c, zero) else c for c in cts)
+    g_Cc, h_Cc = (jnp.zeros(c.shape) if isinstance(c, zero) else c for c in cts)
 
-    def step(dhead_VD, xs):
-        x_cD, target_c, g_c, h_c = xs
-        logp_cV, _, entropy_c, slope = _chunk(x_cD, head_VD, target_c, temperature, softcap)
-        p_cV = jnp.exp(logp_cV)
-        d_cV = g_c[:, None] * (jax.nn.one_hot(target_c, head_VD.shape[0]) - p_cV)
-        d_cV = (d_cV - h_c[:, None] * p_cV * (logp_cV + entropy_c[:, None])) * slope
-        if head_trained is not None:
-            dhead_VD += jnp.einsum("cV,cD->VD", d_cV.astype(x_cD.dtype), x_cD,
+    def one(i, grads):
+        x_cD, target_c = x_CcD[i], targets_Cc[i]
+        _, target_logit_c, _ = _target(x_cD, head_VD, target_c, temperature, softcap)
+        log_total_c = target_logit_c - logp_Cc[i]
+
+        def add(j, grads):
+            dhead_VD, dx_cD = grads
+            w_bD, ids_1b, new_1b = _words(head_VD, j, block)
+            logit_cb, slope = _scaled(matmul(x_cD, w_bD.T, jnp.float32), temperature, softcap)
+            logp_cb = logit_cb - log_total_c[:, None]
+            p_cb = jnp.exp(logp_cb)
+            d_cb = g_Cc[i][:, None] * ((ids_1b == target_c[:, None]) - p_cb)
+            d_cb -= h_Cc[i][:, None] * p_cb * (logp_cb + entropy_Cc[i][:, None])
+            d_cb = jnp.where(new_1b, d_cb * slope, 0.0)
+            if dhead_VD is not None:
+                dw_bD = jnp.einsum("cb,cD->bD", d_cb.astype(x_cD.dtype), x_cD,
                                    preferred_element_type=jnp.float32)
-        return dhead_VD, matmul_back(d_cV, head_VD.T, x_cD.dtype)
+                start = ids_1b[0, 0]
+                dw_bD += lax.dynamic_slice_in_dim(dhead_VD, start, block)
+                dhead_VD = lax.dynamic_update_slice_in_dim(dhead_VD, dw_bD, start, 0)
+            return dhead_VD, dx_cD + matmul_back(d_cb, w_bD.T, x_cD.dtype, jnp.float32)
+
+        dhead_VD, dx_CcD = grads
+        dx_cD = jnp.zeros_like(x_cD, jnp.float32)
+        dhead_VD, dx_cD = lax.fori_loop(0, -(-head_VD.shape[0] // block), add, (dhead_VD, dx_cD))
+        return dhead_VD, dx_CcD.at[i].set(dx_cD.astype(dx_CcD.dtype))
 
     dhead_VD = None if head_trained is None else jnp.zeros_like(head_VD, jnp.float32)
-    dhead_VD, dx_CcD = lax.scan(step, dhead_VD, (x_CcD, targets_Cc, ct_logp, ct_entropy))
+    dhead_VD, dx_CcD = lax.fori_loop(0, -(-n_wanted // targets_Cc.shape[1]), one,
+                                     (dhead_VD, jnp.zeros_like(x_CcD)))
     dhead_VD = None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)
     return dx_CcD, dhead_VD, None, None, None
 
@@ -717,3 +786,9 @@ def read_config(path: str | Path) -> Config:
     import model_files
 
     return model_files.read_config(path)
+
+
+if __name__ == "__main__":
+    from check import main  # which imports this file
+
+    main()

@@ -1,6 +1,6 @@
 """What SFT and SimPO share: flags, packed batches, the line of a step, the held-out evaluation.
 
-    read = packed.row_reader(config, tok, examples.read_example)
+    read = packed.row_reader(config, tok, data.read_example)
     sources, held_out = data.load_split(config, read)
     evaluation = packed.HeldOut(config, mesh, model, held_out, eval_step)
     began = packed.log_step(run, pending, began)      # a step, while the devices run the next one
@@ -83,7 +83,7 @@ def programs(config, mesh: Mesh, steps: tuple, state: tuple) -> dict:
 
 
 def row_reader(config, tok: data.Tokenizer, read):
-    """examples.read_example or read_pair with --system, and with --max-length as the limit."""
+    """data.read_example or read_pair with --system, and with --max-length as the limit."""
 
     def limited(row: dict):
         item = read(row, tok, config.system)

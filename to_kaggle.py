@@ -402,7 +402,7 @@ def main(config: Config, flags: list[str]) -> Path:
     parsed = cli(module.Config, description=module.__doc__, args=flags, prog=script)
     resolved = module.resolve(parsed) if hasattr(module, "resolve") else parsed  # checks values
     trains = script.startswith("train_") and not config.one_file
-    also = ("eval.py", "report.py", "chat.py", "merge.py") if trains else ()
+    also = ("eval.py", "report.py", "chat.py") if trains else ()
     names = dict.fromkeys(name for one in (*also, script) for name in needed(one))
     files = {name: (HERE / name).read_text(encoding="utf-8") for name in names}
     extra, parsed = reward_files(parsed)

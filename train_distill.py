@@ -33,7 +33,6 @@ from jax.sharding import PartitionSpec as P
 
 import data
 import divergence
-import examples
 import gemma
 import hosts
 import hub
@@ -200,7 +199,7 @@ class State(NamedTuple):
 
 def from_row(problem: Problem, config: Config, tok: data.Tokenizer) -> Sample:
     """A row's own completion, with the stop token, in the place of one by the student."""
-    ids = examples.read_example(problem.fields, tok, config.system).ids[len(problem.prompt) :]
+    ids = data.read_example(problem.fields, tok, config.system).ids[len(problem.prompt) :]
     done = Rollout(0, 0, ids, np.zeros(len(ids), np.float32), "stop")
     return Sample(problem, 0, done, "", None, False, rewards.Scored(None, {}, {}))
 

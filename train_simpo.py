@@ -334,7 +334,7 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    read = packed.row_reader(config, model.tok, examples.read_pair)
+    read = packed.row_reader(config, model.tok, data.read_pair)
     sources, held_out = data.load_split(config, read)
     batches = examples.Packed(sources, config.max_length, config.batch_rows, config.seed,
                               examples.mix_weights(config.mix, sources))

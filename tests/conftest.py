@@ -149,9 +149,10 @@ def close(got, expected, rtol=1e-5) -> None:
 
 
 def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args) -> None:
-    """One train_step over eight devices, base replicated and sharded: the same to 1e-5.
+    """One train_step over eight devices, base replicated and sharded: the same.
 
-    Adam's first moments are a tenth of the gradient, so they are compared with their largest entry.
+    Adam's first moments are a tenth of the gradient, so they are compared with their largest entry,
+    to 1e-5; weights to 3e-5, as Adam divides a tiny gradient and its rounding by its own size.
     """
     import stage
 
@@ -170,7 +171,8 @@ def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args)
         y, name = dict(jax.tree_util.tree_leaves_with_path(after[1]))[path], path[0].idx
         scale = np.abs(x).max() if name == 1 else max(1.0, np.abs(x).max())
         assert scale > 0, path
-        np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * scale, err_msg=str(path))
+        tolerance = 1e-5 * scale if name == 1 else 3e-5
+        np.testing.assert_allclose(y, x, rtol=0, atol=tolerance, err_msg=str(path))
     moved = jax.tree.map(lambda x, y: bool((x != y).any()), after[0][0], trained)
     assert all(jax.tree.leaves(moved)), moved
 

@@ -52,7 +52,7 @@ def test_every_row_shape_is_the_same_row(row):
     before = json.dumps(row)
     assert data.parse_row(row)[:2] == ([TURN("user", "Q")], TAGGED)
     assert json.dumps(row) == before
-    ids, mask, _ = examples.read_example(row, TOK, "Be brief.")
+    ids, mask, _ = data.read_example(row, TOK, "Be brief.")
     assert (ids.tolist(), mask.tolist()) == TOK.example(
         [TURN("system", "Be brief."), TURN("user", "Q"), TURN("assistant", TAGGED)]
     )
@@ -90,7 +90,7 @@ def test_a_row_keeps_its_own_system_text(row):
     assert chat == [TURN("system", "Mine."), TURN("user", "Q")]
     assert data.with_system(chat, "Yours.") == [TURN("user", "Mine.\n\nQ")]
     is_pair = "chosen" in row
-    example = examples.read_pair(row, TOK).chosen if is_pair else examples.read_example(row, TOK)
+    example = data.read_pair(row, TOK).chosen if is_pair else data.read_example(row, TOK)
     assert TOK.decode(example.ids) == "user\nMine.\n\nQ\nmodel\nA"
 
 
@@ -155,7 +155,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("row, why", BAD_ROWS, ids=str)
 def test_bad_rows_are_named_with_file_and_line(tmp_path, row, why, said):
     file = write(tmp_path / "rows.jsonl", [QR | {"answer": 4}, row])
-    read = lambda row: examples.read_example(row, TOK, "Be brief.")
+    read = lambda row: data.read_example(row, TOK, "Be brief.")
     with pytest.raises(ValueError) as e:
         data.load(file, read)
     assert f"{file}:2: " in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
@@ -178,7 +178,7 @@ KNOWN = sorted(set().union(*data.COLUMNS.values()))
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(KNOWN), VALUES, max_size=5))
 def test_any_row_is_read_or_a_bad_row(row):
-    for read in (examples.read_example, examples.read_pair):
+    for read in (data.read_example, data.read_pair):
         try:
             read(row, TOK, "Be brief.")
         except ValueError as e:
@@ -199,7 +199,7 @@ A, YES, NO = (TURN("assistant", text) for text in ("a", "Yes", "No way"))
 ])
 def test_every_pair_shape_is_the_same_two_examples(row):
     prompt = TOK.chat([TURN("user", "Be brief.\n\nQ")])
-    pair = examples.read_pair(row, TOK, "Be brief.")
+    pair = data.read_pair(row, TOK, "Be brief.")
     for (ids, mask, _), text in zip(pair[:2], ("Yes", "No way"), strict=True):
         completion = [*TOK.encode(text), TOK.end_of_turn]
         assert ids.tolist() == prompt + completion
@@ -212,7 +212,7 @@ def test_earlier_answers_of_a_pair_are_not_compared():
     shared = [TURN("user", "Q"), TURN("assistant", "A"), TURN("user", "Sure?")]
     n = len(TOK.chat(shared))
     row = {"prompt": shared, "chosen": "Y", "rejected": "N"}
-    for ids, mask, _ in examples.read_pair(row, TOK)[:2]:
+    for ids, mask, _ in data.read_pair(row, TOK)[:2]:
         assert mask.tolist() == [0] * n + [1] * (len(ids) - n)
 
 
@@ -232,7 +232,7 @@ DIFFER = "different answers to the same prompt"
 ])
 def test_bad_pairs_are_named(bad, why):
     with pytest.raises(ValueError, match=why):
-        examples.read_pair(bad, TOK)
+        data.read_pair(bad, TOK)
 
 
 def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, said):
@@ -401,7 +401,7 @@ def test_assemble_worked_example():
     assert out["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0] * 6]
 
 
-example = lambda n, token: examples.Example(np.full(n, token), np.ones(n))
+example = lambda n, token: data.Example(np.full(n, token), np.ones(n))
 source = lambda n, first: [example(5, first + i) for i in range(n)]  # each of an id of its own
 
 
@@ -413,7 +413,7 @@ def seen(batches):
 
 
 def test_the_two_of_a_pair_share_a_row_chosen_first():
-    pairs = [examples.Pair(example(1 + i % 16, 2 * i + 1), example(1 + 5 * i % 16, 2 * i + 2))
+    pairs = [data.Pair(example(1 + i % 16, 2 * i + 1), example(1 + 5 * i % 16, 2 * i + 2))
              for i in range(30)]
     batches = examples.eval_batches(pairs, 32, 4)
     order = [seen([{k: v[r : r + 1] for k, v in b.items()}]) for b in batches for r in range(4)]

@@ -13,7 +13,6 @@ from test_grpo import samples_of
 
 import data
 import divergence
-import examples
 import gemma
 import lora
 import rewards
@@ -258,7 +257,7 @@ def test_a_rows_solution_is_what_sft_would_train_on():
     config = change(on_policy=0.5, max_prompt=99, max_new=99, system="Add.")
     problem = train_distill.reader(config, tok)(row)
     s = train_distill.from_row(problem, config, tok)
-    ids, mask, _ = examples.read_example(row, tok, "Add.")
+    ids, mask, _ = data.read_example(row, tok, "Add.")
     assert [*problem.prompt, *s.rollout.ids] == ids.tolist()
     assert len(s.rollout.ids) == mask.sum() and s.rollout.ids[-1] == tok.end_of_turn
     with pytest.raises(data.TooLong, match="tokens, more than --max-new 3"):

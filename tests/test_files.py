@@ -439,7 +439,7 @@ def test_the_better_perplexity_decides(tokenizers, folder, monkeypatch, capsys):
     expected, n = perplexities(params, cfg, tok)
     kind = min(expected, key=expected.get)
     said = rf"perplexity ([\d.]+) on {n} tokens of English as {kind}"
-    command = [sys.executable, str(ROOT / "check.py"), "--weights", str(folder)]
+    command = [sys.executable, str(ROOT / "gemma.py"), "--weights", str(folder)]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=quick)
     assert done.returncode == 1 and "PASS" not in done.stdout

@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 import data
 import disk
 import eval as evaluation
-import examples
 import gemma
 import hub
 import judge
@@ -324,8 +323,8 @@ def test_odd_rows_are_used_or_bad_rows(small, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     readings = (lambda row: rollouts.read_problem(row, tok, "Think."),
-                lambda row: examples.read_example(row, tok),
-                lambda row: examples.read_pair(row, tok))
+                lambda row: data.read_example(row, tok),
+                lambda row: data.read_pair(row, tok))
     mix = rewards.read_mix("format,tags,answer,overlong,length,repetition,language,reasoning")
     functions, usable = rewards.prepare(mix, []), []
     for read in readings:

@@ -1,6 +1,8 @@
 """lora.py: PEFT's files and logits both ways, merging, dropout, and what is refused."""
 
 import json
+import subprocess
+import sys
 import types
 import warnings
 
@@ -355,8 +357,9 @@ def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
 
 def test_what_cannot_be_merged(trained, monkeypatch):
     monkeypatch.chdir(trained)
-    with pytest.raises(ValueError, match="--adapter tiny: a whole model already"):
-        merge.main("tiny", "merged-twice")
+    command = [sys.executable, ROOT / "lora.py", "--adapter", "tiny", "--out", "merged-twice"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "--adapter tiny: a whole model already" in done.stderr
     with pytest.raises(ValueError, match="--out tiny is there already, and not empty"):
         merge.main("runs/grpo", "tiny", weights="tiny")
 

@@ -220,8 +220,8 @@ def random_pairs(n, seed=0):
     for _ in range(n):
         prompt, completions = draw(2, 7), (draw(2, 9), draw(2, 9))
         mask = lambda c: np.array([0] * len(prompt) + [1] * len(c), np.int8)  # noqa: B023
-        pairs.append(examples.Pair(*(
-            examples.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
+        pairs.append(data.Pair(*(
+            data.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
     return pairs
 
 
