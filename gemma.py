@@ -579,13 +579,13 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
 # block's logits [c, b] stay in a TPU's VMEM or a CPU's cache, and running sums are rescaled when a
 # larger logit appears. A chunk has at least 512 tokens: with fewer a v5e, which does 240 FLOPs a
 # byte, would spend longer reading the head than multiplying.
-CHUNK, CHUNK_ELEMENTS, BLOCK = 512, 2**25, 16384
+CHUNK, CHUNK_ELEMENTS, BLOCK_ELEMENTS = 512, 2**25, 2**23
 
 
 def token_logps(x_BTD: jax.Array, head_VD: jax.Array | Int8, targets_BT: jax.Array, *,
                 temperature: jax.Array | float = 1.0, softcap: float | None = None,
                 wanted_BT: jax.Array | None = None, chunk: int | None = None,
-                block: int = BLOCK) -> tuple[jax.Array, jax.Array]:
+                block: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of its distribution, both [B, T] float32.
 
     Logits are soft-capped, then divided by the temperature (not differentiated), and exist for
@@ -597,12 +597,12 @@ def token_logps(x_BTD: jax.Array, head_VD: jax.Array | Int8, targets_BT: jax.Arr
     B, T, D = x_BTD.shape
     n = B * T
     chunk = chunk or min(n, max(CHUNK, CHUNK_ELEMENTS // head_VD.shape[0]))
-    block = min(head_VD.shape[0], block)
     x_nD, targets_n, n_wanted = x_BTD.reshape(n, D), targets_BT.reshape(n), n
     if wanted_BT is not None:
         chunk, wanted_n = min(chunk, max(128, n // 8)), wanted_BT.reshape(n) > 0
         n_wanted, order_n = jnp.sum(wanted_n), jnp.argsort(~wanted_n)
         x_nD, targets_n = x_nD[order_n], targets_n[order_n]
+    block = min(head_VD.shape[0], block or BLOCK_ELEMENTS // chunk)
     pad = -n % chunk  # the padding scores token 0 from a zero state: finite, and cut off below
     x_CcD = jnp.pad(x_nD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
     targets_Cc = jnp.pad(targets_n, (0, pad)).reshape(-1, chunk)
