@@ -58,8 +58,8 @@ def outcome(run: report.Run, step: int) -> str:
 def ending(folder: Path, run_folder: Path, step: int) -> list[str]:
     """What a run says last: what it is, what it learned, and what to do next."""
     run = report.read_run(run_folder)
-    names = [(k, run.config.get(k)) for k in ("model", "weights", "tokenizer")]
-    flags = "".join(f" --{k} {shlex.quote(v)}" for k, v in names if v not in (None, "tiny"))
+    tokenizer = run.config.get("tokenizer")
+    flags = f" --tokenizer {shlex.quote(tokenizer)}" if tokenizer else ""
     adapter = f"--adapter {shlex.quote(str(run_folder))}{flags}"
     lines = [f"  {which(run, step)}", f"  {outcome(run, step)}" * bool(outcome(run, step)),
              f"  report: {run_folder / 'report.html'}", f"  talk: python chat.py {adapter}",

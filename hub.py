@@ -187,12 +187,16 @@ def find_start(model: str, weights: str | None, adapter: str | None,
 def trained_on(adapter: str) -> tuple[str, str | None]:
     """The --model and --weights that an adapter was trained on; ("tiny", None) where unknown.
 
-    If the base that the adapter's config names still exists, its shape tells the model; if not, its
-    name does.
+    The run that made it knows its name. Else, if the base that the adapter's config names still
+    exists, its shape tells the model; if not, the base's own name does.
     """
     folder = find_adapter(adapter)
-    base = _named_base(folder)
+    base, run = _named_base(folder), folder.parent / "config.json"
     config = (base or folder) / "config.json"
+    if folder.name == "final" and run.exists():
+        name = disk.json_value(disk.read_json(run), "model", str, "tiny", run)
+        if base_name(name) in gemma.CONFIGS and base_name(name) != "tiny":
+            return name, str(base) if base and config.exists() else None
     if not os.path.exists(config):
         name = short_name(f"google/{base.name}") if base else "tiny"
         return name if base_name(name) in gemma.CONFIGS else "tiny", None

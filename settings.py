@@ -42,7 +42,8 @@ class Model:
     tokenizer: str | None = None
     """Tokenizer folder or file, if the weights folder holds no tokenizer."""
     adapter: str | None = None
-    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; default: none."""
+    """An earlier run (its final/), a PEFT adapter or a fully fine-tuned model; --model may then be
+    left out. Default: none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base and the activations; what is trained has float32 masters."""
     base: Literal["dtype", "int8"] = "dtype"

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 
 def test_the_end_of_a_run_says_what_came_out_and_what_to_do_next(run):
-    flags = f"--adapter {run} --model gemma3-1b --weights /models/gemma-3-1b-it"
+    flags = f"--adapter {run}"
     assert card.ending(run / "final", run, 60) == [
         "  best step 60 of 80",
         "  held-out accuracy 38.0 % -> 59.5 % (+12.0 ... +31.0 points)",

@@ -263,6 +263,10 @@ def test_an_adapter_names_the_model_it_was_trained_on(tmp_path):
         (tmp_path / name / "adapter_config.json").write_text(config)
         assert hub.trained_on(str(tmp_path / name)) == expected, name
     assert hub.trained_on(str(whole)) == ("gemma2-2b", None)
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "here", run / "final")
+    (run / "config.json").write_text(json.dumps({"model": "gemma3-270m-pt"}))
+    assert hub.trained_on(str(run)) == ("gemma3-270m-pt", str(base))
     config = settings.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
     assert (config.model, config.weights, config.dtype) == ("gemma3-270m", str(base), "bfloat16")
 
