@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -79,6 +80,12 @@ def say(line: str) -> None:
             tqdm.write(line + "\x1b[0m" * ("\x1b" in line), file=sys.stderr)
 
 
+def say_wrapped(text: str, indent: int) -> None:
+    """Says a text in lines of at most 79 columns, those after the first indented."""
+    say(textwrap.fill(text, 79, subsequent_indent=" " * indent, break_long_words=False,
+                      break_on_hyphens=False))
+
+
 WARNINGS = {  # a share that was 1 for three steps in a row -> what is wrong
     "completions/clipped_ratio": "every completion was cut at --max-new: raise it, or teach the "
         "format by train_sft.py first",
@@ -129,7 +136,7 @@ class StepLines:
         place = f"step {step}{of}".ljust(len("step ") + 2 * len(of) - 1)
         held = {k.removeprefix("eval_"): x for k, x in numbers.items() if k.startswith("eval_")}
         if held:
-            say(f"{place}  held out: {evaluation_in_words(held)}")
+            say_wrapped(f"{place}  held out: {evaluation_in_words(held)}", len(place) + 2)
         if held.get("accuracy", -1.0) >= self.top:  # the newer of two equals
             self.top = held["accuracy"]
             self.best = f"; best held out {100 * self.top:.1f} % right, step {step}"
@@ -137,7 +144,7 @@ class StepLines:
         for name in WARNINGS.keys() & numbers.keys():
             self.streaks[name] = self.streaks[name] + 1 if numbers[name] == 1 else 0
             if self.streaks[name] == 3:
-                say(f"warning: for 3 steps {WARNINGS[name]}")
+                say_wrapped(f"warning: for 3 steps {WARNINGS[name]}", len("warning: "))
 
     def _say_step(self, place: str, numbers: dict[str, float], eta_s: float | None) -> None:
         form = lambda label: label if "{" in label else label + " {:.4g}"

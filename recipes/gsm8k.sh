@@ -23,7 +23,7 @@ if [[ ${model-} == gemma3-270m* ]]; then
   pick prompts       16
   pick max_prompt    256
   pick max_new       192
-  pick grpo_lr       2e-4
+  pick grpo_lr       1e-4
   pick grpo_time     3h
 fi
 #    name         v5e-8         tiny
