@@ -184,6 +184,14 @@ def find_start(model: str, weights: str | None, adapter: str | None,
     return Start(found, folder)
 
 
+def given_or_trained_on(model: str, weights: str | None,
+                        adapter: str | None) -> tuple[str, str | None]:
+    """--model and --weights; those that the adapter was trained on where both are left out."""
+    if not adapter or weights or model != "tiny":
+        return model, weights
+    return trained_on(adapter)
+
+
 def trained_on(adapter: str) -> tuple[str, str | None]:
     """The --model and --weights that an adapter was trained on; ("tiny", None) where unknown.
 
@@ -193,11 +201,12 @@ def trained_on(adapter: str) -> tuple[str, str | None]:
     folder = find_adapter(adapter)
     base, run = _named_base(folder), folder.parent / "config.json"
     config = (base or folder) / "config.json"
+    is_there = os.path.exists(config)  # Path.exists raises where a name is too long
     if folder.name == "final" and run.exists():
         name = disk.json_value(disk.read_json(run), "model", str, "tiny", run)
         if base_name(name) in gemma.CONFIGS and base_name(name) != "tiny":
-            return name, str(base) if base and config.exists() else None
-    if not os.path.exists(config):
+            return name, str(base) if base and is_there else None
+    if not is_there:
         name = short_name(f"google/{base.name}") if base else "tiny"
         return name if base_name(name) in gemma.CONFIGS else "tiny", None
     cfg = gemma.read_config(config.parent)

@@ -35,8 +35,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
         dtype: Of the merged weights; the sum itself is computed in float32.
     """
-    if model == "tiny" and not weights:
-        model, weights = hub.trained_on(adapter)
+    model, weights = hub.given_or_trained_on(model, weights, adapter)
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
         raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")

@@ -292,10 +292,9 @@ def resolve(config, defaults: dict[str, dict], alpha_per_rank: float = 1.0):
     * rank. With --time-limit and without --steps the clock alone decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    config = dataclasses.replace(config, model=hub.short_name(config.model), system=system)
-    if config.adapter and config.model == "tiny" and not config.weights:  # --model is left out
-        model, weights = hub.trained_on(config.adapter)
-        config = dataclasses.replace(config, model=model, weights=weights)
+    model, weights = hub.given_or_trained_on(config.model, config.weights, config.adapter)
+    config = dataclasses.replace(config, model=hub.short_name(model), weights=weights,
+                                 system=system)
     if hasattr(config, "out"):
         config = dataclasses.replace(config, out=str(hub.output(config.out)))
     if (table := runs.model_defaults(config.model, defaults)) is None:

@@ -267,6 +267,9 @@ def test_an_adapter_names_the_model_it_was_trained_on(tmp_path):
     shutil.copytree(tmp_path / "here", run / "final")
     (run / "config.json").write_text(json.dumps({"model": "gemma3-270m-pt"}))
     assert hub.trained_on(str(run)) == ("gemma3-270m-pt", str(base))
+    named = json.dumps({"base_model_name_or_path": "x" * 300})  # too long for a file's name
+    (run / "final" / "adapter_config.json").write_text(named)
+    assert hub.trained_on(str(run)) == ("gemma3-270m-pt", None)
     config = settings.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
     assert (config.model, config.weights, config.dtype) == ("gemma3-270m", str(base), "bfloat16")
 
