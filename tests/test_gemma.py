@@ -414,6 +414,35 @@ def test_splash_is_for_tpus_long_rows_and_heads_of_whole_tiles():
     assert not splashes(mesh())
 
 
+@pytest.mark.parametrize("T", [1022, 1024])
+def test_where_cudnn_attends_the_hidden_states_are_the_same(monkeypatch, T, B=2):
+    """XLA does cuDNN's work here. Rows are packed; the completions of one share a prompt."""
+    cfg = with_tiles("gemma3")
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), random_params(cfg))
+    tokens_BT = jnp.asarray(random_tokens(cfg, B, T))
+    positions_BT, segments_BT = packed_rows(B, T)
+    parents_BT = jnp.where(segments_BT > 2, 1, segments_BT)
+    args = params, cfg, tokens_BT, positions_BT, segments_BT, parents_BT
+    hidden = lambda *args: jax.jit(lambda params, *rows: gemma.hidden(params, cfg, *rows))(
+        args[0], *args[2:])
+    expected, calls, attention = hidden(*args), [], jax.nn.dot_product_attention
+
+    def by_xla(*args, implementation, **kwargs):
+        calls.append(implementation)
+        return attention(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(gemma, "has_cudnn_attention", lambda: True)
+    found = hidden(*args)
+    assert set(calls) == ({"cudnn"} if T == 1024 else set())
+    real = segments_BT > 0
+    error = jnp.abs(found - expected)[real].astype(jnp.float32)
+    assert jnp.isfinite(found).all() and error.mean() < 1e-2 and (error.max() > 0) == (T == 1024)
+    gemma.hidden(jax.tree.map(lambda w: w.astype(jnp.float32), params), *args[1:])
+    assert len(calls) <= 1  # not in float32
+
+
+
 # ------------------------------------------------------------------------------------ eight devices
 
 
