@@ -18,7 +18,7 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 import bisect
 import re
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise, takewhile, zip_longest
+from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,7 +199,7 @@ def parse_row(row: dict) -> Row:
     traced = format_completion(reasoning, answer) if reasoning and answer else None
     said = found["completion"] or traced or found["output"] or answer
     if said and (chat[-1]["role"] == "user" or found["completion"]):
-        chat += _turns(said, "assistant", "completion")
+        chat += turns(said, "assistant", "completion")
     completion = chat.pop()["content"] if chat[-1]["role"] == "assistant" else None
     if completion is not None and not completion.strip():
         raise ValueError("the completion is empty")
@@ -215,7 +215,7 @@ def _chat(found: dict, choices: dict[str, str], is_alpaca: bool) -> list[dict]:
         more = found["input"] if is_alpaca else ""
         lines = map("{}) {}".format, LETTERS, choices.values())
         prompt = "\n".join([f"{prompt.strip()}\n\n{more}".strip(), *lines])
-    chat = _turns(prompt, "user", "prompt")
+    chat = turns(prompt, "user", "prompt")
     own = chat.pop(0)["content"].strip() if chat[0]["role"] == "system" else ""
     system = found["system"].strip() or own
     if not chat or own not in ("", system):
@@ -225,7 +225,7 @@ def _chat(found: dict, choices: dict[str, str], is_alpaca: bool) -> list[dict]:
     return [{"role": "system", "content": system}, *chat] if system else chat
 
 
-def _turns(value, role: str, name: str) -> list[dict]:
+def turns(value, role: str, name: str) -> list[dict]:
     """A text or a list of messages, in any known spelling -> [{"role", "content"}, ...]."""
     value = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
@@ -326,46 +326,13 @@ class Example(NamedTuple):
     n_tokens = property(lambda self: len(self.ids))
 
 
-class Pair(NamedTuple):
-    """Two completions of one prompt; the two sequences share a packed row, chosen first."""
-
-    chosen: Example
-    rejected: Example
-    fields: dict = {}  # the row that it was read from, with the chosen completion as its own
-
-    prompt = property(lambda self: self.chosen.prompt)
-    n_tokens = property(lambda self: self.chosen.n_tokens + self.rejected.n_tokens)
-
-
 def read_example(row: dict, tok: Tokenizer, system: str = "") -> Example:
     """A row as one training sequence; every turn of the assistant is trained on."""
-    ids, mask = tok.example(_conversation(row, system))
+    ids, mask = tok.example(conversation(row, system))
     return Example(np.array(ids, np.int32), np.array(mask, np.int8), row)
 
 
-def read_pair(row: dict, tok: Tokenizer, system: str = "") -> Pair:
-    """A row of {"prompt", "chosen", "rejected"}, each a text or a list of messages.
-
-    Lists that start with the user bring the prompt themselves. The mask is 1 on what the two don't
-    share: prompt [p p p], chosen [c c], rejected [r] -> masks [0 0 0 1 1], [0 0 0 1].
-    """
-    rows = []
-    for key in ("chosen", "rejected"):
-        turns = _turns(row.get(key) or None, "assistant", key)
-        own = "completion" if turns[0]["role"] == "assistant" else "messages"
-        rows.append(row | {own: turns})
-    chats = [_conversation(fields, system) for fields in rows]
-    shared = len([*takewhile(lambda turns: turns[0] == turns[1], zip(*chats, strict=False))])
-    examples = [tok.example(chat) for chat in chats]
-    if examples[0] == examples[1] or shared % 2 == 0 or shared == min(map(len, chats)):
-        raise ValueError("chosen and rejected must be different answers to the same prompt")
-    n_prompt = len(tok.chat(chats[0][:shared]))
-    mask = lambda trained: np.array([0] * n_prompt + trained[n_prompt:], np.int8)
-    return Pair(*(Example(np.array(ids, np.int32), mask(trained)) for ids, trained in examples),
-                rows[0])
-
-
-def _conversation(row: dict, system: str) -> list[dict]:
+def conversation(row: dict, system: str) -> list[dict]:
     chat, completion, *_ = parse_row(row)
     if completion is None:
         raise ValueError("expected a completion to train on (messages that end with the assistant, "

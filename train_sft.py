@@ -37,7 +37,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import data
-import examples
 import gemma
 import lora
 import packed
@@ -219,8 +218,8 @@ def main(config: Config) -> Path | dict:
     model = stage.load_model(config, mesh)
     read = packed.row_reader(config, model.tok, data.read_example)
     sources, held_out = data.load_split(config, read)
-    batches = examples.Packed(sources, config.max_length, config.batch_rows, config.seed,
-                              examples.mix_weights(config.mix, sources))
+    batches = packed.Batches(sources, config.max_length, config.batch_rows, config.seed,
+                             packed.mix_weights(config.mix, sources))
     trained, fixed = model.trained, model.fixed
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
     model = model._replace(trained=None)  # else a resumed run would hold these weights too

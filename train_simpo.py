@@ -46,7 +46,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import data
-import examples
 import gemma
 import lora
 import packed
@@ -334,10 +333,10 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    read = packed.row_reader(config, model.tok, data.read_pair)
+    read = packed.row_reader(config, model.tok, packed.read_pair)
     sources, held_out = data.load_split(config, read)
-    batches = examples.Packed(sources, config.max_length, config.batch_rows, config.seed,
-                              examples.mix_weights(config.mix, sources))
+    batches = packed.Batches(sources, config.max_length, config.batch_rows, config.seed,
+                             packed.mix_weights(config.mix, sources))
     model = model._replace(fixed=with_reference(model.trained, model.fixed, config))
     trained, fixed = model.trained, model.fixed
     opt = stage.init_optimizer(config, trained, mesh, model.specs)

@@ -34,8 +34,8 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import bench  # noqa: E402
 import data  # noqa: E402
-import examples  # noqa: E402
 import gemma  # noqa: E402
+import packed  # noqa: E402
 import problems  # noqa: E402
 import rewards  # noqa: E402
 import rollouts  # noqa: E402
@@ -116,7 +116,7 @@ def values(weights: str, dtype: str) -> dict[str, np.ndarray]:
     chi2 = np.sum((pooled(counts_V) - pooled(expected_V)) ** 2 / (pooled(expected_V) + 1e-9))
     out["sampling"] = (chi2 - often_V.sum()) / np.sqrt(2 * often_V.sum())
 
-    batch = examples.Packed([sequences], T, 2, seed=0).batch(0)
+    batch = packed.Batches([sequences], T, 2, seed=0).batch(0)
     batch = stage.put({k: v[:, None] for k, v in batch.items()}, mesh, P(None, "data"))
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
     step, _ = train_sft.make_steps(cfg, config, mesh, False)

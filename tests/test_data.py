@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import examples
+import packed
 import problems
 import terminal
 
@@ -90,7 +90,7 @@ def test_a_row_keeps_its_own_system_text(row):
     assert chat == [TURN("system", "Mine."), TURN("user", "Q")]
     assert data.with_system(chat, "Yours.") == [TURN("user", "Mine.\n\nQ")]
     is_pair = "chosen" in row
-    example = data.read_pair(row, TOK).chosen if is_pair else data.read_example(row, TOK)
+    example = packed.read_pair(row, TOK).chosen if is_pair else data.read_example(row, TOK)
     assert TOK.decode(example.ids) == "user\nMine.\n\nQ\nmodel\nA"
 
 
@@ -178,7 +178,7 @@ KNOWN = sorted(set().union(*data.COLUMNS.values()))
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(KNOWN), VALUES, max_size=5))
 def test_any_row_is_read_or_a_bad_row(row):
-    for read in (data.read_example, data.read_pair):
+    for read in (data.read_example, packed.read_pair):
         try:
             read(row, TOK, "Be brief.")
         except ValueError as e:
@@ -199,7 +199,7 @@ A, YES, NO = (TURN("assistant", text) for text in ("a", "Yes", "No way"))
 ])
 def test_every_pair_shape_is_the_same_two_examples(row):
     prompt = TOK.chat([TURN("user", "Be brief.\n\nQ")])
-    pair = data.read_pair(row, TOK, "Be brief.")
+    pair = packed.read_pair(row, TOK, "Be brief.")
     for (ids, mask, _), text in zip(pair[:2], ("Yes", "No way"), strict=True):
         completion = [*TOK.encode(text), TOK.end_of_turn]
         assert ids.tolist() == prompt + completion
@@ -212,7 +212,7 @@ def test_earlier_answers_of_a_pair_are_not_compared():
     shared = [TURN("user", "Q"), TURN("assistant", "A"), TURN("user", "Sure?")]
     n = len(TOK.chat(shared))
     row = {"prompt": shared, "chosen": "Y", "rejected": "N"}
-    for ids, mask, _ in data.read_pair(row, TOK)[:2]:
+    for ids, mask, _ in packed.read_pair(row, TOK)[:2]:
         assert mask.tolist() == [0] * n + [1] * (len(ids) - n)
 
 
@@ -232,7 +232,7 @@ DIFFER = "different answers to the same prompt"
 ])
 def test_bad_pairs_are_named(bad, why):
     with pytest.raises(ValueError, match=why):
-        data.read_pair(bad, TOK)
+        packed.read_pair(bad, TOK)
 
 
 def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, said):
@@ -394,7 +394,7 @@ def test_rows_share_prompts_and_hold_everything_once(groups):
 
 def test_assemble_worked_example():
     rows = [[(np.array([7, 8]), np.array([0, 1])), (np.array([7, 9, 8]), np.array([0, 0, 1]))]]
-    out = examples.assemble(rows, 2, 6)
+    out = packed.assemble(rows, 2, 6)
     assert out["tokens"].tolist() == [[7, 8, 7, 9, 8, 0], [0] * 6]
     assert out["mask"].tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6]
     assert out["segments"].tolist() == [[1, 1, 2, 2, 2, 0], [0] * 6]
@@ -413,9 +413,9 @@ def seen(batches):
 
 
 def test_the_two_of_a_pair_share_a_row_chosen_first():
-    pairs = [data.Pair(example(1 + i % 16, 2 * i + 1), example(1 + 5 * i % 16, 2 * i + 2))
+    pairs = [packed.Pair(example(1 + i % 16, 2 * i + 1), example(1 + 5 * i % 16, 2 * i + 2))
              for i in range(30)]
-    batches = examples.eval_batches(pairs, 32, 4)
+    batches = packed.eval_batches(pairs, 32, 4)
     order = [seen([{k: v[r : r + 1] for k, v in b.items()}]) for b in batches for r in range(4)]
     assert sorted(sum(order, [])) == list(range(1, 61))
     for row in order:
@@ -423,24 +423,24 @@ def test_the_two_of_a_pair_share_a_row_chosen_first():
 
 
 def test_batches_depend_on_seed_and_number_alone():
-    make = lambda seed: examples.Packed([source(23, 10), source(9, 100)], 12, 3, seed)
+    make = lambda seed: packed.Batches([source(23, 10), source(9, 100)], 12, 3, seed)
     straight = [make(1).batch(n) for n in range(20)]
-    packed = make(1)
+    batches = make(1)
     for n in (17, 3, 19, 0):
-        for key, value in packed.batch(n).items():
+        for key, value in batches.batch(n).items():
             np.testing.assert_array_equal(value, straight[n][key])
     assert (make(2).batch(0)["tokens"] != straight[0]["tokens"]).any()
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order():
-    packed = examples.Packed([source(24, 10)], 12, 3, 0)  # two a row: an epoch is 4 batches
-    first, second = (seen(map(packed.batch, range(n, n + 4))) for n in (0, 4))
+    batches = packed.Batches([source(24, 10)], 12, 3, 0)  # two a row: an epoch is 4 batches
+    first, second = (seen(map(batches.batch, range(n, n + 4))) for n in (0, 4))
     assert sorted(first) == sorted(second) == list(range(10, 34)) and first != second
 
 
 def test_mixing_weights_set_the_shares_and_no_row_repeats_before_all_were_seen():
-    packed = examples.Packed([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
-    small = [i for i in seen(map(packed.batch, range(10))) if i >= 100]  # two epochs: 2 x 15 of 30
+    batches = packed.Batches([source(30, 0), source(30, 100)], 10, 6, 0, [0.75, 0.25])
+    small = [i for i in seen(map(batches.batch, range(10))) if i >= 100]  # two epochs: 2 x 15 of 30
     assert sorted(small) == list(range(100, 130))
 
 

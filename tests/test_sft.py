@@ -15,10 +15,10 @@ from conftest import CFG, ONE_DEVICE, ROOT, check_sharded_step, close, mesh_of, 
 from safetensors.numpy import load_file
 
 import data
-import examples
 import gemma
 import lora
 import model_files
+import packed
 import rollouts
 import stage
 import train_sft
@@ -52,8 +52,8 @@ def gradient(batch, n_micro=1, devices=1, config=CONFIG, sharded=False, check_vm
 
 
 ROWS = random_examples(20)
-PACKED = examples.assemble(examples.fill(ROWS, 32), 16, 32)
-ONE_EACH = examples.assemble([[r] for r in ROWS], 24, 32)
+PACKED = packed.assemble(packed.fill(ROWS, 32), 16, 32)
+ONE_EACH = packed.assemble([[r] for r in ROWS], 24, 32)
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def test_gradient_is_that_of_the_mean_over_all_tokens():
     """Against the textbook loss on whole logits, one example a row."""
     trained, fixed = weights_of(CONFIG)
 
-    batch = examples.assemble([[r] for r in ROWS], len(ROWS), 32)
+    batch = packed.assemble([[r] for r in ROWS], len(ROWS), 32)
     tokens, mask = batch["tokens"], batch["mask"][:, 1:]
 
     def total(trained):

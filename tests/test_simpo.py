@@ -12,9 +12,9 @@ import pytest
 from conftest import CFG, check_sharded_step, close, live_adapter, mesh_of
 
 import data
-import examples
 import gemma
 import lora
+import packed
 import problems
 import stage
 import train_grpo
@@ -200,10 +200,10 @@ def test_pair_sums_worked_example():
 
 
 def test_sums_and_lengths_count_completion_tokens_only():
-    """Through examples.assemble: prompts, padding and the neighbours in a row change neither."""
+    """Through packed.assemble: prompts, padding and the neighbours in a row change neither."""
     pairs = random_pairs(6)
-    packed = examples.assemble(examples.fill(pairs, 64), 6, 64)
-    segments, mask = packed["segments"][:, 1:], packed["mask"][:, 1:].astype(np.float32)
+    batch = packed.assemble(packed.fill(pairs, 64), 6, 64)
+    segments, mask = batch["segments"][:, 1:], batch["mask"][:, 1:].astype(np.float32)
     n = np.asarray(train_simpo.pair_sums(jnp.asarray(mask), segments)).reshape(-1, 2)
     expected = sorted([int(example.mask.sum()) for example in pair[:2]] for pair in pairs)
     assert sorted(n[n[:, 0] > 0].astype(int).tolist()) == expected
@@ -220,14 +220,14 @@ def random_pairs(n, seed=0):
     for _ in range(n):
         prompt, completions = draw(2, 7), (draw(2, 9), draw(2, 9))
         mask = lambda c: np.array([0] * len(prompt) + [1] * len(c), np.int8)  # noqa: B023
-        pairs.append(data.Pair(*(
+        pairs.append(packed.Pair(*(
             data.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
     return pairs
 
 
 PAIRS = random_pairs(24)
-PACKED = examples.assemble(examples.fill(PAIRS, 48), 16, 48)
-ONE_EACH = examples.assemble([list(pair[:2]) for pair in PAIRS], 24, 48)
+PACKED = packed.assemble(packed.fill(PAIRS, 48), 16, 48)
+ONE_EACH = packed.assemble([list(pair[:2]) for pair in PAIRS], 24, 48)
 
 
 def weights(config):
@@ -265,7 +265,7 @@ def test_gradient_is_that_of_the_mean_over_all_pairs(loss):
     """Against whole logits, one sequence a row, for which nothing is packed or chunked."""
     config = config_of(loss)
     trained, fixed = weights(config)
-    one = examples.assemble([[e] for pair in PAIRS for e in pair[:2]], 48, 24)
+    one = packed.assemble([[e] for pair in PAIRS for e in pair[:2]], 48, 24)
     tokens, mask = one["tokens"], one["mask"][:, 1:].astype(np.float32)
 
     def sums(adapter):

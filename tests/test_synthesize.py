@@ -14,6 +14,7 @@ from test_judge import serving
 
 import data
 import disk
+import packed
 import problems
 import rollouts
 import synthesize
@@ -109,7 +110,7 @@ def test_the_trainers_rebuild_the_prompt_that_was_sampled(system, family):
         prompt = synthesize.prompt_of(problem)
         assert not system or system not in json.dumps(prompt)
         pair = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
-        for example in data.read_pair(pair, TOK[family], system)[:2]:
+        for example in packed.read_pair(pair, TOK[family], system)[:2]:
             assert example.prompt == np.array(problem.prompt, np.int32).tobytes()
         row = synthesize.training_row(problem, data.format_completion("It is so.", "4"))
         ids, mask, _ = data.read_example(row, TOK[family], system)
@@ -159,7 +160,7 @@ def test_pairs_of_the_model_itself_are_what_train_simpo_reads(tmp_path):
     config = Pairs(**mesh_config(tmp_path, "whole", rows=0))
     problems = {p.id: p for p in rollouts.load_problems(config, TOK["gemma3"])[0]}
     assert {row["id"] for row in rows} | {row["id"] for row in rejects} == {*problems}
-    read_pair = lambda row: data.read_pair(row, TOK["gemma3"], "Think.")
+    read_pair = lambda row: packed.read_pair(row, TOK["gemma3"], "Think.")
     (found,), _ = data.load(str(file), read_pair)
     for row, pair in zip(rows, found, strict=True):
         assert row["chosen_reward"] - row["rejected_reward"] >= 0.1 - 1e-9
