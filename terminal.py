@@ -86,11 +86,13 @@ def say_wrapped(text: str, indent: int) -> None:
                       break_on_hyphens=False))
 
 
-WARNINGS = {  # a share that was 1 for three steps in a row -> what is wrong
-    "completions/clipped_ratio": "every completion was cut at --max-new: raise it, or teach the "
-        "format by train_sft.py first",
-    "frac_reward_zero_std": "the completions of each prompt had equal rewards, which teach "
-        "nothing: try other --data or --rewards, a larger --group, or train_sft.py first",
+WARNINGS = {  # of three steps in a row: metric -> (from, to), what is wrong
+    "completions/clipped_ratio": ((1, 1), "every completion was cut at --max-new: raise it, or "
+        "teach the format by train_sft.py first"),
+    "frac_reward_zero_std": ((1, 1), "the completions of each prompt had equal rewards, which "
+        "teach nothing: try other --data or --rewards, a larger --group, or train_sft.py first"),
+    "accuracy": ((0, 0.04), "at most 4 % of the completions were right, so that groups differ in "
+        "little but format and length: take easier --data, or run train_sft.py for longer first"),
 }
 
 
@@ -142,9 +144,10 @@ class StepLines:
             self.best = f"; best held out {100 * self.top:.1f} % right, step {step}"
         self._say_step(place, numbers, eta_s)
         for name in WARNINGS.keys() & numbers.keys():
-            self.streaks[name] = self.streaks[name] + 1 if numbers[name] == 1 else 0
+            (low, high), wrong = WARNINGS[name]
+            self.streaks[name] = self.streaks[name] + 1 if low <= numbers[name] <= high else 0
             if self.streaks[name] == 3:
-                say_wrapped(f"warning: for 3 steps {WARNINGS[name]}", len("warning: "))
+                say_wrapped(f"warning: for 3 steps {wrong}", len("warning: "))
 
     def _say_step(self, place: str, numbers: dict[str, float], eta_s: float | None) -> None:
         form = lambda label: label if "{" in label else label + " {:.4g}"

@@ -188,6 +188,7 @@ def correct(name: str, weights: str, reference: str, modes: tuple) -> dict:
             found["errors"][f"{mode}: {key}"] = error
             found["wrong"] += [] if error <= limit else [f"{mode}: {text}"]
         found[mode] = worst[max(worst)]
+        print(json.dumps(found), flush=True)  # what is done if the time ends in the next mode
     return found
 
 
@@ -317,8 +318,8 @@ def figures_of(task: Task, log: str, out: Path) -> dict:
         wanted = ("step", "loss", "reward", "accuracy", "eval_accuracy", "tokens_per_s", "step_s",
                   "sampling/sampling_logp_difference/mean")
         return {k: merged[k] for k in wanted if k in merged}
-    last = log.strip().splitlines()[-1:]
-    return json.loads(last[0]) if last and last[0].startswith("{") else {}
+    lines = [line for line in log.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {}
 
 
 def run_task(task: Task, config: Config, end: float) -> dict:

@@ -915,3 +915,16 @@ def test_scripts_can_be_imported_on_an_old_jax():
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == scripts, done.stderr
     assert all("JAX 0.4.30 is too old, 0.10 is needed: pip install -U" in line for line in lines)
+
+
+def test_three_steps_in_a_row_that_teach_nothing_are_warned_of_once(capsys, tmp_path):
+    lines = terminal.StepLines(tmp_path, {}, every_s=0.0)
+    good, bad = {"accuracy": 0.3, "frac_reward_zero_std": 0.9}, {"accuracy": 0.04}
+    for step, numbers in enumerate([bad, bad, good, bad, bad, bad, bad], 1):
+        lines.say(step, None, numbers, None)
+        out = " ".join(capsys.readouterr().err.split())
+        assert ("at most 4 % of the completions" in out) == (step == 6)
+    for step in range(3):
+        lines.say(step, None, {"frac_reward_zero_std": 1.0}, None)
+    out = " ".join(capsys.readouterr().err.split())
+    assert out.startswith("warning: for 3 steps the completions of each prompt")
