@@ -392,12 +392,8 @@ def words(text: str, hyphen: str = " ") -> str:
     return " ".join(_NTH.get(word, word) for word in _DROP.sub(" ", text).split())
 
 
-def same_day(guess: str, gold: str) -> bool:
-    """Whether two texts name one day: January 15th, 2024 and 2024-01-15."""
-    return (day := _day(gold)) is not None and day == _day(guess)
-
-
 def _day(text: str) -> datetime.date | None:
+    """The day that a text names, as January 15th, 2024 and 2024-01-15 do."""
     with contextlib.suppress(ValueError):
         return datetime.date.fromisoformat(text.strip(" ."))
     said = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b", "", words(text)).split()
@@ -570,7 +566,8 @@ def correct(guess: str | None, gold: Any, kind: str = "auto",
         return any(same_formula(span, gold) for span in spans(guess)) or _proved(guess, gold)
     if kind == "text":
         hyphens = (" ", "") if "-" in gold else (" ",)  # non-profit is non profit and nonprofit
-        return any(words(span, hyphen) == words(gold, hyphen) != "" or same_day(span, gold)
+        day = _day(gold)
+        return any(words(span, hyphen) == words(gold, hyphen) != "" or day and day == _day(span)
                    for span in (guess, *spans(guess)) for hyphen in hyphens)
     said = vote(guess, kind, choices)
     return said is not None and said == vote(gold, kind, choices)

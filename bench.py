@@ -420,7 +420,7 @@ def measure(config: Config) -> dict:
     """Runs what --phases names on the devices at hand; prints and returns medians."""
     filled = {k: v for k, v in MEASURED.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **filled)
-    mesh, cfg = gemma.all_devices(), stage.model_config(config)
+    mesh, cfg = gemma.all_devices(), stage.shape_of(config.model, config.weights)
     known = {"sft": sft_steps, "grpo": grpo_steps}
     device = mesh.devices.flat[0]
     out = {"device": f"{mesh.size} {device.device_kind}", "jax": jax.__version__}
@@ -569,7 +569,7 @@ def plan(script: str, config, target: str | None = None, only: tuple[str, ...] =
     """
     set_environment(target)
     config = SCRIPTS[script].resolve(config)
-    cfg, (mesh, version) = stage.model_config(config), target_mesh(target)
+    cfg, (mesh, version) = stage.shape_of(config.model, config.weights), target_mesh(target)
     programs = SCRIPTS[script].programs(config, mesh)
     compiles = mesh.devices.flat[0].platform != "cpu"
     kind = mesh.devices.flat[0].device_kind if compiles else "TPU v5 lite"

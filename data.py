@@ -18,7 +18,7 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 import bisect
 import re
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise, zip_longest
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +69,6 @@ class Tokenizer:
 
     def __contains__(self, piece: str) -> bool:
         return self.sp.id_to_piece(self.sp.piece_to_id(piece)) == piece  # absent -> the id of <unk>
-
-    def differs(self, other: "Tokenizer") -> str | None:
-        """The first token that two tokenizers do not share, in words; None: they are the same."""
-        both = [tok.sp.id_to_piece(list(range(tok.vocab_size))) for tok in (self, other)]
-        for i, (mine, its) in enumerate(zip_longest(*both)):
-            if mine != its:
-                return f"token {i} is {mine!r} in {self.file}, {its!r} in {other.file}"
-        return None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that may say anything: no BOS, and none of the STEERING pieces."""

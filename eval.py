@@ -178,13 +178,22 @@ def grade(rollout: Rollout, mode: str, problem: Problem, tok: data.Tokenizer) ->
     }
 
 
+def places(questions: list) -> list[tuple]:
+    """(question, index in its group, group size): a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2)."""
+    size, seen, out = Counter(questions), Counter(), []
+    for question in questions:
+        out.append((question, seen[question], size[question]))
+        seen[question] += 1
+    return out
+
+
 def score(problems: list[Problem], rows: list[dict], tok: data.Tokenizer,
           config) -> list[rewards.Scored]:
     """Scores each row by --rewards, in order, so that scores are the same after a kill."""
     scored = []
     with rollouts.Scorer(config, problems) as scorer:
-        places = rollouts.places([row["problem"] for row in rows])
-        blocks = itertools.groupby(zip(rows, places, strict=True), lambda r: r[0]["problem"] // 16)
+        placed = zip(rows, places([row["problem"] for row in rows]), strict=True)
+        blocks = itertools.groupby(placed, lambda r: r[0]["problem"] // 16)
         for _, block in tqdm(blocks, "scores of 16 problems", mininterval=EVERY_S):
             futures = []
             for row, place in block:

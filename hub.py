@@ -184,20 +184,14 @@ def find_start(model: str, weights: str | None, adapter: str | None,
     return Start(found, folder)
 
 
-def given_or_trained_on(model: str, weights: str | None,
-                        adapter: str | None) -> tuple[str, str | None]:
-    """--model and --weights; those that the adapter was trained on where both are left out."""
-    if not adapter or weights or model != "tiny":
-        return model, weights
-    return trained_on(adapter)
-
-
-def trained_on(adapter: str) -> tuple[str, str | None]:
-    """The --model and --weights that an adapter was trained on; ("tiny", None) where unknown.
+def trained_on(model: str, weights: str | None, adapter: str | None) -> tuple[str, str | None]:
+    """--model and --weights; where both are left out, those that the adapter was trained on.
 
     The run that made it knows its name. Else, if the base that the adapter's config names still
-    exists, its shape tells the model; if not, the base's own name does.
+    exists, its shape tells the model; if not, the base's own name does; if not, it is tiny.
     """
+    if not adapter or weights or model != "tiny":
+        return model, weights
     folder = find_adapter(adapter)
     base, run = _named_base(folder), folder.parent / "config.json"
     config = (base or folder) / "config.json"

@@ -271,9 +271,3 @@ def load(path: str | Path, cfg: Config) -> dict:
     if not adapter["a"]:
         raise ValueError(f"{file}: holds no LoRA matrices")
     return jax.tree.map(jnp.asarray, adapter)
-
-
-if __name__ == "__main__":
-    from merge import command  # which imports this file
-
-    command()

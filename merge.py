@@ -1,6 +1,6 @@
 """Merges an adapter into its base: a whole text-only model for vLLM, llama.cpp, Ollama, the Hub.
 
-    python merge.py --adapter runs/grpo --out merged         # or: python lora.py --adapter ...
+    python merge.py --adapter runs/grpo --out merged
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
         dtype: Of the merged weights; the sum itself is computed in float32.
     """
-    model, weights = hub.given_or_trained_on(model, weights, adapter)
+    model, weights = hub.trained_on(model, weights, adapter)
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
         raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")
@@ -59,10 +59,5 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     print(card.commands(Path(out), out, model), end="")
 
 
-def command() -> None:
-    """The command line, here and of lora.py."""
-    terminal.command(lambda: tyro.cli(main))
-
-
 if __name__ == "__main__":
-    command()
+    terminal.command(lambda: tyro.cli(main))

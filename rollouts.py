@@ -102,7 +102,7 @@ class Problem:
     fields: dict = dataclasses.field(default_factory=dict, compare=False)  # of the row itself
 
 
-def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str = "") -> Problem:
+def read_problem(row: dict, tok: data.Tokenizer, system: str = "") -> Problem:
     """Parses a row of any known shape; its prompt is the one that SFT on the row would use."""
     chat, completion, gold, choices, fields = data.parse_row(row)
     trace, answer, strict = rewards.parse(completion or "")
@@ -117,7 +117,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "", source: str =
         id=hashlib.sha256(identity.encode()).hexdigest()[:16],
         prompt=tuple(tok.chat(data.with_system(chat, system))),
         question=chat[-1]["content"], gold=gold, kind=kind, choices=choices,
-        domain=str(fields.get("task_type") or fields.get("domain") or source),
+        domain=str(fields.get("task_type") or fields.get("domain") or ""),
         trace=trace or "", chat=chat, fields=fields,
     )
 
@@ -313,8 +313,9 @@ class Scorer:
 
             names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
             judged = {n: rewards.Reward(functools.partial(verdict, n)) for n in names}
-        by_model = judged | {"prob": rewards.Reward(answer_prob, needs="answer")}
-        self.functions = rewards.prepare(self.mix, traces, config.reward_file, by_model)
+        prob = rewards.Reward(lambda completion, row: row["prob"].result(), needs="answer")
+        self.functions = rewards.prepare(self.mix, traces, config.reward_file,
+                                         judged | {"prob": prob})
         if judged:
             cache = Path(config.out) / "judge" / "replies.jsonl"
             self.judge = judge.open(config, mesh, cache=cache)
@@ -339,7 +340,10 @@ class Scorer:
             future.set_exception(error) if error else future.set_result(scored)
 
     def submit(self, completion: str, row: dict, place: tuple) -> Future:
-        """Queues a completion -> future of rewards.Scored. place: see `places`."""
+        """Queues a completion -> future of rewards.Scored.
+
+        place: (its question, its index in the group, the group's size).
+        """
         if self.judge is not None:
             row["verdict"] = self.judge.submit(completion, row, place)
             self.verdicts.append(row["verdict"])
@@ -402,26 +406,12 @@ class Scorer:
             self.judge.close()
 
 
-def places(questions: list) -> list[tuple]:
-    """(question, index in its group, group size): a b a -> (a, 0, 2) (b, 0, 1) (a, 1, 2)."""
-    size, seen, out = Counter(questions), Counter(), []
-    for question in questions:
-        out.append((question, seen[question], size[question]))
-        seen[question] += 1
-    return out
-
-
 def verdict(name: str, completion: str, row: dict) -> float:
     """Waits for the judge's score of this name; raises if the judgement failed."""
     parts = row["verdict"].result()
     if parts[name] is None:
         raise RuntimeError(parts["judge_error"])
     return parts[name]
-
-
-def answer_prob(completion: str, row: dict) -> float:
-    """Waits for the reward `prob`."""
-    return row["prob"].result()
 
 
 def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.Tokenizer, config,
@@ -454,7 +444,7 @@ def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.T
     mask_RT = batch["mask"].reshape(-1, config.pack_length)
     for i, r, span in spans:  # keep only the answer: no other token needs logits
         mask_RT[r, span.start : span.stop - places[i][2]] = 0.0
-    batch = {k: hosts.put(v, NamedSharding(mesh, P(None, "data"))) for k, v in batch.items()}
+    batch = stage.put(batch, mesh, P(None, "data"))
     logp_RT = np.asarray(hosts.whole(logps(batch, np.int32(n_micro)))).reshape(mask_RT.shape)
     for i, r, span in spans:
         q, g, n = places[i]
@@ -523,38 +513,23 @@ def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problem
             future.set_result(found[q - first][g])
     keys = sorted(futures)
     scores = dict(zip(keys, scorer.collect([futures[key] for key in keys]), strict=True))
-    groups = []
-    for i in mine:
-        group = []
-        for key in ((first + i, g) for g in range(config.group)):
-            r, text = finished[key]
-            _, right, strict = check(problems[i], text)
-            group.append(Sample(problems[i], first + i, r, text, right, strict, scores[key]))
-        groups.append(group)
-    groups = _join(groups, problems, first)
+
+    def as_json(key) -> tuple:  # for the other hosts
+        r, text = finished[key]
+        return r.ids.tolist(), r.logps.tolist(), r.stop, text, scores[key]
+
+    rows = hosts.join([[as_json((first + i, g)) for g in range(config.group)] for i in mine])
+    groups = [[_sample(problems[i], first + i, g, *values) for g, values in enumerate(group)]
+              for i, group in enumerate(rows)]
     reward_s = time.perf_counter() - began - rollout_s
     return groups, {"rollout_s": rollout_s, "reward_s": reward_s}
 
 
-def _join(groups: list[list[Sample]], problems: list[Problem], first: int) -> list[list[Sample]]:
-    """Gathers the groups of all hosts, as JSON, in the order of the problems."""
-    if hosts.count == 1:
-        return groups
-
-    def plain(s: Sample) -> dict:
-        r = s.rollout
-        return {"group": s.group, "text": s.text, "right": s.right, "strict": s.strict,
-                "scored": s.scored, "index": r.index, "ids": r.ids.tolist(),
-                "logps": r.logps.tolist(), "stop": r.stop}
-
-    def sample(d: dict) -> Sample:
-        ids, logps = np.array(d["ids"], np.int32), np.array(d["logps"], np.float32)
-        r = Rollout(d["group"], d["index"], ids, logps, d["stop"])
-        return Sample(problems[d["group"] - first], d["group"], r, d["text"], d["right"],
-                      d["strict"], rewards.Scored(*d["scored"]))
-
-    joined = hosts.join([[plain(s) for s in group] for group in groups])
-    return [[sample(d) for d in group] for group in joined]
+def _sample(problem: Problem, group: int, index: int, ids: list[int], logps: list[float], stop: str,
+            text: str, scored: list) -> Sample:
+    rollout = Rollout(group, index, np.array(ids, np.int32), np.array(logps, np.float32), stop)
+    _, right, strict = check(problem, text)
+    return Sample(problem, group, rollout, text, right, strict, rewards.Scored(*scored))
 
 
 def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,

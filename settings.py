@@ -292,7 +292,7 @@ def resolve(config, defaults: dict[str, dict], alpha_per_rank: float = 1.0):
     * rank. With --time-limit and without --steps the clock alone decides, so steps stays None.
     """
     system = lora.read_prompt(config.adapter or config.weights, config.system)
-    model, weights = hub.given_or_trained_on(config.model, config.weights, config.adapter)
+    model, weights = hub.trained_on(config.model, config.weights, config.adapter)
     config = dataclasses.replace(config, model=hub.short_name(model), weights=weights,
                                  system=system)
     if hasattr(config, "out"):

@@ -57,11 +57,6 @@ def begin(config) -> Mesh:
     return gemma.all_devices()
 
 
-def model_config(config) -> gemma.Config:
-    """The model's shape, from the config.json of --weights or by name; reads no weights."""
-    return shape_of(config.model, config.weights)
-
-
 def shape_of(model: str, folder: str | None = None, flag: str = "--model") -> gemma.Config:
     """The shape of a model by name, or from a folder's config.json, without its weights."""
     known = gemma.CONFIGS.get(hub.base_name(model))

@@ -20,6 +20,7 @@ Deviations from common practice, and why:
 import dataclasses
 import time
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -134,6 +135,15 @@ def teacher_of(config: Config, mesh: Mesh) -> tuple[gemma.Config, jnp.dtype, boo
     return cfg, *stage.frozen_layout(cfg, mesh, config.teacher_base == "int8")
 
 
+def difference(tok: data.Tokenizer, other: data.Tokenizer) -> str | None:
+    """The first token that two tokenizers do not share, in words; None: they are the same."""
+    both = [one.sp.id_to_piece(list(range(one.vocab_size))) for one in (tok, other)]
+    for i, (mine, its) in enumerate(zip_longest(*both)):
+        if mine != its:
+            return f"token {i} is {mine!r} in {tok.file}, {its!r} in {other.file}"
+    return None
+
+
 def add_teacher(model: stage.Model, config: Config, mesh: Mesh) -> tuple[stage.Model, Pair]:
     """Loads the teacher into fixed["teacher"]; raises ValueError if it cannot teach this model."""
     given = f"--teacher {config.teacher}"
@@ -143,8 +153,8 @@ def add_teacher(model: stage.Model, config: Config, mesh: Mesh) -> tuple[stage.M
         raise ValueError(f"{given}: it is the student itself; name a larger model, or a better one "
                          "with --teacher-adapter")
     tok = data.Tokenizer(start.weights)
-    if difference := tok.differs(model.tok):
-        raise ValueError(f"{given}: its tokenizer is not the student's: {difference}")
+    if differs := difference(tok, model.tok):
+        raise ValueError(f"{given}: its tokenizer is not the student's: {differs}")
     int8 = config.teacher_base == "int8"
     dtype, sharded = stage.frozen_layout(gemma.read_config(start.weights), mesh, int8)
     cfg, base = gemma.load(start.weights, dtype, mesh, sharded, int8)
@@ -322,7 +332,7 @@ def make_steps(pair: Pair, config: Config, mesh: Mesh, sharded: bool,
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = stage.model_config(config)
+    cfg = stage.shape_of(config.model, config.weights)
     sharded, (teacher, dtype, split) = stage.base_is_sharded(cfg, config, mesh), teacher_of(
         config, mesh)
     pair = Pair(cfg, teacher, min(cfg.vocab_size, teacher.vocab_size), split, False)

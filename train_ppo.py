@@ -361,7 +361,7 @@ def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
 def programs(config: Config, mesh: Mesh) -> dict:
     """Each jitted function of a run with its argument shapes: name -> (function, arguments)."""
     config = resolve(config)
-    cfg = stage.model_config(config)
+    cfg = stage.shape_of(config.model, config.weights)
     sharded = stage.base_is_sharded(cfg, config, mesh)
     estimate, policy_step, critic_step = make_steps(cfg, config, mesh, sharded)
     policy, _, fixed = stage.state_shapes(config, mesh, partial(stage.random_weights, cfg, config),

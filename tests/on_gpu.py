@@ -214,7 +214,7 @@ def profile(phase: str, shapes: dict, out: Path) -> dict:
     """One step under the profiler: share of the time without a kernel, and the largest kernels."""
     config = bench.Config(**bench.MEASURED | shapes)
     steps = {"sft": bench.sft_steps, "grpo": bench.grpo_steps}[phase](
-        config, stage.model_config(config), gemma.all_devices())
+        config, stage.shape_of(config.model, config.weights), gemma.all_devices())
     next(steps), next(steps)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0

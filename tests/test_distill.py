@@ -290,7 +290,7 @@ def test_advantages_are_those_of_grpo():
 
 def test_another_tokenizer_is_refused_by_name():
     tok = data.Tokenizer(ROOT / "tiny")
-    assert tok.differs(data.Tokenizer(ROOT / "tiny")) is None
+    assert train_distill.difference(tok, data.Tokenizer(ROOT / "tiny")) is None
     pieces = [tok.sp.id_to_piece(i) for i in range(tok.vocab_size)]
     for n, other, says in ((7, [*pieces[:7], "x", *pieces[8:]], "'x' in there"),
                            (len(pieces), [*pieces, "more"], "'more' in there"),
@@ -298,7 +298,7 @@ def test_another_tokenizer_is_refused_by_name():
         sp = types.SimpleNamespace(id_to_piece=other.__getitem__)
         sp.id_to_piece = lambda ids, other=other: [other[i] for i in ids]
         theirs = types.SimpleNamespace(sp=sp, vocab_size=len(other), file="there")
-        said = tok.differs(theirs)
+        said = train_distill.difference(tok, theirs)
         assert said.startswith(f"token {n} is ") and said.endswith(says), said
 
 

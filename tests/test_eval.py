@@ -115,8 +115,8 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"
     ],
 )
 def test_rows_of_every_shape(row, gold, kind):
-    problem = rollouts.read_problem(row, TOK, source="file")
-    assert (problem.gold, problem.kind, problem.domain) == (gold, kind, "file")
+    problem = rollouts.read_problem(row, TOK)
+    assert (problem.gold, problem.kind, problem.domain) == (gold, kind, "")
     assert problem.prompt[-1] == TOK.encode("\n")[-1] and TOK.decode(problem.prompt)
 
 

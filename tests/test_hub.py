@@ -211,7 +211,7 @@ def test_a_folder_that_contradicts_its_manifest_is_refused(tmp_path):
     (base / "prompt.json").write_text("{}")
     for folder in (base, adapter):
         sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-        (folder / "manifest.json").write_text(json.dumps({"name": "final", "sha256": sums}))
+        (folder / "manifest.json").write_text(json.dumps({"sha256": sums}))
         (folder / "README.md").write_text("mine")
         (folder / ".DS_Store").touch()
     renamed = shutil.copytree(adapter, tmp_path / "mine")
@@ -224,9 +224,6 @@ def test_a_folder_that_contradicts_its_manifest_is_refused(tmp_path):
     for weights in (None, str(base)):
         message = one_line(hub.find_start, "tiny", weights, str(adapter) if not weights else None)
         assert message == f"--weights {base}: tokenizer.json is not in its manifest"
-    (base / "manifest.json").write_text('{"name": "final", "sha256": {}}')
-    message = one_line(hub.find_model, "tiny", base)
-    assert message == f"--weights {base}: {base / 'manifest.json'} lists no files"
 
 
 def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path):
@@ -261,15 +258,15 @@ def test_an_adapter_names_the_model_it_was_trained_on(tmp_path):
         (tmp_path / name).mkdir()
         config = json.dumps({"base_model_name_or_path": path})
         (tmp_path / name / "adapter_config.json").write_text(config)
-        assert hub.trained_on(str(tmp_path / name)) == expected, name
-    assert hub.trained_on(str(whole)) == ("gemma2-2b", None)
+        assert hub.trained_on("tiny", None, str(tmp_path / name)) == expected, name
+    assert hub.trained_on("tiny", None, str(whole)) == ("gemma2-2b", None)
     run = tmp_path / "run"
     shutil.copytree(tmp_path / "here", run / "final")
     (run / "config.json").write_text(json.dumps({"model": "gemma3-270m-pt"}))
-    assert hub.trained_on(str(run)) == ("gemma3-270m-pt", str(base))
+    assert hub.trained_on("tiny", None, str(run)) == ("gemma3-270m-pt", str(base))
     named = json.dumps({"base_model_name_or_path": "x" * 300})  # too long for a file's name
     (run / "final" / "adapter_config.json").write_text(named)
-    assert hub.trained_on(str(run)) == ("gemma3-270m-pt", None)
+    assert hub.trained_on("tiny", None, str(run)) == ("gemma3-270m-pt", None)
     config = settings.resolve(chat.Config(adapter=str(tmp_path / "here")), chat.DEFAULTS)
     assert (config.model, config.weights, config.dtype) == ("gemma3-270m", str(base), "bfloat16")
 

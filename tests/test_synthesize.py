@@ -36,7 +36,7 @@ def read(path):
 
 
 def problems_of(rows, system="", family="gemma3"):
-    return [rollouts.read_problem(row, TOK[family], system, "file") for row in rows]
+    return [rollouts.read_problem(row, TOK[family], system) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------- pairs
