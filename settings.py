@@ -371,7 +371,5 @@ def show_config(config) -> None:
             flag, value = "--" + name.replace("_", "-"), values[name]
             text = textwrap.shorten(str(value), 60, placeholder="…")
             words.append(flag if value is True else f"{flag}\u00a0{text}".replace(" ", "\u00a0"))
-        lines = textwrap.wrap(" ".join(words), 70, break_on_hyphens=False) or ["nothing"]
-        for n, line in enumerate(lines):
-            terminal.say(f"{title if n == 0 else '':9}{line}".replace("\u00a0", " "))
+        terminal.say_wrapped(f"{title:9}{' '.join(words) or 'nothing'}", 9)
     terminal.say(f"{'all':9}{config.out}/config.json")

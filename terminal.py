@@ -29,7 +29,7 @@ import hosts
 NEEDED = {"jax": "0.10", "sentencepiece": "0.2.1"}  # before, a tokenizer's file can break into it
 
 
-def check_versions(**installed: str) -> None:
+def check_versions() -> None:
     """Stop on an old JAX or sentencepiece (CVE-2026-1260) with the command that upgrades it."""
     numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)[:3]]
     # Read off the installed packages: starting a backend to ask it could hang.
@@ -37,7 +37,7 @@ def check_versions(**installed: str) -> None:
     extra = next((extra for name, extra in extras.items() if importlib.util.find_spec(name)), "")
     then = ", then restart the kernel" if "ipykernel" in sys.modules else ""
     for name, needed in NEEDED.items():
-        version = installed.get(name) or metadata.version(name)
+        version = metadata.version(name)
         if numbers(version) < numbers(needed):
             package = f"jax{extra}>=0.10,<0.13" if name == "jax" else f"{name}>={needed}"
             title = "JAX" if name == "jax" else name
@@ -81,9 +81,9 @@ def say(line: str) -> None:
 
 
 def say_wrapped(text: str, indent: int) -> None:
-    """Says a text in lines of at most 79 columns, those after the first indented."""
+    """Says a text in lines of at most 79 columns, the later ones indented; none ends at \\u00a0."""
     say(textwrap.fill(text, 79, subsequent_indent=" " * indent, break_long_words=False,
-                      break_on_hyphens=False))
+                      break_on_hyphens=False).replace("\u00a0", " "))
 
 
 WARNINGS = {  # of three steps in a row: metric -> (from, to), what is wrong

@@ -835,10 +835,12 @@ def test_a_logger_gets_the_numbers_and_stops_nothing(tmp_path, monkeypatch, caps
 def test_old_jax_names_the_one_command(monkeypatch, version, installed, command):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == installed)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    found = {"jax": version, "sentencepiece": "1.0"}
+    monkeypatch.setattr(terminal.metadata, "version", found.__getitem__)
     if command is None:
-        return terminal.check_versions(jax=version)
+        return terminal.check_versions()
     with pytest.raises(SystemExit) as stop:
-        terminal.check_versions(jax=version)
+        terminal.check_versions()
     assert str(stop.value) == f"JAX {version} is too old, 0.10 is needed: {command}"
 
 
@@ -864,13 +866,17 @@ def test_a_mistake_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
         assert end(bug).startswith("Traceback (most recent call last)")
 
 
-def test_an_old_sentencepiece_is_named_too():
+def test_an_old_sentencepiece_is_named_too(monkeypatch):
     """CVE-2026-1260: a tokenizer's file writes where it should not."""
+    found = {"jax": "1.0"}
+    monkeypatch.setattr(terminal.metadata, "version", found.__getitem__)
     for version in ("0.2.1", "0.2.1.dev0", "0.3", "1.0"):
-        terminal.check_versions(sentencepiece=version)
+        found["sentencepiece"] = version
+        terminal.check_versions()
     for version in ("0.2.0", "0.1.99", "0.2"):
+        found["sentencepiece"] = version
         with pytest.raises(SystemExit, match=f"^sentencepiece {version} is too old, 0.2.1 is need"):
-            terminal.check_versions(sentencepiece=version)
+            terminal.check_versions()
 
 
 OLD_JAX = """
