@@ -271,3 +271,9 @@ def load(path: str | Path, cfg: Config) -> dict:
     if not adapter["a"]:
         raise ValueError(f"{file}: holds no LoRA matrices")
     return jax.tree.map(jnp.asarray, adapter)
+
+
+if __name__ == "__main__":  # `python lora.py --adapter runs/grpo --out merged` is merge.py
+    import runpy
+
+    runpy.run_module("merge", run_name="__main__")

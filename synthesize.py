@@ -391,6 +391,9 @@ def main(config: Config) -> Path:
     counts = Counter(row["reason"] for row in rejects).most_common()
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     terminal.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")
+    if not made:
+        remedy = "; raise --max-new" if counts and counts[0][0] == "cut" else ""
+        raise SystemExit(f"no {name} to train on: {out}/rejects.jsonl says why{remedy}")
     return out / f"{name}.jsonl"
 
 

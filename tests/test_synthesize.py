@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,15 +175,12 @@ def test_pairs_of_the_model_itself_are_what_train_simpo_reads(tmp_path):
         made("whole", seed=2)
 
 
-def test_traces_of_the_model_itself(tmp_path):
-    file = synthesize.main(Traces(**mesh_config(tmp_path, "traces", rewards="length:-1",
-                                                min_reward=0.1)))
-    rows, rejects = read(file), read(file.parent / "rejects.jsonl")
-    assert len(rows) + len(rejects) == 24 and rejects
-    source = {row["question"]: row for row in read(tmp_path / "rows.jsonl")}
-    for row in rows:
-        assert source[row["question"]]["answer"] == row["answer"] and row["teacher"] == "tiny"
-        assert row["difficulty"] == source[row["question"]]["difficulty"] and row["reward"] >= 0.1
+def test_a_model_that_answers_nothing_right_leaves_its_rejects_and_an_error(tmp_path):
+    config = Traces(**mesh_config(tmp_path, "traces", rewards="length:-1", min_reward=0.1))
+    with pytest.raises(SystemExit, match="no rows to train on: .*rejects.jsonl says why"):
+        synthesize.main(config)
+    rows, rejects = (read(Path(config.out) / f"{name}.jsonl") for name in ("rows", "rejects"))
+    assert not rows and len(rejects) == 24
     assert {row["reason"] for row in rejects} <= {"cut", "format", "wrong", "near-duplicate",
                                                   "reward", "length", "repetition"}
 
