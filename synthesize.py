@@ -393,7 +393,7 @@ def main(config: Config) -> Path:
     terminal.say(f"{len(made):,} {name} in {out / name}.jsonl, {len(rejects):,} rejects: {reasons}")
     if not made:
         remedy = "; raise --max-new" if counts and counts[0][0] == "cut" else ""
-        raise SystemExit(f"no {name} to train on: {out}/rejects.jsonl says why{remedy}")
+        terminal.say(f"no {name} to train on: {out}/rejects.jsonl says why{remedy}")
     return out / f"{name}.jsonl"
 
 
