@@ -331,7 +331,7 @@ def test_a_teacher_that_cannot_teach_is_refused(small, tmp_path, monkeypatch):
         base = taught.fixed["teacher"]["base"]
         assert base["embed_tokens"].sharding.is_fully_replicated != sharded
     with monkeypatch.context() as m:
-        m.setattr(data.Tokenizer, "differs", lambda *_: "token 3 is 'a' in X, 'b' in Y")
+        m.setattr(train_distill, "difference", lambda *_: "token 3 is 'a' in X, 'b' in Y")
         with pytest.raises(ValueError, match="its tokenizer is not the student's: token 3 is 'a'"):
             train_distill.add_teacher(model, better, mesh)
 
