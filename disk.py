@@ -257,7 +257,7 @@ def publish(target: Path, write: Callable[[Path | None], None]) -> None:
         temporary.mkdir()
         write(temporary)
         sums = _checksums(temporary)
-        write_json(temporary / "manifest.json", {"sha256": sums})
+        write_json(temporary / "manifest.json", {"name": target.name, "sha256": sums})
 
 
 def find_change(directory: Path) -> str | None:
@@ -271,8 +271,18 @@ def find_change(directory: Path) -> str | None:
         found = _checksums(directory)
     except (OSError, ValueError) as error:
         return str(error)
+    if not sealed:
+        return f"{file} lists no files"
     for name in sorted({*found, *sealed} - {"manifest.json"}):
         if found.get(name) != sealed.get(name) and not re.search(r"(^|/)\.|\.md$", name):
             how = "has changed since it was saved" if name in sealed else "is not in its manifest"
             return f"{name} {how}"
     return None
+
+
+def verify(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None: find_change(), and it must have its own name."""
+    if wrong := find_change(checkpoint):
+        return wrong
+    name = read_json(checkpoint / "manifest.json").get("name")
+    return None if name == checkpoint.name else f"it was saved as {name!r:.60}"

@@ -356,8 +356,9 @@ def on_tpu(mesh: Mesh | None = None) -> bool:
 
 
 def has_cudnn_attention() -> bool:
-    """Whether this process has GPUs on which cuDNN's flash attention takes heads of 256."""
-    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 9
+    """Whether this process has NVIDIA GPUs on which cuDNN's flash attention takes heads of 256."""
+    device = jax.local_devices()[0]  # of AMD's the capability is a name, as in gfx942
+    return device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 9
 
 
 def linear(w: dict, lora: dict | None, name: str, x: jax.Array,

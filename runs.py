@@ -355,7 +355,7 @@ class Run(contextlib.ExitStack):
     def finish(self, write_model: Callable[[Path | None], None]) -> Path:
         """Write final/, the best checkpoint or else the last step, and say what came out."""
         best = self.best() if hosts.index == 0 else None
-        if best is not None and (why := disk.find_change(self.folder / f"checkpoints/step_{best}")):
+        if best is not None and (why := disk.verify(self.folder / f"checkpoints/step_{best}")):
             terminal.say(f"step {best} was the best, but {why}: final/ is the last step")
             best = None
         best = hosts.everyone(best)[0]
@@ -486,7 +486,7 @@ class Run(contextlib.ExitStack):
         """
         saved = None
         for step, directory in reversed(self.checkpoints() if hosts.index == 0 else []):
-            if reason := disk.find_change(directory):
+            if reason := disk.verify(directory):
                 self.refused.add(directory.name)
                 terminal.say(f"refused {directory}: {reason}; trying the one before, or a fresh "
                              "start")

@@ -370,6 +370,10 @@ class Sampler:
     shard: bool = False  # the base stays split over the mesh, instead of gathered by each `sample`
 
     def __post_init__(self):
+        sizes = self.slots, self.max_prompt, self.max_new, self.cached_prompts, self.chunk
+        if min(sizes) < 1:  # nothing would ever start
+            raise ValueError(f"slots, max_prompt, max_new, cached_prompts, chunk = {sizes}: "
+                             "expected 1 or more of each")
         object.__setattr__(self, "mesh", hosts.own(self.mesh))
 
     # -- compiled
@@ -485,7 +489,7 @@ class Sampler:
         prompts = dict(prompts if isinstance(prompts, Mapping) else enumerate(prompts))
         max_new = self.max_new if max_new is None else max_new
         self._check(prompts, max_new, params["norm"].dtype)
-        settings = self._settings(temperature, top_p, min_p, stop, forbidden, vocab_size,
+        settings = self._settings(temperature, top_k, top_p, min_p, stop, forbidden, vocab_size,
                                   repetition, seed, step)
         rules = Rules(top_k, top_p < 1, min_p > 0, repetition > 0)
         stats = {} if stats is None else stats
@@ -613,10 +617,13 @@ class Sampler:
                                  f"{max(ids, default=0)}, expected 1 to {longest} tokens below "
                                  f"{self.cfg.vocab_size} (max_prompt={self.max_prompt})")
 
-    def _settings(self, temperature=1.0, top_p=1.0, min_p=0.0, stop=None, forbidden=(),
+    def _settings(self, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=None, forbidden=(),
                   vocab_size=None, repetition=0, seed=0, step=0) -> dict:
         """The settings of one call that are arrays, not compiled in."""
         V = self.cfg.vocab_size
+        if not (0 <= temperature < np.inf and 0 < top_p <= 1 and 0 <= min_p <= 1):
+            raise ValueError(f"{temperature=}, {top_p=}, {min_p=}: expected 0 (greedy) or more, "
+                             "above 0 to 1 (off), 0 (off) to 1")
         stop_V, forbidden_V = np.zeros(V, bool), np.zeros(V, bool)
         stop_V[list(self.cfg.eos_token_id if stop is None else stop)] = True
         forbidden_V[list(forbidden)] = True

@@ -253,7 +253,7 @@ def test_kill_9(world, tmp_path, name):
                           env=os.environ if name in TRAINERS else ONE_DEVICE)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     if name in TRAINERS:
-        assert disk.find_change(tmp_path / "checkpoints/step_1") is None
+        assert disk.verify(tmp_path / "checkpoints/step_1") is None
         assert not (tmp_path / "final").exists()
     else:
         assert len((tmp_path / "samples.jsonl").read_bytes().splitlines()) > 2
@@ -416,7 +416,7 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         world.run(name, tmp_path, **change)
         assert len(asked) > 9 and len({*asked}) == len(asked)
     if name == "train_grpo":
-        assert disk.find_change(tmp_path / "final") is None
+        assert disk.verify(tmp_path / "final") is None
     else:
         assert (tmp_path / "pairs.jsonl").exists()
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -412,6 +413,17 @@ def test_splash_is_for_tpus_long_rows_and_heads_of_whole_tiles():
     assert splashes(of_tpus)
     assert not splashes(of_tpus, T=127) and not splashes(of_tpus, head_dim=32)
     assert not splashes(mesh())
+
+
+@pytest.mark.parametrize("kind, capability, expected", [
+    ("NVIDIA H200", "9.0", True), ("NVIDIA B200", "10.0", True),
+    ("NVIDIA A100-SXM4-40GB", "8.0", False),
+    ("Tesla T4", "7.5", False), ("AMD Instinct MI300X", "gfx942", False),
+])
+def test_cudnn_attends_from_hopper_on(monkeypatch, kind, capability, expected):
+    device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert gemma.has_cudnn_attention() == expected
 
 
 @pytest.mark.parametrize("T", [1022, 1024])

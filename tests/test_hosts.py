@@ -216,7 +216,7 @@ def test_a_process_that_dies_ends_the_other(both, folder):
     assert code != 0 and other == -signal.SIGKILL
     assert re.search("another task died|[Gg]loo", said), said
     checkpoints = [*(folder / "dies/checkpoints").glob("step_*")]
-    assert all(disk.find_change(path) is None for path in checkpoints) and len(checkpoints) > 1
+    assert all(disk.verify(path) is None for path in checkpoints) and len(checkpoints) > 1
 
 
 # --------------------------------------------------------------------------------------- the flags

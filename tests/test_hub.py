@@ -211,7 +211,7 @@ def test_a_folder_that_contradicts_its_manifest_is_refused(tmp_path):
     (base / "prompt.json").write_text("{}")
     for folder in (base, adapter):
         sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-        (folder / "manifest.json").write_text(json.dumps({"sha256": sums}))
+        (folder / "manifest.json").write_text(json.dumps({"name": "final", "sha256": sums}))
         (folder / "README.md").write_text("mine")
         (folder / ".DS_Store").touch()
     renamed = shutil.copytree(adapter, tmp_path / "mine")
@@ -224,6 +224,9 @@ def test_a_folder_that_contradicts_its_manifest_is_refused(tmp_path):
     for weights in (None, str(base)):
         message = one_line(hub.find_start, "tiny", weights, str(adapter) if not weights else None)
         assert message == f"--weights {base}: tokenizer.json is not in its manifest"
+    (base / "manifest.json").write_text('{"name": "final", "sha256": {}}')
+    message = one_line(hub.find_model, "tiny", base)
+    assert message == f"--weights {base}: {base / 'manifest.json'} lists no files"
 
 
 def test_an_adapter_finds_the_fully_fine_tuned_model_it_was_trained_on(tmp_path):

@@ -357,7 +357,7 @@ def test_a_merged_folder_has_what_other_programs_read(trained, monkeypatch):
 
 def test_what_cannot_be_merged(trained, monkeypatch):
     monkeypatch.chdir(trained)
-    command = [sys.executable, ROOT / "merge.py", "--adapter", "tiny", "--out", "merged-twice"]
+    command = [sys.executable, ROOT / "lora.py", "--adapter", "tiny", "--out", "merged-twice"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "--adapter tiny: a whole model already" in done.stderr
     with pytest.raises(ValueError, match="--out tiny is there already, and not empty"):

@@ -162,7 +162,10 @@ BROKEN = {  # what happens to step_6 -> why it is refused
     "missing": (lambda d: (d / "adapter.txt").unlink(), "adapter.txt has changed"),
     "unsealed": (lambda d: (d / "manifest.json").unlink(), "manifest.json: cannot be read"),
     "manifest": (lambda d: os.truncate(d / "manifest.json", 1), "manifest.json: cannot be read"),
+    "blank": (lambda d: (d / "manifest.json").write_text('{"name": "step_6", "sha256": {}}'),
+              "manifest.json lists no files"),
     "added": (lambda d: (d / "model.safetensors").touch(), "model.safetensors is not in its man"),
+    "renamed": (lambda d: d.rename(d.with_name("step_8")), "was saved as 'step_6'"),
 }
 
 
@@ -175,9 +178,11 @@ def test_broken_checkpoint_is_refused_by_name(whole, tmp_path, capsys, how):
         saved = run.restore(LIKE)
         assert saved.step == 4 and saved.state == {"seen": 4}
     line = capsys.readouterr().err.splitlines()[0]
-    assert line.startswith(f"refused {out}/checkpoints/step_6: ") and reason in line
+    name = "step_8" if how == "renamed" else "step_6"
+    assert line.startswith(f"refused {out}/checkpoints/{name}: ") and reason in line
     train(out)  # and trains over it, to the same end
-    assert contents(whole) == contents(out)
+    again = contents(out)
+    assert contents(whole) == {key: value for key, value in again.items() if "step_8" not in key}
 
 
 def test_a_large_file_is_known_by_its_pieces(tmp_path, monkeypatch):
@@ -303,7 +308,7 @@ def test_disk_full_in_any_fsync_loses_nothing(tmp_path, monkeypatch):
                 run.save(2, LIKE, {"seen": 2}, model)
             left = sorted(path.name for path in (tmp_path / "x/checkpoints").iterdir())
             assert left[0] == "step_1"
-            assert all(disk.find_change(tmp_path / "x/checkpoints" / name) is None for name in left)
+            assert all(disk.verify(tmp_path / "x/checkpoints" / name) is None for name in left)
         assert k > 9
 
 
@@ -708,7 +713,7 @@ def test_final_is_the_best_step_unless_that_one_is_damaged(whole, tmp_path, caps
                 (folder / "checkpoints/step_2/adapter.txt").write_text("?")
             run.finish(named(6))
         assert (folder / "final/adapter.txt").read_text() == str(expected)
-        assert disk.find_change(folder / "final") is None and not (folder / "final/resume").exists()
+        assert disk.verify(folder / "final") is None and not (folder / "final/resume").exists()
     assert "step 2 was the best, but adapter.txt has changed" in capsys.readouterr().err
 
 

@@ -367,6 +367,10 @@ def test_caches_are_updated_in_place():
     ([[]], {}, "prompt 0 has 0 tokens"),
     ([[1], [1] * 41], {}, "prompt 1 has 41 tokens .*expected 1 to 40"),
     ([[1, 96]], {}, "prompt 0 has 2 tokens with ids up to 96, expected .* below 96"),
+    ([[1]], {"temperature": -0.5}, "temperature=-0.5, .*: expected 0"),
+    ([[1]], {"temperature": float("nan")}, "temperature=nan"),
+    ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+    ([[1]], {"min_p": 2.0}, "min_p=2.0"),
     ([[1]], {"max_new": 65}, "max_new=65, .*expected 1 to 64"),
 ])
 def test_what_cannot_be_sampled_is_said_at_the_call(prompts, settings, message):
@@ -378,6 +382,8 @@ def test_the_length_of_the_context_and_the_dtype_are_checked():
     bf16 = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params_of("gemma3"))
     with pytest.raises(ValueError, match="parameters in bfloat16: expected .* float32"):
         sampler().sample(bf16, [[1]])
+    with pytest.raises(ValueError, match="expected 1 or more of each"):
+        sampler(slots=0)
     short = dataclasses.replace(CFG["gemma3"], max_position_embeddings=20)
     with pytest.raises(ValueError, match="prompt 0 has 20 tokens .*expected 1 to 19"):
         Sampler(short, mesh_of(1), dtype=jnp.float32).sample(params_of("gemma3"), [[1] * 20])

@@ -180,7 +180,11 @@ def test_a_model_that_answers_nothing_right_leaves_rejects_and_a_word_about_them
     synthesize.main(config)
     assert f"no rows to train on: {config.out}/rejects.jsonl says why" in capsys.readouterr().err
     rows, rejects = (read(Path(config.out) / f"{name}.jsonl") for name in ("rows", "rejects"))
-    assert not rows and len(rejects) == 24
+    assert len(rows) + len(rejects) == 24 and rejects
+    source = {row["question"]: row for row in read(tmp_path / "rows.jsonl")}
+    for row in rows:
+        assert source[row["question"]]["answer"] == row["answer"] and row["teacher"] == "tiny"
+        assert row["difficulty"] == source[row["question"]]["difficulty"] and row["reward"] >= 0.1
     assert {row["reason"] for row in rejects} <= {"cut", "format", "wrong", "near-duplicate",
                                                   "reward", "length", "repetition"}
 
