@@ -273,7 +273,7 @@ def load(path: str | Path, cfg: Config) -> dict:
     return jax.tree.map(jnp.asarray, adapter)
 
 
-if __name__ == "__main__":  # `python lora.py --adapter runs/grpo --out merged` is merge.py
-    import runpy
+if __name__ == "__main__":
+    from merge import command  # which imports this file
 
-    runpy.run_module("merge", run_name="__main__")
+    command()

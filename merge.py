@@ -1,6 +1,6 @@
 """Merges an adapter into its base: a whole text-only model for vLLM, llama.cpp, Ollama, the Hub.
 
-    python merge.py --adapter runs/grpo --out merged
+    python merge.py --adapter runs/grpo --out merged         # or: python lora.py --adapter ...
 """
 
 import dataclasses
@@ -59,5 +59,10 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     print(card.commands(Path(out), out, model), end="")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line, here and of lora.py."""
     terminal.command(lambda: tyro.cli(main))
+
+
+if __name__ == "__main__":
+    command()

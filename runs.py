@@ -87,7 +87,6 @@ class Budget:
         self.start = clock() if start is None else start
         self.p = self.clock_p = self.clock_p0 = 0.0
         self.longest_s = {"step": 0.0, "eval": 0.0, "save": 0.0}
-        self.first_s: dict[str, float] = {}  # those also compile: see `longest`
         self.readings: list[tuple[float, float]] = []  # (seconds, p) of each progress()
         self.apart_s = 0.0  # measured since the last reading, so not part of a step
 
@@ -98,14 +97,7 @@ class Budget:
         yield
         took = self.clock() - begin
         self.apart_s += took
-        if kind not in self.first_s:
-            self.first_s[kind] = took
-        else:
-            self.longest_s[kind] = max(took, self.longest_s[kind])
-
-    def longest(self) -> dict[str, float]:
-        """The longest step, evaluation and save; a first one counts until there is another."""
-        return {kind: s or self.first_s.get(kind, 0.0) for kind, s in self.longest_s.items()}
+        self.longest_s[kind] = max(took, self.longest_s[kind])
 
     def progress(self, step: int) -> float:
         """The share p done after `step` updates; call it once between two steps."""
@@ -117,7 +109,7 @@ class Budget:
         if self.steps is not None:
             self.p = min(1.0, step / self.steps) if self.steps > 0 else 1.0
         if self.limit_s is not None:
-            step_s, eval_s, save_s = self.longest().values()
+            step_s, eval_s, save_s = self.longest_s.values()
             reserve_s = 1.25 * (step_s + eval_s + 2 * save_s)  # final/ costs about another save
             if not (step_s and eval_s and save_s):  # something was not measured yet
                 reserve_s = max(reserve_s, 0.05 * self.limit_s)
@@ -140,7 +132,7 @@ class Budget:
 
     def state(self) -> dict:
         """What a checkpoint holds; without a limit nothing that depends on the clock."""
-        clock = {"clock_p": self.clock_p, "longest_s": self.longest()}
+        clock = {"clock_p": self.clock_p, "longest_s": self.longest_s}
         return {"p": self.p} | (clock if self.limit_s is not None else {})
 
     def load(self, state: dict) -> None:

@@ -43,8 +43,9 @@ def whole(tmp_path_factory):
     """A run of six steps that nothing interrupted."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(runs.Run, "report", lambda run: None)
-        train(tmp_path_factory.mktemp("whole") / "x")
-    return tmp_path_factory.getbasetemp() / "whole0/x"
+        folder = tmp_path_factory.mktemp("whole") / "x"
+        train(folder)
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -601,25 +602,6 @@ def test_a_new_session_has_its_own_limit_and_repeats_exactly():
         assert budget.progress(5) == p
         budget.clock.now += 40
         assert budget.progress(6) == pytest.approx(next_p)
-
-
-def test_the_reserve_leaves_out_the_compilation_of_the_first_evaluation():
-    budget = runs.Budget(limit_s=1000, clock=FakeClock())
-    for kind, seconds, reserve_s in (
-        ("eval", 80, 100), ("save", 4, 110), ("eval", 8, 20), ("save", 2, 15), ("eval", 12, 20),
-    ):
-        with budget.measure(kind):
-            budget.clock.now += seconds
-        now, longest = budget.clock.now, budget.longest()
-        assert 1.25 * (longest["eval"] + 2 * longest["save"]) == reserve_s
-    for step in range(3):
-        budget.clock.now, p = now, budget.progress(step)
-    assert p == 106 / (1000 - 50)  # no step was timed yet: 5 % of the limit
-    again = runs.Budget(limit_s=1000, clock=FakeClock())
-    again.load(json.loads(json.dumps(budget.state())))
-    with again.measure("eval"):
-        again.clock.now += 80
-    assert again.longest() == budget.longest()
 
 
 def test_steps_may_grow_after_a_finished_run_with_a_limit():
