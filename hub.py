@@ -178,10 +178,20 @@ def find_start(model: str, weights: str | None, adapter: str | None,
         raise ValueError(f"{flags[2]} {adapter} belongs on the fully fine-tuned {base}, which "
                          f"is not there; {flags[1]} names it where it is now")
     found = find_model(model, weights, flags[:2])
-    if base.name not in ("", hub_name(model)) and base.name not in str(found.resolve()):
+    named = base.name in ("", hub_name(model)) or base.name in str(found.resolve())
+    if not named and not _is_base_of_run(found, folder):
         terminal.say(f"{flags[2]} {folder} was trained on {base}, and is put on {found}: is that "
                      "the same model?")
     return Start(found, folder)
+
+
+def _is_base_of_run(weights: Path, adapter: Path) -> bool:
+    """Whether the run that ended in this final/ began from the same weight files, by checksum."""
+    run = adapter.parent / "config.json"
+    facts = disk.read_json(run) if adapter.name == "final" and run.exists() else {}
+    sums = {f"checksum of {file.name}": disk.file_checksum(file)
+            for file in weights.glob("*.safetensors")}
+    return bool(sums) and sums.items() <= facts.items()
 
 
 def trained_on(model: str, weights: str | None, adapter: str | None) -> tuple[str, str | None]:

@@ -170,8 +170,10 @@ def model_defaults(model: str, defaults: dict[str, dict]) -> dict | None:
 
 def given(values: dict, config_class: type) -> list[str]:
     """The fields of a script's Config, as a dict, that differ from its and its model's defaults."""
-    defaults = getattr(sys.modules[config_class.__module__], "DEFAULTS", {})
-    table, names = model_defaults(str(values.get("model")), defaults) or {}, []
+    script = sys.modules[config_class.__module__]
+    names, defaults = [], getattr(script, "DEFAULTS", {})
+    table = dict(model_defaults(str(values.get("model")), defaults) or {})
+    table |= getattr(script, "KNOBS", {}).get(values.get("loss"), {})  # train_simpo.py's
     for field in dataclasses.fields(config_class):
         value = disk.plain(values.get(field.name))
         usual = [field.default, table.get(field.name)]

@@ -198,7 +198,8 @@ def load_model(config, mesh: Mesh) -> Model:
     if sharded:
         in_place = rollouts_are_sharded(cfg, config, mesh)
         where += "; rollouts read them " + ("in place" if in_place else "from a copy on each")
-    terminal.say(f"{cfg.n_params:,} weights {where}")
+    compiling = "; the first steps take minutes, to compile" if cfg.n_params > 10**8 else ""
+    terminal.say(f"{cfg.n_params:,} weights {where}{compiling}")
     trained = put(trained, mesh, specs)
     sums = checksums(start, tok, with_weights=not getattr(config, "from_scratch", False))
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged, sums)

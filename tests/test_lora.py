@@ -14,6 +14,7 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 import data
+import disk
 import gemma
 import hub
 import lora
@@ -372,6 +373,13 @@ def test_another_base_and_another_alpha_are_said(tmp_path, capsys):
     assert "keeps its own scale" in capsys.readouterr().err
     hub.find_start("tiny", None, str(tmp_path))
     assert "was trained on google/gemma-3-1b-pt" in capsys.readouterr().err
+    facts = {"checksum of model.safetensors": disk.file_checksum(ROOT / "tiny/model.safetensors")}
+    disk.write_json(tmp_path / "config.json", facts)  # of its run: the same weights, elsewhere
+    hub.find_start("tiny", None, str(tmp_path))
+    assert not capsys.readouterr().err
+    disk.write_json(tmp_path / "config.json", facts | {"checksum of model.safetensors": "other"})
+    hub.find_start("tiny", None, str(tmp_path))
+    assert "is that the same model?" in capsys.readouterr().err
     lora.save(tmp_path / "final", random_adapter(cfg), cfg, str(ROOT / "tiny"))
     hub.find_start("tiny", None, str(tmp_path))
     assert not capsys.readouterr().err

@@ -28,6 +28,7 @@ import settings
 import synthesize
 import terminal
 import train_grpo
+import train_simpo
 
 LIKE = {"w": np.zeros(4, np.float32)}
 
@@ -788,6 +789,8 @@ def test_the_flag_that_was_given_is_named_and_not_what_followed_from_it(tmp_path
     assert "--sapo" in "".join(said) and "--lora-alpha" not in "".join(said)
     assert said[-2] == "default  --model tiny --data problems --learning-rate 0.001 --max-new 104"
     assert said[-1] == f"all      {tmp_path}/config.json"
+    settings.show_config(train_simpo.resolve(train_simpo.Config(loss="dpo", beta=0.2)))
+    assert capsys.readouterr().err.startswith("given    --loss dpo --beta 0.2\n")  # and no more
 
 
 # ------------------------------------------------------------------ loggers, environment
