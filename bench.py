@@ -30,7 +30,6 @@ import json
 import math
 import os
 import re
-import resource
 import statistics
 import sys
 import time
@@ -431,7 +430,10 @@ def measure(config: Config) -> dict:
         first, *timed = itertools.islice(steps, config.repeats + 1)  # the first one compiles
         out |= {name: float(np.median([row[name] for row in timed])) for name in first}
         out[f"{phase}_compile_s"] = first[f"{phase}_step_s"] - out[f"{phase}_step_s"]
-    out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import resource  # here: Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    out["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.platform != "cpu" and (stats := device.memory_stats()):
         out["peak_device_bytes"] = stats["peak_bytes_in_use"]
     if peak := PEAKS.get(device.device_kind):

@@ -46,7 +46,7 @@ def check_tokenizer(tok: data.Tokenizer, cfg: gemma.Config) -> None:
 
 
 def self_check(weights: str) -> None:
-    """Checks a Gemma folder; the last line printed begins with PASS, or a ValueError says why not.
+    """Checks a Gemma folder; the last line begins with PASS, or with FAIL and says why.
 
     A chat model expects the paragraph as a user's turn, a base model as plain text: the better of
     the two counts.

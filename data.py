@@ -186,7 +186,7 @@ def parse_row(row: dict) -> Row:
             raise ValueError(f"expected a text under {name}, found {found[name]!r:.60}")
         found[name] = (found[name] or "").rstrip()
     choices = _choices(found["choices"])
-    chat = _chat(found, choices, is_alpaca=found["prompt"] is row.get("instruction"))
+    chat = _chat(found, choices)
     reasoning, answer = _answer(found, choices)
     traced = format_completion(reasoning, answer) if reasoning and answer else None
     said = found["completion"] or traced or found["output"] or answer
@@ -200,18 +200,18 @@ def parse_row(row: dict) -> Row:
     return Row(chat, completion, answer, tuple(choices.values()), row)
 
 
-def _chat(found: dict, choices: dict[str, str], is_alpaca: bool) -> list[dict]:
+def _chat(found: dict, choices: dict[str, str]) -> list[dict]:
     """The messages of a row; its completion is among them only if it came in the same list."""
     prompt = found["prompt"]
     if isinstance(prompt, str):
-        more = found["input"] if is_alpaca else ""
         lines = map("{}) {}".format, LETTERS, choices.values())
-        prompt = "\n".join([f"{prompt.strip()}\n\n{more}".strip(), *lines])
+        prompt = "\n".join([f"{prompt.strip()}\n\n{found['input']}".strip(), *lines])
     chat = turns(prompt, "user", "prompt")
     own = chat.pop(0)["content"].strip() if chat[0]["role"] == "system" else ""
     system = found["system"].strip() or own
     if not chat or own not in ("", system):
-        raise ValueError(f"expected a user turn, one system text; found {own!r:.60} {system!r:.60}")
+        raise ValueError("expected one system text, then a user turn; found "
+                         f"{own!r:.60} {system!r:.60}")
     if context := found["context"].strip():
         chat[0]["content"] = f"{context}\n\n{chat[0]['content']}"
     return [{"role": "system", "content": system}, *chat] if system else chat
@@ -229,7 +229,7 @@ def turns(value, role: str, name: str) -> list[dict]:
             parts = [isinstance(part, dict) and part.get("text") for part in text]
             text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
         if said not in [*ROLES] or not isinstance(text, str):
-            raise ValueError(f"{name}, turn {n}: expected a text of {', '.join(ROLES)}, "
+            raise ValueError(f"{name}, turn {n}: expected a text and a role of {', '.join(ROLES)}; "
                              f"found {turn!r:.60}")
         if wrapped := TEMPLATED.search(text):
             raise ValueError(f"{name}, turn {n}: the text carries a chat template already "
@@ -449,7 +449,7 @@ def load(source: str, read: Callable[[dict], Any], *, rows: int = 0, skip_bad_ro
         size = f"; the longest has {longest:,} tokens" if longest else ""
         if faults and not skip_bad_rows:
             count = f"; {len(faults):,} of {n_read:,} rows are bad{size}" if n_read > 1 else ""
-            raise ValueError(f"{faults[0]}{count} (else: --skip-bad-rows)")
+            raise ValueError(f"{faults[0]}{count} (or --skip-bad-rows)")
         note = f", {len(faults):,} bad rows left out; first: {faults[0]}{size}" if faults else ""
         if not items:
             raise ValueError(f"{flag} {one}: no usable row{note}")

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import data
 import disk
+import gemma
 import hub
 import rewards
 import rollouts
@@ -84,8 +85,7 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
-    "gemma2-9b": REAL | dict(slots=8),
-    "gemma3-12b": REAL | dict(slots=8),
+    **dict.fromkeys(gemma.LARGE, REAL | dict(slots=8)),
 }
 MAY_CHANGE = (  # flags that may change in a continued folder: checksummed, or used after sampling
     "model", "weights", "tokenizer", "adapter", "data", "rows", "system", "max_prompt", "compare",

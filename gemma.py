@@ -101,6 +101,7 @@ CONFIGS = {  # the vocabulary of 4b, 12b and 27b includes 64 rows that no token 
         max_position_embeddings=512, eos_token_id=(1, 11),
     ),
 }
+LARGE = ("gemma2-9b", "gemma2-27b", "gemma3-12b", "gemma3-27b")  # with defaults of their own
 
 
 # ------------------------------------------------------------------------------------ parameters

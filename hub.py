@@ -237,8 +237,8 @@ def find_file(source: str, flag: str = "--data") -> Path:
         return path
     if (found := find_input(source, flag)) and found.is_file():
         return found
-    raise ValueError(f"{flag} {source}: no such file; expected problems, solutions, gsm8k, or a "
-                     "file of rows (JSON lines or a JSON array)")
+    raise ValueError(f"{flag} {source}: no such file; expected problems, solutions, gsm8k, "
+                     "hf:owner/name, or a file (JSON, JSON lines, CSV, Parquet)")
 
 
 def find_gsm8k(split: str) -> Path:

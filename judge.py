@@ -64,8 +64,8 @@ def check(config: settings.Judge) -> None:
             raise ValueError(f"--judge-threads {config.judge_threads}, --judge-limit "
                              f"{config.judge_limit}: expected 1 or more, and 0 or more")
     elif calls != "completion" or not STYLES[style].digits:
-        raise ValueError(f"--judge-style {style}, --judge-calls {calls}: --judge {name}, on the "
-                         "mesh, takes grar, implicit or explicit, and completion")
+        raise ValueError(f"--judge-style {style}, --judge-calls {calls}: --judge {name} runs on "
+                         "the mesh, which takes styles grar, implicit, explicit, calls completion")
 
 
 def open(config: settings.Judge, mesh: Mesh | None = None, *, cache: Path | None = None,
@@ -389,7 +389,7 @@ class Judge:
             n, share = len(self.recent), sum(self.recent) / max(1, len(self.recent))
         if n < ENOUGH or share <= self.missing:
             return None
-        return (f"{share:.0%} of the last {n} judgements could not be had, more than "
+        return (f"{share:.0%} of the last {n} judgements failed, more than "
                 f"--judge-missing {self.missing:g}; the latest: {self.error}")
 
 

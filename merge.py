@@ -30,7 +30,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
         out: Folder to write; a new or an empty one.
-        model: Which Gemma the adapter belongs on; default: the one it was trained on.
+        model: The adapter's base model; default: the one it was trained on.
         weights: Folder of the base's weights; default: the adapter's, or looked for by name.
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
         dtype: Of the merged weights; the sum itself is computed in float32.

@@ -4,11 +4,11 @@
     python report.py runs/grpo runs/sft runs/eval  # overlaid; the file lies in the first folder
     python report.py                               # all run folders in runs/: runs/report.html
 
-The training scripts write the same file now and then and when they end, for whatever reason.
+The training scripts write the same file now and then and at the end, however they end.
 
 1. The page is a function of the folders' files alone, and opening it fetches nothing. Lines that a
    live or killed run left torn are skipped.
-2. Curves are SVG, so that they show where scripts are off (the preview of a mail). The page's
+2. Curves are SVG, so that they show without scripts (in the preview of a mail). The page's
    script shows values under the pointer and pages through the completions.
 3. "Learned" is said only if the last evaluation's accuracy is above the first one's by a 95 %
    interval of the difference: Newcombe's (Statistics in Medicine 17, 1998, method 10) from

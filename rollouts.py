@@ -285,6 +285,8 @@ def check_rewards(config, trains: bool = False) -> None:
     judged = [name for name in mix.weights if name in rewards.JUDGED]
     if judged and config.judge is None:
         raise ValueError(f"--rewards {judged[0]}: needs --judge")
+    if {*judged} - {"judge"} and config.judge_style != "pinocchio":
+        raise ValueError(f"--rewards {judged[0]}: needs --judge-style pinocchio")
     if config.judge is not None:
         import judge  # here: most runs have none
 

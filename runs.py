@@ -47,7 +47,8 @@ import terminal
 # kernel of a notebook may be hours old: a run in it counts from its own beginning.
 STARTED = None if "ipykernel" in sys.modules else time.monotonic() - time.process_time()
 
-# The flags that cannot change a result. All others must stay as they were when a run is resumed.
+# The flags that may change when a run is resumed, as they do not change what a step computes. All
+# others must stay as they were.
 MAY_CHANGE = {
     "steps", "time_limit", "save_every", "eval_every",  # how long, and what is saved and measured
     "out", "keep", "report_to", "show", "show_every", "log_samples", "plan",  # where, what is shown
@@ -256,6 +257,7 @@ class Saved(NamedTuple):
     arrays: Any  # numpy, in the structure asked for
     state: dict
     budget: dict
+    score: float | None
 
 
 class Run(contextlib.ExitStack):
@@ -305,7 +307,10 @@ class Run(contextlib.ExitStack):
             for path in self.logs:
                 path.touch()
         for name in loggers:
-            self.loggers[name], close = LOGGERS[name](self.folder, dataclasses.asdict(config))
+            try:
+                self.loggers[name], close = LOGGERS[name](self.folder, dataclasses.asdict(config))
+            except ImportError as error:
+                raise SystemExit(f"--report-to {name}: {error}; pip install {name}") from None
             self.callback(self._tell, name, close)
 
     def _tell(self, name, call, *arguments):
@@ -487,7 +492,7 @@ class Run(contextlib.ExitStack):
                 continue
             record = disk.read_json(directory / "resume/state.json")
             arrays = _fill(like, load_file(directory / "resume/arrays.safetensors"), directory)
-            saved = Saved(step, arrays, record["state"], record["budget"])
+            saved = Saved(step, arrays, record["state"], record["budget"], record["score"])
             break
         if hosts.count > 1:  # only the first has read the folder
             found = hosts.everyone(saved and saved._replace(arrays=None))[0]
@@ -497,7 +502,8 @@ class Run(contextlib.ExitStack):
         if saved is not None:
             terminal.say(f"resuming {self.folder} at step {saved.step}")
             self.budget.load(saved.budget)
-            self.step = self.saved_step = self.scored_step = last = saved.step
+            self.step = self.saved_step = last = saved.step
+            self.scored_step = -1 if saved.score is None else saved.step
         for path in self.logs if hosts.index == 0 else []:  # [1 2 3 {"st], last 2 -> [1 2]
             rows = [row for row in disk.good_rows(path, step=int) if row["step"] <= last]
             with disk.writing(path):

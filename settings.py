@@ -47,7 +47,7 @@ class Model:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base and the activations; what is trained has float32 masters."""
     base: Literal["dtype", "int8"] = "dtype"
-    """The base model's weights: in --dtype; or int8, half the bytes to keep and to read, of which
+    """The base model's weights: in --dtype; or int8, with half the bytes of bfloat16; then
     only an adapter can be trained."""
 
 
@@ -62,9 +62,9 @@ class Rows(Model):
     system: str | None = None
     """System text before every question; default: the one the adapter was trained under."""
     columns: str = ""
-    """Your columns under our names, as in question=instruction,answer=response."""
+    """Names of your columns, OURS=YOURS, as in question=instruction,answer=response."""
     skip_bad_rows: bool = False
-    """Skip and count rows that cannot be used, instead of stopping at the first."""
+    """Skip and count rows that cannot be used, instead of stopping."""
 
     # the run
     seed: int = 0
@@ -92,7 +92,7 @@ class Training(Rows):
 
     # optimisation
     steps: int | None = None
-    """Steps to run; with --time-limit, whichever ends first."""
+    """Steps to run; beside --time-limit alone there is no default, and the clock decides."""
     time_limit: str | None = None
     """Time limit, as in 8h45m; the schedule follows the clock, and the run saves before the end."""
     micro_rows: int | None = None
@@ -128,7 +128,7 @@ class Training(Rows):
     keep: int = 2
     """Latest checkpoints to keep, besides the best."""
     report_to: str = ""
-    """Also log to wandb, tensorboard or both, comma-separated, if installed."""
+    """Also log to wandb, tensorboard or both, comma-separated; install them first."""
     plan: bool = False
     """Print whether the run fits the TPU or GPU here, else a v5e-8, and how far its time goes;
     needs no weights and runs nothing."""
@@ -152,7 +152,7 @@ class Sampling:
 
     # rewards
     reward_file: str | None = None
-    """Your own rewards: my.py (see README), or my.py:score, a function of (completion, row)."""
+    """Your own rewards, docs/rewards.md: my.py, or my.py:score, a function of (completion, row)."""
     reward_threads: int = 16
     """Completions scored at once, in threads."""
     reward_timeout: float = 60.0
@@ -183,7 +183,8 @@ class Judge:
 
     # judge
     judge: str | None = None
-    """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible."""
+    """A Gemma by name or folder, run on the mesh; or http(s)://host/v1, OpenAI-compatible, with
+    its key in $JUDGE_API_KEY."""
     judge_model: str | None = None
     """The model's name at the endpoint."""
     judge_weights: str | None = None
@@ -251,7 +252,8 @@ def cli(config_class, description: str, args: list[str] | None = None, default=N
     defaults = getattr(sys.modules[classes[0].__module__], "DEFAULTS", {})
     table = runs.model_defaults(model, defaults) or {}
     grouped = {_in_groups(cls, default, table): cls for cls in classes}
-    about = f"{introduction(description)}\n\n The defaults shown are those of --model {model}."
+    shown = f" These are the defaults of --model {model}; name another to see its own."
+    about = f"{introduction(description)}\n\n{shown}"
     found = tyro.cli(reduce(or_, grouped), description=about, args=args, config=(
         tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff), **more)
     found, *rest = found if more.get("return_unknown_args") else (found,)
@@ -271,6 +273,8 @@ def _in_groups(cls: type, default, table: dict) -> type:
         shown = table.get(field.name) if value is None else value
         hint = "" if shown in (None, "") or shown is False else (
             f"(default: {textwrap.shorten(str(shown), 40)})")
+        if value is True:  # tyro makes it --no-greedy
+            text, hint = f"Switch off: {text[0].lower()}{text[1:]}", ""
         alias = (ALIASES[field.name],) if field.name in ALIASES else None
         flag = tyro.conf.arg(help=text, help_behavior_hint=hint, aliases=alias)
         groups.setdefault(group, []).append((field.name, Annotated[types[field.name], flag], value))
@@ -314,11 +318,11 @@ def resolve(config, defaults: dict[str, dict], alpha_per_rank: float = 1.0):
 
 RANGES = (  # (smallest value, largest value, fields)
     (1, math.inf, "batch_rows micro_rows max_length max_prompt max_new slots prompts inner_epochs "
-     "reward_threads minibatches"),
+     "reward_threads minibatches group"),
     (0, math.inf, "lora_rank steps learning_rate weight_decay kl_coef entropy_coef clip_high "
      "dual_clip cispo_cap is_cap is_floor off_policy_mask top_k repetition resample rows eval_rows "
      "eval_every eval_accuracy save_every keep show show_every log_samples reward_timeout "
-     "max_drift reward_coef value_clip value_lr value_warmup temperature"),
+     "max_drift reward_coef value_clip value_lr value_warmup temperature seed"),
     (0, 1, "warmup final_lr adam_b2 prompt_loss clip_low min_p max_missing overlong_buffer "
      "on_policy gamma lam"),
     (1e-9, 1, "top_p"), (0, 0.999, "lora_dropout"),

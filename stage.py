@@ -152,7 +152,7 @@ def reference_copy(trained, config):
     return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trained)
 
 
-# ----------------------------------------------------------------------------------- the beginning
+# ------------------------------------------------------------------------------ what it starts from
 
 
 class Model(NamedTuple):

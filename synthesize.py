@@ -7,7 +7,7 @@
     python train_sft.py --data runs/traces/rows.jsonl
     python train_simpo.py --data runs/pairs/pairs.jsonl --adapter runs/sft
 
-It reads the data that eval.py reads; the README shows rows of several domains.
+It reads the data that eval.py reads; docs/data.md shows rows of several domains.
 
 1. Completions are what costs. Each is written to disk as soon as it arrives and never asked for
    again. The rest is derived from them in the order of the data, so another --margin or
@@ -59,7 +59,7 @@ class Traces(settings.Judge, settings.Sampling, settings.Rows):
 
     # teacher
     teacher: str | None = None
-    """http(s)://host/v1, OpenAI-compatible; default: --model on the mesh."""
+    """http(s)://host/v1, OpenAI-compatible, with its key in $TEACHER_API_KEY; default: --model."""
     teacher_model: str | None = None
     """The model's name at the endpoint."""
     teacher_threads: int = 16

@@ -90,8 +90,8 @@ DEFAULTS = {
     ),
     "gemma2": REAL | dict(teacher="gemma2-9b"),
     "gemma3": REAL | dict(teacher="gemma3-12b"),
-    "gemma2-9b": REAL | dict(teacher="gemma2-27b", lora_rank=32, slots=8),
-    "gemma3-12b": REAL | dict(teacher="gemma3-27b", lora_rank=32, slots=8),
+    **{name: REAL | dict(teacher=f"{name[:6]}-27b", lora_rank=32, slots=8)
+       for name in gemma.LARGE},
 }
 SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
     "divergence": "divergence {:6.3f}", "accuracy": "right {:4.0%}",

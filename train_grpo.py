@@ -11,7 +11,7 @@ G completions are sampled per prompt; each one's advantage is how far it beats i
     python train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h
     python train_grpo.py --data mine.jsonl --reward-file my.py:score
 
-GRPO, Dr.GRPO, DAPO, GSPO, GMPO, CISPO, SAPO and RLOO are settings; the README has the table.
+GRPO, Dr.GRPO, DAPO, GSPO, CISPO, RLOO (see README), GMPO, SAPO (docs/algorithms.md) are settings.
 Deviations from common practice, and why:
 
 1. No forward pass runs twice. With one inner epoch the old log-probs are the current ones; with
@@ -28,8 +28,8 @@ Deviations from common practice, and why:
    has no gradient. A completion masked for its length counts in the mean and the number of rows.
 6. The sampled token ids are trained on as they are; text is never tokenised again.
 
-What to expect: reward and held-out accuracy rise. With one inner epoch the loss is about zero by
-construction, so watch reward, grad_norm and the evaluations instead.
+What to expect: reward and held-out accuracy rise. With one inner epoch the loss stays near zero,
+whatever is learned, so watch reward, grad_norm and the evaluations instead.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ class Config(rollouts.Settings):
     clip_high: float = 0.28
     """Ratios above 1 + clip_high are clipped; 0.2 in GRPO, 0.28 in DAPO (clip-higher)."""
     dual_clip: float = 0.0
-    """Ratios of negative advantages are capped here, as in 3 (TRL's delta, two-sided); 0: off."""
+    """Ratios of negative advantages are capped here, say 3 (TRL's delta, two-sided); 0: off."""
     cispo_cap: float = 0.0
     """CISPO: weight the log-prob's gradient by the ratio, capped here; 0: clip as PPO does."""
     sapo: bool = False
@@ -137,8 +137,7 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
-    "gemma2-9b": REAL | dict(lora_rank=32, slots=8),
-    "gemma3-12b": REAL | dict(lora_rank=32, slots=8),
+    **dict.fromkeys(gemma.LARGE, REAL | dict(lora_rank=32, slots=8)),
 }
 SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
     "reward": "reward {:5.2f}", "accuracy": "right {:4.0%}",

@@ -82,7 +82,7 @@ class Config(rollouts.Settings):
     clip_high: float = 0.2
     """Ratios above 1 + clip_high are clipped."""
     dual_clip: float = 0.0
-    """Ratios of negative advantages are capped here, as in 3 (arXiv 1912.09729); 0: off."""
+    """Ratios of negative advantages are capped here, say 3 (arXiv 1912.09729); 0: off."""
     value_clip: float = 0.2
     """A value gains nothing by moving farther than this from its old one; 0: no clipping."""
     value_lr: float | None = None
@@ -109,7 +109,7 @@ DEFAULTS = {
         eval_every=25, eval_rows=200, save_every=25,
     ),
     "gemma2": REAL, "gemma3": REAL,
-    **dict.fromkeys(("gemma2-9b", "gemma3-12b"), REAL | dict(lora_rank=32, slots=8)),
+    **dict.fromkeys(gemma.LARGE, REAL | dict(lora_rank=32, slots=8)),
 }
 SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
     "reward": "reward {:5.2f}", "accuracy": "right {:4.0%}",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # G-RaR, rubrics as rewards: SFT, then GRPO scored by a larger Gemma that never decodes.
 #
-#   data=rows.jsonl bash recipes/grar.sh    # with "task_type" and "rubrics": README, Your own data
+#   data=rows.jsonl bash recipes/grar.sh    # with "task_type" and "rubrics": docs/data.md
 #
 # Theirs, Gemma-2-2B with a Gemma-3-12B-IT judge:
 #   SFT     LoRA r16 alpha 32, sequence 4096, effective batch 8, lr 2e-5, 5 % warm-up, cosine to
@@ -12,7 +12,7 @@
 #           under the judge's softmax, scaled to 0-1: --rewards grar --judge-style grar,
 #           recipes/grar.py
 #
-# Ours departs:
+# Differences:
 # 1. G is 8. With G 2 and division by the std every advantage is +-0.707, whatever the scores.
 # 2. The KL reference is the model after SFT. Theirs was the policy itself, so its KL was always 0.
 # 3. Policy and judge share all chips, and the judge's weights are sharded over them.

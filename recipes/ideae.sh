@@ -12,7 +12,7 @@
 #             2.25 cos(tfidf(teacher trace), tfidf(model trace)) + answer 0-4: --rewards ideae,
 #             recipes/ideae.py, which needs scikit-learn
 #
-# Ours departs:
+# Differences:
 # 1. G is 8. With G 2 and division by the std every advantage is +-0.707, whatever the scores. 8
 #    prompts a step keep eight cores busy.
 # 2. A step then has 64 completions instead of 2, and eight hours are too short for 20,000 steps. So

@@ -16,7 +16,7 @@
 #           one call a group) + 5 for the strict format, or 0.3, 0.3, 0.2, 0.2 of the 5 for each tag
 #           that is there once; at least -10: --rewards pinocchio, recipes/pinocchio.py
 #
-# Ours departs:
+# Differences:
 # 1. Rows are packed, so 9,000 updates of 16 rows see each trace more often than three epochs do.
 # 2. Half of the 5 is for the strict format alone, because theirs ignored the order of the tags.
 # 3. A completion whose judge call failed leaves its group. Theirs scored the content 0 and still

@@ -8,7 +8,7 @@
 # 0.1, lr 0 -> 3e-6 -> 0 (10 % warm-up, cosine), 1 prompt x G 2 a step, 3,738 steps; format 3, four
 # tags +-0.5, the answer -1 to 3, its first number 1.5: --rewards tunix, recipes/tunix.py
 #
-# Ours departs:
+# Differences:
 # 1. G is 8. With G 2 and division by the std every advantage is +-0.707, whatever the scores.
 # 2. 8 prompts a step, because one would leave cores idle. 3,738 steps then see GSM8K four times;
 #    if eight hours are too short for them, the clock ends the schedule.

@@ -63,6 +63,7 @@ def test_every_row_shape_is_the_same_row(row):
     ({"prompt": "Q", "rubrics": ["clear"]}, "Q", None, None),
     ({"question": "Q", "reasoning": "r", "answer": None}, "Q", None, None),
     ({"instruction": "Add.", "input": "2, 2", "output": "four"}, "Add.\n\n2, 2", "four", None),
+    ({"prompt": "Add.", "input": "2, 2", "output": "four"}, "Add.\n\n2, 2", "four", None),
     ({"context": "Ann is 4.", "question": "Q", "answer": 4}, "Ann is 4.\n\nQ", "4", "4"),
     ({"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### -1,024.5"}, "Q",
      data.format_completion("2*3=6", "-1024.5"), "-1024.5"),
@@ -137,12 +138,12 @@ BAD_ROWS = [
     ({"prompt": "Q", "completion": " "}, "the completion is empty"),
     ({"prompt": "Q", "completion": {"text": "c"}}, "as completion"),
     ({"prompt": "Q", "completion": "c", "system": 4}, "text under system, found 4"),
-    ({"messages": [TURN("system", "")], "answer": "A"}, "expected a user turn, one system"),
+    ({"messages": [TURN("system", "")], "answer": "A"}, "expected one system text, then"),
     ({"messages": [TURN("assistant", "A")]}, "expected a prompt that ends with a user turn"),
-    *[({"messages": [TURN("user", "Q"), turn]}, "prompt, turn 1: expected a text of system")
+    *[({"messages": [TURN("user", "Q"), turn]}, "prompt, turn 1: expected a text and a role of")
       for turn in (TURN("assistant", None), TURN("tool", "A"), TURN("user", [{"type": "image"}]))],
     ({"messages": [TURN("system", "a"), TURN("user", "Q"), TURN("assistant", "A")], "system": "b"},
-     "one system text; found 'a' 'b'"),
+     "then a user turn; found 'a' 'b'"),
     ({"prompt": [TURN("user", "Q"), TURN("assistant", "A")], "completion": "B"}, "a user turn"),
     ({"prompt": "Q \ud83d", "completion": "A"}, "surrogates not allowed"),
     *[({"prompt": text, "completion": "A"}, "carries a chat template already") for text in (
@@ -246,7 +247,7 @@ def test_bad_rows_stop_or_are_counted_with_the_first_and_the_longest(tmp_path, s
              '{"prompt": "12345"}', '{"prompt": "1234"}', '{"prompt": "a"}', '{"prompt": "b"}']
     file.write_bytes("\n".join(lines).encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{file}:2: .*; 6 of 8 rows are bad; the longest has 5 "
-                                         "tokens .else: --skip-bad-rows"):
+                                         "tokens .or --skip-bad-rows"):
         data.load(str(file), read)
     [items], bad = data.load(f" {file} ", read, skip_bad_rows=True, what="prompts")
     assert items == ["a", "b"]

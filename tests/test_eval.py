@@ -135,7 +135,7 @@ def test_choices_are_shown():
         ({"question": "?", "choices": ["a", "b"], "answer": "Z"}, "none of the 2 choices"),
         ({"question": "?", "choices": "ab", "answer": "a"}, "expected a list of .*choices"),
         ({"messages": []}, "expected messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a text of"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a text and a"),
         ({"question": "?", "answer": "1", "kind": "maths"}, "kind 'maths'"),
         ({"question": "many " * 99, "answer": "1"}, "more than --max-prompt 64"),
     ],

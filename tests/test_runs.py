@@ -88,6 +88,21 @@ def train(out, steps=6, every=2, until=None, **fields):
         run.end(step, save, lambda: -abs(step - 2), model)
 
 
+def test_a_step_saved_without_a_score_is_evaluated_when_the_run_goes_on(tmp_path):
+    """As SIGTERM saves it, and then --steps is lowered to that step."""
+    with open_run(tmp_path / "x", steps=9) as run:
+        run.restore(LIKE)
+        for step, score in ((2, 0.5), (4, None)):
+            run.log(step, {"loss": 1.0})
+            run.save(step, LIKE, {}, model, score)
+    with open_run(tmp_path / "x", steps=4) as run:
+        saved = run.restore(LIKE)
+        assert saved.step == 4 and run.progress(saved.step) == 1
+        save = lambda score: run.save(4, LIKE, {}, model, score)
+        run.end(4, save, lambda: 0.75, model)
+        assert run.best() == 4
+
+
 def run_python(code, *arguments, **options):
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
