@@ -274,7 +274,8 @@ class Run(contextlib.ExitStack):
         self.folder, self.keep = Path(config.out), config.keep
         self.config, self.outcome = config, []  # outcome: the last lines of a run
         show = {"loss": "loss {:.3f}"} if show is None else show
-        self.step_lines = terminal.StepLines(self.folder, show, every_s)
+        by_reward = bool(getattr(config, "rewards", None))
+        self.step_lines = terminal.StepLines(self.folder, show, every_s, by_reward)
         self.budget = Budget(config.steps, parse_time(config.time_limit), start=STARTED)
         self.step: int | None = None  # of the last line logged; None until restore()
         self.saved_step = self.scored_step = -1  # of the newest checkpoint, and that with a score

@@ -123,11 +123,12 @@ class StepLines:
     """The lines of a run's steps and evaluations, and warnings.
 
     show: the metrics of a step's line, each with its format ("right {:4.0%}"). After three lines
-    the next ones are at least every_s seconds apart.
+    the next ones are at least every_s seconds apart. by_reward: whether rewards teach the model;
+    distillation may only count them.
     """
 
-    def __init__(self, folder: Path, show: dict[str, str], every_s: float):
-        self.folder, self.show, self.every_s = folder, show, every_s
+    def __init__(self, folder: Path, show: dict[str, str], every_s: float, by_reward: bool = True):
+        self.folder, self.show, self.every_s, self.by_reward = folder, show, every_s, by_reward
         self.streaks, self.best = dict.fromkeys(WARNINGS, 0), ""  # best: held-out accuracy
         self.top, self.n_shown, self.shown_at = 0.0, 0, 0.0
 
@@ -146,7 +147,8 @@ class StepLines:
         for name in WARNINGS.keys() & numbers.keys():
             (low, high), wrong = WARNINGS[name]
             self.streaks[name] = self.streaks[name] + 1 if low <= numbers[name] <= high else 0
-            if self.streaks[name] == 3:
+            matters = self.by_reward or name == "completions/clipped_ratio"
+            if matters and self.streaks[name] == 3:
                 say_wrapped(f"warning: for 3 steps {wrong}", len("warning: "))
 
     def _say_step(self, place: str, numbers: dict[str, float], eta_s: float | None) -> None:
