@@ -207,6 +207,9 @@ def command(call: Callable[[], Any]) -> None:
     except SystemExit as end:  # its text may quote a server
         code = clean(end.code) if isinstance(end.code, str) else end.code
         raise SystemExit(code) from None  # IPython fails to show one that has a context
+    except BrokenPipeError:  # as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         folder, *ours = (Path(f).resolve().parent for f in (last.filename, __file__, sys.argv[0]))

@@ -15,6 +15,10 @@ Deviations from common practice, and why:
 2. As in GKD, no gradient goes through the sampling of the tokens. --rewards adds GRPO's
    - A log p(token), whose gradient does follow the sampling.
 3. Rows of the vocabulary behind the tokenizer's last token are left out of both distributions.
+
+What to know: the gradient of the reverse KL at a token is proportional to the student's probability
+of it. So --beta 1 sharpens a student, but cannot teach it a token it never gives: a base model took
+up the whole format except for its end, <end_of_turn> (LOG.md). Begin with SFT, or with --beta 0.
 """
 
 import dataclasses

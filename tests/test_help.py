@@ -4,7 +4,10 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -111,3 +114,12 @@ def test_flags_people_type(capsys):
                         ) == pairs(rows=3)
     page = shown(importlib.import_module("eval"), ["--help"], capsys)
     assert re.search(r"--no-greedy +Switch off: answer every problem once", page)
+
+
+def test_help_ends_quietly_when_nobody_reads_on():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run([sys.executable, ROOT / "train_sft.py", "--help"], stdout=pipe,
+                              stderr=subprocess.PIPE)
+    assert done.returncode == 1 and not done.stderr
