@@ -447,6 +447,9 @@ def test_three_acts_chain_by_their_weights(small, before, tmp_path):
     lora.write_prompt(tmp_path / "sft/final", "Think.")
     config = train_simpo.Config(**fields_of(small, before, tmp_path / "simpo"),
                                 adapter=str(tmp_path / "sft"), lora_rank=4)
+    begun = stage.load_model(train_simpo.resolve(config), mesh_of(8))
+    jax.tree.map(np.testing.assert_array_equal, begun.fixed["base"], tuned)
+    assert not any(b.any() for b in begun.trained["b"].values())
     train_simpo.main(dataclasses.replace(config, steps=1, eval_every=0, eval_accuracy=0))
     left = lora.load(tmp_path / "simpo/final", cfg)
     assert all(b.any() for b in left["b"].values())
