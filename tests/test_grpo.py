@@ -341,15 +341,6 @@ def test_a_step_of_a_sharded_base_is_that_of_a_replicated_one(rank):
                        np.float32(1e-3))
 
 
-def test_micro_batches_change_no_gradient():
-    samples = samples_of()
-    out = []
-    for config in (change(), change(micro_rows=4)):
-        batch, n, _ = pack(samples, token_weights(samples, config), config, 1)
-        out.append(gradient(batch, n, config, on_policy=True))
-    close(out[1], out[0])
-
-
 def test_a_varying_number_of_micro_batches_compiles_nothing_new():
     mesh = mesh_of(8)
     trained, fixed = weights_of(CONFIG)

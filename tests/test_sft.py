@@ -63,15 +63,10 @@ def whole_gradient(config=CONFIG):
 
 
 @pytest.mark.smoke
-def test_packing_changes_no_gradient():
-    assert (PACKED["segments"].max(1) > 1).any()
-    close(whole_gradient(), gradient(ONE_EACH))
-
-
 def test_gradient_is_that_of_the_mean_over_all_tokens():
     """Against the textbook loss on whole logits, one example a row."""
+    assert (PACKED["segments"].max(1) > 1).any()
     trained, fixed = weights_of(CONFIG)
-
     batch = packed.assemble([[r] for r in ROWS], len(ROWS), 32)
     tokens, mask = batch["tokens"], batch["mask"][:, 1:]
 
@@ -106,10 +101,6 @@ def test_prompts_weigh_what_they_are_given():
         total, count = sums(w)
         np.testing.assert_allclose(total, -(logp * weight).sum(), rtol=1e-5)
         np.testing.assert_allclose(count, weight.sum(), rtol=1e-6)
-
-
-def test_micro_batches_change_no_gradient():
-    close(gradient(PACKED, 4), whole_gradient())
 
 
 @pytest.mark.parametrize("rank, sharded, check_vma", [
