@@ -51,16 +51,6 @@ def test_ties_of_a_vote_count_as_the_share_that_is_right():
     assert vote([None, None], [False, False]) == 0.0
 
 
-def test_intervals_by_hand():
-    np.testing.assert_allclose(rollouts.wilson(8, 10), (0.490163, 0.943318), atol=1e-6)
-    assert rollouts.wilson(0, 10)[0] == 0.0 and rollouts.wilson(10, 10)[1] == 1.0
-    values = np.random.default_rng(1).random(400)
-    half = 1.96 * values.std(ddof=1) / 20
-    low, high = evaluation.bootstrap(values)
-    np.testing.assert_allclose((low, high), (values.mean() - half, values.mean() + half), atol=4e-3)
-    assert evaluation.bootstrap(values) == (low, high)
-
-
 def test_bootstrap_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(2).random(300) ** 3  # skewed
@@ -80,15 +70,6 @@ def test_intervals_and_mcnemar_are_scipys():
 
 
 # -------------------------------------------------------------------------------------- problems
-
-
-@pytest.mark.parametrize("system", ["", "Be brief."])
-def test_the_prompt_is_the_one_of_training(system):
-    row = problems.word_problem("test", 0)
-    problem = rollouts.read_problem(row, TOK, system)
-    assert list(problem.prompt) == TOK.chat(data.with_system(data.parse_row(row).chat, system))
-    assert (problem.gold, problem.kind, problem.domain) == (row["answer"], "number", "math")
-    assert problem.id == rollouts.read_problem(row, TOK).id  # whatever the system text
 
 
 GSM8K = {"question": "How many?", "answer": "He has 2 * 3 = <<2*3=6>>6.\n#### 6"}
@@ -124,6 +105,7 @@ def test_choices_are_shown():
     row = {"question": "Where is it?", "choices": ["Rome", "Oslo"], "answer": "B", "domain": "geo"}
     problem = rollouts.read_problem(row, TOK)
     assert problem.question == "Where is it?\nA) Rome\nB) Oslo" and problem.domain == "geo"
+    assert problem.id == rollouts.read_problem(row, TOK, "Be brief.").id  # whatever the system text
 
 
 @pytest.mark.parametrize(
