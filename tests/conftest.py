@@ -100,15 +100,6 @@ def told(monkeypatch):
     return steps
 
 
-def greedy(params, cfg, prompt, n: int) -> list[int]:
-    """The plainest decoder there is: a whole forward pass for each of n tokens."""
-    logits = jax.jit(gemma.logits, static_argnames="cfg")
-    ids = [*prompt, *[0] * n]  # no token sees those after it
-    for t in range(len(prompt), len(ids)):
-        ids[t] = int(logits(params, cfg, np.array([ids]))[0, t - 1].argmax())
-    return ids[len(prompt) :]
-
-
 ONE_DEVICE = {**os.environ, "XLA_FLAGS": " ".join(FLAGS[1:])}  # the environment of a subprocess
 CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
