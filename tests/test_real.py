@@ -5,7 +5,6 @@ tolerances are float32's, for logits with a standard deviation of about 10.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHARED
 
 import data
 import gemma
 import lora
 import merge
+import packed
 import stage
 import train_sft
 from sampler import Sampler
@@ -92,35 +91,13 @@ def test_greedy_decoding_is_that_of_transformers_past_the_window(hf, ours, tok):
         assert got[i] == out[0, len(prompt):].tolist(), f"prompt {i}"
 
 
-def test_token_ids_are_those_of_the_published_tokenizer(tok):
-    file = SHARED / "real" / "golden_tokens.json"
-    if not file.exists():
-        pytest.skip("../shared/real is absent")
-    golden = json.loads(file.read_text())
-    for chat in golden["chats"]:
-        assert tok.chat(chat["messages"], generate=chat["generate"]) == chat["ids"], chat
-    # A user's text never becomes a control token: data.Tokenizer spells these three out.
-    spelled_out = ("[multimodal]", "<unused0>", "<mask>")
-    for text in golden["texts"]:
-        if not any(piece in text["text"] for piece in spelled_out):
-            assert tok.encode(text["text"]) == text["ids"], text
-
-
 def batches(tok, n, rows=2, length=128):
     """Rows of one example each: the packed layout, which transformers can read row by row."""
     for i in range(n):
-        batch = {k: np.zeros((rows, length), np.int32)
-                 for k in ("tokens", "mask", "segments", "positions")}
-        for b in range(rows):
-            chat = [{"role": "user", "content": f"What is {i} + {b}?"},
-                    {"role": "assistant", "content": data.format_completion(
-                        f"{i} + {b} = {i + b}.", str(i + b))}]
-            ids, mask = tok.example(chat)
-            batch["tokens"][b, : len(ids)] = ids
-            batch["mask"][b, : len(ids)] = mask
-            batch["segments"][b, : len(ids)] = 1
-            batch["positions"][b, : len(ids)] = np.arange(len(ids))
-        yield batch
+        chats = [[{"role": "user", "content": f"What is {i} + {b}?"},
+                  {"role": "assistant", "content": data.format_completion(
+                      f"{i} + {b} = {i + b}.", str(i + b))}] for b in range(rows)]
+        yield packed.assemble([[data.Example(*tok.example(chat))] for chat in chats], rows, length)
 
 
 def test_ten_lora_steps_lose_what_peft_and_transformers_lose(hf, ours, tok, tmp_path):

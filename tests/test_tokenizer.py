@@ -381,11 +381,13 @@ def test_chat_template_of_another_model(directories, tmp_path, file):
         assert found in str(e.value) and "\n" not in str(e.value), template
 
 
-def test_published_tokenizer_json():
-    """Ids of transformers; $GEMMA_TOKENIZER is a folder with Gemma 3's tokenizer.json."""
-    folder, golden = os.environ.get("GEMMA_TOKENIZER"), SHARED / "real/golden_tokens.json"
-    if not folder or not golden.exists():
-        pytest.skip("no $GEMMA_TOKENIZER, or ../shared/real is absent")
+@pytest.mark.parametrize("variable", [
+    "GEMMA_TOKENIZER", pytest.param("GEMMA_WEIGHTS", marks=pytest.mark.real)])
+def test_published_tokenizer(variable):
+    """Ids of transformers; the variable names a folder with the tokenizer of a Gemma 3."""
+    folder, golden = Path(os.environ.get(variable, "nowhere")), SHARED / "real/golden_tokens.json"
+    if not [*folder.glob("tokenizer.*")] or not golden.exists():
+        pytest.skip(f"${variable} names no tokenizer, or ../shared/real is absent")
     tok, golden = Tokenizer(folder), json.loads(golden.read_text())
     assert tok.vocab_size == 262144
     for chat in golden["chats"]:
