@@ -107,6 +107,14 @@ CFG = gemma.Config(
 )
 
 
+def one_line(call, *arguments) -> str:
+    """The message of the ValueError that a call must raise."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def mesh_of(n: int) -> jax.sharding.Mesh:
     """The first n of the eight devices."""
     return jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),

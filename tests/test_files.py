@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, one_line
 from jax.sharding import NamedSharding
 from make_tokenizer import train_tokenizer
 from safetensors.numpy import load_file, save_file
@@ -23,7 +24,6 @@ import data
 import gemma
 import model_files
 
-ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("gemma2", "gemma3")
 DTYPES = ("float32", "bfloat16")
 TINY = {
@@ -60,14 +60,6 @@ def assert_identical(found, expected):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
         bits = f"u{a.dtype.itemsize}"
         assert np.array_equal(a.view(bits), b.view(bits)), jax.tree_util.keystr(path)
-
-
-def one_line(call, *arguments, **options) -> str:
-    """The message of the ValueError that a call must raise."""
-    with pytest.raises(ValueError) as error:
-        call(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.fixture(scope="module", autouse=True)

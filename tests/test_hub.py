@@ -12,6 +12,7 @@ import time
 import types
 
 import pytest
+from conftest import one_line
 
 import chat
 import download
@@ -19,15 +20,6 @@ import gemma
 import hub
 import model_files
 import settings
-
-
-def one_line(call, *arguments) -> str:
-    """The message of the ValueError that a call must raise."""
-    with pytest.raises(ValueError) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
 
 HUB = {  # name here -> name on the Hub and on Kaggle
     "gemma2-2b": "gemma-2-2b-it",
