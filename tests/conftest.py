@@ -176,6 +176,11 @@ def check_sharded_step(cfg, config, make_steps, specs_of, trained, fixed, *args)
     assert all(jax.tree.leaves(moved)), moved
 
 
+def lines(file: Path) -> list:
+    """The values of a JSONL file in which every line is whole."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def contents(run) -> dict:
     """Everything a run leaves but timings, and the record of where it ran.
 
@@ -187,8 +192,7 @@ def contents(run) -> dict:
     for file in sorted(p for p in run.rglob("*") if p.is_file() and p.name not in apart):
         name = str(file.relative_to(run))
         if file.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = [{k: v for k, v in m.items() if not timing(k)} for m in lines]
+            found[name] = [{k: v for k, v in m.items() if not timing(k)} for m in lines(file)]
         elif file.name == "config.json":
             found[name] = {k: v for k, v in json.loads(file.read_text()).items() if k != "out"}
         else:

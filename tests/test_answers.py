@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import lines
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +150,7 @@ def test_answers_that_must_be_right_or_wrong():
 
 HERE = Path(__file__).parent
 PUBLIC = [(v["gold"], v["kind"], tuple(v["choices"]), v["guess"], v["right"])
-          for v in map(json.loads, (HERE / "verdicts.jsonl").read_text().splitlines())]
+          for v in lines(HERE / "verdicts.jsonl")]
 CITIES = ("Rome", "Oslo", "Bern", "Paris")
 OWN = [(gold, "auto", CITIES if gold == "B" else (), guess, side == "right")
        for gold, sides in json.loads((HERE / "answers.json").read_text()).items()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CFG, ROOT, close, live_adapter, mesh_of
+from conftest import CFG, ROOT, close, lines, live_adapter, mesh_of
 from test_grpo import samples_of
 
 import data
@@ -331,10 +331,6 @@ def test_a_teacher_of_another_system_text_is_refused(small, tmp_path):
     lora.write_prompt(tmp_path, "Be brief.")
     with pytest.raises(ValueError, match="trained under 'Be brief.'"):
         train_distill.resolve(train_distill.Config(teacher_adapter=adapter, system="Be long."))
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("on_policy, rank", [(1.0, 0), (0.5, 4), (0.0, 4)])

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, lines
 from test_judge import serving
 
 import data
@@ -309,7 +309,7 @@ def test_end_to_end(config, tmp_path, monkeypatch, capsys):
     assert printed == evaluation.summary(results) + "\n" and "poems" not in printed
     everything = evaluation.table(results)
     assert "6 problems, 5 with an answer to check" in everything and "poems" in everything
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    rows = lines(out / "samples.jsonl")
     assert len(rows) == 6 * 3 and results == evaluation.summarize(rows)
     assert len({r["completion"] for r in rows}) > 10
     monkeypatch.setattr(evaluation, "grade", None)  # calling it would fail
@@ -351,7 +351,7 @@ def test_rewards_and_a_judge(config, tmp_path, monkeypatch, capsys):
         results = evaluation.main(scored)
         assert len(server.bodies) == 6 * 3 + sum(map(lost, server.bodies)) // 2
     printed = capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    rows = lines(tmp_path / "out/samples.jsonl")
     for row in rows:
         missing = row["domain"] == "poems"
         assert ("HTTP 400" in row["errors"].get("judge", "")) == missing == (row["reward"] is None)
@@ -362,11 +362,10 @@ def test_rewards_and_a_judge(config, tmp_path, monkeypatch, capsys):
     assert results == evaluation.summarize(rows) and "reward " in printed
     for file in (tmp_path / "out").rglob("*.json*"):
         assert "sk-of-this-evaluation" not in file.read_text(), file
-    sampled = (tmp_path / "out/samples.jsonl").read_text()
     again = evaluation.main(dataclasses.replace(scored, rewards="format:2", judge=None))
     assert again["reward"] == 2 * results["format"] and "reward_judge" not in again
-    completions = lambda text: [json.loads(line)["completion"] for line in text.splitlines()]
-    assert completions(sampled) == completions((tmp_path / "out/samples.jsonl").read_text())
+    same = lines(tmp_path / "out/samples.jsonl")
+    assert [row["completion"] for row in same] == [row["completion"] for row in rows]
 
 
 def test_defaults():

@@ -12,15 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
-    CFG,
-    ROOT,
-    check_sharded_step,
-    close,
-    live_adapter,
-    mesh_of,
-    weights_of,
-)
+from conftest import CFG, ROOT, check_sharded_step, close, lines, live_adapter, mesh_of, weights_of
 
 import data
 import gemma
@@ -639,7 +631,7 @@ def test_prob_is_a_reward_among_others(small, tmp_path):
         eval_data=str(tmp_path / "rows.jsonl"), group=2, prompts=2, max_prompt=24, max_new=8,
         pack_length=40, slots=2, rewards="prob:2,tagged:0.1", eval_every=0, max_drift=99.0,
         reward_file=str(tmp_path / "own.py:tagged")))
-    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").open()]
+    samples = lines(tmp_path / "run/samples.jsonl")
     with_answer = [s for s in samples if s["prompt"] == "1 + 1?"]
     assert len(with_answer) == 2 and len(samples) == 4
     for s in samples:
@@ -685,7 +677,7 @@ def whole(tmp_path_factory):
 
 def test_what_a_run_leaves(whole):
     out, said = whole
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = lines(out / "metrics.jsonl")
     steps = [m for m in metrics if "reward" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4]
     for m in steps:
@@ -700,7 +692,7 @@ def test_what_a_run_leaves(whole):
     assert any(m["rewards/score/missing"] > 0 for m in steps)
     assert any("eval_accuracy_low" in m for m in metrics)
     assert "Reward: score" in (out / "report.html").read_text()
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    rows = lines(out / "samples.jsonl")
     failed = [r for r in rows if r["errors"]]
     assert failed and all(r["reward"] is None and r["rewards"]["score"] is None for r in failed)
     assert all(r["advantage"] == 0 for r in failed) and any(r["advantage"] for r in rows)

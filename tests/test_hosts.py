@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import FLAGS, ROOT, contents, live_adapter
+from conftest import FLAGS, ROOT, contents, lines, live_adapter
 from safetensors.numpy import load_file
 
 import disk
@@ -59,10 +59,6 @@ def start(jobs, folder):
                          stderr=subprocess.STDOUT, env=env)
         for i in range(2)
     ]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ------------------------------------------------------------- two processes of four = one of eight

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, mesh_of
+from conftest import ROOT, lines, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gemma import random_params
@@ -939,11 +939,11 @@ def test_a_run_judged_over_http(tmp_path, monkeypatch, capfd):
     assert {*map(len, shown)} == {2}
     rounds = [(waited, n) for waited, n in rounds if waited is not True]
     assert len(rounds) == 3 and all(waited < n for waited, n in rounds)
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = lines(run / "metrics.jsonl")
     steps = [m for m in metrics if "frac_reward_missing" in m]
     assert [m["judge_missing"] for m in steps] == [0.75, 0.75, 0]
     assert [m["frac_reward_missing"] for m in steps] == [0.75, 0.75, 0]
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    rows = lines(run / "samples.jsonl")
     lost = [row for row in rows if row["errors"]]
     assert len(lost) == 48 and "***" in lost[0]["errors"]["judge"]
     assert all(row["reward"] is None and row["advantage"] == 0 for row in lost)

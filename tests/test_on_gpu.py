@@ -1,6 +1,5 @@
 """on_gpu.py, all of it with the tiny model on a CPU, so that it is ready when a GPU is there."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import on_gpu
 import pytest
 import tyro
-from conftest import ROOT
+from conftest import ROOT, lines
 from test_readme import parse
 
 
@@ -28,7 +27,7 @@ def test_quick(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as there
     command = [sys.executable, "tests/on_gpu.py", "--quick", f"--out={tmp_path}", "--budget=900s"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = lines(tmp_path / "results.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert {row["status"] for row in rows} == {"ok"} and len(rows) == 11
     assert (tmp_path / "table.md").read_text() in done.stdout

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import tyro
-from conftest import ONE_DEVICE, ROOT
+from conftest import ONE_DEVICE, ROOT, lines
 
 import problems
 import runs
@@ -229,8 +229,7 @@ def whole(folder, name, **more):
 
 def steps_of(folder) -> list[dict]:
     """The lines of its training steps."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [m for m in map(json.loads, lines) if "step_s" in m]
+    return [m for m in lines(folder / "metrics.jsonl") if "step_s" in m]
 
 
 def test_the_shortest_end_to_end(tmp_path):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CFG, ONE_DEVICE, ROOT, check_sharded_step, close, mesh_of, weights_of
+from conftest import CFG, ONE_DEVICE, ROOT, check_sharded_step, close, lines, mesh_of, weights_of
 from safetensors.numpy import load_file
 
 import data
@@ -280,8 +280,7 @@ def whole(small, tmp_path_factory):
 @pytest.mark.xdist_group("sft")
 def test_what_an_evaluation_leaves(whole):
     """Loss, accuracy and format of held-out rows, some completions, and the checkpoint's score."""
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    measured = {m["step"]: m for m in lines if "eval_loss" in m}
+    measured = {m["step"]: m for m in lines(whole / "metrics.jsonl") if "eval_loss" in m}
     assert list(measured) == [0, 3, 6]
     for step, m in measured.items():
         assert 0 <= m["eval_accuracy"] <= 1 and 0 <= m["eval_format"] <= 1 and m["eval_loss"] > 0
@@ -289,7 +288,7 @@ def test_what_an_evaluation_leaves(whole):
             continue
         state = json.loads((whole / f"checkpoints/step_{step}/resume/state.json").read_text())
         assert state["score"] == m["eval_accuracy"]
-    rows = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    rows = lines(whole / "samples.jsonl")
     assert [row["step"] for row in rows] == [0, 3, 6]  # one of the 40 rows is held out
     assert all({"prompt", "completion", "correct", "format", "stop"} <= row.keys() for row in rows)
 
@@ -299,7 +298,7 @@ def test_ends_before_the_time_limit_with_checkpoint_and_evaluation(small, tmp_pa
     began = time.monotonic()
     sft(small, tmp_path, "--time-limit", "45s", "--steps", "1000000", "--save-every", "0")
     assert time.monotonic() - began < 45
-    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    metrics = lines(tmp_path / "metrics.jsonl")
     last = max(m["step"] for m in metrics)
     assert "eval_loss" in metrics[-1] and metrics[-1]["step"] == last > 6
     rates = [m["learning_rate"] for m in metrics if "learning_rate" in m]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CFG, check_sharded_step, close, live_adapter, mesh_of
+from conftest import CFG, check_sharded_step, close, lines, live_adapter, mesh_of
 
 import data
 import gemma
@@ -399,12 +399,12 @@ def test_a_stage_learns_the_pairs(small, before, tmp_path, told):
     train_simpo.main(train_simpo.Config(**fields_of(small, before, tmp_path / "a") | dict(
         adapter=str(before / "sft"), lora_rank=4, eval_accuracy=2, report_to="tensorboard",
         steps=12, eval_every=0, learning_rate=5e-3, show=1)))
-    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    metrics = lines(tmp_path / "a/metrics.jsonl")
     assert told == [*range(1, 13), 12, "closed"]  # the steps and the evaluation at the end
-    steps = [m for m in lines if "loss" in m]
+    steps = [m for m in metrics if "loss" in m]
     logged = {"loss", "grad_norm", "learning_rate", "n_pairs", *train_simpo.METRICS}
     assert logged <= steps[0].keys()
-    held_out = [m for m in lines if "eval_loss" in m]
+    held_out = [m for m in metrics if "eval_loss" in m]
     assert held_out[-1]["eval_margin"] > steps[0]["margin"] and {
         "eval_pair_accuracy", "eval_accuracy", "eval_accuracy_low",
         "eval_format"} <= held_out[-1].keys()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT
+from conftest import ROOT, lines
 from test_judge import serving
 
 import data
@@ -30,10 +30,6 @@ N = 24
 def write(path, rows):
     path.write_bytes(disk.to_jsonl(rows))
     return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def problems_of(rows, system="", family="gemma3"):
@@ -156,7 +152,7 @@ def test_pairs_of_the_model_itself_are_what_train_simpo_reads(tmp_path):
                             rewards="format:0.5,answer:1,length:0.3") | more))
     file = made("whole")
     journal = (file.parent / "samples.jsonl").read_bytes()
-    rows, rejects = read(file), read(file.parent / "rejects.jsonl")
+    rows, rejects = lines(file), lines(file.parent / "rejects.jsonl")
     assert {row["chosen_sample"] for row in rows} > {-1} and len(rows) > 6
     config = Pairs(**mesh_config(tmp_path, "whole", rows=0))
     problems = {p.id: p for p in rollouts.load_problems(config, TOK["gemma3"])[0]}
@@ -169,7 +165,7 @@ def test_pairs_of_the_model_itself_are_what_train_simpo_reads(tmp_path):
         for example in pair[:2]:
             assert example.prompt == np.array(problems[row["id"]].prompt, np.int32).tobytes()
     # another margin samples nothing; another seed is refused rather than mixed in
-    assert len(read(made("whole", margin=1.4))) < len(rows)
+    assert len(lines(made("whole", margin=1.4))) < len(rows)
     assert (file.parent / "samples.jsonl").read_bytes() == journal
     with pytest.raises(SystemExit, match="--seed was 1"):
         made("whole", seed=2)
@@ -179,9 +175,9 @@ def test_a_model_that_answers_nothing_right_leaves_rejects_and_a_word_about_them
     config = Traces(**mesh_config(tmp_path, "traces", rewards="length:-1", min_reward=0.1))
     synthesize.main(config)
     assert f"no rows to train on: {config.out}/rejects.jsonl says why" in capsys.readouterr().err
-    rows, rejects = (read(Path(config.out) / f"{name}.jsonl") for name in ("rows", "rejects"))
+    rows, rejects = (lines(Path(config.out) / f"{name}.jsonl") for name in ("rows", "rejects"))
     assert len(rows) + len(rejects) == 24 and rejects
-    source = {row["question"]: row for row in read(tmp_path / "rows.jsonl")}
+    source = {row["question"]: row for row in lines(tmp_path / "rows.jsonl")}
     for row in rows:
         assert source[row["question"]]["answer"] == row["answer"] and row["teacher"] == "tiny"
         assert row["difficulty"] == source[row["question"]]["difficulty"] and row["reward"] >= 0.1
