@@ -4,14 +4,12 @@ import math
 import sys
 
 import pytest
+from test_rewards import A_, GOLD, R_, A, R, tagged
 
 import rewards
 from rewards import prepare, read_mix, score
 
 pytest.importorskip("sklearn", reason="IDEA-E's TF-IDF is scikit-learn's")
-
-R, A = "<reasoning>", "<answer>"
-R_, A_ = "</reasoning>", "</answer>"
 
 
 def scored(text, completion, row=None, traces=("apples pears",), recipe=None, judge=None):
@@ -26,10 +24,6 @@ def part(name, completion, row=None, traces=("apples pears",)):
     recipe = next(p for p in rewards.PRESETS
                   if name in rewards.read_file(str(rewards.preset_file(p)))[0])
     return scored("", completion, row, traces, (recipe, name)).parts[name]
-
-
-def tagged(answer, trace="I see"):
-    return f"<reasoning>{trace}</reasoning>\n<answer>{answer}</answer>"
 
 
 def test_tags_of_pinocchio():
@@ -112,9 +106,6 @@ def test_what_tfidf_needs(monkeypatch):
 
 def judged(**values):
     return {name: rewards.Reward(lambda c, r, v=v: v) for name, v in values.items()}
-
-
-GOLD = {"answer": "42", "reasoning": "apples and pears", "progress": 0.1}
 
 
 def test_the_sum_of_tunix():
