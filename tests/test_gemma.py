@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -412,7 +413,7 @@ def test_splash_is_for_tpus_long_rows_and_heads_of_whole_tiles():
 
     assert splashes(of_tpus)
     assert not splashes(of_tpus, T=127) and not splashes(of_tpus, head_dim=32)
-    assert not splashes(mesh())
+    assert not splashes(mesh_of(8))
 
 
 @pytest.mark.parametrize("kind, capability, expected", [
@@ -458,11 +459,6 @@ def test_where_cudnn_attends_the_hidden_states_are_the_same(monkeypatch, T, B=2)
 # ------------------------------------------------------------------------------------ eight devices
 
 
-@functools.cache
-def mesh():
-    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
 def loss_sum(params, cfg, tokens_BT, positions_BT, segments_BT, **how):
     """A sum over log-probs and entropies, and the hidden states it was made of."""
     x_BTD = gemma.hidden(params, cfg, tokens_BT, positions_BT, segments_BT, **how)
@@ -500,7 +496,7 @@ def check_eight_devices(cfg, shard, remat, check_vma):
         return jax.tree.map(total, grads, pspecs), x_BTD
 
     rows = (P("data"),) * 3
-    step = jax.shard_map(body, mesh=mesh(), in_specs=(pspecs, *rows), check_vma=check_vma,
+    step = jax.shard_map(body, mesh=mesh_of(8), in_specs=(pspecs, *rows), check_vma=check_vma,
                          out_specs=(pspecs, P("data")))
     grads, x_BTD = jit(step)(random_params(cfg), *batch_of_eight(cfg))
     expected_grads, expected_BTD = on_one_device(cfg)

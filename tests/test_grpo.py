@@ -267,9 +267,11 @@ def one_each(samples, config):
             for k in rows[0]}
 
 
-def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False):
+def gradient(batch, n_micro, config, devices=1, sharded=False, check_vma=True, on_policy=False,
+             base=None):
     mesh = mesh_of(devices)
     trained, fixed = weights_of(config)
+    fixed |= {"base": base} if base else {}
     trained, fixed = put((trained, fixed), mesh, partition_specs(CFG, config, sharded))
     f = jax.jit(train_grpo.grads_on_mesh(CFG, config, mesh, sharded, check_vma))
     return jax.device_get(f(trained, fixed, batch, np.int32(n_micro), np.bool(on_policy)))

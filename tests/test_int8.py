@@ -48,11 +48,6 @@ def powers_of_two(cfg, seed=0):
                         gemma.quantised(cfg, random_params(cfg, seed)))
 
 
-def on_mesh(cfg, params, mesh, shard):
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    return jax.tree.map(put, params, gemma.pspecs(cfg, shard, int8=True))
-
-
 def equal(found, expected):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected),
                             strict=True):
@@ -123,14 +118,7 @@ def test_no_weight_is_zero_over_zero_and_a_nan_is_not_lost():
 def gradient(config, base, devices=1, sharded=False):
     samples = samples_of()
     batch, n, _ = rollouts.pack(samples, train_grpo.token_weights(samples, config), config, devices)
-    trained, fixed = weights_of(config)
-    fixed |= {"base": base}
-    mesh = mesh_of(devices)
-    trained, fixed = stage.put((trained, fixed), mesh,
-                               stage.partition_specs(CFG, config, sharded))
-    f = jax.jit(train_grpo.grads_on_mesh(CFG, config, mesh, sharded))
-    batch = off_policy(samples)(batch)
-    return jax.device_get(f(trained, fixed, batch, np.int32(n), np.bool(False)))
+    return test_grpo.gradient(off_policy(samples)(batch), n, config, devices, sharded, base=base)
 
 
 def test_gradients_of_an_adapter_are_exactly_those_on_the_dequantised_base():
@@ -243,7 +231,7 @@ def test_decoding_is_the_forward_pass_replicated_and_sharded(family="gemma2"):
             gaps.append((gap, np.abs(logps - r.logps).max()))
     assert max(g for kind, g in gaps if kind == 0) < 2e-5
     assert max(g for kind, g in gaps if kind == 1) > 1e-2  # or the test could not tell
-    shards = on_mesh(cfg, int8, mesh_of(8), True)
+    shards = stage.put(int8, mesh_of(8), gemma.pspecs(cfg, True, int8=True))
     for shard in (False, True):  # gathered at the start of the call, or read in place
         split = test_sampler.sampler(family, n_devices=8, slots=2, shard=shard)
         again = test_sampler.by_number(split.sample(shards, prompts, 3, **settings))
@@ -257,8 +245,9 @@ def test_an_int8_judge_scores_the_same_sharded_and_on_one_device(family="gemma2"
     int8 = gemma.quantised(cfg, test_judge.params_of(family))
 
     def scores(params, n, shard):
-        params = on_mesh(cfg, params, mesh_of(n), shard) if gemma.is_int8(params) else params
-        return test_judge.scores(judge.OnMesh(cfg, params, test_judge.TOK[family], mesh_of(n),
+        mesh, specs = mesh_of(n), gemma.pspecs(cfg, shard, int8=True)
+        params = stage.put(params, mesh, specs) if gemma.is_int8(params) else params
+        return test_judge.scores(judge.OnMesh(cfg, params, test_judge.TOK[family], mesh,
                                               "explicit", shard=shard, rows=2))
 
     one = scores(int8, 1, False)

@@ -18,7 +18,6 @@ from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,10 +67,7 @@ CASES = [(c, ROW) for c in COMPLETIONS] + [(c, OTHER) for c in COMPLETIONS[:2]]
 def on_mesh(style="grar", family="gemma3", n_devices=1, shard=False, rows=4, **more):
     cfg, params = CFG[family], params_of(family)
     on = mesh_of(n_devices)
-    specs = gemma.pspecs(cfg, shard)
-    params = jax.tree.map(
-        lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(on, spec)), params, specs
-    )
+    params = stage.put(params, on, gemma.pspecs(cfg, shard))
     return judge.OnMesh(cfg, params, TOK[family], on, style, shard=shard, rows=rows, **more)
 
 

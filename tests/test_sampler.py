@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import live_adapter, mesh_of
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_gemma import TINY, random_params
 
 import gemma
+import stage
 from sampler import Rollout, Rules, Sampler, draw
 
 FAMILIES = ("gemma2", "gemma3")
@@ -173,10 +173,7 @@ def test_tokens_do_not_depend_on_devices_slots_or_order(family):
         assert tokens(s.sample(params, prompts, **settings)) == expected
     backwards = dict(reversed(numbered.items()))
     assert tokens(sampler(family).sample(params, backwards, **settings)) == expected
-    sharded = jax.tree.map(
-        lambda w, spec: jax.device_put(w, NamedSharding(mesh_of(8), spec)),
-        params, gemma.pspecs(CFG[family], True),
-    )
+    sharded = stage.put(params, mesh_of(8), gemma.pspecs(CFG[family], True))
     assert tokens(others[1].sample(sharded, backwards, **settings)) == expected
 
 
