@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import re
 import shutil
@@ -60,14 +59,6 @@ def assert_identical(found, expected):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
         bits = f"u{a.dtype.itemsize}"
         assert np.array_equal(a.view(bits), b.view(bits)), jax.tree_util.keystr(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is most of this file's time, and nothing here runs long enough to repay it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -432,8 +423,7 @@ def test_the_better_perplexity_decides(tokenizers, folder, monkeypatch, capsys):
     kind = min(expected, key=expected.get)
     said = rf"perplexity ([\d.]+) on {n} tokens of English as {kind}"
     command = [sys.executable, str(ROOT / "gemma.py"), "--weights", str(folder)]
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=quick)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "PASS" not in done.stdout
     found = re.fullmatch(f"FAIL: {said}, expected below 50\n", done.stderr)[1]
     assert abs(float(found) - expected[kind]) < 0.02 and expected[kind] > 100

@@ -36,18 +36,11 @@ TINY = {  # 5 = 2*2 + 1 and 7 = 2*3 + 1 layers: whole periods and a rest
         1e4, 1e6, rope_factor=8.0,
     ),
 }
-# Compiling is most of this file's time: these two options take three quarters off it.
-PLAIN = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-try:
-    jax.jit(lambda: 0, compiler_options=PLAIN).lower().compile()
-except jax.errors.JaxRuntimeError:  # JAX 0.12 no longer has the second
-    del PLAIN["xla_cpu_use_fusion_emitters"]
-jit = functools.partial(jax.jit, compiler_options=PLAIN)
-hidden = jit(gemma.hidden, static_argnames="cfg")
-logits = jit(gemma.logits, static_argnames="cfg")
+hidden = jax.jit(gemma.hidden, static_argnames="cfg")
+logits = jax.jit(gemma.logits, static_argnames="cfg")
 
 
-@functools.partial(jit, static_argnames="cfg")
+@functools.partial(jax.jit, static_argnames="cfg")
 def packed_logits(params, cfg, tokens_BT, positions_BT, segments_BT):
     x_BTD = gemma.hidden(params, cfg, tokens_BT, positions_BT, segments_BT)
     return gemma.read_logits(cfg, gemma.head(params, cfg), x_BTD)
@@ -253,7 +246,7 @@ def reach(cfg, positions=None, segments=None, T=12):
         x_BTD = gemma.hidden(p, cfg, tokens, positions, segments)
         return x_BTD[0] @ jax.random.normal(jax.random.key(1), (cfg.hidden_size,))
 
-    d_TVD = jit(jax.jacrev(f))(params["embed_tokens"])
+    d_TVD = jax.jit(jax.jacrev(f))(params["embed_tokens"])
     return np.abs(np.asarray(d_TVD))[:, tokens[0]].max(-1)
 
 
@@ -318,7 +311,7 @@ def test_splash_is_attention_and_so_are_its_gradients(family, B=2, T=200):
         return splash.attend(cfg, qkv[0], [(*qkv[1:], None)], segments_BT=segments_BT,
                              window=window, interpret=True)
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def both(attention, qkv, window):
         total = lambda qkv: jnp.sum(attention(qkv, window) * weight)
         return attention(qkv, window) * weight, jax.grad(total)(qkv)
@@ -357,9 +350,9 @@ def test_a_model_with_splash_is_the_model(as_on_a_tpu):
         kept = [tuple(z * valid[:, None, :, None] for z in kv[1]), kv[0][0][0], kv[0][1][0]]
         return jax.grad(total, has_aux=True)(params), (x_BTD * valid[..., None], kept)
 
-    found = jit(run)(params)
+    found = jax.jit(run)(params)
     as_on_a_tpu.setattr(gemma, "on_tpu", lambda mesh=None: False)
-    expected = jit(lambda params: run(params))(params)
+    expected = jax.jit(lambda params: run(params))(params)
     for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert_close(y, x, 1e-5 * jnp.abs(x).max() * (x.dtype == jnp.float32))
 
@@ -478,7 +471,7 @@ def batch_of_eight(cfg):
 
 @functools.cache
 def on_one_device(cfg):
-    grad = jit(jax.grad(loss_sum, has_aux=True), static_argnums=1)
+    grad = jax.jit(jax.grad(loss_sum, has_aux=True), static_argnums=1)
     return grad(random_params(cfg), cfg, *batch_of_eight(cfg))
 
 
@@ -498,7 +491,7 @@ def check_eight_devices(cfg, shard, remat, check_vma):
     rows = (P("data"),) * 3
     step = jax.shard_map(body, mesh=mesh_of(8), in_specs=(pspecs, *rows), check_vma=check_vma,
                          out_specs=(pspecs, P("data")))
-    grads, x_BTD = jit(step)(random_params(cfg), *batch_of_eight(cfg))
+    grads, x_BTD = jax.jit(step)(random_params(cfg), *batch_of_eight(cfg))
     expected_grads, expected_BTD = on_one_device(cfg)
     assert_close(x_BTD, expected_BTD, 1e-5)
     assert_same_trees(grads, expected_grads, 1e-5)
@@ -553,9 +546,9 @@ def test_token_logps_and_their_gradients_equal_log_softmax(chunk, block, tempera
             for use, u in USES.items() for wrt in (0, 1, (0, 1))
         }
 
-    ours = jit(lambda: all_of(
+    ours = jax.jit(lambda: all_of(
         lambda x, head: gemma.token_logps(x, head, targets, chunk=chunk, block=block, **how)))()
-    theirs = jit(lambda: all_of(lambda x, head: plain_logps(x, head, targets, **how)))()
+    theirs = jax.jit(lambda: all_of(lambda x, head: plain_logps(x, head, targets, **how)))()
     assert ours[0][0].dtype == jnp.float32
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert_close(a, b, 4e-6 * max(1, float(jnp.abs(b).max())))
@@ -717,7 +710,7 @@ def test_a_written_config_means_the_same_to_transformers(hf, tmp_path, family, c
 @pytest.mark.parametrize("family", FAMILIES)
 def test_init_fills_the_table_of_specs(family):
     cfg = dataclasses.replace(TINY[family], tie_word_embeddings=False)
-    params = jit(gemma.init, static_argnums=(0, 2))(cfg, jax.random.key(0), jnp.bfloat16)
+    params = jax.jit(gemma.init, static_argnums=(0, 2))(cfg, jax.random.key(0), jnp.bfloat16)
     assert params.keys() - gemma.specs(TINY[family]).keys() == {"lm_head"}
     starts = set()
     for spec, leaf in zip(jax.tree.leaves(gemma.specs(cfg)), jax.tree.leaves(params), strict=True):
