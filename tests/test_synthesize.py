@@ -21,7 +21,7 @@ import rollouts
 import synthesize
 from synthesize import Pairs, Teacher, Traces, choose
 
-TOK = {family: data.Tokenizer(ROOT / "tiny") for family in ("gemma2", "gemma3")}
+TOK = data.Tokenizer(ROOT / "tiny")
 CHAT = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "And?"}]
 N = 24
@@ -32,8 +32,8 @@ def write(path, rows):
     return str(path)
 
 
-def problems_of(rows, system="", family="gemma3"):
-    return [rollouts.read_problem(row, TOK[family], system) for row in rows]
+def problems_of(rows, system=""):
+    return [rollouts.read_problem(row, TOK, system) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------- pairs
@@ -100,21 +100,20 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 @pytest.mark.parametrize("system", ["", "Be brief."])
-def test_the_trainers_rebuild_the_prompt_that_was_sampled(system, family):
-    for problem in problems_of(ROWS, system, family):
+def test_the_trainers_rebuild_the_prompt_that_was_sampled(system):
+    for problem in problems_of(ROWS, system):
         prompt = synthesize.prompt_of(problem)
         assert not system or system not in json.dumps(prompt)
         pair = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
-        for example in packed.read_pair(pair, TOK[family], system)[:2]:
+        for example in packed.read_pair(pair, TOK, system)[:2]:
             assert example.prompt == np.array(problem.prompt, np.int32).tobytes()
         row = synthesize.training_row(problem, data.format_completion("It is so.", "4"))
-        ids, mask, _ = data.read_example(row, TOK[family], system)
+        ids, mask, _ = data.read_example(row, TOK, system)
         first = len(problem.prompt)
-        assert rollouts.read_problem(row, TOK[family], system).prompt == problem.prompt
+        assert rollouts.read_problem(row, TOK, system).prompt == problem.prompt
         assert tuple(ids[:first]) == problem.prompt and mask[first:].all()
-        text = TOK[family].decode(ids[first:])
+        text = TOK.decode(ids[first:])
         assert text == data.format_completion("It is so.", problem.gold or "4")
 
 
@@ -131,7 +130,7 @@ def test_a_prompt_without_a_pair_says_why(tmp_path):
             for i, stop in enumerate(("stop", "length", "stop"))
             for j, n in enumerate((3, 5) if i < 2 else (3, 30))]
     config = Pairs(rewards="length", margin=0.5, max_new=30)
-    found, rejects = synthesize.pairs(problems, rows, TOK["gemma3"], config)
+    found, rejects = synthesize.pairs(problems, rows, TOK, config)
     assert [(pair["chosen_sample"], pair["rejected_sample"]) for pair in found] == [(0, 1)]
     assert [row["reason"] for row in rejects] == ["margin", "cut"]
     assert rejects[0]["rewards"] == pytest.approx([-3 / 30, -5 / 30])
@@ -155,9 +154,9 @@ def test_pairs_of_the_model_itself_are_what_train_simpo_reads(tmp_path):
     rows, rejects = lines(file), lines(file.parent / "rejects.jsonl")
     assert {row["chosen_sample"] for row in rows} > {-1} and len(rows) > 6
     config = Pairs(**mesh_config(tmp_path, "whole", rows=0))
-    problems = {p.id: p for p in rollouts.load_problems(config, TOK["gemma3"])[0]}
+    problems = {p.id: p for p in rollouts.load_problems(config, TOK)[0]}
     assert {row["id"] for row in rows} | {row["id"] for row in rejects} == {*problems}
-    read_pair = lambda row: packed.read_pair(row, TOK["gemma3"], "Think.")
+    read_pair = lambda row: packed.read_pair(row, TOK, "Think.")
     (found,), _ = data.load(str(file), read_pair)
     for row, pair in zip(rows, found, strict=True):
         assert row["chosen_reward"] - row["rejected_reward"] >= 0.1 - 1e-9
@@ -205,7 +204,7 @@ def test_all_completions_of_a_prompt_are_judged_by_one_request(tmp_path):
     with serving(answer) as server:
         config = Pairs(judge=server.url, rewards="judge", margin=0.5, out=str(tmp_path), max_new=9,
                        reference=True, judge_calls="group", judge_missing=0.9)
-        made, (reject,) = synthesize.pairs(problems, rows, TOK["gemma3"], config)
+        made, (reject,) = synthesize.pairs(problems, rows, TOK, config)
         assert sum("Why not?" not in b["messages"][0]["content"] for b in server.bodies) == 2
     found = [(p["prompt"], p["chosen_sample"], p["rejected_sample"]) for p in made]
     assert found == [("Why?", 0, 1), ("Why?", -1, 1), ("And why?", 1, 0), ("And why?", -1, 0)]
@@ -241,7 +240,7 @@ def traces_of(teacher, config=None, rows=CARDS):
     problems = problems_of(rows)
     with closing(teacher):
         replies = synthesize.ask(teacher, problems, config)
-    return synthesize.traces(problems, replies, TOK["gemma3"], config)
+    return synthesize.traces(problems, replies, TOK, config)
 
 
 def test_faults_of_a_server_and_every_row_once(tmp_path):
@@ -270,7 +269,7 @@ def test_faults_of_a_server_and_every_row_once(tmp_path):
         assert not rejects and {*(asked - before)} == lost
         assert [row for row in again if row["source"] not in lost] == rows
     file = write(tmp_path / "rows.jsonl", again)
-    read_example = lambda row: data.read_example(row, TOK["gemma3"], data.SYSTEM)
+    read_example = lambda row: data.read_example(row, TOK, data.SYSTEM)
     (found,), _ = data.load(file, read_example)
     assert len(found) == N
     assert again[1] == {
