@@ -76,25 +76,20 @@ GSM8K = {"question": "How many?", "answer": "He has 2 * 3 = <<2*3=6>>6.\n#### 6"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
 
-@pytest.mark.parametrize(
-    "row, gold, kind",
-    [
-        (GSM8K, "6", "number"),
-        ({"question": "How many?", "answer": 6}, "6", "number"),
-        ({"question": "Where?", "answer": "Oslo"}, "Oslo", "text"),
-        ({"question": "Who?", "answer": ["Ann", "Bo"]}, "Ann, Bo", "list"),
-        ({"question": "Who?", "answer": "42", "kind": "text"}, "42", "text"),
-        ({"question": "?", "choices": ["Rome", "Oslo"], "answer": "B"}, "B", "choice"),
-        ({"question": "?", "choices": ["Rome", "Oslo"], "answer": "Oslo"}, "B", "choice"),
-        ({"question": "?", "choices": [4, 5], "answer": 1}, "B", "choice"),
-        ({"prompt": "Write a poem.", "rubrics": ["It rhymes."]}, None, "auto"),
-        ({"question": "Why?", "reference": "Because."}, None, "auto"),
-        ({"prompt": "2?", "completion": data.format_completion("1+1", "2")}, "2", "number"),
-        ({"prompt": CHAT[:1], "completion": "Ho"}, None, "auto"),
-        ({"messages": CHAT}, None, "auto"),
-        ({"messages": CHAT[:1], "answer": "yes"}, "yes", "boolean"),
-    ],
-)
+@pytest.mark.parametrize("row, gold, kind", [
+    (GSM8K, "6", "number"), ({"question": "How many?", "answer": 6}, "6", "number"),
+    ({"question": "Where?", "answer": "Oslo"}, "Oslo", "text"),
+    ({"question": "Who?", "answer": ["Ann", "Bo"]}, "Ann, Bo", "list"),
+    ({"question": "Who?", "answer": "42", "kind": "text"}, "42", "text"),
+    ({"question": "?", "choices": ["Rome", "Oslo"], "answer": "B"}, "B", "choice"),
+    ({"question": "?", "choices": ["Rome", "Oslo"], "answer": "Oslo"}, "B", "choice"),
+    ({"question": "?", "choices": [4, 5], "answer": 1}, "B", "choice"),
+    ({"prompt": "Write a poem.", "rubrics": ["It rhymes."]}, None, "auto"),
+    ({"question": "Why?", "reference": "Because."}, None, "auto"),
+    ({"prompt": "2?", "completion": data.format_completion("1+1", "2")}, "2", "number"),
+    ({"prompt": CHAT[:1], "completion": "Ho"}, None, "auto"), ({"messages": CHAT}, None, "auto"),
+    ({"messages": CHAT[:1], "answer": "yes"}, "yes", "boolean"),
+])
 def test_rows_of_every_shape(row, gold, kind):
     problem = rollouts.read_problem(row, TOK)
     assert (problem.gold, problem.kind, problem.domain) == (gold, kind, "")
@@ -108,20 +103,17 @@ def test_choices_are_shown():
     assert problem.id == rollouts.read_problem(row, TOK, "Be brief.").id  # whatever the system text
 
 
-@pytest.mark.parametrize(
-    "row, complaint",
-    [
-        ({"text": "?"}, "expected messages, prompt or question"),
-        ({"question": ""}, "expected messages, prompt or question"),
-        ({"question": "?", "answer": " "}, "expected a text, a number or a list"),
-        ({"question": "?", "choices": ["a", "b"], "answer": "Z"}, "none of the 2 choices"),
-        ({"question": "?", "choices": "ab", "answer": "a"}, "expected a list of .*choices"),
-        ({"messages": []}, "expected messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a text and a"),
-        ({"question": "?", "answer": "1", "kind": "maths"}, "kind 'maths'"),
-        ({"question": "many " * 99, "answer": "1"}, "more than --max-prompt 64"),
-    ],
-)
+@pytest.mark.parametrize("row, complaint", [
+    ({"text": "?"}, "expected messages, prompt or question"),
+    ({"question": ""}, "expected messages, prompt or question"),
+    ({"question": "?", "answer": " "}, "expected a text, a number or a list"),
+    ({"question": "?", "choices": ["a", "b"], "answer": "Z"}, "none of the 2 choices"),
+    ({"question": "?", "choices": "ab", "answer": "a"}, "expected a list of .*choices"),
+    ({"messages": []}, "expected messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a text and a"),
+    ({"question": "?", "answer": "1", "kind": "maths"}, "kind 'maths'"),
+    ({"question": "many " * 99, "answer": "1"}, "more than --max-prompt 64"),
+])
 def test_bad_rows_are_named_or_counted(row, complaint, tmp_path):
     file = tmp_path / "rows.jsonl"
     good = {"question": "How many?", "answer": "1"}
@@ -171,13 +163,8 @@ ROWS = [
 PROBLEMS = [rollouts.read_problem(row, TOK) for row in ROWS]
 PARROT = Parrot(
     [[said("6")], ["It is 7."], [said("A")], [said("Roses")]],
-    [
-        [said("6"), said("6.0"), said("5"), "6, cut"],
-        [said("7"), said("8"), said("8"), said("7")],
-        ["Oslo", "Rome", "cut", "Oslo"],
-        ["Roses"] * 4,
-    ],
-)
+    [[said("6"), said("6.0"), said("5"), "6, cut"], [said("7"), said("8"), said("8"), said("7")],
+     ["Oslo", "Rome", "cut", "Oslo"], ["Roses"] * 4])
 
 
 @pytest.mark.smoke
@@ -252,19 +239,10 @@ def test_a_comparison_pairs_the_problems_both_have():
     theirs = complete(shuffled, problems, samples=4)
     pairs = evaluation.compare(ours, theirs)
     assert pairs["n"] == 3
-    expected = {
-        "n": 2,
-        "this": 1.0,
-        "other": 0.5,
-        "difference": 0.5,
-        "wins": 1,
-        "losses": 0,
-        "p": 1,
-    }
+    expected = dict(n=2, this=1.0, other=0.5, difference=0.5, wins=1, losses=0, p=1)
     assert {k: pairs["pass@1"][k] for k in expected} == expected
-    assert (
-        pairs["format"]["difference"] == 0 and "p" not in pairs["length"] and "maj@4" not in pairs
-    )
+    assert pairs["format"]["difference"] == 0
+    assert "p" not in pairs["length"] and "maj@4" not in pairs
     assert "1 won, 0 lost" in evaluation.table(evaluation.summarize(ours) | {"compare": pairs})
     with pytest.raises(ValueError, match="none of its 1 problems"):
         evaluation.compare(ours, theirs[:0] + [theirs[0] | {"id": "another"}])

@@ -132,16 +132,13 @@ def test_read_mix(tmp_path):
     assert read_mix("tunix") == tunix  # none of this changed a preset
 
 
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("", "empty"), (" ", "empty"), (",", "''"), ("format,", "''"),
-        ("formt:1", "'formt:1'.*format.*judge.*tunix"), ("format:1,format:2", "'format:2'.*once"),
-        ("format:", "NAME:WEIGHT"), ("format:x", "'format:x'"), ("format:nan", "'format:nan'"),
-        ("answer:inf", "inf"), ("format:1:2", "1:2"), ("tunix,tunix", "'tunix'"),
-        ("format,tunix", "'tunix'"), ("tunix:2", "'tunix:2'"), ("mine", "'mine'"),
-    ],
-)
+@pytest.mark.parametrize("text, reason", [
+    ("", "empty"), (" ", "empty"), (",", "''"), ("format,", "''"), ("format:", "NAME:WEIGHT"),
+    ("formt:1", "'formt:1'.*format.*judge.*tunix"), ("format:1,format:2", "'format:2'.*once"),
+    ("format:x", "'format:x'"), ("format:nan", "'format:nan'"), ("answer:inf", "inf"),
+    ("format:1:2", "1:2"), ("tunix,tunix", "'tunix'"), ("format,tunix", "'tunix'"),
+    ("tunix:2", "'tunix:2'"), ("mine", "'mine'"),
+])
 def test_a_mix_that_cannot_be_read_says_so_in_a_line(text, reason):
     with pytest.raises(ValueError, match=f"^--rewards .*{reason}[^\n]*$"):
         read_mix(text)
