@@ -26,7 +26,7 @@ MISTAKES = [  # the scripts, fields of their Config, what the line says
     ((train_sft, train_simpo), {"batch_rows": 3}, "--batch-rows 3"),
     ((train_sft, train_simpo), {"mix": "0.5,0.5"}, "--mix 0.5,0.5"),
     ([train_sft], {"data": "gsm8k:dev"}, "--data gsm8k:dev"),
-    ([train_sft], {"from_scratch": True, "lora_rank": 4}, "--lora-rank 4: "),
+    ([train_sft], {"from_scratch": True, "lora_rank": 4}, "--lora-rank 4: --from-scratch"),
     ([train_simpo], {"data": None}, '--data is missing: name a JSONL file of {"prompt"'),
     ([train_simpo], {"data": "rows"}, "rows.jsonl:1: "),
     ([train_simpo], {"gamma_ratio": 0.5, "loss": "dpo"},
