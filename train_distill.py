@@ -89,7 +89,7 @@ DEFAULTS = {
     "tiny": dict(
         teacher="tiny", dtype="float32", data="problems", rows=5000, system="", prompts=32,
         max_prompt=88, max_new=104, slots=64, lora_rank=16, steps=80, pack_length=384,
-        micro_rows=1, learning_rate=2e-3, remat="none", eval_every=20, eval_rows=200,
+        micro_rows=1, learning_rate=5e-3, remat="none", eval_every=20, eval_rows=200,
         save_every=20,
     ),
     "gemma2": REAL | dict(teacher="gemma2-9b"),
