@@ -274,7 +274,7 @@ class Run(contextlib.ExitStack):
         self.folder, self.keep = Path(config.out), config.keep
         self.config, self.outcome = config, []  # outcome: the last lines of a run
         show = {"loss": "loss {:.3f}"} if show is None else show
-        by_reward = bool(getattr(config, "rewards", None))
+        by_reward = bool(getattr(config, "rewards", True))
         self.step_lines = terminal.StepLines(self.folder, show, every_s, by_reward)
         self.budget = Budget(config.steps, parse_time(config.time_limit), start=STARTED)
         self.step: int | None = None  # of the last line logged; None until restore()

@@ -934,9 +934,8 @@ def test_three_steps_in_a_row_that_teach_nothing_are_warned_of_once(capsys, tmp_
         lines.say(step, None, {"frac_reward_zero_std": 1.0}, None)
     out = " ".join(capsys.readouterr().err.split())
     assert out.startswith("warning: for 3 steps the completions of each prompt")
-    with open_run(tmp_path / "distill") as run:  # no --rewards: they teach nothing anyway
-        run.restore(LIKE)
-        for step in range(1, 4):
-            run.log(step, {"accuracy": 0.0, "completions/clipped_ratio": 1.0})
+    lines = terminal.StepLines(tmp_path, {}, every_s=0.0, by_reward=False)  # a distillation
+    for step in range(3):
+        lines.say(step, None, {"accuracy": 0.0, "completions/clipped_ratio": 1.0}, None)
     out = " ".join(capsys.readouterr().err.split())
     assert "every completion was cut" in out and "at most 4 %" not in out
