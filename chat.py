@@ -84,7 +84,7 @@ class Chat:
         elif line == "/base" and self.messages:
             stream(self.answer(self.messages[:-1], self.base))
         elif line.startswith("/"):
-            raise ValueError(f"{line}: expected /reset, or /base after a question")
+            raise ValueError(f"{line}: expected /base, after a question, or /reset; Ctrl-D ends")
         elif line:
             asked = [*self.messages, {"role": "user", "content": line}]
             text = stream(self.answer(asked, self.weights))

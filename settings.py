@@ -375,5 +375,6 @@ def show_config(config) -> None:
             flag, value = "--" + name.replace("_", "-"), values[name]
             text = textwrap.shorten(str(value), 60, placeholder="…")
             words.append(flag if value is True else f"{flag}\u00a0{text}".replace(" ", "\u00a0"))
-        terminal.say_wrapped(f"{title:9}{' '.join(words) or 'nothing'}", 9)
+        if words or title == "given":
+            terminal.say_wrapped(f"{title:9}{' '.join(words) or 'nothing'}", 9)
     terminal.say(f"{'all':9}{config.out}/config.json")
