@@ -188,10 +188,11 @@ def find_start(model: str, weights: str | None, adapter: str | None,
 def _is_base_of_run(weights: Path, adapter: Path) -> bool:
     """Whether the run that ended in this final/ began from the same weight files, by checksum."""
     run = adapter.parent / "config.json"
-    facts = disk.read_json(run) if adapter.name == "final" and run.exists() else {}
+    if adapter.name != "final" or not run.exists():
+        return False
     sums = {f"checksum of {file.name}": disk.file_checksum(file)
             for file in weights.glob("*.safetensors")}
-    return bool(sums) and sums.items() <= facts.items()
+    return bool(sums) and sums.items() <= disk.read_json(run).items()
 
 
 def trained_on(model: str, weights: str | None, adapter: str | None) -> tuple[str, str | None]:
