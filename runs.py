@@ -79,7 +79,7 @@ class Budget:
 
     With a limit the share follows the clock, p = p0 + (1 - p0) · elapsed / (limit - reserve): p0 is
     the share in the checkpoint, elapsed counts this session alone, from `start` (None: now), and
-    the reserve leaves time to finish a step, evaluate, save a checkpoint and write final/.
+    the reserve leaves time to finish a step, evaluate, save a checkpoint, write final/ and exit.
     """
 
     def __init__(self, steps: int | None = None, limit_s: float | None = None,
@@ -112,6 +112,7 @@ class Budget:
         if self.limit_s is not None:
             step_s, eval_s, save_s = self.longest_s.values()
             reserve_s = 1.25 * (step_s + eval_s + 2 * save_s)  # final/ costs about another save
+            reserve_s += min(5.0, 0.05 * self.limit_s)  # the report, and the process's own end
             if not (step_s and eval_s and save_s):  # something was not measured yet
                 reserve_s = max(reserve_s, 0.05 * self.limit_s)
             share = now / max(self.limit_s - reserve_s, 1e-9)
