@@ -116,13 +116,16 @@ def results(run: report.Run, step: int) -> str:
 
 
 def hub_id(model: str, base: str) -> str | None:
-    """The base's id on the Hub: by the name of its folder, else by --model; None for tiny."""
+    """The base's id on the Hub: by its folder's name, else by --model if that says -it or -pt.
+
+    None for tiny, and for a folder of whatever the user named: it may hold either.
+    """
     names = {hub.hub_name(name + end) for name in gemma.CONFIGS for end in ("", "-pt")
              if name != "tiny"}
     found = [name for name in names if name in base]
     if found:
         return "google/" + max(found, key=len)
-    return None if hub.base_name(model) == "tiny" else "google/" + hub.hub_name(model)
+    return "google/" + hub.hub_name(model) if model != hub.base_name(model) else None
 
 
 def facts(folder: Path) -> dict:
@@ -174,8 +177,11 @@ def commands(folder: Path, here: str, model: str = "tiny") -> str:
                 f"--lora-modules {name}={quoted}\n"
                 f"python merge.py --model {model} --adapter {quoted} --out merged\n"
                 f"hf upload YOU/{name} {quoted}\n")
+    exact = {"float32": "f32", "bfloat16": "bf16"}
+    dtype = exact[disk.read_json(folder / "config.json")["torch_dtype"]]
+    convert = "python llama.cpp/convert_hf_to_gguf.py"
     return (f"vllm serve {quoted}\n"
-            f"python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {gguf}\n"
+            f"{convert} {quoted} --outfile {gguf} --outtype {dtype}\n"
             f"llama-cli -m {gguf} --jinja\n"
             f"ollama create {name} -f {shlex.quote(str(Path(here, 'Modelfile')))}\n"
             f"hf upload YOU/{name} {quoted}\n")
@@ -237,7 +243,7 @@ def write(folder: Path, run_folder: Path, step: int) -> None:
     (folder / "README.md").write_text("".join((
         front_matter(base, rank, tags, str(values["data"])),
         f"\n# {hub.base_name(model)}, {stage}\n\n{what} {link}, trained by `{script}.py`: "
-        f"{which(run, step)}. It writes its reasoning, then its answer.\n\n",
+        f"{which(run, step)}.\n\n",
         f"## Results\n\n{results(run, step)}\n",
         "![Held-out results over the steps](curve.svg)\n\n" * bool(picture),
         f"## Training\n\n| setting | value |\n|---|---|\n{table}\n",

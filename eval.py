@@ -384,7 +384,8 @@ def summary(results: dict) -> str:
     greedy = [("greedy", "pass@1")] * (sampled != "pass@1" or not votes)
     named = [*greedy, ("sampled", sampled)] if votes else greedy
     named += [(name, name) for name in votes[-1:]]
-    named += [(name, name) for name in ("format", "length", "reward")]
+    cut = [("cut", "stop_length")] * (results.get("stop_length", 0) > 0)  # at --max-new
+    named += [("format", "format"), ("length", "length"), *cut, ("reward", "reward")]
     lines = [f"{results['n']} problems, {results['n_graded']} with an answer to check; "
              "95 % intervals in brackets"]
     for label, name in named:

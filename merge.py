@@ -55,7 +55,8 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
     card.write_merged(Path(out), path, model)
     print(f"{out}: {path} merged into {base}, {dtype}")
     if system:
-        print(f"its chat template adds the system text of the training: {system}")
+        print("its chat template adds the system text of the training:")
+        print(terminal.indented(system))
     print(card.commands(Path(out), out, model), end="")
 
 

@@ -293,5 +293,5 @@ class HeldOut:
         run.log(step, metrics)
         run.log_samples(step, rows[: self.config.show])
         for row in rows[: self.config.show]:
-            terminal.say(f"  {row['prompt']}\n  -> {row['completion']}")
+            terminal.say(terminal.indented(f"{row['prompt']}\n-> {row['completion']}"))
         return metrics.get("eval_accuracy", -metrics["eval_loss"])

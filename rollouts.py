@@ -726,8 +726,8 @@ def show(samples: list[Sample]) -> None:
     number = lambda x: "missing" if x is None else f"{x:.3g}"
     for s in samples:
         parts = ", ".join(f"{name} {number(part)}" for name, part in s.scored.parts.items())
-        terminal.say(f"  {s.problem.question}\n  {rewards.colour(s.text)}\n  reward "
-                     f"{number(s.scored.total)} ({parts}), advantage {s.advantage:+.2f}, "
-                     f"{s.rollout.stop}")
+        terminal.say(terminal.indented(
+            f"{s.problem.question}\n{rewards.colour(s.text)}\nreward {number(s.scored.total)} "
+            f"({parts}), advantage {s.advantage:+.2f}, {s.rollout.stop}"))
         for name, error in s.scored.errors.items():
             terminal.say(f"  {name}: {error}")

@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import re
@@ -15,6 +14,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,13 @@ def say_wrapped(text: str, indent: int) -> None:
     """Says a text in lines of at most 79 columns, the later ones indented; none ends at \\u00a0."""
     say(textwrap.fill(text, 79, subsequent_indent=" " * indent, break_long_words=False,
                       break_on_hyphens=False).replace("\u00a0", " "))
+
+
+def indented(text: str) -> str:
+    """Each line of a text by two columns, wrapped to at most 79."""
+    wrap = partial(textwrap.fill, width=79, initial_indent="  ", subsequent_indent="  ",
+                   break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line) for line in text.split("\n"))
 
 
 WARNINGS = {  # of three steps in a row: metric -> (from, to), what is wrong
@@ -174,7 +181,7 @@ MEMORY = {  # the flags that lower a script's memory, for those whose config has
 def one_line(main: Callable) -> Callable:
     """Decorates a script's main(config): a signal or a fault of the machine ends it in one line."""
 
-    @functools.wraps(main)
+    @wraps(main)
     def call(config):
         def stop(number, frame):
             name = signal.Signals(number).name

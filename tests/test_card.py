@@ -76,13 +76,25 @@ def test_a_merged_folder_tells_what_it_is(run, tmp_path):
     merged = tmp_path / "mine"
     merged.mkdir()
     lora.write_prompt(merged, SYSTEM)
+    (merged / "config.json").write_text('{"torch_dtype": "float32"}')
     card.write_merged(merged, run / "final", "gemma3-1b")
     text = (merged / "README.md").read_text()
     for said in ("base_model_relation: finetune", "library_name: transformers", "- grpo\n---",
                  "- openai/gsm8k", "**60, this model**", "A model with a merged LoRA adapter of",
-                 'from_pretrained(".", dtype', "llama-cli -m ../mine.gguf --jinja"):
+                 'from_pretrained(".", dtype', "--outfile ../mine.gguf --outtype f32\n",
+                 "llama-cli -m ../mine.gguf --jinja"):
         assert said in text, said
     assert "PeftModel" not in text and text.count("## Use") == 1
+
+
+@pytest.mark.parametrize("model, base, told", [
+    ("gemma3-1b", "/kaggle/input/gemma-3/transformers/gemma-3-1b-it/1", "google/gemma-3-1b-it"),
+    ("gemma3-270m", "~/.cache/hub/models--google--gemma-3-270m/snapshots/0", "google/gemma-3-270m"),
+    ("gemma3-270m", "mine", None), ("gemma3-270m-pt", "mine", "google/gemma-3-270m"),
+    ("google/gemma-2-2b-it", "mine", "google/gemma-2-2b-it"), ("tiny", "tiny", None)])
+def test_a_base_is_named_only_where_something_tells_which(model, base, told):
+    """The chat and the base model have one shape: a folder of any name may hold either."""
+    assert card.hub_id(model, base) == told
 
 
 @pytest.mark.parametrize("system", ["", SYSTEM])

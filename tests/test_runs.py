@@ -611,8 +611,9 @@ def test_a_new_session_has_its_own_limit_and_repeats_exactly():
     for step in range(6):
         p = first.progress(step)
         first.clock.now += 90
-    assert p == pytest.approx(450 / (1000 - 1.25 * 93 - 5))
-    for limit_s, next_p in ((100, 1), (100, 1), (10_000, p + (1 - p) * 40 / (10_000 - 1.25 * 93 - 5))):
+    reserve_s = 1.25 * 93 + 5
+    assert p == pytest.approx(450 / (1000 - reserve_s))
+    for limit_s, next_p in ((100, 1), (100, 1), (10_000, p + (1 - p) * 40 / (10_000 - reserve_s))):
         budget = runs.Budget(limit_s=limit_s, clock=FakeClock(5e6))
         budget.load(json.loads(json.dumps(first.state())))
         assert budget.progress(5) == p
