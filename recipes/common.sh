@@ -13,6 +13,7 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}  # huge pages: faster on CPUs
 recipe=$(basename "$0" .sh) tiny='' from=''
 case "$*" in
   "") ;;
