@@ -2,7 +2,7 @@
 
     card.write(folder, run, step=60)            # into final/, from the files of its run
     card.write_merged(Path("merged"), source)   # into a merged folder, from the adapter's card
-    print(card.commands(folder, "merged"))      # transformers, vLLM, llama.cpp, Ollama, the Hub
+    print(card.commands(folder, "merged"))      # vLLM, llama.cpp, Ollama, the Hub
 
 The card is a function of the run's files alone and holds no times, so a resumed run writes the same
 one. It says which step the model is, and that the best of several evaluations flatters a little.

@@ -58,6 +58,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
         print("its chat template adds the system text of the training:")
         print(terminal.indented(system))
     print(card.commands(Path(out), out, model), end="")
+    print(f"the lines for transformers are in {Path(out, 'README.md')}")
 
 
 def command() -> None:

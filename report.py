@@ -34,7 +34,7 @@ import tyro
 
 import disk
 from disk import good_rows
-from terminal import command
+from terminal import command, flag
 
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 SAMPLE = ("prompt", "completion", "gold", "correct", "format", "reward", "rewards", "errors",
@@ -365,13 +365,12 @@ def command_of(config: dict) -> str:
     """The command that repeats a run, with every setting that was not left empty."""
     words = ["python", f"{config['code']['script']}.py"]
     for name, value in config.items():
-        flag = "--" + name.replace("_", "-")
         if name == "code" or " " in name or value is None:  # "checksum of the weights": no flag
             continue
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-"))
+            words.append(flag(name if value else f"no-{name}"))
         else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

@@ -212,8 +212,9 @@ class Order:
         phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
         rows = self.phases[phase][1]
         if self.ordered:
-            first = int(p * max(0, len(rows) - n)) + in_step
-            return [rows[(first + j) % len(rows)] for j in range(n)]
+            first = int(p * len(rows))  # then the harder ones, and after the last the easier
+            walk = rows[first:] + rows[:first][::-1]
+            return [walk[(in_step + j) % len(rows)] for j in range(n)]
         taken = []
         for j in range(drawn, drawn + n):
             lap, at = divmod(j, len(rows))

@@ -201,8 +201,8 @@ def check_unchanged(folder: Path, config: Any, extra: dict | None = None,
     for name in sorted(names, key=lambda name: (name != "model", name not in told, name)):
         was, now = old.get(name, "absent"), new.get(name, "absent")
         if was != now:
-            flag = name if " " in name else "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} was {was!r:.200} when {folder} was begun, now it is "
+            changed = name if " " in name else terminal.flag(name)
+            raise SystemExit(f"{changed} was {was!r:.200} when {folder} was begun, now it is "
                              f"{now!r:.200}: put it back, or choose another --out")
 
 

@@ -336,8 +336,7 @@ def check_ranges(config) -> None:
         for name in names.split():
             value = getattr(config, name, None)
             if value is not None and not low <= value <= high:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {value}: expected {low:g} to {high:g}")
+                raise ValueError(f"{terminal.flag(name)} {value}: expected {low:g} to {high:g}")
     if hasattr(config, "lora_targets"):
         lora.parse_targets(config.lora_targets)
         if config.base == "int8" and not config.lora_rank:
@@ -372,7 +371,7 @@ def show_config(config) -> None:
     for title, names in (("given", given), ("default", others)):
         words = []
         for name in names:
-            flag, value = "--" + name.replace("_", "-"), values[name]
+            flag, value = terminal.flag(name), values[name]
             text = textwrap.shorten(str(value), 60, placeholder="…")
             words.append(flag if value is True else f"{flag}\u00a0{text}".replace(" ", "\u00a0"))
         if words or title == "given":

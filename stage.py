@@ -177,6 +177,7 @@ def load_model(config, mesh: Mesh) -> Model:
     if tok.vocab_size > cfg.vocab_size:
         raise ValueError(f"{tok.file} has {tok.vocab_size} tokens, but the embedding of "
                          f"{start.weights} only {cfg.vocab_size} rows")
+    warn_of_cpu(cfg, mesh)
     sharded = base_is_sharded(cfg, config, mesh)
     if getattr(config, "from_scratch", False):
         base = gemma.init(cfg, jax.random.key(config.seed))
@@ -203,6 +204,15 @@ def load_model(config, mesh: Mesh) -> Model:
     trained = put(trained, mesh, specs)
     sums = checksums(start, tok, with_weights=not getattr(config, "from_scratch", False))
     return Model(cfg, tok, start.weights, trained, fixed, specs, sharded, merged, sums)
+
+
+def warn_of_cpu(cfg: gemma.Config, mesh: Mesh) -> None:
+    """Says that a large model will run on a CPU, which nobody means to do on Kaggle."""
+    if cfg.n_params > 5e8 and mesh.devices.flat[0].platform == "cpu":
+        terminal.say_wrapped(
+            f"WARNING: {cfg.n_params / 1e9:.1f} billion weights on a CPU take minutes for what a "
+            "TPU or GPU does in a second. On Kaggle set Accelerator TPU v5e-8 and Environment "
+            '"Always use latest"; for a GPU install "jax[cuda13]".', len("WARNING: "))
 
 
 def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) -> dict[str, str]:
@@ -258,6 +268,7 @@ def load_to_sample(start: hub.Start, config) -> tuple[dict, tuple]:
     """Loads a model only to sample from it -> (arguments of Sampler, (params, adapter))."""
     mesh, dtype = gemma.all_devices(), jnp.dtype(config.dtype)
     cfg = gemma.read_config(start.weights)
+    warn_of_cpu(cfg, mesh)
     shard = mesh.size > 1 and copy_is_too_large(cfg, weight_bytes(config), mesh)
     cfg, params = gemma.load(start.weights, dtype, mesh, shard, config.base == "int8")
     adapter = None if start.adapter is None else lora.load(start.adapter, cfg)

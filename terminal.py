@@ -72,6 +72,11 @@ def clean(text: str) -> str:
     return _CONTROLS.sub(lambda m: kept(m[1]) if m[1] else spelled(m[0]), text)
 
 
+def flag(name: str) -> str:
+    """The flag of a field of a Config: learning_rate -> --learning-rate."""
+    return "--" + name.replace("_", "-")
+
+
 def say(line: str) -> None:
     """Print clean() text to stderr, on the first host alone."""
     if hosts.index == 0:
@@ -143,7 +148,8 @@ class StepLines:
             eta_s: float | None) -> None:
         """Says what a step's metrics tell; n_steps: --steps, eta_s: seconds left, if known."""
         of = f"/{n_steps}" if n_steps else ""
-        place = f"step {step}{of}".ljust(len("step ") + 2 * len(of) - 1)
+        width = 2 * len(of) - 1 if of else 4  # of the numbers
+        place = f"step {step}{of}".ljust(len("step ") + width)
         held = {k.removeprefix("eval_"): x for k, x in numbers.items() if k.startswith("eval_")}
         if held:
             say_wrapped(f"{place}  held out: {evaluation_in_words(held)}", len(place) + 2)

@@ -159,9 +159,11 @@ Made by `python to_kaggle.py {command}`.
 2. **Inputs**: Add Input > Models > gemma-3 (or gemma-2) > **Transformers** > the size of `model`.
    The Flax and PyTorch versions cannot be read. Data files and the output of an earlier notebook
    are found among the inputs by the names used in the configuration.
-3. **Save Version > Save & Run All.** Results are in `/kaggle/working/runs`. To continue a
+3. **Time**: a TPU session ends after nine hours; {limit}.
+4. **Save Version > Save & Run All.** Results are in `/kaggle/working/runs`. To continue a
    stopped run, run the training cell again while that folder is still there.
 """
+NO_LIMIT = "without `time_limit`, such as 8h30m, what is not saved by then is lost"
 PACKAGE = """\
 # The code, as plain text: change a file here, then run this cell and those below it.
 import sys
@@ -207,9 +209,9 @@ page = html.escape((folder / "report.html").read_text(encoding="utf-8"))
 HTML(f'<iframe srcdoc="{page}" width="100%" height="900"></iframe>')
 """
 COMPLETIONS = """\
-import json
+import disk
 
-rows = map(json.loads, (hub.output(config.out + "-eval") / "samples.jsonl").open())
+rows = disk.good_rows(hub.output(config.out + "-eval") / "samples.jsonl", mode=str)
 for row in [row for row in rows if row["mode"] == "greedy"][:3]:
     print(row["prompt"], row["completion"], f"(expected: {row['gold']})", sep="\\n\\n")
 """
@@ -223,6 +225,10 @@ talk.turn("/base")
 """
 SUBMIT = """\
 ## What to submit
+
+The rules of the 2026 competition: the model writes its reasoning between `<reasoning>` and
+`</reasoning>`, then its answer between `<answer>` and `</answer>`. It is trained within one session
+of nine hours on one TPU v5e-8.
 
 `/kaggle/working/runs` holds the run; its `final` folder is the model, with a model card: a PEFT
 adapter for the base model, or a whole model if all weights were trained.
@@ -280,8 +286,10 @@ def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
     module = script.removesuffix(".py")
     title, command = sys.modules[module].__doc__.split("\n")[0], shlex.join([script, *flags])
     model = tiny("'code'") if getattr(config, "model", None) == "tiny" else ""
+    time_limit = getattr(config, "time_limit", None)
+    limit = f"the run saves before its limit of {time_limit}" if time_limit else NO_LIMIT
     cells = [  # (id, text); cells whose id begins with # are Markdown
-        ("# intro", INTRO.format(title=title, command=command)),
+        ("# intro", INTRO.format(title=title, command=command, limit=limit)),
         ("install", install()),
         ("package", PACKAGE.format(files=quoted(files), tiny=model)),
         ("# configuration", "## Configuration\n\nEvery field is explained in the script's Config."),
@@ -420,6 +428,8 @@ def main(config: Config, flags: list[str]) -> Path:
                          "script here")
     to.write_text(text, encoding="utf-8")
     print(f"{to}: {len(text):,} bytes, {len(files)} files: {', '.join(files)}")
+    if script.startswith("train_") and parsed.model != "tiny" and not parsed.time_limit:
+        print("A Kaggle session ends after nine hours: --time-limit 8h30m saves the run in time")
     return to
 
 

@@ -98,7 +98,7 @@ DEFAULTS = {
        for name in gemma.LARGE},
 }
 SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
-    "divergence": "divergence {:6.3f}", "accuracy": "right {:4.0%}",
+    "divergence": "divergence {:5.2f}", "accuracy": "right {:4.0%}",
     "completions/mean_length": "length {:4.0f}", "step_s": "{:5.1f} s",
 }
 
@@ -113,9 +113,10 @@ def resolve(config: Config) -> Config:
     rollouts.check_settings(config)
     if config.rewards:
         rollouts.check_rewards(config)
-    for flag, value in (("--judge", config.judge), ("--reward-file", config.reward_file)):
-        if value and not config.rewards:
-            raise ValueError(f"{flag} {value}: needs --rewards")
+    for name in ("judge", "reward_file", "reward_coef"):
+        value = getattr(config, name)
+        if value != getattr(Config, name) and not config.rewards:
+            raise ValueError(f"{terminal.flag(name)} {value}: needs --rewards")
     lora.read_prompt(config.teacher_adapter, config.system)  # the teacher reads the same prompts
     return config
 
@@ -415,12 +416,12 @@ def main(config: Config) -> Path | dict:
             weights = stage.forward_weights(state.trained, model.fixed, jnp.dtype(config.dtype))
             return rollouts.evaluate(sampler, weights, model.tok, held_out, state.step, run)
 
+        def write(folder: Path | None) -> None:
+            stage.write_model(folder, config, model, state.trained)
+
         def save(score: float | None = None) -> None:
             counters = {"drawn": state.drawn, "num_tokens": state.num_tokens}
             run.save(state.step, state.arrays, counters, write, score)
-
-        def write(folder: Path | None) -> None:
-            stage.write_model(folder, config, model, state.trained)
 
         saved = run.restore(state.arrays)
         if saved is not None:

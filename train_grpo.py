@@ -158,13 +158,12 @@ def resolve(config: Config) -> Config:
 
 def check_algorithm(config: Config) -> None:
     """Raises ValueError for a setting that another one leaves without effect."""
-    flag = lambda name: "--" + name.replace("_", "-")
-    given = lambda name: getattr(config, name) != getattr(Config, name)
+    flag, given = terminal.flag, lambda name: getattr(config, name) != getattr(Config, name)
     for name, is_on, excluded in (
         ("cispo_cap", config.cispo_cap, "clip_low clip_high dual_clip sapo"),
         ("sapo", config.sapo, "clip_low clip_high dual_clip"),
         ("ratio_level", config.ratio_level == "geometric", "cispo_cap sapo dual_clip"),
-        ("per_reward", config.per_reward, "scale"),
+        ("per_reward", config.per_reward, "scale baseline"),
     ):
         for other in filter(given, excluded.split() if is_on else ()):
             raise ValueError(f"{flag(other)} {getattr(config, other)} has no effect beside "
@@ -180,6 +179,15 @@ def check_algorithm(config: Config) -> None:
     if config.is_floor > config.is_cap:
         raise ValueError(f"--is-floor {config.is_floor:g}: expected less than --is-cap "
                          f"{config.is_cap:g}")
+    if config.group == 2 and config.scale == "group":
+        terminal.say_wrapped(
+            "--group 2 with --scale group: every advantage is 0.71 or -0.71, however far apart the "
+            "rewards are; --scale none keeps the distance", 2)
+    limits = [*filter(given, ("clip_low", "clip_high", "dual_clip", "cispo_cap", "sapo"))]
+    if limits and config.inner_epochs == 1:
+        terminal.say_wrapped(
+            f"--inner-epochs 1 leaves {' and '.join(map(flag, limits))} without effect: a batch is "
+            "used once, by the weights that sampled it, so every ratio is 1", 2)
 
 
 # -------------------------------------------------------------------------------------- rollouts
@@ -585,9 +593,6 @@ def main(config: Config) -> Path | dict:
         return bench.plan("grpo", config)
     config = resolve(config)
     mesh = stage.begin(config)
-    if config.group == 2 and config.scale == "group":
-        terminal.say("--group 2 with --scale group: every advantage is 0.71 or -0.71, however far "
-                     "apart the rewards are; --scale none keeps the distance")
 
     # load
     model = stage.load_model(config, mesh)
@@ -615,12 +620,12 @@ def main(config: Config) -> Path | dict:
         elif config.eval_every:
             evaluate(setup, state, run)
 
+        def write(folder: Path | None) -> None:
+            stage.write_model(folder, config, model, state.trained)
+
         def save(score: float | None = None) -> None:
             counters = {"drawn": state.drawn, "num_tokens": state.num_tokens}
             run.save(state.step, state.arrays, counters, write, score)
-
-        def write(folder: Path | None) -> None:
-            stage.write_model(folder, config, model, state.trained)
 
         while (p := run.progress(state.step)) < 1 and not run.stopping:
             began, lr = time.perf_counter(), stage.schedule(p, config)

@@ -105,7 +105,7 @@ DEFAULTS = {
     "tiny": dict(
         dtype="float32", data="problems", rows=5000, system="", rewards="format:0.1,answer:1",
         prompts=16, max_prompt=88, max_new=104, slots=64, kl_coef=0.0, lora_rank=16,
-        steps=50, pack_length=384, micro_rows=1, learning_rate=1e-3, value_lr=3e-3, remat="none",
+        steps=75, pack_length=384, micro_rows=1, learning_rate=1e-3, value_lr=3e-3, remat="none",
         eval_every=25, eval_rows=200, save_every=25,
     ),
     "gemma2": REAL, "gemma3": REAL,
@@ -113,8 +113,7 @@ DEFAULTS = {
 }
 SHOWN = {  # metrics printed each step; metrics.jsonl has all of them
     "reward": "reward {:5.2f}", "accuracy": "right {:4.0%}",
-    "completions/mean_length": "length {:4.0f}", "explained_variance": "explained {:5.2f}",
-    "step_s": "{:5.1f} s",
+    "explained_variance": "explained {:5.2f}", "step_s": "{:5.1f} s",
 }
 
 
@@ -127,6 +126,8 @@ def resolve(config: Config) -> Config:
     if config.dual_clip and config.dual_clip <= 1 + config.clip_high:
         raise ValueError(f"--dual-clip {config.dual_clip:g}: expected more than 1 + --clip-high = "
                          f"{1 + config.clip_high:g}")
+    if config.kl_in != Config.kl_in and not config.kl_coef:
+        raise ValueError(f"--kl-in {config.kl_in} has no effect without --kl-coef")
     rollouts.check_settings(config)
     rollouts.check_rewards(config)
     return config
@@ -467,12 +468,12 @@ def main(config: Config) -> Path | dict:
         def evaluate() -> float:
             return rollouts.evaluate(sampler, weights(), model.tok, held_out, state.step, run)
 
+        def write(folder: Path | None) -> None:
+            stage.write_model(folder, config, model, state.arrays["trained"]["policy"])
+
         def save(score: float | None = None) -> None:
             run.save(state.step, state.arrays,
                      {"drawn": state.drawn, "num_tokens": state.num_tokens}, write, score)
-
-        def write(folder: Path | None) -> None:
-            stage.write_model(folder, config, model, state.arrays["trained"]["policy"])
 
         saved = run.restore(state.arrays)
         if saved is not None:

@@ -100,7 +100,7 @@ DEFAULTS = {
     "gemma3": REAL,
 }
 SHOWN = {  # metrics printed each step
-    "loss": "loss {:.3f}", "pair_accuracy": "pairs right {:4.0%}", "margin": "margin {:6.3f}",
+    "loss": "loss {:.3f}", "pair_accuracy": "pairs right {:4.0%}", "margin": "margin {:5.2f}",
     "step_s": "{:5.1f} s",
 }
 KNOBS = {  # the fields that each loss reads, with their defaults
@@ -116,8 +116,8 @@ def resolve(config: Config) -> Config:
     knobs = KNOBS[config.loss]
     for name in sorted({k for some in KNOBS.values() for k in some} - set(knobs)):
         if getattr(config, name) is not None:
-            raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
-                             f"{', '.join(knobs)}".replace("_", "-"))
+            raise ValueError(f"{terminal.flag(name)} {getattr(config, name)}: --loss {config.loss} "
+                             f"has only {', '.join(map(terminal.flag, knobs))}")
     config = settings.resolve(config, {name: table | knobs for name, table in DEFAULTS.items()},
                               alpha_per_rank=2.0)
     if config.beta is not None and config.beta <= 0:

@@ -512,6 +512,23 @@ def problems_of(difficulties):
             for i, d in enumerate(difficulties)]
 
 
+@pytest.mark.parametrize("fields, named", [
+    ({"sapo": True}, "--sapo"), ({"clip_low": 0.1, "dual_clip": 3.0}, "--clip-low and --dual-clip"),
+    ({}, ""), ({"clip_low": 0.1, "inner_epochs": 2}, "")])
+def test_limits_of_a_ratio_that_is_always_1_are_named(capsys, fields, named):
+    train_grpo.resolve(train_grpo.Config(**fields))
+    said = capsys.readouterr().err
+    assert said.startswith(f"--inner-epochs 1 leaves {named} without effect") if named else not said
+
+
+def test_a_billion_weights_on_a_cpu_are_said_loudly(capsys):
+    stage.warn_of_cpu(gemma.CONFIGS["gemma3-270m"], gemma.all_devices())
+    assert not capsys.readouterr().err
+    stage.warn_of_cpu(gemma.CONFIGS["gemma3-1b"], gemma.all_devices())
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: 1.0 billion weights on a CPU") and "TPU v5e-8" in said
+
+
 def test_prompts_are_a_function_of_what_was_drawn():
     prompts = Order(problems_of([1] * 10), "", seed=3)
     flat = prompts.take(0, 25, 0.0)
@@ -529,6 +546,8 @@ def test_curriculum():
     walk = [problems[i].fields["difficulty"] for p in np.linspace(0, 1, 10)
             for i in ordered.take(0, 6, p)]
     assert walk == sorted(walk) and set(walk) == {1, 2, 3}
+    late = ordered.take(0, 6, 0.95) + ordered.take(6, 6, 0.95, in_step=6)  # --resample's as well
+    assert {problems[i].fields["difficulty"] for i in late} == {3} and len({*late}) == 12
     for wrong, why in (("0.2:1", "start at 0"), ("0:9", "no problem"), ("x", "expected ordered"),
                        ("0:1,0.9:2,0.5:3", "start at 0")):
         with pytest.raises(ValueError, match=why):

@@ -781,7 +781,7 @@ def test_a_header_every_20_lines_and_warnings_in_time(tmp_path, capsys):
             run.log(step, {"eval_accuracy": 0.5 if step == 2 else 0.25})
     said = capsys.readouterr().err.splitlines()
     headers = [i for i, line in enumerate(said) if str(tmp_path) in line]
-    assert said[headers[0] + 1] == "step 1  reward  0.50" and len(headers) == 3
+    assert said[headers[0] + 1] == "step 1     reward  0.50" and len(headers) == 3
     assert all(len(line) < 80 for line in said if str(tmp_path) not in line)
     steps = lambda i, j: sum("reward " in line for line in said[i:j] if "warning" not in line)
     assert steps(headers[0], headers[1]) == 20 == steps(headers[1], headers[2])
