@@ -447,7 +447,7 @@ def main(config: Config) -> Path | dict:
     problems, held_out = rollouts.load_split(config, rollouts.problem_reader(config, model.tok))
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(stage.put(start_of(model.trained, model.cfg, config), mesh, P()))
-    model = model._replace(trained=None)  # else a resumed run would hold these weights too
+    model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)
