@@ -207,8 +207,8 @@ def one_line(main: Callable) -> Callable:
 def command(call: Callable[[], Any]) -> None:
     """Runs a script's command line: a mistake of the user's ends it in one line, exit code 1.
 
-    Mistakes are ValueErrors raised in our files and OSErrors about a file. Any other error is a bug
-    and keeps its traceback.
+    Mistakes are ValueErrors and OSErrors that our files raise, and OSErrors about a file. Any other
+    error is a bug and keeps its traceback.
     """
     try:
         call()
