@@ -113,11 +113,11 @@ KNOBS = {  # the fields that each loss reads, with their defaults
 
 def resolve(config: Config) -> Config:
     """Fills the fields left at None from the model's and the loss's defaults; checks the rest."""
-    knobs = KNOBS[config.loss]
+    knobs, flag = KNOBS[config.loss], lambda name: name.replace("_", "-")
     for name in sorted({k for some in KNOBS.values() for k in some} - set(knobs)):
         if getattr(config, name) is not None:
-            raise ValueError(f"--{name} {getattr(config, name)}: --loss {config.loss} has only "
-                             f"{', '.join(knobs)}".replace("_", "-"))
+            raise ValueError(f"--{flag(name)} {getattr(config, name)}: --loss {config.loss} has "
+                             f"only {', '.join(map(flag, knobs))}")
     config = settings.resolve(config, {name: table | knobs for name, table in DEFAULTS.items()},
                               alpha_per_rank=2.0)
     if config.beta is not None and config.beta <= 0:
