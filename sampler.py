@@ -376,7 +376,7 @@ class Sampler:
     # Prompts cached at once; a prompt leaves when all its rollouts have started. With n=1 this is
     # the most rollouts that can start in a round.
     cached_prompts: int = 16
-    chunk: int = 32  # decode steps in a round
+    chunk: int = 32  # decode steps in a round, at most
     dtype: Any = jnp.bfloat16  # of the caches; must be that of the parameters
     shard: bool = False  # keep the base sharded over the mesh; else each `sample` gathers it
 
