@@ -556,8 +556,8 @@ def bytes_beside(program: str, programs: dict) -> int:
     if "estimate" in programs:
         kept.append(programs["estimate"][1][0]["reference"])
     if program in ("prefill", "decode", "judge"):  # these alternate during rollouts
-        _, _, params, _, _, shelf, _, state = programs["decode"][1]
-        kept += [shelf, state]
+        _, _, params, _, _, prompt_cache, _, state = programs["decode"][1]
+        kept += [prompt_cache, state]
         if tree_bytes(params) != tree_bytes(kept[2].get("base")):
             kept.append(params)  # a copy for the rollouts: gathered, or cast from float32
     arguments = programs[program][1]

@@ -76,7 +76,7 @@ def which(run: report.Run, step: int) -> str:
 
 
 def n_evaluated(run: report.Run, step: int) -> int:
-    """Of how many evaluated steps this one is the best; 0 if it is not."""
+    """Number of evaluated steps if this one is the best of them, else 0."""
     for name, sign in (("eval_accuracy", 1), ("eval_loss", -1), ("eval_format", 1)):
         scores = {s: sign * row[name] for s, row in run.steps.items()
                   if s and row.get(name) is not None}  # step 0 is the start, and no checkpoint

@@ -102,7 +102,7 @@ class Endpoint:
         self.stopped = ""  # why no more requests are sent
         self.refused: set[str] = set()  # parameters that the server does not take
         self.replies: dict[str, str] = {}  # by digest of the question; the latest counts
-        self.under_way: dict[str, asyncio.Task] = {}  # likewise
+        self.under_way: dict[str, asyncio.Task] = {}  # by digest
         if cache is not None:
             self.n_sent = sum(row["requests"] for row in disk.good_rows(cache, requests=int))
             rows = disk.good_rows(cache, key=str, text=str)

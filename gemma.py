@@ -358,7 +358,8 @@ def on_tpu(mesh: Mesh | None = None) -> bool:
 
 def has_cudnn_attention() -> bool:
     """Whether this process has NVIDIA GPUs on which cuDNN's flash attention takes heads of 256."""
-    device = jax.local_devices()[0]  # of AMD's the capability is a name, as in gfx942
+    device = jax.local_devices()[0]
+    # AMD reports a name such as gfx942 as its capability, not a number.
     return device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 9
 
 

@@ -115,7 +115,8 @@ def broadcast(tree):
         blob = np.asarray(multihost_utils.broadcast_one_to_all(blob))
         return blob.view(x.dtype).reshape(x.shape)
 
-    return jax.tree.map(one, tree)  # leaf by leaf: every device holds a copy of the one under way
+    # One leaf at a time, because each broadcast puts a copy on every device.
+    return jax.tree.map(one, tree)
 
 
 # ---------------------------------------------------------------------------------------- placing
@@ -131,7 +132,7 @@ def put(x, sharding: Sharding) -> jax.Array:
 
 def own(mesh: Mesh) -> Mesh:
     """The part of a mesh that is this process's own devices."""
-    if count == 1:  # of a TPU that is only compiled for, half the devices are another host's
+    if count == 1:  # a TPU we only compile for lists half its devices under another process
         return mesh
     return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=mesh.axis_types)
 

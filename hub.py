@@ -198,8 +198,12 @@ def _is_base_of_run(weights: Path, adapter: Path) -> bool:
 def trained_on(model: str, weights: str | None, adapter: str | None) -> tuple[str, str | None]:
     """--model and --weights; where both are left out, those that the adapter was trained on.
 
-    The run that made it knows its name. Else, if the base that the adapter's config names still
-    exists, its shape tells the model; if not, the base's own name does; if not, it is tiny.
+    The model is, in this order:
+    1. the --model of the run that made the adapter;
+    2. if the base that the adapter's config names still exists, the model with its shape (a fully
+       fine-tuned model is its own base);
+    3. if that base is gone, the model with its name;
+    4. tiny.
     """
     if not adapter or weights or model != "tiny":
         return model, weights

@@ -6,8 +6,8 @@
         groups, seconds = rollouts.sample_groups(...)      # one group of G samples for each prompt
     batch, n_micro, spans = rollouts.pack(samples, weights, config, mesh.size)
 
-1. A thread scores each completion as soon as it is finished, while the devices decode others.
-2. Packed rows, missing rewards and token ids are as notes 3, 5 and 6 of train_grpo.py say.
+1. Threads score each completion as soon as it is finished, while the devices decode others.
+2. Notes 3, 5 and 6 of train_grpo.py explain packed rows, missing rewards and token ids.
 """
 
 import dataclasses
@@ -44,18 +44,18 @@ from sampler import Rollout, Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Settings(settings.Judge, settings.Sampling, settings.Training):
-    """The flags of every script that learns from its own completions; it adds its algorithm's."""
+    """Flags of the scripts that learn from their own completions; each adds its algorithm's."""
 
     # data
     curriculum: str = ""
-    """Order by the rows' "difficulty": ordered (easy first), or phases START:LOW-HIGH that begin at
-    a share of the run, as in 0:1-2,0.3:1-3,0.6:1-5; default: shuffled."""
+    """Order by the rows' "difficulty": ordered (easy first), or phases START:LOW-HIGH, where START
+    is a share of the run, as in 0:1-2,0.3:1-3,0.6:1-5; default: shuffled."""
 
     # rewards
     rewards: str | None = None
     """Weighted sum, as in format:1,answer:3, or a preset: tunix, ideae, pinocchio, grar."""
     overlong_buffer: float = 0.2
-    """Last share of --max-new, over which the reward "overlong" falls from 0 to -1 (DAPO)."""
+    """The reward "overlong" falls from 0 to -1 over this last share of --max-new (DAPO)."""
     max_missing: float = 0.5
     """Save and stop if more than this share of a step's completions has no reward."""
 
@@ -87,7 +87,7 @@ class Settings(settings.Judge, settings.Sampling, settings.Training):
 class Problem:
     """One row, ready to be answered and graded."""
 
-    id: str  # hash of question and answer, without the system text: two runs can be paired by it
+    id: str  # hash of question and answer, not of the system text, so that runs can be paired
     prompt: tuple[int, ...]  # token ids
     question: str  # as text
     gold: str | None  # the right answer; None: nothing to check
@@ -120,7 +120,7 @@ def read_problem(row: dict, tok: data.Tokenizer, system: str = "") -> Problem:
 
 
 def problem_reader(config, tok: data.Tokenizer):
-    """read_problem with a script's --system and with --max-prompt as its limit."""
+    """read_problem with a script's --system, and with --max-prompt as the longest prompt."""
 
     def read(row: dict) -> Problem:
         problem = read_problem(row, tok, config.system)
@@ -156,7 +156,10 @@ def load_split(config, read) -> tuple[list[Problem], list[Problem]]:
 
 
 def check(problem: Problem, completion: str) -> tuple[str | None, bool | None, bool]:
-    """(the answer, whether it is right (None: nothing to check), whether the format is strict)."""
+    """Grades a completion -> (its answer, whether that is right, whether the format is strict).
+
+    Right is None where the problem has no answer to check.
+    """
     _, answer, strict = rewards.parse(completion)
     if problem.gold is None:
         return answer, None, strict
@@ -183,7 +186,7 @@ def read_curriculum(curriculum: str) -> list[tuple[float, float, float]]:
 
 
 class Order:
-    """Which problems a step takes, from (seed, number drawn so far, progress)."""
+    """Chooses the problems of a step from (seed, number drawn so far, progress)."""
 
     def __init__(self, problems: list[Problem], curriculum: str, seed: int):
         self.seed, self.ordered = seed, curriculum == "ordered"
@@ -208,7 +211,10 @@ class Order:
             self.phases.append((start, rows))
 
     def take(self, drawn: int, n: int, p: float, in_step: int = 0) -> list[int]:
-        """The next n problems at progress p; drawn: taken before, in_step: of them in this step."""
+        """Indices of the next n problems at progress p.
+
+        drawn: problems taken before this call; in_step: how many of them in this step.
+        """
         phase = max(i for i, (start, _) in enumerate(self.phases) if start <= p)
         rows = self.phases[phase][1]
         if self.ordered:
@@ -251,7 +257,7 @@ class Sample:
 
 
 def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.0) -> dict:
-    """The `row` of a reward function: the data's row and what the trainer adds."""
+    """The `row` that a reward function gets: the data's row plus what the trainer adds."""
     overlong, chat = getattr(config, "overlong_buffer", 0.2), problem.chat
     if chat and chat[0]["role"] != "system" and getattr(config, "system", None):
         chat = [{"role": "system", "content": config.system}, *chat]
@@ -319,7 +325,7 @@ class Scorer:
         if judged:
             cache = Path(config.out) / "judge" / "replies.jsonl"
             self.judge = judge.open(config, mesh, cache=cache)
-        self.verdicts: list[Future] = []  # the judge's, since the last collect()
+        self.verdicts: list[Future] = []  # asked of the judge since the last collect()
         self.tasks, self.progress_s = queue.SimpleQueue(), 0.0
         for _ in range(config.reward_threads):
             self._start_thread()
@@ -353,9 +359,10 @@ class Scorer:
         return future
 
     def collect(self, futures: list[Future]) -> list[rewards.Scored]:
-        """The scores of these futures, in order; waits at most --reward-timeout.
+        """Waits for these futures -> their scores, in order.
 
-        The timeout starts again with each score that arrives. The judge has its own timeouts.
+        When no score has arrived for --reward-timeout seconds, those still pending are missing. The
+        judge has its own timeouts.
         """
         if self.judge is not None:
             self.judge.pump(flush=True)
@@ -387,7 +394,7 @@ class Scorer:
         return judge.total(hosts.everyone(self.judge.stats()))
 
     def trouble(self, scores: list[rewards.Scored]) -> str | None:
-        """Why to save and stop the run: too many of these scores are missing; else None."""
+        """Why the run should save and stop (scores or judgements are missing), or None."""
         missing = [s for s in scores if s.total is None]
         if len(missing) > self.config.max_missing * len(scores):
             reasons = Counter(next(iter(s.errors.values()), "no reason") for s in missing)
@@ -418,12 +425,12 @@ def answer_probs(problems: list[Problem], texts_QG: list[list[str]], tok: data.T
                  mesh: Mesh, logps) -> list[list[float | None]]:
     """The policy's mean probability of the right answer's tokens after each trace (RLPR).
 
-    arXiv 2506.18254. The right answer replaces what follows the completion's first <answer>. 0
-    where there is no <answer>, or no room for the right answer within --max-new; None where no
-    right answer is known. Probabilities are at --temperature. RLPR subtracts the probability
-    without a trace; it is equal within a group, so subtracting the group's mean removes it anyway.
+    arXiv 2506.18254. The right answer replaces what follows the completion's first <answer>. The
+    result is 0 where there is no <answer>, or no room for the right answer within --max-new, and
+    None where no right answer is known. Probabilities are at --temperature. RLPR also subtracts the
+    probability without a trace: it is the same for a whole group, so the group's mean removes it.
 
-    logps: (arrays of pack, micro-batches used) -> log-probs of the policy, of the same shape.
+    logps: function of (arrays of pack, micro-batches used) -> the policy's log-probs, same shape.
     """
     probs_QG = [[None if q.gold is None else 0.0] * len(texts)
                 for q, texts in zip(problems, texts_QG, strict=True)]
@@ -506,7 +513,7 @@ def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problem
         futures[r.prompt, r.index] = scorer.submit(text, row, (r.prompt, r.index, config.group))
         finished[r.prompt, r.index] = r, text
     rollout_s = time.perf_counter() - began
-    if "prob" in scorer.mix.weights:  # one forward pass, of which every host has its part
+    if "prob" in scorer.mix.weights:  # one forward pass over the completions of all hosts
         texts = hosts.join([[finished[first + i, g][1] for g in range(config.group)] for i in mine])
         found = answer_probs(problems, texts, tok, config, scorer.mesh, logps)
         for (q, g), future in probs.items():
@@ -599,7 +606,7 @@ def packed_size(config, n_devices: int) -> tuple[int, int]:
 
 
 def packed_shapes(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of `pack` on the mesh, as shapes."""
+    """Shapes of the arrays of `pack`, on the mesh."""
     n_max, rows = packed_size(config, mesh.size)
     array = functools.partial(jax.ShapeDtypeStruct, (n_max, rows, config.pack_length),
                               sharding=NamedSharding(mesh, P(None, "data")))
@@ -608,10 +615,10 @@ def packed_shapes(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 def pack(samples: list[Sample], weights: list[float], config, n_devices: int,
          all_advantages: bool = False) -> tuple[dict, int, list]:
-    """-> (arrays [max. micro-batches, rows, pack_length], micro-batches used, spans).
+    """Packs samples -> (arrays [max. micro-batches, rows, pack_length], micro-batches used, spans).
 
-    spans: (index of the sample, flat row, slice) of each completion. A sample without a gradient is
-    left out: one of weight 0, or of advantage 0 if there is no KL term and not all_advantages.
+    spans: (index of the sample, flat row, slice) of each completion. Samples without a gradient are
+    left out: those of weight 0, and without a KL term or all_advantages those of advantage 0.
     Prompt [p p], completions [c c] and [d] with advantages 2 and -1, log-probs l and m:
     segments 1 1 2 2 3, parents 1 1 1 1 1, source 0 0 1 2 1 (the token that predicts this one),
     mask 0 0 1 1 1, advantage 0 0 2 2 -1, sampler 0 0 l l m.
@@ -665,7 +672,7 @@ def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
     column = lambda values: np.array([np.nan if v is None else v for v in values], float)
 
     def mean(values, of=np.mean):
-        """`of` the values that are present; None (no such metric) if there are none."""
+        """Applies `of` to the values that are not None; None (no such metric) if all are."""
         present = column(values)
         present = present[~np.isnan(present)]
         return float(of(present)) if len(present) else None

@@ -4,23 +4,28 @@
     for r in sampler.sample(params, prompts, n=8, lora=adapter, seed=0, step=17):
         r.prompt, r.index, r.ids, r.logps, r.stop   # as they finish, while the devices decode on
 
-In each round of `Sampler._run` every device of the mesh does its own work: the host gives it a
-queue of rollouts; `_prefill` computes the keys and values of new prompts into its prompt cache;
-`_decode` runs up to `chunk` steps, and when a rollout ends, `_refill` copies the prompt of the next
-one in the queue into the free slot; the host yields the rollouts that have ended meanwhile.
+`Sampler._run` works in rounds. In a round the host gives every device of the mesh a queue of
+rollouts. The device then works by itself: `_prefill` writes the keys and values of new prompts into
+its prompt cache, and `_decode` runs up to `chunk` steps. Whenever a rollout ends, `_refill` copies
+the prompt of the next rollout in the queue into the free slot. Meanwhile the host yields the
+rollouts that ended in the round before.
 
-1. Log-probs are of the untruncated distribution softmax(softcap(logits) / temperature): what a
-   trainer computes for the same tokens. Greedy decoding (temperature 0) reports temperature 1.
-2. Noise is a function of (seed, step, prompt, rollout, token number), so neither devices, slots nor
-   the order of the queue change a rollout.
-3. top-k, top-p and min-p, applied in this order as in transformers, each keep the tokens above
-   some logit, ties included. The stop token is part of a rollout, with its log-prob.
+1. Log-probs are of the untruncated distribution softmax(softcap(logits) / temperature), which is
+   what a trainer computes for the same tokens. Greedy decoding (temperature 0) reports those at
+   temperature 1.
+2. Noise is a function of (seed, step, prompt, rollout, token number), so a rollout does not depend
+   on the number of devices or slots, or on the order of the queue.
+3. top-k, top-p and min-p, applied in this order as in transformers, each keep the tokens whose
+   logit reaches a threshold, so ties stay together. The stop token is part of a rollout, with its
+   log-prob.
 4. The KV cache of a slot is a ring buffer, and all slots write at the same index: see `_refill`.
-5. A sharded base is gathered once a call, or never (`shard=True`): then prefill gathers it layer by
-   layer, decoding exchanges activations (gemma.sharded_matmul), and the devices step together.
+5. A sharded base is gathered once in each call of `sample`. With `shard=True` it stays sharded:
+   prefill gathers one layer at a time, decoding exchanges activations (gemma.sharded_matmul), and
+   the devices step together.
 
 Beyond the axes of gemma.py: W rollouts that a device holds (decoding or queued), X prompts in its
-prompt cache, I words in a block of the vocabulary, J blocks, E periods that a repetition may have.
+prompt cache, I words in a block of the vocabulary, J blocks, A candidate tokens, E periods that a
+repetition may have.
 """
 
 import dataclasses
@@ -68,11 +73,11 @@ class Rules(NamedTuple):
 class Job(NamedTuple):
     """One rollout in the queue of a device, as five integers."""
 
-    row: int  # of ids_WC, which its tokens are written to
+    row: int  # the row of ids_WC that its tokens are written to
     cached: int  # index of its prompt in the prompt cache
     prompt: int
     rollout: int
-    limit: int  # of completion tokens
+    limit: int  # most completion tokens
 
 
 # ------------------------------------------------------------------------------------- one token
@@ -96,10 +101,10 @@ def largest(x_BV: jax.Array, k: int) -> jax.Array:
 
 
 def nucleus(p_BV: jax.Array, need_B: jax.Array) -> jax.Array:
-    """The largest t for which all p >= t together add up to `need`: exact, and without a sort.
+    """The largest t such that all p >= t sum to at least `need`; exact, without a sort.
 
-    p [1 .5 .5 .2], need 1.2 -> .5 (which keeps three: ties stay together). Between 0 and 1 floats
-    are ordered like their bits, so 30 halvings of [0, bits of 1] leave one number.
+    p [1 .5 .5 .2], need 1.2 -> .5 (which keeps three: ties stay together). Floats from 0 to 1 have
+    the same order as their bits read as integers, so 30 halvings of [0, bits of 1] leave one.
     """
     as_float = lambda i_B: lax.bitcast_convert_type(i_B, jnp.float32)
 
@@ -116,7 +121,7 @@ def nucleus(p_BV: jax.Array, need_B: jax.Array) -> jax.Array:
 
 
 def truncate(x_BV: jax.Array, rules: Rules, settings: dict) -> jax.Array:
-    """Logits with -inf where top-k, then top-p, then min-p exclude a token: below a threshold t."""
+    """Sets logits below a threshold t to -inf; top-k, top-p and min-p in turn raise t."""
     top_B = jnp.max(x_BV, axis=-1)
     t_B, candidates_BA = jnp.full_like(top_B, -jnp.inf), x_BV
     if rules.top_k:
@@ -161,7 +166,7 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, rules: Rules, settings: dict) -
 def _loop(more, step, carry, fsdp):
     """lax.while_loop; with fsdp, all devices go on as long as any of them has work.
 
-    `step` then holds collectives, for which the others would wait for ever if a device skipped one.
+    With fsdp `step` holds collectives: if one device left the loop, the others would wait for ever.
     """
     if fsdp is None:
         return lax.while_loop(more, step, carry)
@@ -181,7 +186,8 @@ def _prefill(cfg, buckets, fsdp, params, lora, prompts, prompt_cache):
         active = True if fsdp is None else fits(U, carry)
         tokens_1U, n, x = (prompts[k][i] for k in ("tokens_X1U", "n_X", "index_X"))
         x_1UD, kv = gemma.prefill(params, cfg, tokens_1U[:, :U], n[None], lora=lora, fsdp=fsdp)
-        # A ring buffer shorter than the cache's has not wrapped yet, so its indices are the same.
+        # If the ring buffer of this bucket is shorter than the cache's, it has not wrapped yet, so
+        # that tokens have the same index in both.
         new = {"x_XD": lax.dynamic_slice_in_dim(x_1UD[0], n - 1, 1), "n_X": n[None],
                "k": [k for k, _ in kv], "v": [v for _, v in kv]}
 
@@ -194,7 +200,7 @@ def _prefill(cfg, buckets, fsdp, params, lora, prompts, prompt_cache):
         return i + active, jax.tree.map(write, prompt_cache, new)
 
     carry = jnp.zeros_like(prompts["n"][0]), prompt_cache
-    for U in buckets:  # prompts are sorted: each bucket goes on where the last one stopped
+    for U in buckets:  # prompts are sorted by length: each bucket goes on where the last stopped
         carry = _loop(functools.partial(fits, U), functools.partial(one, U), carry, fsdp)
     return carry[1]
 
@@ -202,7 +208,8 @@ def _prefill(cfg, buckets, fsdp, params, lora, prompts, prompt_cache):
 def _write(old, new, start, axis):
     """Replaces a slice of a cache in place.
 
-    Without the constraint XLA on a TPU may choose another layout and copy the caches both ways.
+    Without the constraint XLA on a TPU may choose another layout, and copy the whole cache to it
+    and back.
     """
     old = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis)
     return layout.with_layout_constraint(old, layout.Layout(tuple(range(old.ndim))))
@@ -211,10 +218,10 @@ def _write(old, new, start, axis):
 def _refill(prompt_cache, queue, state):
     """Starts queued rollouts in free slots, one at a time; at most steps there is nothing to start.
 
-    All slots write their next token at the same index of their ring buffers, the number of the step
-    modulo the length. The write is then one slice; an index for each slot would make it a scatter,
-    for which XLA on a TPU copies the cache. So the cached prompt is rotated: its last token goes
-    just before the index that all slots write next.
+    All slots write their next token at the same index of their ring buffers: the number of the step
+    modulo the ring's length. The write is then one slice. With an index for each slot it would be a
+    scatter, for which XLA on a TPU copies the cache. The cached prompt is therefore rotated, so
+    that its last token sits just before the index that all slots write next.
     """
 
     def possible(state):
@@ -225,12 +232,12 @@ def _refill(prompt_cache, queue, state):
         job = Job(*job_5)
         x, n = job.cached, prompt_cache["n_X"][job.cached]
 
-        def position(S):  # of the prompt's token at each index of a ring of S; negative: none
+        def position(S):  # position of the prompt token at each index of a ring; negative: none
             return n - 1 - (state["steps"][0] - 1 - jnp.arange(S)) % S
 
         def rotate(old_BKSH, prompt_XKSH):
-            # Not by an index for each token: for that gather XLA on a TPU would copy the whole
-            # prompt cache into another layout, which takes as much memory again.
+            # A roll rather than a gather: for a gather XLA on a TPU would copy the whole prompt
+            # cache into another layout, which takes as much memory again.
             row_1KSH = lax.dynamic_slice_in_dim(prompt_XKSH, x, 1)
             more = old_BKSH.shape[2] - row_1KSH.shape[2]
             row_1KSH = jnp.pad(row_1KSH, ((0, 0), (0, 0), (0, more), (0, 0)))
@@ -318,9 +325,10 @@ def _step(cfg, rules, fsdp, params, lora, settings, state):
 
 
 def _decode(cfg, rules, chunk, fsdp, params, lora, settings, prompt_cache, queue, state):
-    """Up to `chunk` steps; fewer when all rollouts have ended or `return_at` slots are idle.
+    """Runs `chunk` steps, or fewer.
 
-    With fsdp always `chunk` steps, because a step holds collectives that every device must reach.
+    A device stops early if its queue is empty and either all its rollouts have ended or `return_at`
+    slots are idle. With fsdp it never does: every device must reach the collectives in a step.
     """
     state |= {"started": jnp.zeros_like(state["started"])}
     end = state["steps"][0] + chunk
@@ -343,7 +351,7 @@ def _decode(cfg, rules, chunk, fsdp, params, lora, settings, prompt_cache, queue
 
 @dataclasses.dataclass
 class _Device:
-    """What the host knows of one device. A key stands for a distinct prompt, see Sampler._run."""
+    """What the host knows about one device. A key is the number of a distinct prompt in _run."""
 
     free_rows: list[int]  # of ids_WC
     cached: dict = dataclasses.field(default_factory=dict)  # key -> index in the prompt cache
@@ -353,10 +361,11 @@ class _Device:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The sizes that are compiled. Caches exist only while `sample` runs: training needs memory.
+    """The sizes that programs are compiled for; they are per device.
 
-    All sizes are of one device. With several hosts, each samples its own prompts on its own devices
-    of the mesh; all must call `sample`, if only with no prompts.
+    Caches exist only while `sample` runs, because training needs the memory. With several hosts,
+    each samples its own prompts on its own devices of the mesh. All hosts must call `sample`, even
+    one that has no prompts.
     """
 
     cfg: gemma.Config
@@ -364,10 +373,12 @@ class Sampler:
     slots: int = 64  # rollouts decoding at a time
     max_prompt: int = 512  # tokens
     max_new: int = 512  # tokens
-    cached_prompts: int = 16  # whose rollouts are not all started; with n=1 the most that can start
-    chunk: int = 32  # decode steps before the host looks
-    dtype: Any = jnp.bfloat16  # of the caches: the parameters' own
-    shard: bool = False  # the base stays split over the mesh, instead of gathered by each `sample`
+    # Prompts cached at once; a prompt leaves when all its rollouts have started. With n=1 this is
+    # the most rollouts that can start in a round.
+    cached_prompts: int = 16
+    chunk: int = 32  # decode steps in a round, at most
+    dtype: Any = jnp.bfloat16  # of the caches; must be that of the parameters
+    shard: bool = False  # keep the base sharded over the mesh; else each `sample` gathers it
 
     def __post_init__(self):
         sizes = self.slots, self.max_prompt, self.max_new, self.cached_prompts, self.chunk
@@ -407,11 +418,11 @@ class Sampler:
                 "n_B": ints(B),  # completion tokens so far
                 "job_B5": ints(B, len(Job._fields)),
                 "recent_BE": ints(B, LONGEST_PERIOD),  # the last tokens, latest first
-                "run_BE": ints(B, LONGEST_PERIOD),  # tokens in a row equal to the one E+1 before
+                "run_BE": ints(B, LONGEST_PERIOD),  # tokens in a row equal to the one e+1 before
                 "ids_WC": ints(W, self.max_new),
                 "logp_WC": jnp.zeros((W, self.max_new)),
                 "end_W2": ints(W, 2),  # index into STOPS (0 = decoding), tokens
-                "started": ints(1),  # jobs of this round's queue that have been given a slot
+                "started": ints(1),  # jobs of this round's queue that have got a slot
                 "steps": ints(1),  # since the start; gives the index that all slots write next
             }
             return prompt_cache, state
@@ -431,7 +442,8 @@ class Sampler:
         body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt), self.fsdp)
         body = jax.shard_map(
             body, mesh=self.mesh, in_specs=(self.specs(params), P(), P("data"), P("data")),
-            out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh))  # splash attention has none
+            # splash attention fails the vma check
+            out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh))
         return body(params, lora, prompts, prompt_cache)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
@@ -462,7 +474,7 @@ class Sampler:
                 "decode": (Sampler.decode, decode)}
 
     def _unstacked(self, params):
-        """On a CPU, XLA copies each layer's weights out of the stack at every step: do it once."""
+        """Unstacks layers once on a CPU, where XLA would copy each from the stack at every step."""
         if self.shard or self.mesh.devices.flat[0].platform != "cpu":
             return params
         return params | {"layers": _unstack(params["layers"], self.cfg.num_hidden_layers)}
@@ -477,8 +489,8 @@ class Sampler:
                partial: bool = False, stats: dict | None = None) -> Iterator[Rollout]:
         """n rollouts of each prompt, yielded as they finish, in no particular order.
 
-        prompts: a list of token ids each, or a dict from a number to token ids. They start in this
-        order; the noise depends on the number. stop: ids that end a rollout (None: those of the
+        prompts: token ids of each prompt, in a list or in a dict by number. Prompts start in this
+        order; their noise depends on the number. stop: ids that end a rollout (None: those of the
         config). forbidden: ids that are never sampled; nor are ids from vocab_size on. repetition:
         a rollout ends when this many tokens in a row each equal the token p places before, for
         some p up to 64; 0 = off. partial: after each round of `chunk` steps also yield what the
@@ -529,7 +541,7 @@ class Sampler:
         yield from finished
 
     def _assign(self, devices, waiting) -> list[list[tuple[int, int]]]:
-        """Fills every device's queue: one rollout for each free slot, then as many again to refill.
+        """Fills every device's queue: one rollout per free slot, then one per slot to refill from.
 
         A device prefers prompts in its own prompt cache, then a prompt that no device has cached.
         Only for a slot that is free now does it also prefill a prompt that another device has.
@@ -606,7 +618,7 @@ class Sampler:
         return finished
 
     def _check(self, prompts, max_new, dtype) -> None:
-        """Raises ValueError for what no later line would find: jax drops ids that are too large."""
+        """Raises ValueError for mistakes that nothing later finds: JAX clamps ids out of range."""
         if not 1 <= max_new <= self.max_new or dtype != self.dtype:
             raise ValueError(f"{max_new=}, parameters in {dtype}: expected 1 to {self.max_new} and "
                              f"{jnp.dtype(self.dtype)}, this sampler's own")
@@ -619,7 +631,7 @@ class Sampler:
 
     def _settings(self, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop=None, forbidden=(),
                   vocab_size=None, repetition=0, seed=0, step=0) -> dict:
-        """The settings of one call that are arrays, not compiled in."""
+        """The settings of one call that are passed as arrays, not compiled in."""
         V = self.cfg.vocab_size
         if not (0 <= temperature < np.inf and 0 < top_p <= 1 and 0 <= min_p <= 1):
             raise ValueError(f"{temperature=}, {top_p=}, {min_p=}: expected 0 (greedy) or more, "
@@ -628,7 +640,7 @@ class Sampler:
         stop_V[list(self.cfg.eos_token_id if stop is None else stop)] = True
         forbidden_V[list(forbidden)] = True
         forbidden_V[V if vocab_size is None else vocab_size :] = True
-        # Not the default generator, which users can change; on TPUs it is often one whose numbers
+        # Not JAX's default generator, which users can change: on TPUs often to one whose numbers
         # depend on the shape of the batch.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
         return {"key": key, "stop_V": stop_V, "forbidden_V": forbidden_V,

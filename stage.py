@@ -11,11 +11,11 @@ A stage trains `trained` and reads `fixed`, two pytrees:
     with an adapter     trained = {"a", "b"}, float32          fixed = {"base", "scale"}
     --lora-rank 0       trained = all weights, float32         fixed = {}
 
-1. A starting adapter of another rank, or on other matrices, is merged into the base while it
-   loads, before --base int8 rounds the weights. `write_model` stacks that adapter onto the new one,
-   so final/ always fits the original base.
-2. The base is replicated if it fits and otherwise sharded over the mesh. An adapter is always
-   replicated.
+1. A starting adapter of another rank, or on other matrices, is merged into the base while the base
+   loads, before --base int8 rounds the weights. `write_model` stacks that adapter and the new one
+   into a single adapter, so final/ always fits the original base.
+2. The base is replicated if it fits and otherwise sharded over the mesh (--shard). An adapter is
+   always replicated.
 3. The learning rate follows progress p, the share of the run that is done, so with --time-limit it
    follows the clock.
 """
@@ -48,7 +48,7 @@ import terminal
 
 
 def begin(config) -> Mesh:
-    """What every training script does before it loads anything -> the mesh over all devices."""
+    """Connects hosts, claims the run folder, prints the config -> a mesh over all devices."""
     hosts.connect(config)
     if hosts.index == 0:
         runs.claim(Path(config.out))
@@ -91,12 +91,12 @@ def base_is_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
     """Whether the base is sharded over the mesh rather than copied to every device."""
     if config.shard != "auto" or mesh.size == 1:
         return config.shard == "yes" and mesh.size > 1
-    # Training all weights keeps a float32 master, two moments and a gradient of each.
+    # Training all weights takes 16 bytes for each: its float32 master, gradient and two moments.
     return copy_is_too_large(cfg, weight_bytes(config) if config.lora_rank else 16, mesh)
 
 
 def rollouts_are_sharded(cfg: gemma.Config, config, mesh: Mesh) -> bool:
-    """Whether decoding reads a sharded base in place instead of gathering a copy per phase."""
+    """Whether decoding reads a sharded base in place instead of gathering it in each sample()."""
     too_large = copy_is_too_large(cfg, weight_bytes(config), mesh)
     return base_is_sharded(cfg, config, mesh) and too_large
 
@@ -109,7 +109,8 @@ def weight_bytes(config) -> int:
 def copy_is_too_large(cfg: gemma.Config, bytes_per_weight: int, mesh: Mesh) -> bool:
     """Whether a copy of all weights takes over 40 % of a device's memory."""
     device = jax.local_devices()[0] if hosts.count > 1 else mesh.devices.flat[0]
-    is_here = device.platform != "cpu" and device in jax.local_devices()  # else compile-only
+    # CPUs, and devices that we only compile for, count as 16 GiB.
+    is_here = device.platform != "cpu" and device in jax.local_devices()
     limit = ((device.memory_stats() if is_here else None) or {}).get("bytes_limit", 16 * 2**30)
     return cfg.n_params * bytes_per_weight > 0.4 * limit
 
@@ -120,7 +121,7 @@ REPLICATED_BYTES = 2.5e9  # weights of a larger frozen model are sharded over th
 def frozen_layout(cfg: gemma.Config, mesh: Mesh, int8: bool) -> tuple[jnp.dtype, bool]:
     """(dtype, whether it is sharded) of a judge or a teacher beside the model in training.
 
-    float32 if it is small.
+    float32 below 1e8 weights, else bfloat16.
     """
     dtype = jnp.dtype(jnp.float32 if cfg.n_params < 10**8 else jnp.bfloat16)
     n_bytes = cfg.n_params * (1 if int8 else dtype.itemsize)
@@ -146,7 +147,7 @@ def forward_weights(trained, fixed, dtype) -> tuple[dict, dict | None]:
 def reference_copy(trained, config):
     """A copy of `trained` to be the reference, because `trained` itself will be donated.
 
-    A whole model is kept in the compute dtype, to which a forward pass casts it anyway.
+    A whole model is kept in the compute dtype, because a forward pass casts it to that anyway.
     """
     dtype = jnp.float32 if config.lora_rank else jnp.dtype(config.dtype)
     return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trained)
@@ -160,13 +161,13 @@ class Model(NamedTuple):
 
     cfg: gemma.Config
     tok: data.Tokenizer
-    weights: Path  # the folder they came from
+    weights: Path  # folder of the base
     trained: dict
     fixed: dict
     specs: dict  # PartitionSpecs of `trained`
     sharded: bool  # whether the base is sharded over the mesh
     merged: dict | None  # an adapter that was merged into the base
-    checksums: dict[str, str]  # of the files that it was read from
+    checksums: dict[str, str]  # of the files that the model was read from
 
 
 def load_model(config, mesh: Mesh) -> Model:
@@ -216,7 +217,7 @@ def warn_of_cpu(cfg: gemma.Config, mesh: Mesh) -> None:
 
 
 def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) -> dict[str, str]:
-    """The facts of runs.check_unchanged() about the files of a model, an adapter, a tokenizer."""
+    """Checksums of a model's, an adapter's and a tokenizer's files, for runs.check_unchanged()."""
     files = [start.weights / "config.json", tok.file]
     for folder in [start.weights, start.adapter] if with_weights else []:
         files += [] if folder is None else sorted(folder.glob("*.safetensors"))
@@ -225,7 +226,7 @@ def checksums(start: hub.Start, tok: data.Tokenizer, with_weights: bool = True) 
 
 
 def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str, str]:
-    """What a resumed run must find as it was, beside its flags: the files it reads, the rows."""
+    """What must be unchanged when a run is resumed, besides its flags: its files and its rows."""
     rows = [item.fields for items in sources for item in items]
     sums, own = dict(model.checksums), getattr(config, "reward_file", None)
     if own:
@@ -234,7 +235,7 @@ def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str
         sums |= {f"checksum of {f.name}": disk.file_checksum(f) for f in rewards.files(None, own)}
     if judge := getattr(config, "judge_weights", None) or getattr(config, "judge", None):
         sums |= {f"checksum of the judge's {file.name}": disk.file_checksum(file)
-                 for file in sorted(Path(judge).glob("*.safetensors"))}  # none for an address
+                 for file in sorted(Path(judge).glob("*.safetensors"))}  # an address has none
     return sums | {
         f"checksum of the rows of --data {config.data}": disk.checksum(rows),
         f"checksum of the held-out rows of {config.eval_data or config.data}":
@@ -242,9 +243,9 @@ def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str
 
 
 def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, dict | None]:
-    """(adapter to continue training or None, adapter to merge into the base or None).
+    """Loads an adapter -> (adapter to train further, None) or (None, adapter to merge).
 
-    An adapter whose rank or matrices differ from the config's is merged.
+    It is merged into the base if its rank or its matrices differ from the config's.
     """
     adapter, targets = lora.load(path, cfg), lora.parse_targets(config.lora_targets)
     if config.lora_rank == lora.rank(adapter) and set(adapter["a"]) == set(targets):
@@ -281,7 +282,7 @@ def load_to_sample(start: hub.Start, config) -> tuple[dict, tuple]:
 
 
 def optimizer(config) -> optax.GradientTransformation:
-    """AdamW without the learning rate, which follows the clock and is passed to train_step."""
+    """AdamW without the learning rate, which train_step takes as an argument; see schedule()."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b2=config.adam_b2),
@@ -292,7 +293,7 @@ def optimizer(config) -> optax.GradientTransformation:
 def schedule(p: float, config) -> float:
     """Learning rate of the step that begins at progress p: linear warm-up, then cosine.
 
-    With --steps it is the rate at the end of that step, so that the first step is not at 0.
+    With --steps it is the rate at the step's end, because the first step would otherwise be at 0.
     """
     p = min(1.0, p + (1 / config.steps if config.steps else 0.0))
     if p < config.warmup:
@@ -366,7 +367,8 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
         lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0),
                   model_files.is_multimodal(model.weights))
     else:
-        stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))  # a base model has only <eos>
+        # A base model's own config stops at <eos> only.
+        stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))
         gemma.save(folder, dataclasses.replace(cfg, eos_token_id=stops), weights)
         tok.save(folder, config.system)
     lora.write_prompt(folder, config.system)

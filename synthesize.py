@@ -119,7 +119,7 @@ TEACHER = dict(rows=0, system=data.SYSTEM, max_new=2048)
 MESH_ONLY = ("adapter", "dtype", "base", "top_k", "top_p", "min_p", "repetition", "slots")
 HTTP_ONLY = ("teacher_model", "limit", "budget")
 KEY_VARIABLE = "TEACHER_API_KEY"
-GIVE_UP = 32  # so many completions in a row without a reply mean that the server is gone
+GIVE_UP = 32  # after this many failures in a row the server counts as gone
 OVERLAP = 0.8  # share of common word triples above which two traces are near-duplicates
 
 

@@ -26,7 +26,8 @@ import hosts
 
 # ------------------------------------------------------------------------------------ environment
 
-NEEDED = {"jax": "0.10", "sentencepiece": "0.2.1"}  # before, a tokenizer's file can break into it
+# An older sentencepiece may let a malicious tokenizer file run code.
+NEEDED = {"jax": "0.10", "sentencepiece": "0.2.1"}
 
 
 def check_versions() -> None:
@@ -212,8 +213,8 @@ def one_line(main: Callable) -> Callable:
 def command(call: Callable[[], Any]) -> None:
     """Runs a script's command line: a mistake of the user's ends it in one line, exit code 1.
 
-    Such a line is what a `raise ValueError` in these files states, or the system about a file. Any
-    other error is a bug, and keeps its traceback.
+    Mistakes are ValueErrors and OSErrors that our files raise, and OSErrors about a file. Any other
+    error is a bug and keeps its traceback.
     """
     try:
         call()

@@ -305,7 +305,8 @@ def grads(trained, fixed, batch, n_micro, *, specs, **kw):
     (g, metrics), logp_nBT = lax.fori_loop(0, n_micro, micro, zeros)
     n_tokens, metrics = lax.psum((jnp.sum(batch["mask"]), metrics), "data")
     metrics = {k: v if k == "loss" else v / jnp.maximum(n_tokens, 1.0) for k, v in metrics.items()}
-    # g{unreduced} -> all-reduce; the transpose of all-gather has summed sharded leaves already
+    # Replicated: g{unreduced} -> all-reduce. Sharded: the transpose of all-gather has already
+    # summed it over the devices.
     g = jax.tree.map(lambda r, x: lax.psum(x, "data") if r else x, replicated, g)
     return g, metrics, logp_nBT
 
@@ -396,7 +397,7 @@ def main(config: Config) -> Path | dict:
     model, pair = add_teacher(stage.load_model(config, mesh), config, mesh)
     problems, held_out = rollouts.load_split(config, reader(config, model.tok))
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
-    model = model._replace(trained=None)  # else a resumed run would hold these weights too
+    model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too
 
     # compile
     train_step, = make_steps(pair, config, mesh, model.sharded)

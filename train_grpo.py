@@ -20,12 +20,13 @@ Deviations from common practice, and why:
 2. Without a KL term or an entropy bonus, a completion with advantage 0 has no gradient, so the
    update skips it. It still counts in every mean.
 3. A packed row holds a prompt once, followed by its completions, each of which attends to the
-   prompt and itself: fewer tokens, the same gradient (tested). The host knows every token's weight
-   in the mean, so the loss is a plain weighted sum that packing, micro-batches and devices do not
-   change (tested).
+   prompt and itself: fewer tokens, the same gradient (tested). The host computes each token's
+   weight in the mean beforehand. The loss is then a weighted sum, which packing, micro-batches and
+   devices do not change (tested).
 4. The KL term is k3, because k1's gradient would not depend on the reference at all.
 5. A reward that could not be computed is missing, not 0: its completion leaves the group's mean and
-   has no gradient. A completion masked for its length counts in the mean and the number of rows.
+   has no gradient. With --mask-truncated a completion cut at --max-new has no gradient either, but
+   counts in its group's mean and in the number of completions.
 6. The sampled token ids are trained on as they are; text is never tokenised again.
 
 What to expect: reward and held-out accuracy rise. With one inner epoch the loss stays near zero,
@@ -82,18 +83,22 @@ class Config(rollouts.Settings):
     clip_high: float = 0.28
     """Ratios above 1 + clip_high are clipped; 0.2 in GRPO, 0.28 in DAPO (clip-higher)."""
     dual_clip: float = 0.0
-    """Ratios of negative advantages are capped here, say 3 (TRL's delta, two-sided); 0: off."""
+    """Cap the ratio here where the advantage is negative, for example at 3 (TRL's delta, two-sided
+    GRPO); 0: no cap."""
     cispo_cap: float = 0.0
-    """CISPO: weight the log-prob's gradient by the ratio, capped here; 0: clip as PPO does."""
+    """CISPO: weight each token's log-prob by its ratio, capped here and without a gradient, instead
+    of clipping the ratio; 0: off."""
     sapo: bool = False
     """Bound the ratio smoothly, by a sigmoid, instead of clipping it (SAPO)."""
     sapo_pos: float = 1.0
     """Temperature of SAPO's sigmoid where the advantage is positive."""
     sapo_neg: float = 1.05
-    """Temperature of SAPO's sigmoid elsewhere; the higher, the sooner a ratio loses its effect."""
+    """Temperature of SAPO's sigmoid where the advantage is negative. A higher temperature makes the
+    gradient vanish sooner as the ratio leaves 1."""
     ratio_level: Literal["token", "sequence", "sequence-token", "geometric"] = "token"
-    """Ratio per token, per sequence (GSPO), per sequence with per-token gradients, or the geometric
-    mean of a sequence's ratios, each clipped to exp(-clip_low), exp(clip_high) (GMPO)."""
+    """token: one ratio per token. sequence: one per completion, the geometric mean of its tokens'
+    (GSPO). sequence-token: that value, but per-token gradients. geometric: as sequence, but each
+    token's log-ratio is first clipped, at -clip_low or clip_high (GMPO)."""
     loss_norm: Literal["sequence", "token", "constant"] = "token"
     """Mean over each completion's tokens, then over completions (GRPO); mean over all tokens of the
     update (DAPO); or the sum divided by completions times --max-new (Dr.GRPO)."""
@@ -109,14 +114,15 @@ class Config(rollouts.Settings):
     resample: int = 0
     """Rounds of new prompts to replace groups with equal rewards (DAPO's dynamic sampling)."""
     is_cap: float | None = None
-    """Importance correction: weight by p_trainer / p_sampler, capped here; 0: off, as for the tiny
-    model in float32, where the two agree to 1e-7 (LOG.md; in bfloat16 to 1e-3)."""
+    """Importance correction: weight each token by p_trainer / p_sampler, at most this; 0: off. Off
+    for the tiny model, because in float32 the two agree to 1e-7 (in bfloat16 to 1e-3; LOG.md)."""
     is_level: Literal["token", "sequence"] = "token"
-    """The importance of a token, or the product over its sequence."""
+    """token: each token has its own weight; sequence: all tokens of a completion share the product
+    of theirs."""
     is_mode: Literal["truncate", "mask"] = "truncate"
-    """An importance above --is-cap or below --is-floor becomes that bound, or 0."""
+    """truncate: clip the weight to [--is-floor, --is-cap]; mask: set a weight outside to 0."""
     is_floor: float = 0.0
-    """Lower bound of the importance."""
+    """Lower bound of the importance weight."""
     off_policy_mask: float = 0.0
     """Drop a completion with a negative advantage if its tokens' mean log-prob has fallen by more
     than this since it was sampled (DeepSeek-V3.2); 0: never."""
@@ -157,7 +163,8 @@ def resolve(config: Config) -> Config:
 
 
 def check_algorithm(config: Config) -> None:
-    """Raises ValueError for a setting that another one leaves without effect."""
+    """Raises ValueError if two settings exclude each other, one needs another that is off, or two
+    limits are the wrong way round."""
     flag, given = terminal.flag, lambda name: getattr(config, name) != getattr(Config, name)
     for name, is_on, excluded in (
         ("cispo_cap", config.cispo_cap, "clip_low clip_high dual_clip sapo"),
@@ -223,10 +230,10 @@ class State(NamedTuple):
 
 
 def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str, float]]:
-    """Samples a step at progress p of the run -> (groups to learn from, all groups, seconds).
+    """Samples one step's completions -> (groups to learn from, all groups, seconds).
 
-    With --resample, groups of new problems replace groups whose rewards are all equal, for at most
-    that many rounds.
+    p is the share of the run that is done. With --resample, groups of new problems replace groups
+    whose rewards are all equal, for at most that many rounds.
     """
     config, used, seen = setup.config, [], []
     times = {"rollout_s": 0.0, "reward_s": 0.0}
@@ -245,7 +252,8 @@ def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str,
         if len(used) == config.prompts:
             break
     if used:
-        set_advantages(used, setup.scorer.mix, config)  # --scale batch: the std of the used groups
+        # --scale batch and --per-reward need the standard deviation over the groups kept.
+        set_advantages(used, setup.scorer.mix, config)
     return used, seen, times
 
 
@@ -268,14 +276,16 @@ def advantages(totals_QG: np.ndarray, config: Config, parts_QGC: np.ndarray | No
             d = x - mean
             if config.baseline == "loo" and axis == 1:  # r - mean of others = (r - mean) n/(n-1)
                 d = d * n / (n - 1)
-            d = np.where(std > 1e-9 * (1 + np.abs(mean)), d, 0 * d)  # equal up to rounding
+            # Values that are equal up to rounding become 0, and NaN stays NaN.
+            d = np.where(std > 1e-9 * (1 + np.abs(mean)), d, 0 * d)
             return np.where(n > 1, d / (std + 1e-4) if divide else d, 0.0)
 
     if config.per_reward:  # arXiv 2601.05242
         parts = [normalise(parts_QGC[..., c], 1, True) for c in range(len(weights_C))]
         a_QG = sum(w * part for w, part in zip(weights_C, parts, strict=True))
         a_QG[np.isnan(totals_QG)] = np.nan
-        # The batch's mean is 0 up to rounding: an advantage of exactly 0 stays 0.
+        # Subtracting the batch mean, which is 0 up to rounding, must not make an advantage of
+        # exactly 0 nonzero.
         return np.nan_to_num(np.where(a_QG == 0, 0.0, normalise(a_QG, (0, 1), True)))
     a_QG = normalise(totals_QG, 1, config.scale == "group")
     if config.scale == "batch":
@@ -291,7 +301,8 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
     """
     there = [s for s in samples if s.scored.total is not None]
     masked = lambda s: config.mask_truncated and s.rollout.stop == "length"
-    n_rows = max(1, len(there))  # completions in the mean: masked ones count, missing don't
+    # Completions that count in the mean: masked ones do, those with a missing reward do not.
+    n_rows = max(1, len(there))
     n_tokens = max(1, sum(len(s.rollout.ids) for s in there if not masked(s)))
     weight = {
         "sequence": lambda n: 1 / (n * n_rows),
@@ -324,8 +335,9 @@ def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config)
 def policy_loss(logp_BT, b: dict, config: Config):
     """Weighted sum of the tokens' losses -> (sum, sums of metrics over completion tokens).
 
-    b: weight, advantage, mask, segments and the log-probs old (of the behaviour policy, by the
-    trainer; unused if on_policy), sampler and ref, all [B, T], for the same tokens as logp_BT.
+    b holds arrays [B, T] aligned with logp_BT: weight, advantage, mask, segments, and log-probs of
+    three policies: sampler (as sampled), old (the same weights by the trainer; unused if
+    on_policy), ref (the starting model).
     --entropy-coef reads entropy [B, T] and n_tokens, the completion tokens of the whole update.
     """
     now_BT, mask_BT = lax.stop_gradient(logp_BT), b["mask"]
@@ -339,12 +351,12 @@ def policy_loss(logp_BT, b: dict, config: Config):
         log_ratio_BT = mean_BT if config.ratio_level == "sequence" else each_BT
     ratio_BT = jnp.exp(log_ratio_BT)
 
-    # 2. the objective, with a limit to what a large ratio can gain
+    # 2. the objective, which limits how much a large ratio can gain
     objective_BT, too_low_BT, too_high_BT = limited(log_ratio_BT, logp_BT, b, config)
     metrics = {"clip_ratio/low_mean": too_low_BT, "clip_ratio/high_mean": too_high_BT,
                "clip_ratio/region_mean": too_low_BT | too_high_BT}
 
-    # 3. weights without a gradient: of sampler and trainer's disagreement, of stale completions
+    # 3. factors without a gradient: the importance correction, then the off-policy mask
     if config.is_cap:
         trust_BT = importance(old_BT - b["sampler"], b, config)
         objective_BT *= trust_BT
@@ -365,7 +377,7 @@ def policy_loss(logp_BT, b: dict, config: Config):
         loss_BT += config.kl_coef * kl_BT
         metrics |= {"kl": kl_BT, "kl_k1": -d_BT, "kl_k2": d_BT**2 / 2}
 
-    # 5. the sum, in which each token's weight makes it the mean of --loss-norm
+    # 5. the weighted sum; the weights make it the mean that --loss-norm names
     total = jnp.sum(jnp.where(mask_BT > 0, b["weight"] * loss_BT, 0.0))
     if config.entropy_coef:  # the mean over tokens, whatever --loss-norm is
         total -= config.entropy_coef * jnp.sum(mask_BT * b["entropy"]) / b["n_tokens"]
@@ -396,7 +408,10 @@ def limited(log_ratio_BT, logp_BT, b: dict, config: Config):
 
 
 def importance(difference_BT, b: dict, config: Config):
-    """Weight [B, T] of each token for the log-probs' difference, trainer's minus sampler's."""
+    """Importance weight [B, T] of each token.
+
+    difference_BT: the trainer's log-prob minus the sampler's.
+    """
     difference_BT = jnp.where(b["mask"] > 0, difference_BT, 0.0)
     if config.is_level == "sequence":
         difference_BT = sequence_sum(difference_BT, b)
@@ -472,7 +487,8 @@ def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp
     )
     metrics = lax.psum(metrics, "data")
     metrics = {k: v if k == "loss" else v / jnp.maximum(n_tokens, 1.0) for k, v in metrics.items()}
-    # g{unreduced} -> all-reduce; the transpose of all-gather has summed sharded leaves already
+    # Replicated: g{unreduced} -> all-reduce. Sharded: the transpose of all-gather has already
+    # summed it over the devices.
     g = jax.tree.map(lambda r, x: lax.psum(x, "data") if r else x, replicated, g)
     return g, metrics, logp_nBT
 
@@ -549,7 +565,9 @@ def update(setup: Setup, state: State, samples: list[Sample],
     trained, opt, metrics = state.trained, state.opt, {}
     host, n_micro, spans = rollouts.pack(samples, token_weights(samples, config), config, mesh.size,
                                          all_advantages=bool(config.entropy_coef))
-    if not n_micro:  # no completion has a gradient: Adam's momentum alone must not move weights
+    # No completion has a gradient. Skip the update, because Adam's momentum alone would move the
+    # weights.
+    if not n_micro:
         return state._replace(step=state.step + 1), {"update_s": 0.0}, host
     batch, n = stage.put(host, mesh, P(None, "data")), np.int32(n_micro)
     if config.kl_coef:
@@ -599,7 +617,7 @@ def main(config: Config) -> Path | dict:
     problems, held_out = rollouts.load_split(config, rollouts.problem_reader(config, model.tok))
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
-    model = model._replace(trained=None)  # else a resumed run would hold these weights too
+    model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)

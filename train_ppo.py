@@ -1,8 +1,9 @@
 """Proximal policy optimisation with a critic that costs an adapter, not a model.
 
-A second LoRA adapter on the same frozen base, with a linear head, estimates from each prefix of a
-completion the reward that it will get: the value V. Generalised advantage estimation compares the
-reward with it (arXiv 1506.02438), and both adapters make several clipped updates (1707.06347):
+The critic is a second LoRA adapter on the same frozen base, with a linear head. From each prefix of
+a completion it estimates the reward still to come, the value V. Generalised advantage estimation
+(arXiv 1506.02438) compares rewards with values, and both adapters make several clipped updates
+(1707.06347):
 
     delta_t = r_t + gamma V_t+1 - V_t
     A_t = delta_t + gamma lam A_t+1,  return_t = A_t + V_t
@@ -14,18 +15,18 @@ reward with it (arXiv 1506.02438), and both adapters make several clipped update
     python train_ppo.py                     # the tiny model, CPU, four minutes
     python train_ppo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
 
-Rollouts, packed rows and missing rewards are as in train_grpo.py. Besides:
+Rollouts, packed rows and missing rewards are as in train_grpo.py. What PPO adds:
 
 1. The critic starts as a copy of the policy's starting adapter, with a head of zeros. final/ holds
-   the policy's adapter; the critic is in the checkpoints.
+   only the policy's adapter; checkpoints hold the critic too.
 2. Hidden states are normalised before the head, so that one learning rate suits every Gemma.
-3. One pass before the updates gives old log-probs and values; GAE runs on the host, inside each
-   completion, and advantages are whitened over all tokens of the step.
-4. A minibatch is some of the packed micro-batches, in an order drawn anew in each epoch; its loss
-   is the mean over its own tokens, over all devices.
+3. One pass before the updates computes the old log-probs and values. GAE then runs on the host, for
+   each completion by itself, and advantages are whitened over all tokens of the step.
+4. Each epoch shuffles the packed micro-batches and splits them into minibatches. The loss of a
+   minibatch is the mean over its own tokens on all devices.
 
-What to expect: reward and held-out accuracy rise; explained_variance (1: the critic knows every
-return, 0: only their mean) follows slowly.
+What to expect: reward and held-out accuracy rise; explained_variance (1: the critic predicts every
+return, 0: no better than their mean) follows slowly.
 """
 
 import dataclasses
@@ -70,11 +71,12 @@ class Config(rollouts.Settings):
     inner_epochs: int = 1
     """Passes over a step's completions."""
     minibatches: int = 4
-    """Updates of each pass."""
+    """Minibatches of each pass, one update each."""
     gamma: float = 1.0
     """Discount of later rewards, per token."""
     lam: float = 1.0
-    """GAE's lambda: 1 compares the reward itself with the value, 0 the next value with this one."""
+    """GAE's lambda. 1: advantage = reward still to come - value; 0: advantage = the token's reward
+    + gamma times the next value - value."""
     whiten: bool = True
     """Shift and scale the step's advantages to mean 0 and standard deviation 1."""
     clip_low: float = 0.2
@@ -82,17 +84,19 @@ class Config(rollouts.Settings):
     clip_high: float = 0.2
     """Ratios above 1 + clip_high are clipped."""
     dual_clip: float = 0.0
-    """Ratios of negative advantages are capped here, say 3 (arXiv 1912.09729); 0: off."""
+    """Cap the ratio here where the advantage is negative, for example at 3 (arXiv 1912.09729);
+    0: no cap."""
     value_clip: float = 0.2
-    """A value gains nothing by moving farther than this from its old one; 0: no clipping."""
+    """Moving a value farther than this from its old one lowers the loss no more; 0: no clipping."""
     value_lr: float | None = None
     """Peak learning rate of the critic, on the policy's schedule."""
     value_warmup: int = 3
-    """Steps at the start in which the critic alone learns."""
+    """First steps of the run, in which only the critic learns."""
     kl_coef: float | None = None
-    """Weight of the KL divergence from the starting model; 0 runs no reference pass."""
+    """Weight of the KL divergence from the starting model; 0 skips the reference pass."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where it counts: k1 taken from each token's reward, or k3 added to the policy's loss."""
+    """Where the KL term goes. reward: k1 is subtracted from each token's reward; loss: k3 is added
+    to the policy's loss."""
 
 
 REAL = dict(
@@ -143,7 +147,7 @@ class State(NamedTuple):
 
 
 def start_of(policy: dict, cfg: gemma.Config, config: Config) -> dict:
-    """The arrays at the start: the critic is a copy of the policy's adapter, with a head."""
+    """State.arrays at the start: the critic is a copy of the policy's adapter, with a head."""
     critic = {"adapter": stage.reference_copy(policy, config), "bias": jnp.zeros(()),
               "head": jnp.zeros(cfg.hidden_size)}
     trained, tx = {"policy": policy, "critic": critic}, stage.optimizer(config)
@@ -154,9 +158,9 @@ def start_of(policy: dict, cfg: gemma.Config, config: Config) -> dict:
 
 
 def gae(rewards_BT, values_BT, mask_BT, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """Advantages and returns [B, T] of one completion a row, float64; 0 where the mask is 0.
+    """Advantages and returns [B, T], float64, of one completion per row; 0 where the mask is 0.
 
-    A masked token is passed over: its neighbours follow each other. With gamma = lam = 1, rewards
+    Tokens with mask 0 are skipped, as if the row did not hold them. With gamma = lam = 1, rewards
     0 0 1, values .2 .5 .6 -> advantages .8 .5 .4, returns 1 1 1.
     """
     rewards_BT, values_BT, mask_BT = (
@@ -172,19 +176,20 @@ def gae(rewards_BT, values_BT, mask_BT, gamma: float, lam: float) -> tuple[np.nd
 
 
 def whiten(x_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
-    """Shifted and scaled to mean 0 and variance 1 (ddof 1) over the mask; 0 elsewhere."""
+    """Shifts and scales x to mean 0 and variance 1 (ddof 1) over the mask; 0 elsewhere."""
     x = x_BT[mask_BT > 0]
     variance = x.var(ddof=1) if len(x) > 1 else 0.0
     return np.where(mask_BT > 0, (x_BT - x.mean()) / np.sqrt(variance + 1e-8), 0.0)
 
 
 def set_advantages(samples: list[Sample], spans: list, before: dict, config: Config) -> tuple:
-    """({"advantage", "return"} of packed rows [R, T], metrics); sets samples' mean advantages.
+    """Runs GAE -> ({"advantage", "return"} of packed rows [R, T], metrics).
 
-    before: {"old", "value", "ref"} of the same rows; spans: from rollouts.pack.
+    Also sets each sample's advantage, to the mean over its tokens. before: {"old", "value", "ref"}
+    of the same rows; spans: from rollouts.pack.
     """
     lengths = np.array([span.stop - span.start for _, _, span in spans])
-    mask_BC = np.arange(lengths.max()) < lengths[:, None]  # a completion a row
+    mask_BC = np.arange(lengths.max()) < lengths[:, None]  # one completion per row
     rows = np.repeat([r for _, r, _ in spans], lengths)
     columns = np.concatenate([np.arange(span.start, span.stop) for _, _, span in spans])
     at = {k: np.zeros(mask_BC.shape) for k in (*before, "reward")}
@@ -227,7 +232,7 @@ def policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, clip_low: float = 0.2,
         floor_BT = jnp.where(advantage_BT < 0, dual_clip * advantage_BT, -jnp.inf)
         metrics["clip_ratio/dual_mean"] = gain_BT < floor_BT
         gain_BT = jnp.maximum(gain_BT, floor_BT)
-    metrics["approx_kl"] = ratio_BT - 1 - log_ratio_BT  # from the policy before the updates
+    metrics["approx_kl"] = ratio_BT - 1 - log_ratio_BT  # k3, from the policy before the updates
     metrics = {k: jnp.sum(mask_BT * lax.stop_gradient(v)) for k, v in metrics.items()}
     total = jnp.sum(jnp.where(mask_BT > 0, -gain_BT, 0.0))
     return total, jnp.sum(mask_BT), metrics
@@ -242,9 +247,9 @@ def value_loss(value_BT, old_BT, return_BT, mask_BT, clip: float = 0.2) -> tuple
 
 
 def states(adapter, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
-    """Hidden states [B, T, D] under an adapter, of the token that precedes each completion token.
+    """Hidden states [B, T, D], under an adapter, of the token before each completion token.
 
-    The prompt's last token, wherever in the row it is, precedes a completion's first token.
+    Before a completion's first token comes the prompt's last, wherever in the row that is.
     """
     x_BTD = gemma.hidden(fixed["base"], cfg, b["tokens"], b["positions"], b["segments"],
                          b["parents"], lora=adapter | {"scale": fixed["scale"]},
@@ -261,7 +266,7 @@ def token_logps(policy, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp:
 
 
 def token_values(critic, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp: str | None):
-    """Values [B, T] before each completion token of B packed rows; 0 elsewhere."""
+    """Values [B, T] of the prefixes that end before each completion token; 0 elsewhere."""
     x_BTD = states(critic["adapter"], fixed, b, cfg, config, fsdp).astype(jnp.float32)
     x_BTD = gemma.rms_norm(x_BTD, jnp.zeros(cfg.hidden_size), cfg.rms_norm_eps)
     value_BT = jnp.einsum("BTD,D->BT", x_BTD, critic["head"], precision="highest")
@@ -294,8 +299,9 @@ def critic_part(critic, fixed, b: dict, cfg: gemma.Config, config: Config, fsdp:
 def grads(trained, fixed, batch, minibatch, *, loss, cfg, config, fsdp):
     """Gradient of a loss over one minibatch; runs on each device (per-device sizes).
 
-    batch: arrays [max. micro-batches, B, T]; minibatch: (chosen, n), of which chosen[:n] are
-    computed, traced so that new values do not recompile. -> (gradient, metrics), means over tokens.
+    batch: arrays [max. micro-batches, B, T]. minibatch: (chosen, n) are traced, so new values do
+    not recompile; the micro-batches chosen[:n] are computed. -> (gradient, metrics), each the mean
+    over the minibatch's tokens.
     """
     chosen, n = minibatch
     # Make replicated leaves varying; otherwise their gradients arrive summed over devices.
@@ -313,7 +319,10 @@ def grads(trained, fixed, batch, minibatch, *, loss, cfg, config, fsdp):
 
 
 def estimates(arrays, fixed, batch, n_micro, *, cfg, config, fsdp):
-    """What is known before the updates, each [max. micro-batches, B, T]; runs on each device."""
+    """Old and reference log-probs, and values, before the updates; runs on each device.
+
+    Each is [max. micro-batches, B, T].
+    """
     adapters = {"old": "policy"} | ({"ref": "reference"} if config.kl_coef else {})
 
     def micro(i, out):
@@ -336,7 +345,7 @@ def on_mesh(f, out_specs, cfg, config, mesh, sharded: bool, check_vma: bool = Tr
 
 
 def make_steps(cfg: gemma.Config, config: Config, mesh: Mesh, sharded: bool):
-    """Jitted estimate(arrays, fixed, batch, n_micro), and a step of the policy and of the critic:
+    """Jitted (estimate, policy's step, critic's step): estimate(arrays, fixed, batch, n_micro),
     step(trained, opt, fixed, batch, minibatch, lr) -> (trained, opt, metrics)."""
     tx = stage.optimizer(config)
     here = cfg, config, mesh, sharded, not gemma.on_tpu(mesh)  # splash attention raises under True
@@ -395,7 +404,7 @@ def update(config: Config, mesh: Mesh, fixed: dict, steps: tuple, reference: dic
     trained, opt, logged = state.arrays["trained"], state.arrays["opt"], []
     lr = stage.schedule(p, config)
     value_lr = stage.schedule(p, dataclasses.replace(config, learning_rate=config.value_lr))
-    there = [float(s.scored.total is not None) for s in samples]
+    there = [float(s.scored.total is not None) for s in samples]  # weight 0: reward is missing
     host, n_micro, spans = rollouts.pack(samples, there, config, mesh.size, all_advantages=True)
     if not n_micro:  # every reward is missing
         return state._replace(step=state.step + 1), {"update_s": 0.0}, host
@@ -448,7 +457,7 @@ def main(config: Config) -> Path | dict:
     problems, held_out = rollouts.load_split(config, rollouts.problem_reader(config, model.tok))
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(stage.put(start_of(model.trained, model.cfg, config), mesh, P()))
-    model = model._replace(trained=None)  # else a resumed run would hold these weights too
+    model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too
 
     # compile
     steps = make_steps(model.cfg, config, mesh, model.sharded)

@@ -146,7 +146,8 @@ def grads(trained, fixed, batch, key, *, specs, **kw):
     (g, total, count), _ = lax.scan(micro, zeros, (jnp.arange(n_micro), batch))
     total, count = lax.psum((total, count), "data")
     count = jnp.maximum(count, 1.0)
-    # g{unreduced} -> all-reduce; the transpose of all-gather has summed sharded leaves already
+    # Replicated: g{unreduced} -> all-reduce. Sharded: the transpose of all-gather has already
+    # summed it over the devices.
     g = jax.tree.map(lambda r, x: (lax.psum(x, "data") if r else x) / count, replicated, g)
     return g, {"loss": total / count, "n_tokens": count}
 
@@ -222,7 +223,7 @@ def main(config: Config) -> Path | dict:
                              packed.mix_weights(config.mix, sources))
     trained, fixed = model.trained, model.fixed
     opt = stage.init_optimizer(config, trained, mesh, model.specs)
-    model = model._replace(trained=None)  # else a resumed run would hold these weights too
+    model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too
 
     # compile
     train_step, eval_step = make_steps(model.cfg, config, mesh, model.sharded)
