@@ -1,10 +1,10 @@
 """Does it fit, and how fast is it? The training scripts' own jitted functions, run or compiled.
 
-    python bench.py --model gemma3-1b --rows 8 --length 1024    # measured on the devices at hand
-    python bench.py --weights folder/with/a/config.json --dtype float32 --remat none --json
-    python bench.py --phases grpo --mean-length 40              # completions of many lengths
-    python bench.py --model gemma3-1b --target v5e:2x4          # compiled for an absent TPU
-    python train_grpo.py --model gemma3-1b --plan               # the same, with a script's flags
+    python bench.py --model gemma3-1b --rows 8 --length 1024  # measured here
+    python bench.py --weights DIR --dtype float32 --remat none --json
+    python bench.py --phases grpo --mean-length 40            # of many lengths
+    python bench.py --model gemma3-1b --target v5e:2x4        # for an absent TPU
+    python train_grpo.py --model gemma3-1b --plan             # the same, by flags
 
 Measuring: sft is one update; grpo is one step, with rollout, reference log-probs and update (one
 inner epoch) timed apart. Weights and tokens are random, so only config.json is needed. Random
@@ -685,4 +685,4 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     import tyro
 
-    terminal.command(lambda: main(tyro.cli(Config, description=__doc__)))
+    terminal.command(lambda: main(tyro.cli(Config, description=terminal.introduction(__doc__))))

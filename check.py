@@ -46,10 +46,9 @@ def check_tokenizer(tok: data.Tokenizer, cfg: gemma.Config) -> None:
 
 
 def self_check(weights: str) -> None:
-    """Checks a Gemma folder; the last line begins with PASS, or with FAIL and says why.
+    """Checks a Gemma folder; its last line begins with PASS, or with FAIL and why.
 
-    A chat model expects the paragraph as a user's turn, a base model as plain text: the better of
-    the two counts.
+    A text is scored as a user's turn and as it is; the better score counts.
 
     Args:
         weights: Hugging Face folder: config.json, safetensors and tokenizer.

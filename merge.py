@@ -6,7 +6,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import tyro
@@ -19,13 +19,14 @@ import hub
 import lora
 import terminal
 
+Unset = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
 
-def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None,
-         tokenizer: str | None = None,
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
-    """Writes the merged model, its tokenizer and a model card, and prints commands for its use.
 
-    The chat template of the folder adds the system text that the adapter was trained under.
+def main(adapter: str, out: str, model: Unset = None, weights: Unset = None,
+         tokenizer: Unset = None, dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
+    """Writes the merged model, its tokenizer and model card, and prints commands.
+
+    Its chat template adds the system text that the adapter was trained under.
 
     Args:
         adapter: A run folder, its final/, or a PEFT adapter.
@@ -35,7 +36,7 @@ def main(adapter: str, out: str, model: str = "tiny", weights: str | None = None
         tokenizer: Folder or file of the tokenizer, if the weights folder holds none.
         dtype: Of the merged weights; the sum itself is computed in float32.
     """
-    model, weights = hub.trained_on(model, weights, adapter)
+    model, weights = hub.trained_on(model or "tiny", weights, adapter)
     base, path = hub.find_start(model, weights, adapter)
     if path is None:
         raise ValueError(f"--adapter {adapter}: a whole model already, there is nothing to merge")

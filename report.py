@@ -1,8 +1,8 @@
 """Run folders -> one HTML file: did it learn, how did it go, and what does it write now?
 
-    python report.py runs/grpo                     # runs/grpo/report.html
-    python report.py runs/grpo runs/sft runs/eval  # overlaid; the file lies in the first folder
-    python report.py                               # all run folders in runs/: runs/report.html
+    python report.py runs/grpo            # runs/grpo/report.html
+    python report.py runs/grpo runs/eval  # overlaid, in the first folder
+    python report.py                      # all of runs/: runs/report.html
 
 The training scripts write the same file now and then and at the end, however they end.
 
@@ -28,13 +28,13 @@ import re
 import shlex
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
 
 import disk
 from disk import good_rows
-from terminal import command, flag
+from terminal import command, flag, introduction
 
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 SAMPLE = ("prompt", "completion", "gold", "correct", "format", "reward", "rewards", "errors",
@@ -60,7 +60,7 @@ CURVES = {  # metric -> (title, unit), in the page's order; other metrics are fo
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders of the training scripts and of eval.py, the main one first; default: runs/*."""
-    out: str | None = None
+    out: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
     """The file to write; default: report.html in the first folder, or runs/report.html."""
 
 
@@ -646,4 +646,4 @@ if (data.runs.length) {
 </script>"""
 
 if __name__ == "__main__":
-    command(lambda: print(main(tyro.cli(Config, description=__doc__))))
+    command(lambda: print(main(tyro.cli(Config, description=introduction(__doc__)))))

@@ -13,10 +13,9 @@ import inspect
 import math
 import os
 import re
-import shutil
 import sys
 import textwrap
-from functools import partial, reduce
+from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
@@ -225,17 +224,6 @@ def described(cls: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def introduction(docstring: str) -> str:
-    """What --help says of a script: its docstring up to the notes for readers of the code."""
-    paragraphs = docstring.partition("\n1. ")[0].strip().split("\n\n")
-    paragraphs[-1] = re.sub(r"[^.]*:\Z", "", paragraphs[-1])  # "What to know:"
-    width = min(100, shutil.get_terminal_size().columns) - 1
-    fill = partial(textwrap.fill, width=width, initial_indent=" ", subsequent_indent=" ")
-    # tyro would join lines that begin with a letter
-    paragraphs = [p if p.startswith(" ") else fill(p) for p in paragraphs if p]
-    return "\n\n".join(paragraphs)
-
-
 def cli(config_class, description: str, args: list[str] | None = None, default=None, **more):
     """tyro.cli() for a script's Config, or a union of them, with help in groups.
 
@@ -253,7 +241,7 @@ def cli(config_class, description: str, args: list[str] | None = None, default=N
     table = runs.model_defaults(model, defaults) or {}
     grouped = {_in_groups(cls, default, table): cls for cls in classes}
     shown = f" These are the defaults of --model {model}; name another to see its own."
-    about = f"{introduction(description)}\n\n{shown}"
+    about = f"{terminal.introduction(description)}\n\n{shown}"
     found = tyro.cli(reduce(or_, grouped), description=about, args=args, config=(
         tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff), **more)
     found, *rest = found if more.get("return_unknown_args") else (found,)

@@ -1,6 +1,6 @@
 """A script and all that it needs for Kaggle, as a notebook to import or one file to paste.
 
-    python to_kaggle.py train_grpo.py --model gemma3-1b --adapter runs/sft --time-limit 8h30m
+    python to_kaggle.py train_grpo.py --model gemma3-1b --time-limit 8h30m
     python to_kaggle.py train_grpo.py --model gemma3-1b --one-file
 
 The flags after the script are the script's own, and its parser reads them here, so a mistake costs
@@ -29,7 +29,7 @@ import sys
 import tarfile
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -49,7 +49,7 @@ class Config:
     """Script to export, such as train_grpo.py."""
     one_file: bool = False
     """Write one script for a single cell instead of a notebook."""
-    to: str | None = None
+    to: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
     """File to write; default: train_grpo.ipynb, or train_grpo_kaggle.py with --one-file."""
 
 
@@ -434,4 +434,5 @@ def main(config: Config, flags: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    terminal.command(lambda: main(*tyro.cli(Config, description=__doc__, return_unknown_args=True)))
+    terminal.command(lambda: main(*tyro.cli(Config, return_unknown_args=True,
+                                            description=terminal.introduction(__doc__))))
