@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import shutil
@@ -20,8 +21,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import KILLER, ONE_DEVICE, ROOT, contents, live_adapter
+from safetensors.numpy import load_file
 from test_judge import serving
 
 import data
@@ -268,6 +271,21 @@ def test_sigterm(world, tmp_path, name):
     world.goes_on(name, out)
     # what an update leaves, a checkpoint brings or a start makes is the same to the compiler
     assert {step._cache_size() for step in world.compiled} <= {0, 1}
+
+
+@pytest.mark.xdist_group("train_ppo")
+def test_final_of_ppo_is_the_policy_and_nothing_of_the_critic(world):
+    """lora.load() refuses a tensor that is none of an adapter's."""
+    world.whole("train_ppo")
+    run, cfg = world.folder / "whole-train_ppo", gemma.read_config(world.folder)
+    saved = load_file(run / "checkpoints/step_4/resume/arrays.safetensors")
+    adapter = lora.load(run / "final", cfg)
+    for side, name in itertools.product("ab", adapter["a"]):
+        x = adapter[side][name]
+        np.testing.assert_array_equal(x, saved.pop(f"trained/policy/{side}/{name}"))
+        assert (x != saved[f"trained/critic/adapter/{side}/{name}"]).any()
+    assert not [name for name in saved if name.startswith("trained/policy")]
+    assert [f.name for f in (run / "final").rglob("*.safetensors")] == ["adapter_model.safetensors"]
 
 
 def test_ctrl_c(world, tmp_path):
