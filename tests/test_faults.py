@@ -166,7 +166,7 @@ def world(small, tmp_path_factory):
 
 
 def once_for_each_shape(make_steps, compiled):
-    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards="any")
+    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards="any", judge_limit=0)
 
     @functools.cache
     def made(*a):
@@ -389,7 +389,10 @@ def test_a_fault_is_one_line_and_the_run_goes_on(world, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["train_grpo", "synthesize"])
 def test_judge_down(world, tmp_path, monkeypatch, name):
-    """Down after some judgements: the run stops; up again: those that it had are not asked for."""
+    """Down after some judgements: the run stops; up again: those that it had are not asked for.
+
+    Nor are others, and the run stops again, where a limit is spent; with a higher one it goes on.
+    """
     up = [9]
     asked = []
 
@@ -408,7 +411,9 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         flag = "--max-missing" if name == "train_grpo" else "--judge-missing"
         world.ends(name, tmp_path, flag, "Remote", **change)
         up[0] = 10**6
-        world.run(name, tmp_path, **change)
+        world.ends(name, tmp_path, flag, "all 9 requests of --judge-limit", **change, judge_limit=9)
+        assert len(asked) == 9
+        world.run(name, tmp_path, **change, judge_limit=10**6)
         assert len(asked) > 9 and len({*asked}) == len(asked)
     if name == "train_grpo":
         assert disk.verify(tmp_path / "final") is None
