@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -246,6 +247,47 @@ def test_a_comparison_pairs_the_problems_both_have():
     assert "1 won, 0 lost" in evaluation.table(evaluation.summarize(ours) | {"compare": pairs})
     with pytest.raises(ValueError, match="none of its 1 problems"):
         evaluation.compare(ours, theirs[:0] + [theirs[0] | {"id": "another"}])
+
+
+def test_the_verdict_and_the_summary_by_hand():
+    pair = dict(n=40, other=0.5, this=0.6, difference=0.1, interval=(0.02, 0.18))
+    sentence = lambda **pairs: evaluation.sentence({"n": 50} | pairs)
+    assert sentence(**{"pass@1": pair | {"p": 0.031}, "format": pair}) == (
+        "Accuracy rose: 50.0 % -> 60.0 %, +10.0 points [+2.0, +18.0] on 40 problems, McNemar p "
+        "0.031.")
+    fell = pair | dict(this=0.4, difference=-0.1, interval=(-0.18, -0.02))
+    assert sentence(format=fell) == (
+        "Format fell: 50.0 % -> 40.0 %, -10.0 points [-18.0, -2.0] on 40 problems.")
+    for change in (dict(p=0.051), dict(interval=(-0.02, 0.22))):  # p decides where there is one
+        assert sentence(**{"pass@1": pair | change}).startswith(
+            "Accuracy is unchanged as far as one can tell: 50.0 % -> 60.0 %, +10.0 points [")
+    measured = {"pass@1": (0.5, 0.25, 0.75), "pass@1_sampled": (0.375, 0.2, 0.55),
+                "maj@4": (0.625, 0.3, 0.9), "stop_length": (0.0625, 0.01, 0.2),
+                "format": (1.0, 0.8, 1.0), "length": (81.25, 70, 93.5),
+                "reward": (1.25, 1.0, 1.5)}
+    results = {k: value for k, (value, *_) in measured.items()} | {
+        "n": 16, "n_graded": 12, "intervals": {k: ends for k, (_, *ends) in measured.items()}}
+    text = """\
+16 problems, 12 with an answer to check; 95 % intervals in brackets
+  greedy     50.0 %      [25.0, 75.0]
+  sampled    37.5 %      [20.0, 55.0]
+  maj@4      62.5 %      [30.0, 90.0]
+  format    100.0 %      [80.0, 100.0]
+  length     81.2 tokens [70.0, 93.5]
+  cut         6.2 %      [1.0, 20.0]
+  reward    1.250        [1.000, 1.500]"""
+    assert evaluation.summary(results) == text
+    whole = text.replace("  cut         6.2 %      [1.0, 20.0]\n", "")
+    assert evaluation.summary(results | {"stop_length": 0.0}) == whole
+
+
+def test_the_pace_leaves_out_the_round_that_compiled(monkeypatch):
+    """Its two completions come half a second apart; those of later rounds, later."""
+    bars, times, tqdm = [], iter([100.0, 100.5, 130.0, 160.0]), evaluation.tqdm
+    monkeypatch.setattr(evaluation, "tqdm", lambda **k: bars.append(tqdm(**k)) or bars[0])
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(time=lambda: next(times)))
+    complete(PARROT, PROBLEMS)
+    assert (bars[0].start_t, bars[0].initial, bars[0].n) == (100.5, 2, 4)
 
 
 # -------------------------------------------------------------------------------------- whole runs

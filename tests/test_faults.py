@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import shutil
@@ -20,8 +21,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import KILLER, ONE_DEVICE, ROOT, contents, live_adapter
+from safetensors.numpy import load_file
 from test_judge import serving
 
 import data
@@ -163,7 +166,7 @@ def world(small, tmp_path_factory):
 
 
 def once_for_each_shape(make_steps, compiled):
-    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards="any")
+    blank = dict(out="", steps=0, time_limit=None, judge=None, rewards="any", judge_limit=0)
 
     @functools.cache
     def made(*a):
@@ -270,6 +273,21 @@ def test_sigterm(world, tmp_path, name):
     assert {step._cache_size() for step in world.compiled} <= {0, 1}
 
 
+@pytest.mark.xdist_group("train_ppo")
+def test_final_of_ppo_is_the_policy_and_nothing_of_the_critic(world):
+    """lora.load() refuses a tensor that is none of an adapter's."""
+    world.whole("train_ppo")
+    run, cfg = world.folder / "whole-train_ppo", gemma.read_config(world.folder)
+    saved = load_file(run / "checkpoints/step_4/resume/arrays.safetensors")
+    adapter = lora.load(run / "final", cfg)
+    for side, name in itertools.product("ab", adapter["a"]):
+        x = adapter[side][name]
+        np.testing.assert_array_equal(x, saved.pop(f"trained/policy/{side}/{name}"))
+        assert (x != saved[f"trained/critic/adapter/{side}/{name}"]).any()
+    assert not [name for name in saved if name.startswith("trained/policy")]
+    assert [f.name for f in (run / "final").rglob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
 def test_ctrl_c(world, tmp_path):
     """Where no run folder waits for the end of the step; tests/test_runs.py has the other case."""
     world.half("eval", tmp_path, signal.SIGINT)
@@ -371,7 +389,10 @@ def test_a_fault_is_one_line_and_the_run_goes_on(world, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["train_grpo", "synthesize"])
 def test_judge_down(world, tmp_path, monkeypatch, name):
-    """Down after some judgements: the run stops; up again: those that it had are not asked for."""
+    """Down after some judgements: the run stops; up again: those that it had are not asked for.
+
+    Nor are others, and the run stops again, where a limit is spent; with a higher one it goes on.
+    """
     up = [9]
     asked = []
 
@@ -390,7 +411,9 @@ def test_judge_down(world, tmp_path, monkeypatch, name):
         flag = "--max-missing" if name == "train_grpo" else "--judge-missing"
         world.ends(name, tmp_path, flag, "Remote", **change)
         up[0] = 10**6
-        world.run(name, tmp_path, **change)
+        world.ends(name, tmp_path, flag, "all 9 requests of --judge-limit", **change, judge_limit=9)
+        assert len(asked) == 9
+        world.run(name, tmp_path, **change, judge_limit=10**6)
         assert len(asked) > 9 and len({*asked}) == len(asked)
     if name == "train_grpo":
         assert disk.verify(tmp_path / "final") is None

@@ -85,7 +85,7 @@ def test_the_formulas_are_those_of_the_program(tmp_path, shard, rank, remat, bas
 @pytest.mark.parametrize("module, fields", [
     (train_sft, dict(max_length=64, batch_rows=8, micro_rows=1)),
     (train_simpo, dict(max_length=64, batch_rows=8, micro_rows=1, loss="dpo")),
-    (train_grpo, dict(kl_coef=0.1)), (train_ppo, dict(kl_coef=0.1))])
+    (train_grpo, dict(kl_coef=0.1)), (train_ppo, dict(kl_coef=0.1)), (train_distill, {})])
 def test_programs_are_the_jitted_functions_with_their_shapes(module, fields):
     for name, (f, arguments) in module.programs(module.Config(**fields), mesh_of(8)).items():
         assert f.lower(*arguments) is not None, name

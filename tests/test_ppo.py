@@ -57,6 +57,20 @@ def test_gae_is_the_sum_of_its_definition():
     np.testing.assert_allclose(worked, [[[0.8, 0.5, 0.4]], [[1, 1, 1]]])
 
 
+def test_returns_are_tianshous():
+    """test_episodic_returns of thu-ml/tianshou 4d2499b, test/base/test_returns.py."""
+    rewards = [[101, 102, 103, 200], [104, 105, 106, 201], [107, 108, 109, 202]]
+    values = [[-3, 2, 3, 4], [-1, 5, 6, 7], [-2, 8, 9, 10]]  # there: those of the next states
+    advantages, returns = gae(rewards, values, np.ones((3, 4)), 0.99, 0.95)
+    expected = np.array([[454.8344, 376.1143, 291.298, 200], [464.5610, 383.1085, 295.387, 201],
+                         [474.2876, 390.1027, 299.476, 202]])
+    np.testing.assert_allclose(returns, expected, atol=1e-4)
+    np.testing.assert_allclose(advantages, expected - values, atol=1e-4)
+    _, returns = gae([[7, 6, 0], [1, 2, 0], [3, 4, 5]], np.zeros((3, 3)),
+                     [[1, 1, 0], [1, 1, 0], [1, 1, 1]], 0.1, 1.0)
+    np.testing.assert_allclose(returns, [[7.6, 6, 0], [1.2, 2, 0], [3.45, 4.5, 5]])
+
+
 def test_gae_and_whitening_are_tunix():
     """compute_gae_advantages of google/tunix c7d8950 (2026-08-21), gamma 0.9, lambda 0.8."""
     advantages, returns = gae(REWARDS, VALUES, MASK, 0.9, 0.8)

@@ -159,6 +159,20 @@ def test_without_arguments_it_takes_the_run_folders_of_runs(tmp_path, monkeypatc
     assert "<title>a, b</title>" in (tmp_path / "runs/report.html").read_text()
 
 
+@pytest.mark.parametrize("steps", [2, 4])  # ticks of 2 steps would be halves
+def test_ticks_are_whole_steps_and_a_reward_that_is_the_accuracy_is_drawn_once(tmp_path, steps):
+    folder = write(tmp_path / "x", steps=steps)
+    texts = re.findall('text-anchor="middle">([^<]*)<', html(folder))
+    assert {*texts} == {str(step) for step in range(steps + 1)}
+    for accuracy, cards in ((0.5, ["Accuracy"]), (0.6, ["Accuracy", "Reward: answer"])):
+        with open(folder / "metrics.jsonl", "a") as file:
+            for step in range(1, steps + 1):
+                file.write(json.dumps({"step": step, "accuracy": accuracy}) + "\n")
+        titles = re.findall("<h3>([^<]*) <small>", html(folder))
+        assert [t for t in titles if re.search("(?i)accuracy$|answer", t)] == [
+            "Held-out accuracy", *cards]
+
+
 def drawn(values, unit=""):
     steps = {step: {"kl": value, "p": 0.5} for step, value in enumerate(values)}
     run = report.Run("x", {}, steps, {}, {}, True)

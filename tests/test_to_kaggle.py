@@ -230,6 +230,8 @@ def test_other_scripts_export_too(tmp_path, script):
     flags += ["--model", "gemma3-1b"]
     notebook = nbformat.read(export(tmp_path / "nb", *flags, script=script), as_version=4)
     nbformat.validate(notebook)
+    # the machine, and no image: "dockerImageVersionId" would pin one
+    assert notebook.metadata.kaggle == {"accelerator": "tpuV5e8", "isInternetEnabled": True}
     ids = {cell.id for cell in notebook.cells}
     assert {"eval", "talk", "merge"} & ids == (
         {"eval", "talk", "merge"} if script.startswith("train_") else set())
