@@ -685,4 +685,6 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     import tyro
 
-    terminal.command(lambda: main(tyro.cli(Config, description=terminal.introduction(__doc__))))
+    import commandline
+
+    terminal.command(lambda: main(tyro.cli(Config, description=commandline.introduction(__doc__))))

@@ -34,7 +34,7 @@ import tyro
 
 import disk
 from disk import good_rows
-from terminal import command, flag, introduction
+from terminal import command, flag
 
 N_SAMPLES, N_BYTES, N_CHARS, N_POINTS = 5_000, 4_000_000, 20_000, 400
 SAMPLE = ("prompt", "completion", "gold", "correct", "format", "reward", "rewards", "errors",
@@ -646,4 +646,6 @@ if (data.runs.length) {
 </script>"""
 
 if __name__ == "__main__":
+    from commandline import introduction
+
     command(lambda: print(main(tyro.cli(Config, description=introduction(__doc__)))))

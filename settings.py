@@ -1,24 +1,17 @@
-"""The flags that scripts share, --help in groups, and the checks before anything is loaded.
+"""The flags that scripts share, their defaults, and the checks before anything is loaded.
 
-    class Config(settings.Training): ...                # a script adds its own fields
-    config = settings.cli(Config, description=__doc__)
-    config = settings.resolve(config, DEFAULTS)         # fills the fields left at None
+    class Config(settings.Training): ...         # a script adds its own fields
+    config = settings.resolve(config, DEFAULTS)  # fills the fields left at None
 
 The sentence under a field is its --help. Where a script means something else by a field, or has
 another default, its Config declares the field again.
 """
 
 import dataclasses
-import inspect
 import math
-import os
-import re
-import sys
 import textwrap
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Literal
 
 import gemma
 import hub
@@ -200,77 +193,6 @@ class Judge:
     """Requests that may be sent, counting those of earlier sessions; 0: no limit."""
     judge_missing: float = 0.2
     """Stop if more than this share of the latest 200 judgements is missing."""
-
-
-# ------------------------------------------------------------------------------ the command line
-
-ALIASES = {"learning_rate": "--lr", "prompts": "--batch-size", "batch_rows": "--batch-size",
-           "group": "--num-generations", "max_new": "--max-new-tokens", "out": "--output-dir"}
-LAST = ("optimisation", "run", "several_hosts", "judge")  # groups of flags
-DESCRIBED = re.compile(r'(?sm)^    # (?P<group>[^\n(]+)|^    (?P<field>\w+): [^\n]+\n'
-                       r'    """(?P<help>.*?)"""')
-
-
-def described(cls: type) -> dict[str, tuple[str, str]]:
-    """Field -> (the comment that heads its group, the sentence under it), from the source."""
-    found = {}
-    for c in reversed(cls.__mro__[:-1]):
-        group = ""
-        for m in DESCRIBED.finditer(inspect.getsource(c)):
-            if m["field"]:
-                found[m["field"]] = group, " ".join(m["help"].split())
-            else:
-                group = re.sub(r"\W+", "_", m["group"].removeprefix("the ").strip())
-    return found
-
-
-def cli(config_class, description: str, args: list[str] | None = None, default=None, **more):
-    """tyro.cli() for a script's Config, or a union of them, with help in groups.
-
-    tyro shows one group for each nested class, so it reads classes made of the groups here. The
-    defaults shown are those of the --model in args. more: as for tyro.cli.
-    """
-    import tyro  # here: a notebook needs none
-
-    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")
-    args, classes = sys.argv[1:] if args is None else args, get_args(config_class)
-    words = " ".join(args).replace("=", " ").split()
-    model = hub.short_name(words[words.index("--model") + 1] if "--model" in words[:-1] else "tiny")
-    classes = classes or (config_class,)
-    defaults = getattr(sys.modules[classes[0].__module__], "DEFAULTS", {})
-    table = runs.model_defaults(model, defaults) or {}
-    grouped = {_in_groups(cls, default, table): cls for cls in classes}
-    shown = f" These are the defaults of --model {model}; name another to see its own."
-    about = f"{terminal.introduction(description)}\n\n{shown}"
-    found = tyro.cli(reduce(or_, grouped), description=about, args=args, config=(
-        tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff), **more)
-    found, *rest = found if more.get("return_unknown_args") else (found,)
-    flat = {k: v for part in vars(found).values() for k, v in vars(part).items()}
-    config = grouped[type(found)](**flat)
-    return (config, *rest) if rest else config
-
-
-def _in_groups(cls: type, default, table: dict) -> type:
-    """A class with one nested class for each group of flags, each flag with its help."""
-    import tyro
-
-    types, about, groups = get_type_hints(cls, include_extras=True), described(cls), {}
-    for field in dataclasses.fields(cls):
-        group, text = about[field.name]
-        value = getattr(default, field.name, field.default)
-        shown = table.get(field.name) if value is None else value
-        hint = "" if shown in (None, "") or shown is False else (
-            f"(default: {textwrap.shorten(str(shown), 40)})")
-        if value is True:  # tyro makes it --no-greedy
-            text, hint = f"Switch off: {text[0].lower()}{text[1:]}", ""
-        alias = (ALIASES[field.name],) if field.name in ALIASES else None
-        flag = tyro.conf.arg(help=text, help_behavior_hint=hint, aliases=alias)
-        groups.setdefault(group, []).append((field.name, Annotated[types[field.name], flag], value))
-    parts = []
-    for name in sorted(groups, key=lambda name: LAST.index(name) if name in LAST else -1):
-        part = dataclasses.make_dataclass(name, groups[name], frozen=True)
-        parts.append((f"{name}_", Annotated[part, tyro.conf.arg(name=name)], part()))
-    return dataclasses.make_dataclass(cls.__name__, parts, frozen=True)
 
 
 # -------------------------------------------------------------------------------------- defaults

@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import sys
 import textwrap
@@ -98,17 +97,6 @@ def indented(text: str) -> str:
     wrap = partial(textwrap.fill, width=79, initial_indent="  ", subsequent_indent="  ",
                    break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrap(line) for line in text.split("\n"))
-
-
-def introduction(docstring: str) -> str:
-    """What --help says of a script: its docstring up to the notes for readers of the code."""
-    paragraphs = docstring.partition("\n1. ")[0].strip().split("\n\n")
-    paragraphs[-1] = re.sub(r"[^.]*:\Z", "", paragraphs[-1])  # "What to know:"
-    width = min(100, shutil.get_terminal_size().columns) - 1
-    fill = partial(textwrap.fill, width=width, initial_indent=" ", subsequent_indent=" ")
-    # tyro would join lines that begin with a letter
-    paragraphs = [p if p.startswith(" ") else fill(p) for p in paragraphs if p]
-    return "\n\n".join(paragraphs)
 
 
 WARNINGS = {  # of three steps in a row: metric -> (from, to), what is wrong

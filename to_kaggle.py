@@ -33,9 +33,9 @@ from typing import Annotated, Any
 
 import tyro
 
+import commandline
 import data
 import rewards
-import settings
 import terminal
 
 HERE = Path(__file__).resolve().parent
@@ -374,7 +374,7 @@ def one_file(script: str, config: Any, files: dict[str, str]) -> str:
     end = ast.parse(files[script]).body[0].end_lineno  # of the docstring
     lines = files[script].split("\n")
     code, main, tail = "\n".join(lines[end:]).partition('\n\nif __name__ == "__main__":\n')
-    parser = re.compile(r"(tyro|settings)\.cli\(Config,")
+    parser = re.compile(r"(tyro|commandline)\.cli\(Config,")
     assert len(parser.findall(tail)) == 1, f"{script} ends in another way than the other scripts"
     tail = parser.sub(r"CONFIG if KERNEL else \1.cli(Config, default=CONFIG,", tail)
     siblings = quoted({name: text for name, text in files.items() if name != script})
@@ -406,7 +406,7 @@ def main(config: Config, flags: list[str]) -> Path:
     if script not in scripts:
         raise ValueError(f"{config.script}: expected one of {', '.join(scripts)}")
     module = importlib.import_module(script.removesuffix(".py"))
-    cli = settings.cli if "settings.cli(Config" in texts[script] else tyro.cli
+    cli = commandline.cli if "commandline.cli(Config" in texts[script] else tyro.cli
     parsed = cli(module.Config, description=module.__doc__, args=flags, prog=script)
     resolved = module.resolve(parsed) if hasattr(module, "resolve") else parsed  # checks values
     trains = script.startswith("train_") and not config.one_file
@@ -435,4 +435,4 @@ def main(config: Config, flags: list[str]) -> Path:
 
 if __name__ == "__main__":
     terminal.command(lambda: main(*tyro.cli(Config, return_unknown_args=True,
-                                            description=terminal.introduction(__doc__))))
+                                            description=commandline.introduction(__doc__))))

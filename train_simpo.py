@@ -387,4 +387,6 @@ def main(config: Config) -> Path | dict:
 
 
 if __name__ == "__main__":
-    terminal.command(lambda: main(settings.cli(Config, description=__doc__)))
+    import commandline
+
+    terminal.command(lambda: main(commandline.cli(Config, description=__doc__)))

@@ -13,7 +13,7 @@ import types
 import pytest
 from conftest import ROOT
 
-import settings
+import commandline
 
 pytestmark = pytest.mark.smoke
 CONFIGS = [("train_sft", "Config"), ("train_simpo", "Config"), ("train_grpo", "Config"),
@@ -58,7 +58,7 @@ def reads(module: types.ModuleType, name: str, seen: set, found: set) -> set:
 def test_every_field_is_documented_and_read(script, cls, capsys):
     module = importlib.import_module(script)
     config = getattr(module, cls)
-    said = settings.described(config)
+    said = commandline.described(config)
     words = [cls.lower()] if cls != "Config" else []
     page = "".join(shown(module, [*words, "--help"], capsys).split()).replace("│", "")
     read = reads(module, "main", set(), set())
@@ -83,7 +83,7 @@ def shown(module, args, capsys, width="80") -> str:
     """What a script prints for these flags before it leaves."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setenv("COLUMNS", width)
-        settings.cli(module.Config, module.__doc__, args, prog=f"{module.__name__}.py")
+        commandline.cli(module.Config, module.__doc__, args, prog=f"{module.__name__}.py")
     captured = capsys.readouterr()
     return captured.out + captured.err
 
@@ -108,17 +108,18 @@ def test_help_is_grouped_and_has_the_defaults_of_the_model(script, capsys):
 
 def test_flags_people_type(capsys):
     grpo, sft = (importlib.import_module(name) for name in ("train_grpo", "train_sft"))
-    got = settings.cli(grpo.Config, "", ["--lr", "2e-5", "--batch-size=4", "--num-generations", "6",
-                                         "--max-new-tokens", "9", "--output-dir", "x", "--sapo"])
+    got = commandline.cli(grpo.Config, "", [
+        "--lr", "2e-5", "--batch-size=4", "--num-generations", "6", "--max-new-tokens", "9",
+        "--output-dir", "x", "--sapo"])
     assert got == grpo.Config(learning_rate=2e-5, prompts=4, group=6, max_new=9, out="x", sapo=True)
-    assert settings.cli(sft.Config, "", ["--batch-size", "4"]) == sft.Config(batch_rows=4)
+    assert commandline.cli(sft.Config, "", ["--batch-size", "4"]) == sft.Config(batch_rows=4)
     start = grpo.Config(steps=7, data="a")  # a notebook's flags, changed on the command line
-    assert settings.cli(grpo.Config, "", ["--steps", "9"], default=start) == grpo.Config(
+    assert commandline.cli(grpo.Config, "", ["--steps", "9"], default=start) == grpo.Config(
         steps=9, data="a")
     assert "--learning-rate" in shown(sft, ["--learning-rat", "1"], capsys)
-    pairs = importlib.import_module("synthesize").Pairs
-    assert settings.cli(importlib.import_module("synthesize").Config, "", ["pairs", "--rows", "3"]
-                        ) == pairs(rows=3)
+    synthesize = importlib.import_module("synthesize")
+    pairs = commandline.cli(synthesize.Config, "", ["pairs", "--rows", "3"])
+    assert pairs == synthesize.Pairs(rows=3)
     page = shown(importlib.import_module("eval"), ["--help"], capsys)
     assert re.search(r"--no-greedy +Switch off: answer every problem once", page)
 

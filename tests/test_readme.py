@@ -10,11 +10,11 @@ import pytest
 import tyro
 from conftest import ROOT
 
+import commandline
 import data
 import judge
 import rewards
 import rollouts
-import settings
 
 pytestmark = pytest.mark.smoke
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,12 +36,13 @@ def test_the_two_commands_are_there():
 def parse(script, flags):
     """As the script itself would: what it gives tyro.cli, with nothing behind it."""
     text = (ROOT / script).read_text()
-    parser, entry = re.findall(r"(tyro|settings)\.cli\((\w+)", text)[-1]
+    parser, entry = re.findall(r"(tyro|commandline)\.cli\((\w+)", text)[-1]
     entry = getattr(importlib.import_module(script.removesuffix(".py")), entry)
     if not isinstance(entry, type) and callable(entry):  # a function would do its work
         entry = functools.wraps(entry)(lambda **_: None)
     by_place = (tyro.conf.PositionalRequiredArgs,) if "PositionalRequiredArgs" in text else ()
-    parser = settings.cli if parser == "settings" else functools.partial(tyro.cli, config=by_place)
+    by_tyro = functools.partial(tyro.cli, config=by_place)
+    parser = commandline.cli if parser == "commandline" else by_tyro
     config, rest = parser(entry, description="", args=flags, return_unknown_args=True)
     assert not rest or script == "to_kaggle.py", rest
     if rest:  # of the script that it is given
@@ -105,7 +106,7 @@ TABLE = [flags for page in PAGES
 @pytest.mark.parametrize("flags", TABLE)
 def test_settings_of_the_literature_parse(flags):
     assert len(TABLE) >= 9
-    config = settings.cli(importlib.import_module("train_grpo").Config, "", flags.split())
+    config = commandline.cli(importlib.import_module("train_grpo").Config, "", flags.split())
     importlib.import_module("train_grpo").resolve(config)
 
 
