@@ -125,7 +125,8 @@ def hub_id(model: str, base: str) -> str | None:
     found = [name for name in names if name in base]
     if found:
         return "google/" + max(found, key=len)
-    return "google/" + hub.hub_name(model) if model != hub.base_name(model) else None
+    says = hub.short_name(model) in hub.NAMES and model != hub.base_name(model)
+    return "google/" + hub.hub_name(model) if says else None
 
 
 def facts(folder: Path) -> dict:

@@ -91,7 +91,8 @@ def test_a_merged_folder_tells_what_it_is(run, tmp_path):
     ("gemma3-1b", "/kaggle/input/gemma-3/transformers/gemma-3-1b-it/1", "google/gemma-3-1b-it"),
     ("gemma3-270m", "~/.cache/hub/models--google--gemma-3-270m/snapshots/0", "google/gemma-3-270m"),
     ("gemma3-270m", "mine", None), ("gemma3-270m-pt", "mine", "google/gemma-3-270m"),
-    ("google/gemma-2-2b-it", "mine", "google/gemma-2-2b-it"), ("tiny", "tiny", None)])
+    ("google/gemma-2-2b-it", "mine", "google/gemma-2-2b-it"), ("tiny", "tiny", None),
+    ("models/mine-it", "models/mine-it", None)])
 def test_a_base_is_named_only_where_something_tells_which(model, base, told):
     """The chat and the base model have one shape: a folder of any name may hold either."""
     assert card.hub_id(model, base) == told
