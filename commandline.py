@@ -21,6 +21,7 @@ import tyro
 import hub
 import runs
 
+Unset = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]  # shows no None
 ALIASES = {"learning_rate": "--lr", "prompts": "--batch-size", "batch_rows": "--batch-size",
            "group": "--num-generations", "max_new": "--max-new-tokens", "out": "--output-dir"}
 LAST = ("optimisation", "run", "several_hosts", "judge")  # groups of flags

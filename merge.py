@@ -6,7 +6,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import tyro
@@ -18,8 +18,7 @@ import gemma
 import hub
 import lora
 import terminal
-
-Unset = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+from commandline import Unset
 
 
 def main(adapter: str, out: str, model: Unset = None, weights: Unset = None,

@@ -28,11 +28,12 @@ import re
 import shlex
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import tyro
 
 import disk
+from commandline import Unset, introduction
 from disk import good_rows
 from terminal import command, flag
 
@@ -60,7 +61,7 @@ CURVES = {  # metric -> (title, unit), in the page's order; other metrics are fo
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders of the training scripts and of eval.py, the main one first; default: runs/*."""
-    out: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
+    out: Unset = None
     """The file to write; default: report.html in the first folder, or runs/report.html."""
 
 
@@ -646,6 +647,4 @@ if (data.runs.length) {
 </script>"""
 
 if __name__ == "__main__":
-    from commandline import introduction
-
     command(lambda: print(main(tyro.cli(Config, description=introduction(__doc__)))))

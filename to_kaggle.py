@@ -29,7 +29,7 @@ import sys
 import tarfile
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -49,7 +49,7 @@ class Config:
     """Script to export, such as train_grpo.py."""
     one_file: bool = False
     """Write one script for a single cell instead of a notebook."""
-    to: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
+    to: commandline.Unset = None
     """File to write; default: train_grpo.ipynb, or train_grpo_kaggle.py with --one-file."""
 
 
