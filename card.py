@@ -13,10 +13,12 @@ import re
 import shlex
 from pathlib import Path
 
+import data
 import disk
 import gemma
 import hub
 import report
+from tokenizer_files import turn
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank takes
 STAGES = {"train_sft": "SFT", "train_simpo": "SimPO", "train_grpo": "GRPO", "train_ppo": "PPO",
@@ -191,24 +193,24 @@ def commands(folder: Path, here: str, model: str = "tiny") -> str:
 def modelfile(folder: Path) -> str:
     """Ollama's Modelfile: Gemma's turns, with the system text at the head of the first one."""
     system = facts(folder)["system"].replace('"""', "'''")
+    first = "{{ if .System }}{{ .System }}" + data.AFTER_SYSTEM + "{{ end }}"
+    template = turn("user", first + "{{ .Prompt }}") + turn("model", "{{ .Response }}")
     return "".join((
-        f"FROM ../{name_of(folder)}.gguf\n",
-        'TEMPLATE """<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}',
-        "{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n{{ .Response }}<end_of_turn>\n",
-        '"""\n', f'SYSTEM """{system}"""\n' * bool(system),
-        'PARAMETER stop "<end_of_turn>"\nPARAMETER temperature 0\n'))
+        f"FROM ../{name_of(folder)}.gguf\n", f'TEMPLATE """{template}"""\n',
+        f'SYSTEM """{system}"""\n' * bool(system),
+        f'PARAMETER stop "{data.TURN[3]}"\nPARAMETER temperature 0\n'))
 
 
 # --------------------------------------------------------------------------------------- the files
 
 
-def front_matter(base: str | None, rank: int, tags: list[str], data: str) -> str:
+def front_matter(base: str | None, rank: int, tags: list[str], trained_on: str) -> str:
     """The Hub's metadata: https://huggingface.co/docs/hub/model-cards."""
     lines = [f"base_model: {base}", f"base_model_relation: {'adapter' if rank else 'finetune'}",
              "license: gemma"] if base else []
     lines += [f"library_name: {'peft' if rank else 'transformers'}",
               "pipeline_tag: text-generation"]
-    lines += ["datasets:", "- openai/gsm8k"] * ("gsm8k" in data)
+    lines += ["datasets:", "- openai/gsm8k"] * ("gsm8k" in trained_on)
     lines += ["tags:", "- reasoning", *(f"- {tag}" for tag in tags)]
     return "---\n" + "\n".join(lines) + "\n---\n"
 

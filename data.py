@@ -30,7 +30,12 @@ import terminal
 
 # --- tokenizer and chat template ------------------------------------------------------------------
 
-PIECES = ("<unk>", "<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+# The chat template: BOS, then TURN for each turn; before the first content a system text, if any,
+# and AFTER_SYSTEM. The ids below, Jinja in tokenizer_files.py and Ollama's template in card.py are
+# made of these.
+TURN = ("<start_of_turn>", "{role}\n", "{content}", "<end_of_turn>", "\n")
+AFTER_SYSTEM = "\n\n"
+PIECES = ("<unk>", "<pad>", "<bos>", "<eos>", TURN[0], TURN[3])
 IMAGE_PIECES = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 # What no text may be encoded to, in either family. The first character of each piece, "<" or "[",
 # occurs in it only once, so a text that is cut after the first character of each match holds none.
@@ -103,7 +108,7 @@ class Tokenizer:
         """
         system = ""
         if messages and messages[0]["role"] == "system":
-            system, messages = messages[0]["content"] + "\n\n", messages[1:]
+            system, messages = messages[0]["content"] + AFTER_SYSTEM, messages[1:]
         roles = [message["role"].replace("assistant", "model") for message in messages]
         if not roles or any(role != ("user", "model")[n % 2] for n, role in enumerate(roles)):
             raise ValueError(f"roles must alternate user/assistant from user on, found {roles}")
@@ -111,14 +116,14 @@ class Tokenizer:
         for role, message in zip(roles, messages, strict=True):
             by_model = int(role == "model")
             yield [self.start_of_turn], 0
-            yield self.encode(f"{role}\n{system}"), 0
+            yield self.encode(TURN[1].format(role=role) + system), 0
             yield self.encode(message["content"].strip()), by_model
             yield [self.end_of_turn], by_model
-            yield self.encode("\n"), 0
+            yield self.encode(TURN[4]), 0
             system = ""
         if generate or generate is None and role == "user":
             yield [self.start_of_turn], 0
-            yield self.encode("model\n"), 0
+            yield self.encode(TURN[1].format(role="model")), 0
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -135,9 +140,9 @@ COLUMNS = {  # what a row holds -> columns it may be in; the first of them with 
     "choices": ("choices", "options"),
     "system": ("system", "system_prompt"),
     "reasoning": ("reasoning",), "context": ("context",), "input": ("input",),
-    "of pairs, rewards and judges": (
-        "chosen", "rejected", "rubrics", "rubric", "reference", "reference_answer", "task_type",
-        "domain", "difficulty", "kind", "script", "id"),
+    "rubrics": ("rubrics", "rubric"), "reference": ("reference", "reference_answer"),  # RaR's names
+    "of pairs and rewards": (
+        "chosen", "rejected", "task_type", "domain", "difficulty", "kind", "script", "id"),
 }
 ROLES = {"system": "system", "user": "user", "human": "user",
          "assistant": "assistant", "model": "assistant", "gpt": "assistant"}
@@ -177,8 +182,7 @@ def parse_row(row: dict) -> Row:
     {"text": [], "label": []}; they are listed after a question that is a text, and the answer is
     then a letter, a label, the text of a choice, or its number from 0.
     """
-    found = {name: next((row[c] for c in columns if row.get(c) not in (None, "", [], {})), None)
-             for name, columns in COLUMNS.items()}
+    found = {name: value_of(row, name) for name in COLUMNS}
     if found["prompt"] is None:
         raise ValueError(f"expected messages, prompt or question, found keys {sorted(row)}")
     for name in ("reasoning", "context", "input", "system"):
@@ -198,6 +202,11 @@ def parse_row(row: dict) -> Row:
     if not chat or chat[-1]["role"] != "user" or not chat[-1]["content"].strip():
         raise ValueError(f"expected a prompt that ends with a user turn, found {chat!r:.60}")
     return Row(chat, completion, answer, tuple(choices.values()), row)
+
+
+def value_of(row: dict, name: str):
+    """What a row holds under the columns of a name, of COLUMNS; None: nothing."""
+    return next((row[c] for c in COLUMNS[name] if row.get(c) not in (None, "", [], {})), None)
 
 
 def _chat(found: dict, choices: dict[str, str]) -> list[dict]:

@@ -166,7 +166,7 @@ def rubric(row: dict) -> list[tuple[str, float]]:
     is a number or a name of WEIGHTS, which may also be the text's first word: "Essential Criteria:
     ..." -> 1.0. An item with a negative weight is a fault to avoid; one at least must be positive.
     """
-    given = row.get("rubrics") or row.get("rubric") or [*task_of(row)[1:]]
+    given = data.value_of(row, "rubrics") or [*task_of(row)[1:]]
     wrong = ValueError("rubrics: expected a text, or a list of texts, {title, description, weight} "
                        "or {criterion, points}, with a weight above 0, none 0 or above 1e6, found "
                        f"{given!r:.80}")
@@ -318,10 +318,8 @@ def opening(style: str, row: dict, items: list[tuple[str, float]] = (), n: int =
     if not (question := text(row.get("conversation") or row.get("question") or row.get("prompt"))):
         raise ValueError(f"expected a question or a prompt to judge by, found keys {sorted(row)}")
     parts.append(f"Task:\n{question}")
-    reference = row.get("reference") or row.get("reference_answer")  # RaR's name for it
-    for title, value in (("A reference", reference), ("The right answer", row.get("answer"))):
-        if known := text(value):
-            parts.append(f"{title}:\n{known}")
+    known = {"A reference": data.value_of(row, "reference"), "The right answer": row.get("answer")}
+    parts += [f"{title}:\n{text(value)}" for title, value in known.items() if text(value)]
     return "\n\n".join([*parts, SETTING if n == 1 else SETTING_GROUP])
 
 

@@ -7,7 +7,7 @@ The flags after the script are the script's own, and its parser reads them here,
 a second now and not a wait for a TPU. What to know:
 
 1. The notebook (File > Import Notebook) has one folded cell with our files as plain text, then
-   cells that configure, train, evaluate, compare and show the report.
+   cells that configure, evaluate, train, evaluate again, compare and show the report.
 2. --one-file makes a single cell: the script itself, with the files it imports quoted at its head.
    In a kernel it uses the flags given here and ignores the kernel's own; run as a script, it takes
    them as defaults.
@@ -183,17 +183,23 @@ import {module} as script
 
 config = script.{config}
 """
-EVALUATE = """\
+BEFORE = """\
 import eval as evaluation
 
-{data}before = evaluation.main(evaluation.{before})
-after = evaluation.main(evaluation.{after})
+{rows}before = evaluation.main(evaluation.{config})
 """
 OWN_ROWS = """\
+import data
+import disk
 import hub
 
-held_out = str(hub.output(config.out) / "held_out.jsonl")  # the rows held out from training
+resolved = script.resolve(config)
+start = hub.find_start(resolved.model, resolved.weights, resolved.adapter)
+_, rows = script.load_rows(resolved, data.Tokenizer(resolved.tokenizer or start.weights))
+held_out = hub.output("held_out.jsonl")  # the rows that training will not see
+disk.replace_file(held_out, disk.to_jsonl(row.fields for row in rows))
 """
+AFTER = "after = evaluation.main(evaluation.{config})\n"
 REPORT = """\
 import html
 import subprocess
@@ -246,8 +252,8 @@ print(done.stdout, done.stderr[-2000:] * (done.returncode != 0))
 """
 
 
-def evaluation_cell(config: Any, resolved: Any) -> str:
-    """Source that evaluates the models before and after training, and compares them."""
+def evaluations(config: Any, resolved: Any) -> tuple[str, str]:
+    """Sources that evaluate the models before and after training; the second compares them."""
     evaluation = importlib.import_module("eval").Config
     same = ("model", "weights", "tokenizer", "dtype", "max_prompt", "max_new", "skip_bad_rows",
             "system")
@@ -261,8 +267,9 @@ def evaluation_cell(config: Any, resolved: Any) -> str:
     out = config.out.rstrip("/")
     before = evaluation(**same, adapter=config.adapter, out=f"{out}-eval-before")
     after = evaluation(**same, adapter=out, out=f"{out}-eval", compare=f"{out}-eval-before")
-    text = EVALUATE.format(data=OWN_ROWS * own, before=call(before), after=call(after))
-    return text.replace("data='held_out'", "data=held_out")
+    cells = (BEFORE.format(rows=OWN_ROWS * own, config=call(before)),
+             AFTER.format(config=call(after)))
+    return tuple(cell.replace("data='held_out'", "data=str(held_out)") for cell in cells)
 
 
 def chat_config(config: Any) -> Any:
@@ -282,7 +289,7 @@ def merge_flags(config: Any) -> list[str]:
 
 def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
              flags: list[str]) -> str:
-    """The .ipynb: setup, configuration and run; after training also evaluation and report."""
+    """The .ipynb: setup, configuration and run; around training also evaluations and a report."""
     module = script.removesuffix(".py")
     title, command = sys.modules[module].__doc__.split("\n")[0], shlex.join([script, *flags])
     model = tiny("'code'") if getattr(config, "model", None) == "tiny" else ""
@@ -294,14 +301,19 @@ def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
         ("package", PACKAGE.format(files=quoted(files), tiny=model)),
         ("# configuration", "## Configuration\n\nEvery field is explained in the script's Config."),
         ("config", CONFIGURE.format(module=module, config=call(config))),
-        ("# run", "## Run\n\nInterrupt this cell to save; run it again to continue."),
-        ("run", "final = script.main(config)\n"),
     ]
-    if script.startswith("train_"):
+    run = [("# run", "## Run\n\nInterrupt this cell to save; run it again to continue."),
+           ("run", "final = script.main(config)\n")]
+    if not script.startswith("train_"):
+        cells += run
+    else:
+        before, after = evaluations(config, resolved)
         cells += [
-            ("# evaluation", "## Before and after\n\nThe same held-out problems, answered by the "
-             "model before training and by the trained model."),
-            ("eval", evaluation_cell(config, resolved)),
+            ("# before", "## Before training\n\nThe model answers held-out problems."),
+            ("before", before),
+            *run,
+            ("# after", "## After training\n\nThe trained model answers the same problems."),
+            ("after", after),
             ("# report", "## Report\n\nCurves of every metric and a browser of completions."),
             ("report", REPORT),
             ("# completions", "## Three answers of the trained model"),

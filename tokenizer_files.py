@@ -17,24 +17,24 @@ from pathlib import Path
 
 import sentencepiece
 
+import data
 import disk
 
-MARKERS = ("<start_of_turn>", "<end_of_turn>")
-# data.Tokenizer.chat as Jinja. DEFAULT is replaced by the system text of a conversation that brings
-# none of its own.
-CHAT_TEMPLATE = r"""
+MARKERS = (data.TURN[0], data.TURN[3])
+# The chat template in Jinja; `chat_template` puts values in place of the names in capitals.
+JINJA = """
 {{- bos_token -}}
 {%- set given = messages[0].role == 'system' -%}
-{%- set system = messages[0].content + '\n\n' if given else DEFAULT -%}
+{%- set system = messages[0].content + AFTER_SYSTEM if given else DEFAULT -%}
 {%- for m in (messages[1:] if given else messages) -%}
 {%- set role = 'model' if m.role == 'assistant' else m.role -%}
 {%- if role != ('user' if loop.index0 % 2 == 0 else 'model') -%}
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
 {%- endif -%}
-{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
-{{- (m.content | trim) + '<end_of_turn>\n' -}}
+{%- set content = (system if loop.first else '') + (m.content | trim) -%}
+{{- TURN -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- MODEL -}}{%- endif -%}
 """
 
 
@@ -77,7 +77,7 @@ def save(folder: Path, file: Path, sp: sentencepiece.SentencePieceProcessor, sys
         **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
         "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": markers,
-        "chat_template": CHAT_TEMPLATE.replace("DEFAULT", _quoted(system)),
+        "chat_template": chat_template(system),
     }
     folder.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".json":  # transformers reads this file first, with its own added tokens
@@ -90,9 +90,28 @@ def save(folder: Path, file: Path, sp: sentencepiece.SentencePieceProcessor, sys
 # --- chat templates -------------------------------------------------------------------------------
 
 
-def _quoted(system: str) -> str:
-    """The system text and the empty line after it as a string literal of Jinja."""
-    escaped = re.sub(r"(['\\])", r"\\\1", system + "\n\n" if system else "")
+def turn(role: str, content: str) -> str:
+    """One turn of the chat template as text; `role` is "user" or "model"."""
+    return "".join(data.TURN).format(role=role, content=content)
+
+
+def opening(role: str) -> str:
+    """What comes before the content of a turn."""
+    return "".join(data.TURN[:2]).format(role=role)
+
+
+def chat_template(system: str) -> str:
+    """data.Tokenizer.chat in Jinja; `system` is for a conversation without a system text."""
+    written = turn("' + role + '", "' + content + '").replace("\n", "\\n")
+    values = {"DEFAULT": _literal(system + data.AFTER_SYSTEM if system else ""),
+              "AFTER_SYSTEM": _literal(data.AFTER_SYSTEM),
+              "TURN": f"'{written}'", "MODEL": _literal(opening("model"))}
+    return re.sub("[A-Z_]{4,}", lambda name: values[name[0]], JINJA)
+
+
+def _literal(text: str) -> str:
+    """A text as a string literal of Jinja."""
+    escaped = re.sub(r"(['\\])", r"\\\1", text)
     return "'" + escaped.replace("\r", "\\r").replace("\n", "\\n") + "'"
 
 
@@ -104,9 +123,9 @@ def check_chat_template(folder: Path) -> None:
     prompt, system = folder / "prompt.json", ""
     if prompt.exists():  # a model of ours, whose template may add this system text
         system = disk.json_value(disk.read_json(prompt), "system", str, "", prompt)
-    turns = "b<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
-    expected = [f"<bos><start_of_turn>user\n{first}a<end_of_turn>\n<start_of_turn>model\n{turns}"
-                for first in ("", f"{system}\n\n")]
+    later = turn("model", "b") + turn("user", "c") + opening("model")
+    expected = ["<bos>" + turn("user", first + "a") + later
+                for first in ("", system + data.AFTER_SYSTEM)]
     for template in filter(None, templates):
         if MARKERS[0] not in str(template):
             raise ValueError(f"{folder}: expected Gemma's chat template, which has {MARKERS[0]}, "

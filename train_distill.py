@@ -382,6 +382,11 @@ def update(setup: Setup, state: State, groups: list[list[Sample]], given: list[S
                  state.num_tokens + n_tokens), metrics, host
 
 
+def load_rows(config: Config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
+    """(problems to learn from, held-out ones) of a resolved Config."""
+    return rollouts.load_split(config, reader(config, tok))
+
+
 @terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
@@ -395,7 +400,7 @@ def main(config: Config) -> Path | dict:
 
     # load
     model, pair = add_teacher(stage.load_model(config, mesh), config, mesh)
-    problems, held_out = rollouts.load_split(config, reader(config, model.tok))
+    problems, held_out = load_rows(config, model.tok)
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
     model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too
 

@@ -601,6 +601,11 @@ def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
                              run)
 
 
+def load_rows(config: Config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
+    """(problems to learn from, held-out ones) of a resolved Config."""
+    return rollouts.load_split(config, rollouts.problem_reader(config, tok))
+
+
 @terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
@@ -614,7 +619,7 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    problems, held_out = rollouts.load_split(config, rollouts.problem_reader(config, model.tok))
+    problems, held_out = load_rows(config, model.tok)
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(model.trained, stage.init_optimizer(config, model.trained, mesh, model.specs))
     model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too

@@ -51,7 +51,7 @@ import runs
 import settings
 import stage
 import terminal
-from rollouts import Sample
+from rollouts import Problem, Sample
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -441,6 +441,11 @@ def update(config: Config, mesh: Mesh, fixed: dict, steps: tuple, reference: dic
 # ------------------------------------------------------------------------------------------ main
 
 
+def load_rows(config: Config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
+    """(problems to learn from, held-out ones) of a resolved Config."""
+    return rollouts.load_split(config, rollouts.problem_reader(config, tok))
+
+
 @terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
@@ -454,7 +459,7 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    problems, held_out = rollouts.load_split(config, rollouts.problem_reader(config, model.tok))
+    problems, held_out = load_rows(config, model.tok)
     reference = stage.reference_copy(model.trained, config) if config.kl_coef else None
     state = State(stage.put(start_of(model.trained, model.cfg, config), mesh, P()))
     model = model._replace(trained=None)  # so a resumed run does not hold the starting weights too

@@ -317,6 +317,11 @@ def programs(config: Config, mesh: Mesh) -> dict:
 # ------------------------------------------------------------------------------------------ main
 
 
+def load_rows(config: Config, tok: data.Tokenizer) -> tuple[list[list], list]:
+    """(rows of each source to learn from, held-out rows) of a resolved Config."""
+    return data.load_split(config, packed.row_reader(config, tok, packed.read_pair))
+
+
 @terminal.one_line
 def main(config: Config) -> Path | dict:
     """Trains, and returns the folder that the next stage takes as --adapter."""
@@ -334,8 +339,7 @@ def main(config: Config) -> Path | dict:
 
     # load
     model = stage.load_model(config, mesh)
-    read = packed.row_reader(config, model.tok, packed.read_pair)
-    sources, held_out = data.load_split(config, read)
+    sources, held_out = load_rows(config, model.tok)
     batches = packed.Batches(sources, config.max_length, config.batch_rows, config.seed,
                              packed.mix_weights(config.mix, sources))
     model = model._replace(fixed=with_reference(model.trained, model.fixed, config))

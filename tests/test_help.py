@@ -74,8 +74,9 @@ def test_every_field_is_documented_and_read(script, cls, capsys):
 
 @pytest.mark.parametrize("script", ["merge", "report", "to_kaggle", "check"])
 def test_the_other_commands_pages_fit_80_columns_and_show_no_none(script):
-    page = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, text=True, check=True,
-                          env=os.environ | {"COLUMNS": "80"}, capture_output=True).stdout
+    page = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, text=True,
+                          env=os.environ | {"COLUMNS": "80"}, capture_output=True,
+                          check=True).stdout
     assert "None" not in page
     assert [line for line in page.splitlines() if len(line) > 80] == []
 

@@ -17,8 +17,11 @@ import pip
 import pytest
 from conftest import ONE_DEVICE, ROOT
 
+import commandline
+import disk
 import hub
 import lora
+import stage
 import to_kaggle
 
 nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
@@ -64,7 +67,11 @@ def test_notebook_trains_evaluates_and_reports(tmp_path, one_device):
     said = {id: "".join(o.text for o in out if o.output_type == "stream" and o.name == "stdout")
             for id, out in outputs.items()}
     assert said["talk"].count("<reasoning>") == 2 and "model before training" in said["talk"]
-    assert "hf upload YOU/merged" in said["merge"] and "greedy" in said["eval"]
+    assert "hf upload YOU/merged" in said["merge"]
+    assert "greedy" in said["before"] and "the other run" in said["after"]
+    ids = [cell.id for cell in notebook.cells if cell.cell_type == "code"]
+    assert ids == ["install", "package", "config", "before", "run", "after", "report",
+                   "completions", "talk", "merge"]
     assert {"config.json", "model.safetensors", "Modelfile", "README.md"} <= {
         file.name for file in (path.parent / "merged").iterdir()}
 
@@ -77,8 +84,29 @@ def test_evaluation_is_on_the_data_of_the_training(tmp_path):
         (["--data", "mine.jsonl", "--eval-data", "other.jsonl"], "data=held_out"),
     ):
         cells = json.loads(export(tmp_path / "nb", *flags).read_text())["cells"]
-        text = next("".join(cell["source"]) for cell in cells if cell["id"] == "eval")
+        text = "".join("".join(cell["source"]) for cell in cells
+                       if cell["id"] in ("before", "after"))
         assert text.count(expected) == 2 and ("held_out.jsonl" in text) == ("held_out" in expected)
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_grpo", "train_ppo", "train_distill"])
+def test_own_rows_are_held_out_before_training_as_the_run_does(tmp_path, monkeypatch, script):
+    """The cell before training writes the file that the run writes too."""
+    (tmp_path / "mine.jsonl").write_text("".join(
+        json.dumps({"q": f"{n} + {n}?", "reasoning": f"{n} and {n}.", "answer": 2 * n}) + "\n"
+        for n in range(120)))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "mine.jsonl", "--columns", "question=q", "--steps", "1", "--out", "run"]
+    export(tmp_path / "nb", *flags, script=f"{script}.py")
+    module = importlib.import_module(script)
+    scope = {"script": module, "config": commandline.cli(module.Config, args=flags)}
+    exec(to_kaggle.OWN_ROWS, scope)
+    assert scope["held_out"].read_bytes().count(b"\n") == 3
+    seen = []
+    monkeypatch.setattr(stage, "keep_held_out", lambda config, rows: seen.extend(rows) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.main(scope["config"])
+    assert disk.to_jsonl(row.fields for row in seen) == scope["held_out"].read_bytes()
 
 
 def talk(client, code, until=None, then=None):
@@ -202,7 +230,7 @@ def test_a_reward_file_comes_along(tmp_path):
     sources = {cell["id"]: "".join(cell["source"]) for cell in cells}
     assert repr("\n" + text) in sources["package"] and "tarfile" not in sources["package"]
     assert "reward_file='my.py:score'" in sources["config"]
-    assert "adapter='runs/grpo'" in sources["eval"] and "model='gemma3-1b'" in sources["eval"]
+    assert "adapter='runs/grpo'" in sources["after"] and "model='gemma3-1b'" in sources["after"]
     one = export(tmp_path / "one", *flags, one_file=True).read_text()
     strings = {node.value for node in ast.walk(ast.parse(one)) if isinstance(node, ast.Constant)}
     assert "\n" + text in strings and "\n" + (ROOT / "gemma.py").read_text() in strings
@@ -233,8 +261,8 @@ def test_other_scripts_export_too(tmp_path, script):
     # the machine, and no image: "dockerImageVersionId" would pin one
     assert notebook.metadata.kaggle == {"accelerator": "tpuV5e8", "isInternetEnabled": True}
     ids = {cell.id for cell in notebook.cells}
-    assert {"eval", "talk", "merge"} & ids == (
-        {"eval", "talk", "merge"} if script.startswith("train_") else set())
+    after = {"before", "after", "talk", "merge"}
+    assert after & ids == (after if script.startswith("train_") else set())
     ast.parse(export(tmp_path / "one", *flags, script=script, one_file=True).read_text())
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from make_tokenizer import TAGS, special_pieces, train_tokenizer
 
 from data import PIECES, Tokenizer, with_system
-from tokenizer_files import CHAT_TEMPLATE
+from tokenizer_files import chat_template
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("gemma2", "gemma3")
@@ -363,7 +363,7 @@ def test_chat_template_of_another_model(directories, tmp_path, file):
         prompt.write_text(json.dumps({"system": "Be \"brief\".\nSay it's so."}))
         Tokenizer(tmp_path)
         prompt.unlink()
-    ours = CHAT_TEMPLATE.replace("DEFAULT", "''")
+    ours = chat_template("")
     for template, found in (
         (ours, None), (ours.replace("'user'", "'human'"), "must alternate"),
         (ours.replace("{{- bos_token -}}", ""), "'<start_of_turn>user"),
