@@ -204,10 +204,13 @@ def modelfile(folder: Path) -> str:
 # --------------------------------------------------------------------------------------- the files
 
 
-def front_matter(base: str | None, rank: int, tags: list[str], trained_on: str) -> str:
+def front_matter(model: str, base: str | None, rank: int, tags: list[str],
+                 trained_on: str) -> str:
     """The Hub's metadata: https://huggingface.co/docs/hub/model-cards."""
-    lines = [f"base_model: {base}", f"base_model_relation: {'adapter' if rank else 'finetune'}",
-             "license: gemma"] if base else []
+    relation = f"base_model_relation: {'adapter' if rank else 'finetune'}"
+    lines = [f"base_model: {base}", relation] if base else []
+    name = hub.base_name(model)
+    lines += ["license: gemma"] * (name in gemma.CONFIGS and name != "tiny")
     lines += [f"library_name: {'peft' if rank else 'transformers'}",
               "pipeline_tag: text-generation"]
     lines += ["datasets:", "- openai/gsm8k"] * ("gsm8k" in trained_on)
@@ -244,7 +247,7 @@ def write(folder: Path, run_folder: Path, step: int) -> None:
         (folder / "Modelfile").write_text(modelfile(folder), encoding="utf-8")
     tags = [stage.lower()] + ["lora"] * bool(rank)
     (folder / "README.md").write_text("".join((
-        front_matter(base, rank, tags, str(values["data"])),
+        front_matter(model, base, rank, tags, str(values["data"])),
         f"\n# {hub.base_name(model)}, {stage}\n\n{what} {link}, trained by `{script}.py`: "
         f"{which(run, step)}.\n\n",
         f"## Results\n\n{results(run, step)}\n",
@@ -260,7 +263,7 @@ def write_merged(folder: Path, source: Path, model: str) -> None:
     body = re.search(r"(?s)\n---\n(\n# .*)## Use\n", text)  # where the card is one of ours
     tags = [tag for tag in re.findall(r"(?m)^- (\w+)$", text) if tag not in ("reasoning", "lora")]
     (folder / "README.md").write_text("".join((
-        front_matter(hub_id(model, facts(source)["base"]), 0, tags, text),
+        front_matter(model, hub_id(model, facts(source)["base"]), 0, tags, text),
         (body[1] if body else f"\n# {model}\n\nA LoRA adapter.\n\n").replace(
             "A LoRA adapter", "A model with a merged LoRA adapter"),
         usage(folder, model))), encoding="utf-8")

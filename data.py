@@ -143,6 +143,8 @@ COLUMNS = {  # what a row holds -> columns it may be in; the first of them with 
     "rubrics": ("rubrics", "rubric"), "reference": ("reference", "reference_answer"),  # RaR's names
     "of pairs and rewards": (
         "chosen", "rejected", "task_type", "domain", "difficulty", "kind", "script", "id"),
+    "of synthesize.py pairs": [f"{side}_{what}" for side in ("chosen", "rejected")
+                               for what in ("reward", "rewards", "sample")],
 }
 ROLES = {"system": "system", "user": "user", "human": "user",
          "assistant": "assistant", "model": "assistant", "gpt": "assistant"}

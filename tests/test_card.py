@@ -96,6 +96,9 @@ def test_a_merged_folder_tells_what_it_is(run, tmp_path):
 def test_a_base_is_named_only_where_something_tells_which(model, base, told):
     """The chat and the base model have one shape: a folder of any name may hold either."""
     assert card.hub_id(model, base) == told
+    head = card.front_matter(model, told, 16, [], "")
+    assert ("license: gemma" in head) == model.startswith(("gemma", "google/gemma"))
+    assert ("base_model:" in head) == (told is not None)
 
 
 @pytest.mark.parametrize("system", ["", SYSTEM])

@@ -208,11 +208,16 @@ def test_too_large_a_program_is_reported(capsys, message):
 
 
 def compiled(*flags: str) -> dict:
-    """What bench.py --json says of a v5e-8, from a process of its own: this one has no libtpu."""
+    """What bench.py --json says of a v5e-8."""
+    return last_line("bench.py", "--target", "v5e:2x4", "--json", *flags)
+
+
+def last_line(*command: str) -> dict:
+    """JSON at the end of what Python prints, in a process of its own: this one has no libtpu."""
     drop = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
     environment = {k: v for k, v in os.environ.items() if k not in drop} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "bench.py"), "--target", "v5e:2x4", "--json", *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True,
+                          text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     if "pip install" in done.stderr:
         pytest.skip(next(line for line in done.stderr.splitlines() if "pip install" in line))
@@ -233,6 +238,17 @@ def test_the_default_grpo_run_of_gemma3_1b_fits(libtpu):
         assert n_bytes < 15 * GIB, f"{phase}: {n_bytes / GIB:.2f} GiB"
         row = out["phases"][phase]  # the outputs take the place of donated arguments
         assert row["total_bytes"] < 1.02 * (row["arguments_bytes"] + row["temporaries_bytes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("student", "teacher"), [
+    ("gemma3-1b", "gemma3-12b"), ("gemma2-2b", "gemma2-9b")])
+def test_distillation_from_a_larger_gemma_fits(libtpu, student, teacher):
+    plan = f"t.main(t.Config(model={student!r}, teacher={teacher!r}, plan=True))"
+    out = last_line("-c", f"import json, train_distill as t; print(json.dumps({plan}))")
+    used = {name: phase["hbm_bytes"] for name, phase in out["phases"].items()}
+    assert {"distill_update", "distill_decode"} <= used.keys()
+    assert max(used.values()) < 15.75 * GIB, used
 
 
 @pytest.mark.slow

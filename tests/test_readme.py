@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+import io
 import json
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 import tyro
@@ -19,12 +22,14 @@ import rollouts
 pytestmark = pytest.mark.smoke
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [b for page in PAGES for b in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
-COMMANDS = [
-    shlex.split(part)
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    for part in line.split("&&")
-]
+
+
+def commands(blocks):
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(part) for line in lines for part in line.split("&&")]
+
+
+COMMANDS = commands(BLOCKS)
 
 
 def test_the_two_commands_are_there():
@@ -74,6 +79,39 @@ def test_command_parses(command):
         assert all(folder.startswith("runs/") for folder in arguments[1:])
         return
     parse(arguments[0], arguments[1:])
+
+
+def test_the_chain_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    """Its stages, then talking, merging and exporting: as they stand, but tiny and short."""
+    quick = "--steps 1 --prompts 2 --group 2 --max-new 8 --eval-rows 2 --rows 20 --slots 4"
+    packed = "--steps 1 --batch-rows 8 --micro-rows 1 --max-length 256 --max-new 8 --eval-rows 2"
+    short = {
+        "train_sft.py": packed, "train_simpo.py": packed, "train_grpo.py": quick,
+        "train_ppo.py": quick, "train_distill.py": quick, "chat.py": "--max-new 8",
+        "synthesize.py": "--rows 12 --max-new 64", "eval.py": "--rows 2 --max-new 8"}
+    tiny = {"gemma3-1b": "tiny", "gemma3-12b": "tiny", "gsm8k": "problems",
+            "gsm8k:test": "problems:test"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 2 + 2?\n/base\n"))
+    page = commands(re.findall(r"```sh\n(.*?)```", PAGES[0].read_text(), re.S))
+    chain = [c for c in page if c[0] == "python" and (
+        c[1] in ("chat.py", "merge.py", "eval.py", "to_kaggle.py") or "gemma3-1b" in c)]
+    assert [c[1] for c in chain[1:8]] == [
+        "train_sft.py", "synthesize.py", "train_simpo.py", "train_grpo.py", "train_ppo.py",
+        "train_distill.py", "eval.py"]
+    for _, script, *flags in chain:
+        flags = [tiny.get(word, word) for word in flags]
+        if "--time-limit" in flags and script != "to_kaggle.py":
+            at = flags.index("--time-limit")
+            del flags[at : at + 2]
+        monkeypatch.setattr(sys, "argv", [script, *flags, *short.get(script, "").split()])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    said, told = capsys.readouterr()
+    assert told.count("done: runs/") == 5 and "hf upload YOU/merged" in said
+    assert "columns nothing reads" not in told  # in a file of our own
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("runs/*/*.json*")}
+    assert {"runs/pairs/pairs.jsonl", "runs/eval/results.json"} <= made
+    assert (tmp_path / "merged/Modelfile").exists() and (tmp_path / "train_grpo.ipynb").exists()
 
 
 @pytest.mark.parametrize(
