@@ -285,9 +285,8 @@ def check_rewards(config, trains: bool = False) -> None:
     trains: whether the script gives sample_groups the policy's log-probs.
     """
     mix = rewards.read_mix(config.rewards, config.reward_file)
-    for name in mix.weights:
-        if name in rewards.BY_POLICY and not trains:
-            raise ValueError(f"--rewards {name}: only train_grpo.py computes it")
+    if "prob" in mix.weights and not trains:
+        raise ValueError("--rewards prob: only train_grpo.py computes it")
     judged = [name for name in mix.weights if name in rewards.JUDGED]
     if judged and config.judge is None:
         raise ValueError(f"--rewards {judged[0]}: needs --judge")

@@ -300,8 +300,8 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
     """
     scored = lambda s: s.scored.total is not None
     kept = lambda s: scored(s) and not (config.mask_truncated and s.rollout.stop == "length")
-    n_rows = max(1, sum(map(scored, samples)))  # counts those that --mask-truncated leaves out
-    n_tokens = max(1, sum(len(s.rollout.ids) for s in samples if kept(s)))
+    n_rows = sum(map(scored, samples))  # counts those that --mask-truncated leaves out
+    n_tokens = sum(len(s.rollout.ids) for s in samples if kept(s))
     weight = {
         "sequence": lambda n: 1 / (n * n_rows),
         "token": lambda n: 1 / n_tokens,
