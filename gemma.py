@@ -176,7 +176,7 @@ NORMS = {
 
 def specs(cfg: Config) -> dict:
     """The one table of parameters: a dict of `Spec`, nested like the parameters themselves."""
-    layers = dict(LINEARS) | NORMS
+    layers = LINEARS | NORMS
     if cfg.model_type == "gemma3_text":
         for n in ("q_norm", "k_norm"):
             layers[n] = Spec(f"model.layers.{{i}}.self_attn.{n}.weight", "H")
@@ -581,11 +581,9 @@ def prefill(params: dict, cfg: Config, tokens_BT: jax.Array, n_B: jax.Array, *,
     Global layers have S = T slots. Local layers have a ring buffer of S = min(sliding_window, T)
     slots: slot s holds the last position p < n for which p % S == s.
     """
-    B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    segments_BT = (positions_BT < n_B[:, None]).astype(jnp.int32)
-    x_BTD, kv_LBKTH = forward(params, cfg, tokens_BT, positions_BT, segments_BT, lora=lora,
-                              fsdp=fsdp)
+    T = tokens_BT.shape[1]
+    segments_BT = (jnp.arange(T)[None] < n_B[:, None]).astype(jnp.int32)
+    x_BTD, kv_LBKTH = forward(params, cfg, tokens_BT, None, segments_BT, lora=lora, fsdp=fsdp)
     S, last_B1 = min(cfg.sliding_window, T), n_B[:, None] - 1
     held_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)[None]) % S, 0)
     ring = lambda z_BKTH: jnp.take_along_axis(z_BKTH, held_BS[:, None, :, None], axis=2)

@@ -212,11 +212,10 @@ def read_file(given: str) -> tuple[dict[str, Reward], Mix, Callable[[list[str]],
     except (Exception, SystemExit) as e:
         raise ValueError(wrong + f"{type(e).__name__}: {e}") from e
     functions, weights = getattr(module, "REWARDS", {}), getattr(module, "WEIGHTS", None)
-    limits, numbers = getattr(module, "RANGE", ()), [None]
-    shaped = isinstance(weights, dict | None) and isinstance(limits, tuple | list)
-    if isinstance(functions, dict) and shaped:
-        numbers = [*(weights or {}).values(), *limits]
-    if not all(isinstance(n, int | float) for n in numbers) or len(limits) not in (0, 2):
+    limits = getattr(module, "RANGE", ())
+    if not (isinstance(functions, dict) and isinstance(weights, dict | None)
+            and isinstance(limits, tuple | list) and len(limits) in (0, 2)
+            and all(isinstance(n, int | float) for n in (*(weights or {}).values(), *limits))):
         raise ValueError(wrong + "expected REWARDS = {name: function}, WEIGHTS = {name: number} "
                          "and RANGE = (low, high)")
     if name:

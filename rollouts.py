@@ -263,9 +263,8 @@ def reward_row(problem: Problem, n_tokens: int, stop: str, config, p: float = 0.
         chat = [{"role": "system", "content": config.system}, *chat]
     return problem.fields | {
         "question": problem.question, "conversation": chat, "answer": problem.gold,
-        "kind": problem.kind, "choices": problem.choices, "n_tokens": n_tokens,
-        "max_new": config.max_new,
-        "overlong_buffer": overlong * config.max_new, "stop": stop, "progress": p,
+        "kind": problem.kind, "choices": problem.choices, "n_tokens": n_tokens, "stop": stop,
+        "max_new": config.max_new, "overlong_buffer": overlong * config.max_new, "progress": p,
     } | ({"reasoning": problem.trace} if problem.trace else {})
 
 
@@ -286,9 +285,8 @@ def check_rewards(config, trains: bool = False) -> None:
     trains: whether the script gives sample_groups the policy's log-probs.
     """
     mix = rewards.read_mix(config.rewards, config.reward_file)
-    for name in mix.weights:
-        if name in rewards.BY_POLICY and not trains:
-            raise ValueError(f"--rewards {name}: only train_grpo.py computes it")
+    if "prob" in mix.weights and not trains:
+        raise ValueError("--rewards prob: only train_grpo.py computes it")
     judged = [name for name in mix.weights if name in rewards.JUDGED]
     if judged and config.judge is None:
         raise ValueError(f"--rewards {judged[0]}: needs --judge")
@@ -313,16 +311,12 @@ class Scorer:
         self.config, self.mesh, self.judge = config, mesh, None
         self.mix = rewards.read_mix(config.rewards, config.reward_file)
         traces = [p.trace for p in problems if p.trace]
-        judged = {}
-        if config.judge and not self.mix.weights.keys().isdisjoint(rewards.JUDGED):
+        by_model = {n: rewards.Reward(functools.partial(verdict, n)) for n in rewards.JUDGED}
+        by_model["prob"] = rewards.Reward(lambda _, row: row["prob"].result(), needs="answer")
+        self.functions = rewards.prepare(self.mix, traces, config.reward_file, by_model)
+        if config.judge:  # one that gives what --rewards names, see check_rewards
             import judge  # here: most runs have none
 
-            names = rewards.JUDGED if config.judge_style == "pinocchio" else ("judge",)
-            judged = {n: rewards.Reward(functools.partial(verdict, n)) for n in names}
-        prob = rewards.Reward(lambda completion, row: row["prob"].result(), needs="answer")
-        self.functions = rewards.prepare(self.mix, traces, config.reward_file,
-                                         judged | {"prob": prob})
-        if judged:
             cache = Path(config.out) / "judge" / "replies.jsonl"
             self.judge = judge.open(config, mesh, cache=cache)
         self.verdicts: list[Future] = []  # asked of the judge since the last collect()
@@ -339,11 +333,11 @@ class Scorer:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                scored, error = rewards.score(self.mix, self.functions, completion, row), None
+                scored = rewards.score(self.mix, self.functions, completion, row)
             except BaseException as e:  # a reward that fails costs its own sample only
-                scored, error = None, e
+                scored = rewards.Scored(None, {}, {"total": repr(e)})
             self.progress_s = time.monotonic()
-            future.set_exception(error) if error else future.set_result(scored)
+            future.set_result(scored)
 
     def submit(self, completion: str, row: dict, place: tuple) -> Future:
         """Queues a completion -> future of rewards.Scored.
@@ -375,13 +369,12 @@ class Scorer:
                 if left <= 0:
                     break
                 wait([future], left)
-            if future.done() and not future.exception():
+            if future.done():
                 scores.append(future.result())
                 continue
-            why = repr(future.exception()) if future.done() else (
-                f"no score within --reward-timeout {self.config.reward_timeout:g} s")
-            if not future.done() and not future.cancel():
+            if not future.cancel():
                 self._start_thread()  # replaces the stuck one
+            why = f"no score within --reward-timeout {self.config.reward_timeout:g} s"
             scores.append(rewards.Scored(None, {}, {"total": why}))
         return scores
 
@@ -518,14 +511,11 @@ def sample_groups(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problem
         found = answer_probs(problems, texts, tok, config, scorer.mesh, logps)
         for (q, g), future in probs.items():
             future.set_result(found[q - first][g])
-    keys = sorted(futures)
-    scores = dict(zip(keys, scorer.collect([futures[key] for key in keys]), strict=True))
-
-    def as_json(key) -> tuple:  # for the other hosts
+    keys, as_json = sorted(futures), {}  # as_json: for the other hosts
+    for key, scored in zip(keys, scorer.collect([futures[key] for key in keys]), strict=True):
         r, text = finished[key]
-        return r.ids.tolist(), r.logps.tolist(), r.stop, text, scores[key]
-
-    rows = hosts.join([[as_json((first + i, g)) for g in range(config.group)] for i in mine])
+        as_json[key] = r.ids.tolist(), r.logps.tolist(), r.stop, text, scored
+    rows = hosts.join([[as_json[first + i, g] for g in range(config.group)] for i in mine])
     groups = [[_sample(problems[i], first + i, g, *values) for g, values in enumerate(group)]
               for i, group in enumerate(rows)]
     reward_s = time.perf_counter() - began - rollout_s
@@ -669,17 +659,15 @@ def pack(samples: list[Sample], weights: list[float], config, n_devices: int,
 def summarize(groups: list[list[Sample]], mix: rewards.Mix) -> dict[str, float]:
     """Metrics of a step's completions, named as in TRL where TRL has them."""
     samples = [s for group in groups for s in group]
-    column = lambda values: np.array([np.nan if v is None else v for v in values], float)
 
     def mean(values, of=np.mean):
         """Applies `of` to the values that are not None; None (no such metric) if all are."""
-        present = column(values)
-        present = present[~np.isnan(present)]
-        return float(of(present)) if len(present) else None
+        present = [v for v in values if v is not None]
+        return float(of(present)) if present else None
 
     spread = lambda x: np.std(x, ddof=1) if len(x) > 1 else 0.0
     std = [mean((s.scored.total for s in group), spread) for group in groups]
-    lengths = column(len(s.rollout.ids) for s in samples)
+    lengths = np.array([len(s.rollout.ids) for s in samples])
     ended = lengths[[s.rollout.stop == "stop" for s in samples]]
     out = {
         "reward": mean(s.scored.total for s in samples),

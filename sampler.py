@@ -351,7 +351,7 @@ def _decode(cfg, rules, chunk, fsdp, params, lora, settings, prompt_cache, queue
 
 @dataclasses.dataclass
 class _Device:
-    """What the host knows about one device. A key is the number of a distinct prompt in _run."""
+    """What the host knows about one device. A key is the first number of a prompt."""
 
     free_rows: list[int]  # of ids_WC
     cached: dict = dataclasses.field(default_factory=dict)  # key -> index in the prompt cache
@@ -453,7 +453,7 @@ class Sampler:
         body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
         return body(params, lora, settings, prompt_cache, queue, state)
 
-    def programs(self, params, lora=None, rules: Rules | None = None) -> dict[str, tuple]:
+    def programs(self, params, lora=None) -> dict[str, tuple]:
         """{name: (jitted function, arguments)} for `function.lower(*arguments).compile()`."""
 
         def shapes(tree, spec):
@@ -469,7 +469,7 @@ class Sampler:
         specs = self.specs(params)
         params, layered = (jax.tree.map(shapes, p, specs) if self.shard else shapes(p, specs)
                            for p in (params, layered))
-        decode = self, rules or Rules(), layered, lora, settings, prompt_cache, queue, state
+        decode = self, Rules(), layered, lora, settings, prompt_cache, queue, state
         return {"prefill": (Sampler.prefill, (self, params, lora, prompts, prompt_cache)),
                 "decode": (Sampler.decode, decode)}
 
@@ -495,8 +495,7 @@ class Sampler:
         a rollout ends when this many tokens in a row each equal the token p places before, for
         some p up to 64; 0 = off. partial: after each round of `chunk` steps also yield what the
         running rollouts have so far, with stop None. stats, if given, counts prefills, rounds,
-        tokens and slot_steps (decode steps * slots, over all devices). Sharded params are gathered
-        once, here, unless the sampler is sharded too (`shard`).
+        tokens and slot_steps (decode steps * slots, over all devices).
         """
         prompts = dict(prompts if isinstance(prompts, Mapping) else enumerate(prompts))
         max_new = self.max_new if max_new is None else max_new
@@ -515,22 +514,21 @@ class Sampler:
         params = jax.tree.map(on_own, params, specs) if self.shard else on_own(params, specs)
         if not prompts:
             return
-        distinct, waiting = {}, {}  # equal prompts have one key and are prefilled once
+        key_of, waiting = {}, {}  # equal prompts have one key and are prefilled once
         for p, ids in prompts.items():
-            key = distinct.setdefault(tuple(ids), len(distinct))
+            key = key_of.setdefault(tuple(ids), p)
             limit = min(max_new, self.cfg.max_position_embeddings - len(ids))
             waiting.setdefault(key, deque()).extend((p, g, limit) for g in range(n))
-        distinct = list(distinct)
         devices = [_Device(list(range(2 * self.slots))) for _ in range(self.mesh.size)]
         layered, (prompt_cache, state) = self._unstacked(params), self.empty()
         finished = []
         while waiting or any(device.running for device in devices):
             new = self._assign(devices, waiting)
-            inputs = self._inputs(devices, [[(distinct[k], x) for k, x in ks] for ks in new],
+            inputs = self._inputs(devices, [[(prompts[k], x) for k, x in ks] for ks in new],
                                   waiting)
-            prompts, queue = jax.device_put(inputs, NamedSharding(self.mesh, P("data")))
+            arrived, queue = jax.device_put(inputs, NamedSharding(self.mesh, P("data")))
             if any(new):
-                prompt_cache = self.prefill(params, lora, prompts, prompt_cache)
+                prompt_cache = self.prefill(params, lora, arrived, prompt_cache)
             state = self.decode(rules, layered, lora, settings, prompt_cache, queue, state)
             yield from finished  # of the round before, while the devices are at work
             finished = self._collect(devices, waiting, state, partial)

@@ -207,7 +207,6 @@ class Setup(NamedTuple):
     mesh: Mesh
     model: stage.Model
     problems: list[Problem]
-    held_out: list[Problem]
     order: rollouts.Order
     sampler: Sampler
     scorer: rollouts.Scorer
@@ -247,8 +246,8 @@ def rollout(setup: Setup, state: State, p: float) -> tuple[list, list, dict[str,
         times = {k: times[k] + took[k] for k in times}
         seen += groups
         a_QG = set_advantages(groups, setup.scorer.mix, config)
-        keep = a_QG.any(axis=1) if config.resample else np.ones(len(groups), bool)
-        used += [group for group, k in zip(groups, keep, strict=True) if k]
+        used += [group for group, a_G in zip(groups, a_QG, strict=True)
+                 if a_G.any() or not config.resample]
         if len(used) == config.prompts:
             break
     if used:
@@ -299,27 +298,24 @@ def token_weights(samples: list[Sample], config: Config) -> list[float]:
 
     lengths 2 and 4: sequence -> 1/4, 1/8; token -> 1/6, 1/6; constant -> 1/(2 max_new) each.
     """
-    there = [s for s in samples if s.scored.total is not None]
-    masked = lambda s: config.mask_truncated and s.rollout.stop == "length"
-    # Completions that count in the mean: masked ones do, those with a missing reward do not.
-    n_rows = max(1, len(there))
-    n_tokens = max(1, sum(len(s.rollout.ids) for s in there if not masked(s)))
+    scored = lambda s: s.scored.total is not None
+    kept = lambda s: scored(s) and not (config.mask_truncated and s.rollout.stop == "length")
+    n_rows = sum(map(scored, samples))  # counts those that --mask-truncated leaves out
+    n_tokens = sum(len(s.rollout.ids) for s in samples if kept(s))
     weight = {
         "sequence": lambda n: 1 / (n * n_rows),
         "token": lambda n: 1 / n_tokens,
         "constant": lambda n: 1 / (config.max_new * n_rows),
     }[config.loss_norm]
-    kept = lambda s: s.scored.total is not None and not masked(s)
     return [weight(len(s.rollout.ids)) if kept(s) else 0.0 for s in samples]
 
 
 def set_advantages(groups: list[list[Sample]], mix: rewards.Mix, config: Config) -> np.ndarray:
     """Sets the advantage of each sample and returns them all [Q, G]."""
-    nan = lambda x: np.nan if x is None else x
     names = [name for name, weight in mix.weights.items() if weight]
-    totals_QG = np.array([[nan(s.scored.total) for s in g] for g in groups], float)
+    totals_QG = np.array([[s.scored.total for s in g] for g in groups], float)  # None -> NaN
     # a reward that does not apply to a row is not part of its sum
-    parts_QGC = np.array([[[nan(s.scored.parts.get(n, 0.0)) for n in names] for s in g]
+    parts_QGC = np.array([[[s.scored.parts.get(n, 0.0) for n in names] for s in g]
                           for g in groups], float)
     parts_QGC[np.isnan(totals_QG)] = np.nan
     a_QG = advantages(totals_QG, config, parts_QGC, np.array([mix.weights[n] for n in names]))
@@ -469,19 +465,19 @@ def grads(trained, fixed, batch, n_micro, on_policy, *, specs, cfg, config, fsdp
     f = jax.value_and_grad(partial(loss, cfg=cfg, config=config, fsdp=fsdp), has_aux=True)
 
     n_tokens = lax.psum(jnp.sum(batch["mask"]), "data")
-    shared = {"on_policy": on_policy, "n_tokens": n_tokens}
+
+    def one(i):
+        b = jax.tree.map(lambda x: x[i], batch) | {"on_policy": on_policy, "n_tokens": n_tokens}
+        (total, (metrics, logp_BT)), g = f(trained, fixed, b)
+        return (g, metrics | {"loss": total}), logp_BT
 
     def micro(i, carry):
         sums, logp_nBT = carry
-        b = jax.tree.map(lambda x: x[i], batch) | shared
-        (total, (metrics, logp_BT)), g = f(trained, fixed, b)
-        sums = jax.tree.map(jnp.add, sums, (g, metrics | {"loss": total}))
-        return sums, logp_nBT.at[i].set(logp_BT)
+        new, logp_BT = one(i)
+        return jax.tree.map(jnp.add, sums, new), logp_nBT.at[i].set(logp_BT)
 
-    b = jax.tree.map(lambda x: x[0], batch) | shared
-    names = jax.eval_shape(lambda: f(trained, fixed, b)[0][1][0])
-    zeros = jax.tree.map(jnp.zeros_like, trained), {k: stage.vary(jnp.zeros(())) for k in names}
-    zeros[1]["loss"] = stage.vary(jnp.zeros(()))
+    sums, _ = jax.eval_shape(one, 0)
+    zeros = jax.tree.map(lambda x: stage.vary(jnp.zeros(x.shape)), sums)
     (g, metrics), logp_nBT = lax.fori_loop(
         0, n_micro, micro, (zeros, jnp.zeros_like(batch["sampler"]))
     )
@@ -562,7 +558,7 @@ def update(setup: Setup, state: State, samples: list[Sample],
     """Makes --inner-epochs updates on one set of samples -> (state, last metrics, the batch)."""
     began, (config, mesh, model) = time.perf_counter(), setup[:3]
     train_step, reference_step = setup.steps
-    trained, opt, metrics = state.trained, state.opt, {}
+    trained, opt = state.trained, state.opt
     host, n_micro, spans = rollouts.pack(samples, token_weights(samples, config), config, mesh.size,
                                          all_advantages=bool(config.entropy_coef))
     # No completion has a gradient. Skip the update, because Adam's momentum alone would move the
@@ -581,9 +577,8 @@ def update(setup: Setup, state: State, samples: list[Sample],
             batch["old"] = logp
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     logp_RT = np.asarray(hosts.whole(batch["old"])).reshape(-1, config.pack_length)
-    n_real, n_rows = (host["segments"] > 0).sum(), n_micro * host["tokens"].shape[1]
     metrics |= rollouts.drift(samples, spans, logp_RT) | {
-        "padding": 1 - n_real / max(1, n_rows * config.pack_length),
+        "padding": 1 - (host["segments"] > 0).sum() / (n_micro * host["segments"][0].size),
         "reference_s": reference_s,
         "update_s": time.perf_counter() - began - reference_s,
     }
@@ -591,14 +586,6 @@ def update(setup: Setup, state: State, samples: list[Sample],
 
 
 # ------------------------------------------------------------------------------------------ main
-
-
-def evaluate(setup: Setup, state: State, run: runs.Run) -> float:
-    """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
-    dtype = jnp.dtype(setup.config.dtype)
-    weights = stage.forward_weights(state.trained, setup.model.fixed, dtype)
-    return rollouts.evaluate(setup.sampler, weights, setup.model.tok, setup.held_out, state.step,
-                             run)
 
 
 def load_rows(config: Config, tok: data.Tokenizer) -> tuple[list[Problem], list[Problem]]:
@@ -632,16 +619,14 @@ def main(config: Config) -> Path | dict:
     facts = stage.facts(config, model, [problems], held_out)
     with (runs.Run(config, SHOWN, every_s=0.0, facts=facts) as run,
           rollouts.Scorer(config, problems, mesh) as scorer):
-        setup = Setup(config, mesh, model, problems, held_out,
+        setup = Setup(config, mesh, model, problems,
                       rollouts.Order(problems, config.curriculum, config.seed), sampler, scorer,
                       steps, reference)
         stage.keep_held_out(config, held_out)
-        saved = run.restore(state.arrays)
-        if saved is not None:
-            arrays = stage.put_like(saved.arrays, state.arrays)
-            state, saved = State(**arrays, step=saved.step, **saved.state), None
-        elif config.eval_every:
-            evaluate(setup, state, run)
+
+        def evaluate() -> float:
+            weights = stage.forward_weights(state.trained, model.fixed, jnp.dtype(config.dtype))
+            return rollouts.evaluate(sampler, weights, model.tok, held_out, state.step, run)
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, state.trained)
@@ -649,6 +634,13 @@ def main(config: Config) -> Path | dict:
         def save(score: float | None = None) -> None:
             counters = {"drawn": state.drawn, "num_tokens": state.num_tokens}
             run.save(state.step, state.arrays, counters, write, score)
+
+        saved = run.restore(state.arrays)
+        if saved is not None:
+            arrays = stage.put_like(saved.arrays, state.arrays)
+            state, saved = State(**arrays, step=saved.step, **saved.state), None
+        elif config.eval_every:
+            evaluate()
 
         while (p := run.progress(state.step)) < 1 and not run.stopping:
             began, lr = time.perf_counter(), stage.schedule(p, config)
@@ -667,10 +659,10 @@ def main(config: Config) -> Path | dict:
                 save()
                 raise SystemExit(f"step {state.step}: {trouble}")
             if run.due(config.eval_every, state.step):
-                save(evaluate(setup, state, run))
+                save(evaluate())
             elif run.due(config.save_every, state.step):
                 save()
-        return run.end(state.step, save, lambda: evaluate(setup, state, run), write)
+        return run.end(state.step, save, evaluate, write)
 
 
 if __name__ == "__main__":

@@ -571,7 +571,7 @@ def stepping(config, problems, monkeypatch):
     model = stage.Model(CFG, None, None, {}, {}, {}, False, None, {})
     order = Order(problems, config.curriculum, 0)
     scorer = types.SimpleNamespace(mix=mix)
-    setup = train_grpo.Setup(config, None, model, problems, [], order, None, scorer, (), None)
+    setup = train_grpo.Setup(config, None, model, problems, order, None, scorer, (), None)
     return setup, calls
 
 
