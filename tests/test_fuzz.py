@@ -324,7 +324,7 @@ def test_odd_rows_are_used_or_bad_rows(small, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     readings = (lambda row: rollouts.read_problem(row, tok, "Think."),
-                lambda row: data.read_example(row, tok),
+                lambda row: packed.read_example(row, tok),
                 lambda row: packed.read_pair(row, tok))
     mix = rewards.read_mix("format,tags,answer,overlong,length,repetition,language,reasoning")
     functions, usable = rewards.prepare(mix, []), []
