@@ -152,7 +152,7 @@ def good(small, tmp_path_factory):
     (parts / "tokenizer.model").unlink()
 
     config = train_sft.Config(out=str(root / "run"), steps=2, save_every=1, report_to="")
-    with runs.Run(config) as run:
+    with runs.Run(config, {}) as run:
         run.restore({})
         for step in (1, 2):
             run.log(step, {"loss": 1.0, "eval_accuracy": 0.5, "eval_accuracy_low": 0.4,
