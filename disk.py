@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 import hosts
@@ -118,7 +117,7 @@ def lock(folder: Path):
 def plain(value):
     """Plain Python for JSON, which has no NaN and no infinity: those become null."""
     if hasattr(value, "tolist"):
-        value = np.asarray(value).tolist()
+        value = value.tolist()
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
