@@ -19,14 +19,14 @@ import model_files
 from gemma import LINEARS, Config
 
 
-def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: float = 0.0,
-         multimodal: bool = False) -> None:
+def save(path: str | Path, adapter: dict, cfg: Config, base: str, dropout: float) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them, in float32.
 
-    multimodal: model_files.is_multimodal(base folder). PEFT opens such a base as a class whose
-    matrices have other names: under the text-only names the adapter would do nothing, after a
-    warning.
+    PEFT opens a base with a vision tower as a class whose matrices have other names: under the
+    text-only names the adapter would do nothing, after a warning.
     """
+    is_folder = base and (Path(base) / "config.json").exists()
+    multimodal = is_folder and model_files.is_multimodal(base)
     path, r, adapter = Path(path), lora.rank(adapter), jax.device_get(adapter)
     tensors, alphas = {}, {}
     for name in adapter["a"]:

@@ -154,12 +154,12 @@ def read_size(folder: Path) -> dict:
     return {"lora_rank": rank, "lora_alpha": alpha * math.sqrt(rank) if rslora else alpha}
 
 
-def save(path: str | Path, adapter: dict, cfg: Config, base: str = "", dropout: float = 0.0,
-         multimodal: bool = False) -> None:
-    """Writes a PEFT adapter folder, in float32; adapter_files.save explains the arguments."""
+def save(path: str | Path, adapter: dict, cfg: Config, base: str = "",
+         dropout: float = 0.0) -> None:
+    """Writes a PEFT adapter folder, in float32. base: the name or the folder of its base model."""
     import adapter_files  # here, as below: this page is not about the formats of files
 
-    adapter_files.save(path, adapter, cfg, base, dropout, multimodal)
+    adapter_files.save(path, adapter, cfg, base, dropout)
 
 
 def load(path: str | Path, cfg: Config) -> dict:

@@ -361,10 +361,7 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
     if config.lora_rank:
         adapter = jax.device_get(trained | {"scale": model.fixed["scale"]})
         adapter = adapter if model.merged is None else lora.stack(model.merged, adapter, cfg)
-        import model_files
-
-        lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0),
-                  model_files.is_multimodal(model.weights))
+        lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
     else:
         # A base model's own config stops at <eos> only.
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))
