@@ -18,7 +18,7 @@ Three facts about Gemma's SentencePiece vocabulary shape this file:
 import bisect
 import re
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Tokenizer:
         self.vocab_size = self.sp.get_piece_size()
         ids = self.sp.piece_to_id(list(PIECES))
         self.unk, self.pad, self.bos, self.eos, self.start_of_turn, self.end_of_turn = ids
-        self.hidden = dict(zip(ids[1:], PIECES[1:], strict=True))  # what `decode` leaves out
+        self.hidden = set(ids[1:])  # what `decode` leaves out
         self.stop_ids = (self.end_of_turn, self.eos)
         self.forbidden_ids = tuple(self.sp.piece_to_id(p) for p in IMAGE_PIECES if p in self)
 
@@ -81,11 +81,9 @@ class Tokenizer:
         cuts = [0, *(match.start() + 1 for match in STEERING.finditer(text)), len(text)]
         return [i for start, stop in pairwise(cuts) for i in self.sp.encode(text[start:stop])]
 
-    def decode(self, ids, keep_special: bool = False) -> str:
-        """Text without BOS, EOS, padding and turn markers; `keep_special` spells those out too."""
-        ids = [i for i in np.asarray(ids, int).tolist() if keep_special or i not in self.hidden]
-        stretches = ((piece, list(group)) for piece, group in groupby(ids, self.hidden.get))
-        return "".join(p * len(group) if p else self.sp.decode(group) for p, group in stretches)
+    def decode(self, ids) -> str:
+        """Text without BOS, EOS, padding and turn markers."""
+        return self.sp.decode([i for i in np.asarray(ids, int).tolist() if i not in self.hidden])
 
     def chat(self, messages: list[dict], generate: bool | None = None) -> list[int]:
         """Ids by the official template; `generate` opens a model turn (default: after a user)."""
@@ -315,27 +313,8 @@ def with_system(chat: list[dict], system: str = "") -> list[dict]:
     return [{"role": "user", "content": f"{system}\n\n{chat[0]['content'].strip()}"}, *chat[1:]]
 
 
-# --- training sequences ---------------------------------------------------------------------------
-
-
-class Example(NamedTuple):
-    """One training sequence: token ids, and a mask that is 1 on what is trained on."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    fields: dict = {}  # the row that it was read from
-
-    prompt = property(lambda self: self.ids[: np.argmax(self.mask)].tobytes())  # for hold-out
-    n_tokens = property(lambda self: len(self.ids))
-
-
-def read_example(row: dict, tok: Tokenizer, system: str = "") -> Example:
-    """A row as one training sequence; every turn of the assistant is trained on."""
-    ids, mask = tok.example(conversation(row, system))
-    return Example(np.array(ids, np.int32), np.array(mask, np.int8), row)
-
-
 def conversation(row: dict, system: str) -> list[dict]:
+    """The messages of a row with its completion, to train on."""
     chat, completion, *_ = parse_row(row)
     if completion is None:
         raise ValueError("expected a completion to train on (messages that end with the assistant, "

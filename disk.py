@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 import hosts
@@ -118,7 +117,7 @@ def lock(folder: Path):
 def plain(value):
     """Plain Python for JSON, which has no NaN and no infinity: those become null."""
     if hasattr(value, "tolist"):
-        value = np.asarray(value).tolist()
+        value = value.tolist()
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -228,15 +227,12 @@ def checksum(rows: Iterable) -> str:
 def file_checksum(path: Path) -> str:
     """The checksum of a file up to 256 MiB; of a larger one, of 64 pieces of a MiB and its size."""
     size, digest = path.stat().st_size, hashlib.sha256()
-    starts, piece = [0], size
-    if size > 2**28:
-        piece = 2**20
-        starts = [(size - piece) * n // 63 for n in range(64)]
+    n_pieces, piece = (64, 2**20) if size > 2**28 else (1, size)
     with open(path, "rb") as file:
-        for start in starts:
-            file.seek(start)
+        for n in range(n_pieces):
+            file.seek((size - piece) * n // 63)  # the last one ends where the file ends
             digest.update(file.read(piece))
-    return f"{digest.hexdigest()[:16]} ({len(starts)} x {piece:,} of {size:,} bytes)"
+    return f"{digest.hexdigest()[:16]} ({n_pieces} x {piece:,} of {size:,} bytes)"
 
 
 def _checksums(directory: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """SFT and SimPO: their flags, rows, packed batches, the line of a step, the held-out evaluation.
 
-    read = packed.row_reader(config, tok, data.read_example)
+    read = packed.row_reader(config, tok, packed.read_example)
     sources, held_out = data.load_split(config, read)
     batches = packed.Batches(sources, 1024, n_rows=8, seed=0)
     batches.batch(0)                                  # {"tokens": [8, 1024], ...}
@@ -63,11 +63,28 @@ class Settings(settings.Training):
 # -------------------------------------------------------------------------------------------- rows
 
 
+class Example(NamedTuple):
+    """One training sequence: token ids, and a mask that is 1 on what is trained on."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    fields: dict = {}  # the row that it was read from
+
+    prompt = property(lambda self: self.ids[: np.argmax(self.mask)].tobytes())  # for hold-out
+    n_tokens = property(lambda self: len(self.ids))
+
+
+def read_example(row: dict, tok: data.Tokenizer, system: str = "") -> Example:
+    """A row as one training sequence; every turn of the assistant is trained on."""
+    ids, mask = tok.example(data.conversation(row, system))
+    return Example(np.array(ids, np.int32), np.array(mask, np.int8), row)
+
+
 class Pair(NamedTuple):
     """Two completions of one prompt; the two sequences share a packed row, chosen first."""
 
-    chosen: data.Example
-    rejected: data.Example
+    chosen: Example
+    rejected: Example
     fields: dict = {}  # the row that it was read from, with the chosen completion as its own
 
     prompt = property(lambda self: self.chosen.prompt)
@@ -93,12 +110,12 @@ def read_pair(row: dict, tok: data.Tokenizer, system: str = "") -> Pair:
     n_prompt = len(tok.chat(chats[0][:shared]))
     mask = lambda trained: np.array([0] * n_prompt + trained[n_prompt:], np.int8)
     chosen, rejected = (
-        data.Example(np.array(ids, np.int32), mask(trained)) for ids, trained in examples)
+        Example(np.array(ids, np.int32), mask(trained)) for ids, trained in examples)
     return Pair(chosen, rejected, rows[0])
 
 
 def row_reader(config, tok: data.Tokenizer, read):
-    """data.read_example or read_pair with --system, and with --max-length as the limit."""
+    """read_example or read_pair with --system, and with --max-length as the limit."""
 
     def limited(row: dict):
         item = read(row, tok, config.system)
@@ -124,14 +141,14 @@ def mix_weights(mix: str | None, sources: list[list]) -> list[float] | None:
     return weights
 
 
-def fill(items: list[data.Example | Pair], size: int) -> list[list[data.Example]]:
+def fill(items: list[Example | Pair], size: int) -> list[list[Example]]:
     """Packed rows of training sequences."""
     rows = data.pack([0] * len(items), [[item.n_tokens] for item in items], size)
     sequences = lambda item: item[:2] if isinstance(item, Pair) else (item,)
     return [[example for i, _ in row for example in sequences(items[i])] for row in rows]
 
 
-def assemble(rows: list[list[data.Example]], n_rows: int, size: int) -> dict[str, np.ndarray]:
+def assemble(rows: list[list[Example]], n_rows: int, size: int) -> dict[str, np.ndarray]:
     """Packed rows as arrays [n_rows, size]: tokens, mask, segments (0 = padding), positions.
 
     [[p c], [p p c]] in 6 -> mask 010010, segments 112220, positions 010120.
@@ -165,7 +182,7 @@ class Batches:
         self.epochs = []  # packed rows up to the end of each epoch
         self._epoch = functools.lru_cache(maxsize=1)(self._epoch)
 
-    def _epoch(self, epoch: int) -> list[list[data.Example]]:
+    def _epoch(self, epoch: int) -> list[list[Example]]:
         chosen = []
         for i, (source, take) in enumerate(zip(self.sources, self.take, strict=True)):
             for k in range(epoch * take, (epoch + 1) * take):

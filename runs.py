@@ -10,7 +10,7 @@
         final/                what `--adapter` takes
         report.html           what report.py makes of these files, now and then and at the end
 
-    with runs.Run(config) as run:
+    with runs.Run(config, {"loss": "loss {:.3f}"}) as run:
         saved = run.restore(arrays)            # the newest valid checkpoint, or None
         while (p := run.progress(step)) < 1 and not run.stopping:
             ...                                # one update, step += 1
@@ -257,8 +257,6 @@ class Saved(NamedTuple):
     step: int
     arrays: Any  # numpy, in the structure asked for
     state: dict
-    budget: dict
-    score: float | None
 
 
 class Run(contextlib.ExitStack):
@@ -269,12 +267,11 @@ class Run(contextlib.ExitStack):
     folder and reads the clock; the others make the same calls.
     """
 
-    def __init__(self, config: Any, show: dict[str, str] | None = None, every_s: float = 30.0,
+    def __init__(self, config: Any, show: dict[str, str], every_s: float = 30.0,
                  facts: dict[str, str] | None = None):
         super().__init__()  # of what is undone at the end, or if a line below fails
         self.folder, self.keep = Path(config.out), config.keep
         self.config, self.outcome = config, []  # outcome: the last lines of a run
-        show = {"loss": "loss {:.3f}"} if show is None else show
         by_reward = bool(getattr(config, "rewards", True))
         self.step_lines = terminal.StepLines(self.folder, show, every_s, by_reward)
         self.budget = Budget(config.steps, parse_time(config.time_limit), start=STARTED)
@@ -355,22 +352,21 @@ class Run(contextlib.ExitStack):
 
     def finish(self, write_model: Callable[[Path | None], None]) -> Path:
         """Write final/, the best checkpoint or else the last step, and say what came out."""
-        best = self.best() if hosts.index == 0 else None
-        if best is not None and (why := disk.verify(self.folder / f"checkpoints/step_{best}")):
-            terminal.say(f"step {best} was the best, but {why}: final/ is the last step")
-            best = None
-        best = hosts.everyone(best)[0]
-        best = None if best == self.saved_step else best
+        step = self.best() if hosts.index == 0 else None
+        if step is not None and (why := disk.verify(self.folder / f"checkpoints/step_{step}")):
+            terminal.say(f"step {step} was the best, but {why}: final/ is the last step")
+            step = None
+        step = hosts.everyone(self.saved_step if step is None else step)[0]
 
         def write(folder):
-            if best is None:
+            if step == self.saved_step:
                 write_model(folder)
             elif folder is not None:
-                shutil.copytree(self.folder / f"checkpoints/step_{best}", folder,
+                shutil.copytree(self.folder / f"checkpoints/step_{step}", folder,
                                 ignore=shutil.ignore_patterns("resume", "manifest.json"),
                                 dirs_exist_ok=True)
             if folder is not None:
-                self.describe(folder, self.saved_step if best is None else best)
+                self.describe(folder, step)
 
         with self.budget.measure("save"):
             disk.publish(self.folder / "final", write)
@@ -380,7 +376,6 @@ class Run(contextlib.ExitStack):
 
     def describe(self, folder: Path, step: int) -> None:
         """Write the model card of `step`, and keep what the last lines of the run say."""
-        self.outcome = []
         if not hasattr(self.config, "model"):
             return
         try:
@@ -485,29 +480,26 @@ class Run(contextlib.ExitStack):
 
         `like` holds arrays or ShapeDtypeStructs. Every run calls it before its first step.
         """
-        saved = None
+        found, arrays = None, like
         for step, directory in reversed(self.checkpoints() if hosts.index == 0 else []):
             if reason := disk.verify(directory):
                 self.refused.add(directory.name)
                 terminal.say(f"refused {directory}: {reason}; trying the one before, or a fresh "
                              "start")
                 continue
-            record = disk.read_json(directory / "resume/state.json")
+            found = step, disk.read_json(directory / "resume/state.json")
             arrays = _fill(like, load_file(directory / "resume/arrays.safetensors"), directory)
-            saved = Saved(step, arrays, record["state"], record["budget"], record["score"])
             break
-        if hosts.count > 1:  # only the first has read the folder
-            found = hosts.everyone(saved and saved._replace(arrays=None))[0]
-            arrays = hosts.broadcast(saved.arrays if saved else like) if found else None
-            saved = Saved(*found)._replace(arrays=arrays) if found else None
-        self.step, last = 0, -1
-        if saved is not None:
-            terminal.say(f"resuming {self.folder} at step {saved.step}")
-            self.budget.load(saved.budget)
-            self.step = self.saved_step = last = saved.step
-            self.scored_step = -1 if saved.score is None else saved.step
-        for path in self.logs if hosts.index == 0 else []:  # [1 2 3 {"st], last 2 -> [1 2]
-            rows = [row for row in disk.good_rows(path, step=int) if row["step"] <= last]
+        self.step, saved = 0, None
+        if found := hosts.everyone(found)[0]:  # only the first has read the folder
+            step, record = found
+            saved = Saved(step, hosts.broadcast(arrays), record["state"])
+            terminal.say(f"resuming {self.folder} at step {step}")
+            self.budget.load(record["budget"])
+            self.step = self.saved_step = step
+            self.scored_step = -1 if record["score"] is None else step
+        for path in self.logs if hosts.index == 0 else []:  # [1 2 3 {"st], saved 2 -> [1 2]
+            rows = [row for row in disk.good_rows(path, step=int) if row["step"] <= self.saved_step]
             with disk.writing(path):
                 disk.replace_file(path, disk.to_jsonl(rows))
         return saved

@@ -77,8 +77,7 @@ def vary(x):
 
 def put(tree, mesh: Mesh, specs):
     """Puts host or device arrays on the mesh; specs: a tree of PartitionSpecs or one for all."""
-    if isinstance(specs, P):
-        specs = jax.tree.map(lambda _: specs, tree)
+    specs = jax.tree.broadcast(specs, tree)
     return jax.tree.map(lambda x, s: hosts.put(x, NamedSharding(mesh, s)), tree, specs)
 
 
@@ -242,6 +241,14 @@ def facts(config, model: Model, sources: list[list], held_out: list) -> dict[str
             disk.checksum(item.fields for item in held_out)}
 
 
+def keep_held_out(config, items: list) -> None:
+    """Writes the held-out rows into the run folder, so that eval.py can read the same rows."""
+    if hosts.index == 0:
+        file = Path(config.out) / "held_out.jsonl"
+        with disk.writing(file):
+            disk.replace_file(file, disk.to_jsonl(item.fields for item in items))
+
+
 def continue_from(path: Path, cfg: gemma.Config, config) -> tuple[dict | None, dict | None]:
     """Loads an adapter -> (adapter to train further, None) or (None, adapter to merge).
 
@@ -338,14 +345,6 @@ def state_shapes(config, mesh: Mesh, weights, specs: tuple) -> tuple:
     return trained, jax.tree.map(shape, opt, optimizer_specs(tx, trained, specs[0])), fixed
 
 
-def keep_held_out(config, items: list) -> None:
-    """Writes the held-out rows into the run folder, so that eval.py can read the same rows."""
-    if hosts.index == 0:
-        file = Path(config.out) / "held_out.jsonl"
-        with disk.writing(file):
-            disk.replace_file(file, disk.to_jsonl(item.fields for item in items))
-
-
 # ---------------------------------------------------------------------------------------- the end
 
 
@@ -362,10 +361,7 @@ def write_model(folder: Path | None, config, model: Model, trained: dict) -> Non
     if config.lora_rank:
         adapter = jax.device_get(trained | {"scale": model.fixed["scale"]})
         adapter = adapter if model.merged is None else lora.stack(model.merged, adapter, cfg)
-        import model_files
-
-        lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0),
-                  model_files.is_multimodal(model.weights))
+        lora.save(folder, adapter, cfg, str(model.weights), getattr(config, "lora_dropout", 0.0))
     else:
         # A base model's own config stops at <eos> only.
         stops = tuple(sorted({*cfg.eos_token_id, *tok.stop_ids}))

@@ -214,7 +214,8 @@ class State(NamedTuple):
 
 def from_row(problem: Problem, config: Config, tok: data.Tokenizer) -> Sample:
     """A row's own completion, with the stop token, in the place of one by the student."""
-    ids = data.read_example(problem.fields, tok, config.system).ids[len(problem.prompt) :]
+    ids, _ = tok.example(data.conversation(problem.fields, config.system))
+    ids = np.array(ids[len(problem.prompt) :], np.int32)
     done = Rollout(0, 0, ids, np.zeros(len(ids), np.float32), "stop")
     return Sample(problem, 0, done, "", None, False, rewards.Scored(None, {}, {}))
 

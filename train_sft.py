@@ -205,7 +205,7 @@ def programs(config: Config, mesh: Mesh) -> dict:
 
 def load_rows(config: Config, tok: data.Tokenizer) -> tuple[list[list], list]:
     """(rows of each source to learn from, held-out rows) of a resolved Config."""
-    return data.load_split(config, packed.row_reader(config, tok, data.read_example))
+    return data.load_split(config, packed.row_reader(config, tok, packed.read_example))
 
 
 @terminal.one_line

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 
 # Compiling is most of the suite's time, and these models are too small to gain from optimising.
@@ -105,6 +106,13 @@ CFG = gemma.Config(
     "gemma3_text", 97, 32, 48, 3, 4, 2, 16, 16, 6, (False, True, False), 1e4, 1e6,
     max_position_embeddings=64,
 )
+
+
+def spelled(tok, ids: list[int]) -> str:
+    """decode() that spells out BOS, EOS, padding and turn markers too."""
+    stretches = [(hidden, list(i)) for hidden, i in groupby(ids, tok.hidden.__contains__)]
+    return "".join("".join(map(tok.sp.id_to_piece, i)) if hidden else tok.sp.decode(i)
+                   for hidden, i in stretches)
 
 
 def one_line(call, *arguments) -> str:

@@ -79,7 +79,7 @@ def values(weights: str, dtype: str) -> dict[str, np.ndarray]:
     cfg, tok = gemma.read_config(weights), data.Tokenizer(weights)
     mesh, T, out = gemma.all_devices(jax.devices()[:1]), cfg.sliding_window + 128, {}
     rows = [problems.word_problem("train", i) for i in range(100)]
-    sequences = [data.read_example(row, tok) for row in rows]
+    sequences = [packed.read_example(row, tok) for row in rows]
     shared = dict(weights=weights, dtype=dtype, lora_rank=16, micro_rows=1)
     config = bench.script_config("sft", bench.Config(**shared, rows=2, length=T))
     model, rng = stage.load_model(config, mesh), np.random.default_rng(0)

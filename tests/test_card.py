@@ -6,7 +6,7 @@ import re
 import stat
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, spelled
 from test_lora import random_adapter
 
 import card
@@ -117,7 +117,7 @@ def test_the_modelfile_writes_our_prompt(tmp_path, system):
     prompt, _, end = template.partition("{{ .Response }}")
     tok = data.Tokenizer(ROOT / "tiny")
     ids = tok.chat(data.with_system([{"role": "user", "content": "2 + 2?"}], system))
-    assert "<bos>" + prompt == tok.decode(ids, keep_special=True) and end == "<end_of_turn>\n"
+    assert "<bos>" + prompt == spelled(tok, ids) and end == "<end_of_turn>\n"
 
 
 CHATS = {

@@ -52,7 +52,7 @@ def test_every_row_shape_is_the_same_row(row):
     before = json.dumps(row)
     assert data.parse_row(row)[:2] == ([TURN("user", "Q")], TAGGED)
     assert json.dumps(row) == before
-    ids, mask, _ = data.read_example(row, TOK, "Be brief.")
+    ids, mask, _ = packed.read_example(row, TOK, "Be brief.")
     assert (ids.tolist(), mask.tolist()) == TOK.example(
         [TURN("system", "Be brief."), TURN("user", "Q"), TURN("assistant", TAGGED)]
     )
@@ -91,7 +91,7 @@ def test_a_row_keeps_its_own_system_text(row):
     assert chat == [TURN("system", "Mine."), TURN("user", "Q")]
     assert data.with_system(chat, "Yours.") == [TURN("user", "Mine.\n\nQ")]
     is_pair = "chosen" in row
-    example = packed.read_pair(row, TOK).chosen if is_pair else data.read_example(row, TOK)
+    example = packed.read_pair(row, TOK).chosen if is_pair else packed.read_example(row, TOK)
     assert TOK.decode(example.ids) == "user\nMine.\n\nQ\nmodel\nA"
 
 
@@ -156,7 +156,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("row, why", BAD_ROWS, ids=str)
 def test_bad_rows_are_named_with_file_and_line(tmp_path, row, why, said):
     file = write(tmp_path / "rows.jsonl", [QR | {"answer": 4}, row])
-    read = lambda row: data.read_example(row, TOK, "Be brief.")
+    read = lambda row: packed.read_example(row, TOK, "Be brief.")
     with pytest.raises(ValueError) as e:
         data.load(file, read)
     assert f"{file}:2: " in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
@@ -179,7 +179,7 @@ KNOWN = sorted(set().union(*data.COLUMNS.values()))
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(KNOWN), VALUES, max_size=5))
 def test_any_row_is_read_or_a_bad_row(row):
-    for read in (data.read_example, packed.read_pair):
+    for read in (packed.read_example, packed.read_pair):
         try:
             read(row, TOK, "Be brief.")
         except ValueError as e:
@@ -388,7 +388,7 @@ def test_assemble_worked_example():
     assert out["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0] * 6]
 
 
-example = lambda n, token: data.Example(np.full(n, token), np.ones(n))
+example = lambda n, token: packed.Example(np.full(n, token), np.ones(n))
 source = lambda n, first: [example(5, first + i) for i in range(n)]  # each of an id of its own
 
 

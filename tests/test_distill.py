@@ -18,6 +18,7 @@ import lora
 import rewards
 import stage
 import train_distill
+from packed import read_example
 from rollouts import pack
 
 LARGER = dataclasses.replace(  # padded to a longer vocabulary, and with a cap as in Gemma 2
@@ -247,7 +248,7 @@ def test_a_rows_solution_is_what_sft_would_train_on():
     config = change(on_policy=0.5, max_prompt=99, max_new=99, system="Add.")
     problem = train_distill.reader(config, tok)(row)
     s = train_distill.from_row(problem, config, tok)
-    ids, mask, _ = data.read_example(row, tok, "Add.")
+    ids, mask, _ = read_example(row, tok, "Add.")
     assert [*problem.prompt, *s.rollout.ids] == ids.tolist()
     assert len(s.rollout.ids) == mask.sum() and s.rollout.ids[-1] == tok.end_of_turn
     with pytest.raises(data.TooLong, match="tokens, more than --max-new 3"):

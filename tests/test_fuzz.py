@@ -152,7 +152,7 @@ def good(small, tmp_path_factory):
     (parts / "tokenizer.model").unlink()
 
     config = train_sft.Config(out=str(root / "run"), steps=2, save_every=1, report_to="")
-    with runs.Run(config) as run:
+    with runs.Run(config, {}) as run:
         run.restore({})
         for step in (1, 2):
             run.log(step, {"loss": 1.0, "eval_accuracy": 0.5, "eval_accuracy_low": 0.4,
@@ -324,7 +324,7 @@ def test_odd_rows_are_used_or_bad_rows(small, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     readings = (lambda row: rollouts.read_problem(row, tok, "Think."),
-                lambda row: data.read_example(row, tok),
+                lambda row: packed.read_example(row, tok),
                 lambda row: packed.read_pair(row, tok))
     mix = rewards.read_mix("format,tags,answer,overlong,length,repetition,language,reasoning")
     functions, usable = rewards.prepare(mix, []), []

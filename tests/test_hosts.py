@@ -106,7 +106,7 @@ AGREE = """
 # Process 1's clock is far ahead, and it alone gets a signal: all go by process 0's clock, and stop.
 import runs, train_sft
 times = iter([0.0, 0.0, 10.0 + 89 * i, 20.0, 30.0])
-with runs.Run(train_sft.Config(out=sys.argv[5] + "/agree")) as run:
+with runs.Run(train_sft.Config(out=sys.argv[5] + "/agree"), {}) as run:
     run.budget = runs.Budget(limit_s=100.0, clock=lambda: next(times))
     assert run.restore({}) is None and run.progress(0) == 0
     assert abs(run.progress(1) - 10 / 95) < 1e-9 and not run.stopping, (run.budget.p, run.stopping)

@@ -139,8 +139,7 @@ def test_multimodal_containers_take_adapters_both_ways(tmp_path, own):
     tokens = TOKENS % 90
     if own:
         adapter = random_adapter(cfg)
-        multimodal = model_files.is_multimodal(tmp_path / "base")
-        lora.save(tmp_path / "adapter", adapter, cfg, multimodal=multimodal)
+        lora.save(tmp_path / "adapter", adapter, cfg, str(tmp_path / "base"))
         # The text-only loader, as in the README, gives the same class as the container's own.
         model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
         assert type(model) is hf.Gemma3ForConditionalGeneration

@@ -16,6 +16,7 @@ from conftest import ROOT
 import commandline
 import data
 import judge
+import packed
 import rewards
 import rollouts
 
@@ -160,7 +161,7 @@ def test_an_example_row_is_read_by_all_who_take_it(row):
     problem = rollouts.read_problem(row, TOK, data.SYSTEM)
     trained = "reasoning" in row or not {"task_type", "rubrics"} & row.keys()
     if trained:  # as SFT shows the question, so it is asked
-        ids, mask, _ = data.read_example(row, TOK, data.SYSTEM)
+        ids, mask, _ = packed.read_example(row, TOK, data.SYSTEM)
         assert tuple(ids[: mask.argmax()]) == problem.prompt
         _, answer, strict = rewards.parse(TOK.decode(ids[mask.argmax() :]))
         told = problem.gold, problem.kind, problem.choices

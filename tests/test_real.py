@@ -97,7 +97,8 @@ def batches(tok, n, rows=2, length=128):
         chats = [[{"role": "user", "content": f"What is {i} + {b}?"},
                   {"role": "assistant", "content": data.format_completion(
                       f"{i} + {b} = {i + b}.", str(i + b))}] for b in range(rows)]
-        yield packed.assemble([[data.Example(*tok.example(chat))] for chat in chats], rows, length)
+        examples = [packed.Example(*tok.example(chat)) for chat in chats]
+        yield packed.assemble([[example] for example in examples], rows, length)
 
 
 def test_ten_lora_steps_lose_what_peft_and_transformers_lose(hf, ours, tok, tmp_path):

@@ -56,7 +56,7 @@ def sample(text="<reasoning>2 + 2</reasoning>\n<answer>4</answer>", **more):
 def write(folder, rates=((0, 20, 100), (4, 60, 100)), samples=None, steps=4, config=CONFIG):
     """A run folder as the scripts write it: `rates` are (step, right, of)."""
     config = dataclasses.replace(config, out=str(folder), steps=steps)
-    with runs.Run(config, every_s=1e9) as run:
+    with runs.Run(config, {}, every_s=1e9) as run:
         run.restore({})
         evaluations = {step: (c, n) for step, c, n in rates}
         for step in range(steps + 1):
@@ -290,7 +290,7 @@ def test_a_failing_report_stops_nothing_and_takes_one_percent_of_the_time(
         tmp_path, monkeypatch, capsys):
     tried = []
     monkeypatch.setattr(report, "main", lambda config: (tried.append(1), time.sleep(0.05), 1 / 0))
-    with runs.Run(dataclasses.replace(CONFIG, out=str(tmp_path / "x"))) as run:
+    with runs.Run(dataclasses.replace(CONFIG, out=str(tmp_path / "x")), {}) as run:
         run.restore({})
         run.log(1, {"loss": 1.0})
         run.save(1, {}, {})
@@ -305,7 +305,7 @@ def test_a_failing_report_stops_nothing_and_takes_one_percent_of_the_time(
 @pytest.mark.parametrize("fault", ["SIGTERM", "exception"])
 def test_a_run_that_ends_early_leaves_one(tmp_path, fault):
     config = dataclasses.replace(CONFIG, out=str(tmp_path / "x"))
-    with pytest.raises((SystemExit, RuntimeError)), runs.Run(config) as run:
+    with pytest.raises((SystemExit, RuntimeError)), runs.Run(config, {}) as run:
         run.restore({})
         run.log(1, {"reward": 0.25})
         if fault == "exception":

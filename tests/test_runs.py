@@ -61,7 +61,7 @@ class Config:
 
 
 def open_run(out, budget=None, show=None, every_s=30.0, **fields):
-    run = runs.Run(Config(out=str(out), **fields), show, every_s)
+    run = runs.Run(Config(out=str(out), **fields), show or {"loss": "loss {:.3f}"}, every_s)
     run.budget = budget or run.budget
     return run
 

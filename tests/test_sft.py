@@ -35,7 +35,7 @@ def random_examples(n, seed=0, longest=20):
     for _ in range(n):
         length = int(rng.integers(4, longest))
         mask = (np.arange(length) >= rng.integers(1, length - 1)).astype(np.int8)
-        rows.append(data.Example(rng.integers(3, 97, length).astype(np.int32), mask))
+        rows.append(packed.Example(rng.integers(3, 97, length).astype(np.int32), mask))
     return rows
 
 

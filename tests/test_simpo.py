@@ -206,7 +206,7 @@ def random_pairs(n, seed=0):
         prompt, completions = draw(2, 7), (draw(2, 9), draw(2, 9))
         mask = lambda c: np.array([0] * len(prompt) + [1] * len(c), np.int8)  # noqa: B023
         pairs.append(packed.Pair(*(
-            data.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
+            packed.Example(np.concatenate([prompt, c]), mask(c)) for c in completions)))
     return pairs
 
 

@@ -109,7 +109,7 @@ def test_the_trainers_rebuild_the_prompt_that_was_sampled(system):
         for example in packed.read_pair(pair, TOK, system)[:2]:
             assert example.prompt == np.array(problem.prompt, np.int32).tobytes()
         row = synthesize.training_row(problem, data.format_completion("It is so.", "4"))
-        ids, mask, _ = data.read_example(row, TOK, system)
+        ids, mask, _ = packed.read_example(row, TOK, system)
         first = len(problem.prompt)
         assert rollouts.read_problem(row, TOK, system).prompt == problem.prompt
         assert tuple(ids[:first]) == problem.prompt and mask[first:].all()
@@ -269,7 +269,7 @@ def test_faults_of_a_server_and_every_row_once(tmp_path):
         assert not rejects and {*(asked - before)} == lost
         assert [row for row in again if row["source"] not in lost] == rows
     file = write(tmp_path / "rows.jsonl", again)
-    read_example = lambda row: data.read_example(row, TOK, data.SYSTEM)
+    read_example = lambda row: packed.read_example(row, TOK, data.SYSTEM)
     (found,), _ = data.load(file, read_example)
     assert len(found) == N
     assert again[1] == {

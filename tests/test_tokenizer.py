@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import SHARED
+from conftest import SHARED, spelled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from make_tokenizer import TAGS, special_pieces, train_tokenizer
@@ -143,7 +143,7 @@ def test_chat_by_hand(ours):
                 "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n")
     for tok in ours.values():
         for chat in (messages, with_system(messages), with_system(messages[1:], "Be brief.")):
-            assert tok.decode(tok.chat(chat), keep_special=True) == expected
+            assert spelled(tok, tok.chat(chat)) == expected
 
 
 def test_with_system():
@@ -166,7 +166,7 @@ def test_mask_is_what_the_model_says(ours):
     for tok in ours.values():
         chat = [user("a"), assistant(" It is 4.\n"), user("c"), assistant("")]
         ids, mask = tok.example(chat)
-        words = [tok.decode([i], keep_special=True) for i in ids]
+        words = [spelled(tok, [i]) for i in ids]
         said = "".join(word if m else "|" for word, m in zip(words, mask, strict=True))
         assert re.sub(r"\|+", "|", said) == "|It is 4.<end_of_turn>|<end_of_turn>"
 
@@ -194,7 +194,7 @@ def test_text_never_steers(ours, family, text):
     forbidden = {tok.sp.piece_to_id(piece) for piece in STEERING if piece in tok}
     ids = tok.encode(text)
     assert not {tok.pad, tok.bos, tok.eos, tok.unk, *forbidden} & set(ids)
-    assert tok.decode(ids) == tok.decode(ids, keep_special=True) == text.replace("▁", " ")
+    assert tok.decode(ids) == spelled(tok, ids) == text.replace("▁", " ")
 
 
 def test_literals_are_cut_and_tags_are_not(ours):
@@ -208,8 +208,8 @@ def test_decode(ours):
     tok = ours["gemma3"]
     ids = [tok.bos, *tok.encode("  a\n"), tok.end_of_turn, tok.eos, tok.pad, tok.pad]
     assert tok.decode(ids) == tok.decode(np.array(ids, np.int32)) == "  a\n"
-    assert tok.decode(ids, keep_special=True) == "<bos>  a\n<end_of_turn><eos><pad><pad>"
-    assert tok.decode([]) == tok.decode([], keep_special=True) == ""
+    assert spelled(tok, ids) == "<bos>  a\n<end_of_turn><eos><pad><pad>"
+    assert tok.decode([]) == spelled(tok, []) == ""
     assert tok.decode(tok.encode("\U0001f98a")[:2]) == "\ufffd\ufffd"  # cut inside a character
 
 
@@ -272,7 +272,7 @@ def from_json(json_folder):
 def test_tokenizer_json_gives_the_same_ids(ours, from_json, text):
     ids = ours["gemma3"].sp.encode(text)
     assert from_json.sp.encode(text) == ids
-    assert from_json.decode(ids, keep_special=True) == ours["gemma3"].decode(ids, keep_special=True)
+    assert spelled(from_json, ids) == spelled(ours["gemma3"], ids)
 
 
 def test_tokenizer_json_gives_the_same_pieces(ours, from_json, json_folder, tmp_path):
