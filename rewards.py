@@ -41,9 +41,9 @@ from answers import vote as vote
 
 HERE = Path(__file__).resolve().parent
 # Modules that a reward file may import which are no helpers of its own.
-OURS = {*"answers card check commandline data disk divergence download endpoint formulas gemma "
-        "hosts hub judge lora merge model_files packed problems report rewards rollouts runs "
-        "sampler settings splash stage tables terminal tokenizer_files".split()}
+OURS = {*"adapter_files answers card check commandline data disk divergence download endpoint "
+        "formulas gemma hosts hub judge lora merge model_files packed problems report rewards "
+        "rollouts runs sampler settings splash stage tables terminal tokenizer_files".split()}
 # A word, a sign, or a character of a script that writes no spaces. Words are cut after 20 letters,
 # so that an endless word counts as a repetition.
 WORDS = re.compile(
