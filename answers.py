@@ -240,7 +240,7 @@ _UNIT = re.compile(r"[ ]?(%|°c?|[$€£¥¢]|[a-zµ]+(?:\^[23])?(?:/[a-z]+(?:\^
 _NO_UNIT = {*"a i in of for to at and or left total all per each on from with by".split()}
 
 
-def _measure(unit: str) -> tuple[str, Fraction]:
+def _dimension(unit: str) -> tuple[str, Fraction]:
     """(dimension, size) of a unit: km/hours -> length/time, 1000/3600; boxes -> box, 1."""
     dimensions, sizes = [], []
     for word in re.sub(r"(met|lit)re", r"\1er", unit).split("/"):
@@ -256,7 +256,7 @@ def _unit(text: str, at: int) -> tuple[tuple[str, ...], Fraction, int]:
     """(the words that name a number's unit, its size, its end): " red apples in" -> red, apple."""
     names, size = [], Fraction(1)
     while len(names) < 4 and (m := _UNIT.match(text, at)) and m[1] not in _NO_UNIT:
-        name, size = _measure(m[1])
+        name, size = _dimension(m[1])
         known = re.split("[/^]", name)[0] in _UNITS
         if not known and (m[0] == m[1] or len(m[1]) == 1):
             break
@@ -273,7 +273,7 @@ def found_in(text: str) -> list[Quantity]:
     for m in _NUMBER.finditer(text):
         value, (unit, size, end) = _value(m), _unit(text, m.end())
         if m["money"]:
-            dimension, size = _measure(m["money"])
+            dimension, size = _dimension(m["money"])
             unit = (dimension,)
         start = m.start() + len(m[0]) - len(m[0].lstrip())
         last = out[-1] if out else Quantity(None)

@@ -271,7 +271,7 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(tail + 1)) / 2**n)
 
 
-def measure(rows: list[dict]) -> dict[str, float]:
+def rates(rows: list[dict]) -> dict[str, float]:
     """The value of one problem in each mean; no pass@ without a right answer."""
     greedy, sampled = ([r for r in rows if r["mode"] == m] for m in ("greedy", "sampled"))
     graded, mean = rows[0]["correct"] is not None, lambda values: float(np.mean(values))
@@ -315,7 +315,7 @@ def by_problem(rows: Iterable[dict]) -> dict[str, tuple[str, dict[str, float]]]:
     groups = {}
     for row in rows:
         groups.setdefault(row["id"], []).append(row)
-    return {id: (group[0]["domain"], measure(group)) for id, group in groups.items()}
+    return {id: (group[0]["domain"], rates(group)) for id, group in groups.items()}
 
 
 def summarize(rows: list[dict]) -> dict:

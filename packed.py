@@ -6,7 +6,7 @@
     batches.batch(0)                                  # {"tokens": [8, 1024], ...}
     evaluation = packed.HeldOut(config, mesh, model, held_out, eval_step)
     began = packed.log_step(run, pending, began)      # a step, while the devices run the next one
-    score = evaluation.measure(trained, step, run)    # of a checkpoint
+    score = evaluation.score(trained, step, run)    # of a checkpoint
 """
 
 import bisect
@@ -293,10 +293,10 @@ class HeldOut:
                 max_prompt=max(len(problem.prompt) for problem in problems),
                 max_new=config.max_new, dtype=jnp.dtype(config.dtype), shard=in_place)
 
-    def measure(self, trained: dict, step: int, run: runs.Run) -> float:
+    def score(self, trained: dict, step: int, run: runs.Run) -> float:
         """Logs and prints the metrics -> the checkpoint's score: accuracy, or minus the loss."""
         model, rows = self.model, []
-        with run.budget.measure("eval"):
+        with run.budget.timed("eval"):
             sums = [self.eval_step(trained, model.fixed, stage.put(batch, self.mesh, P("data")))
                     for batch in self.batches]
             sums = jax.tree.map(lambda *x: float(np.sum(x)), *jax.device_get(sums))

@@ -548,7 +548,7 @@ def answer(sampler: Sampler, weights: tuple, tok: data.Tokenizer,
 def evaluate(sampler: Sampler, weights: tuple, tok: data.Tokenizer, problems: list[Problem],
              step: int, run: runs.Run) -> float:
     """Logs and prints held-out greedy accuracy and format -> the checkpoint's score."""
-    with run.budget.measure("eval"):
+    with run.budget.timed("eval"):
         metrics = accuracy(answer(sampler, weights, tok, problems))
     run.log(step, metrics)
     return metrics.get("eval_accuracy", metrics["eval_format"])
@@ -710,14 +710,14 @@ def log_step(run: runs.Run, scorer: Scorer, step: int, groups: list[list[Sample]
     failed = [s for s in samples[config.log_samples :] if s.scored.errors]
     run.log_samples(step, [s.row() for s in samples[: config.log_samples] + failed])
     if config.show and (step == 1 or config.show_every and step % config.show_every == 0):
-        show(samples[:: max(1, len(samples) // config.show)][: config.show])
+        print_samples(samples[:: max(1, len(samples) // config.show)][: config.show])
     difference = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
     if difference > config.max_drift:
         raise SystemExit(f"step {step}: the log-probs of sampler and trainer differ by "
                          f"{difference:.3g} on average, more than --max-drift {config.max_drift}")
 
 
-def show(samples: list[Sample]) -> None:
+def print_samples(samples: list[Sample]) -> None:
     """Prints completions, coloured by tag, with their rewards."""
     number = lambda x: "missing" if x is None else f"{x:.3g}"
     for s in samples:

@@ -92,7 +92,7 @@ class Budget:
         self.apart_s = 0.0  # measured since the last reading, so not part of a step
 
     @contextlib.contextmanager
-    def measure(self, kind: str):
+    def timed(self, kind: str):
         """Time an "eval" or a "save" (Run times its saves); the reserve has room for both."""
         begin = self.clock()
         yield
@@ -223,7 +223,7 @@ def _named(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _fill(like, named: dict[str, np.ndarray], source: Path):
+def _unflatten(like, named: dict[str, np.ndarray], source: Path):
     """Put the named arrays into the structure of `like`, which gives their shapes and dtypes."""
     wanted = _named(like)
     a, b = ({f"{k} {x.shape} {x.dtype}" for k, x in side.items()} for side in (wanted, named))
@@ -368,7 +368,7 @@ class Run(contextlib.ExitStack):
             if folder is not None:
                 self.describe(folder, step)
 
-        with self.budget.measure("save"):
+        with self.budget.timed("save"):
             disk.publish(self.folder / "final", write)
         hosts.everyone(None)  # nobody leaves before it is there
         terminal.say("\n".join([f"done: {self.folder / 'final'}", *self.outcome]))
@@ -446,7 +446,7 @@ class Run(contextlib.ExitStack):
             save_file(named, directory / "resume/arrays.safetensors")
             (directory / "resume/state.json").write_text(json.dumps(disk.plain(record)))
 
-        with self.budget.measure("save"):
+        with self.budget.timed("save"):
             if hosts.index == 0:
                 with disk.writing(self.folder):
                     for path in self.logs:  # never behind the checkpoint
@@ -488,7 +488,7 @@ class Run(contextlib.ExitStack):
                              "start")
                 continue
             found = step, disk.read_json(directory / "resume/state.json")
-            arrays = _fill(like, load_file(directory / "resume/arrays.safetensors"), directory)
+            arrays = _unflatten(like, load_file(directory / "resume/arrays.safetensors"), directory)
             break
         self.step, saved = 0, None
         if found := hosts.everyone(found)[0]:  # only the first has read the folder

@@ -433,7 +433,7 @@ class Sampler:
     def fsdp(self) -> str | None:
         return "data" if self.shard else None
 
-    def specs(self, params):  # PartitionSpecs of the base
+    def pspecs(self, params):  # PartitionSpecs of the base
         return gemma.pspecs(self.cfg, True, gemma.is_int8(params)) if self.shard else P()
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -441,7 +441,7 @@ class Sampler:
         buckets = [n for n in (2**i for i in range(5, 30)) if n < self.max_prompt]
         body = functools.partial(_prefill, self.cfg, (*buckets, self.max_prompt), self.fsdp)
         body = jax.shard_map(
-            body, mesh=self.mesh, in_specs=(self.specs(params), P(), P("data"), P("data")),
+            body, mesh=self.mesh, in_specs=(self.pspecs(params), P(), P("data"), P("data")),
             # splash attention fails the vma check
             out_specs=P("data"), check_vma=not gemma.on_tpu(self.mesh))
         return body(params, lora, prompts, prompt_cache)
@@ -449,7 +449,7 @@ class Sampler:
     @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
     def decode(self, rules, params, lora, settings, prompt_cache, queue, state) -> dict:
         body = functools.partial(_decode, self.cfg, rules, self.chunk, self.fsdp)
-        specs = self.specs(params), P(), P(), P("data"), P("data"), P("data")
+        specs = self.pspecs(params), P(), P(), P("data"), P("data"), P("data")
         body = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=P("data"))
         return body(params, lora, settings, prompt_cache, queue, state)
 
@@ -466,7 +466,7 @@ class Sampler:
                                                      P("data"))
         layered = jax.eval_shape(self._unstacked, params)
         lora, settings = shapes((lora, self._settings()), P())
-        specs = self.specs(params)
+        specs = self.pspecs(params)
         params, layered = (jax.tree.map(shapes, p, specs) if self.shard else shapes(p, specs)
                            for p in (params, layered))
         decode = self, Rules(), layered, lora, settings, prompt_cache, queue, state
@@ -510,7 +510,7 @@ class Sampler:
         stats.update(prefills=0, rounds=0, tokens=0, slot_steps=0)
         on_own = lambda tree, spec: hosts.on_own(tree, self.mesh, spec)
         lora, settings = on_own((lora, settings), P())
-        specs = self.specs(params)
+        specs = self.pspecs(params)
         params = jax.tree.map(on_own, params, specs) if self.shard else on_own(params, specs)
         if not prompts:
             return

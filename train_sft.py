@@ -242,7 +242,7 @@ def main(config: Config) -> Path | dict:
             trained = stage.put_like(saved.arrays["trained"], trained)
             opt, saved = stage.put_like(saved.arrays["opt"], opt), None
         elif config.eval_every:
-            evaluation.measure(trained, step, run)
+            evaluation.score(trained, step, run)
 
         def write(folder: Path | None) -> None:
             stage.write_model(folder, config, model, trained)
@@ -265,11 +265,11 @@ def main(config: Config) -> Path | dict:
             if evaluates or run.due(config.save_every, step):
                 packed.log_step(run, pending, began)
                 pending = None
-                save(evaluation.measure(trained, step, run) if evaluates else None)
+                save(evaluation.score(trained, step, run) if evaluates else None)
                 began = time.perf_counter()
         if pending is not None:
             packed.log_step(run, pending, began)
-        return run.end(step, save, lambda: evaluation.measure(trained, step, run), write)
+        return run.end(step, save, lambda: evaluation.score(trained, step, run), write)
 
 
 if __name__ == "__main__":

@@ -574,9 +574,9 @@ def session(budget, clock, step_s, save_s=0.0, eval_s=0.0, compile_s=0.0):
         shares.append(budget.progress(step))
         if step % 10 == 0 or shares[-1] >= 1:
             for kind, took in (("eval", eval_s), ("save", save_s)):
-                with budget.measure(kind):
+                with budget.timed(kind):
                     clock.now += took
-    with budget.measure("save"):
+    with budget.timed("save"):
         clock.now += save_s
     return shares
 
