@@ -163,6 +163,7 @@ Made by `python to_kaggle.py {command}`.
 4. **Save Version > Save & Run All.** Results are in `/kaggle/working/runs`. To continue a
    stopped run, run the training cell again while that folder is still there.
 """
+LIMIT = "training saves before its limit of {}.\n   The evaluations around it take minutes more"
 NO_LIMIT = "without `time_limit`, such as 8h30m, what is not saved by then is lost"
 PACKAGE = """\
 # The code, as plain text: change a file here, then run this cell and those below it.
@@ -294,7 +295,7 @@ def notebook(script: str, config: Any, resolved: Any, files: dict[str, str],
     title, command = sys.modules[module].__doc__.split("\n")[0], shlex.join([script, *flags])
     model = tiny("'code'") if getattr(config, "model", None) == "tiny" else ""
     time_limit = getattr(config, "time_limit", None)
-    limit = f"the run saves before its limit of {time_limit}" if time_limit else NO_LIMIT
+    limit = LIMIT.format(time_limit) if time_limit else NO_LIMIT
     cells = [  # (id, text); cells whose id begins with # are Markdown
         ("# intro", INTRO.format(title=title, command=command, limit=limit)),
         ("install", install()),
