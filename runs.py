@@ -134,14 +134,17 @@ class Budget:
 
     def state(self) -> dict:
         """What a checkpoint holds; without a limit nothing that depends on the clock."""
-        clock = {"clock_p": self.clock_p, "longest_s": self.longest_s}
+        clock = {"clock_p": self.clock_p, "limit_s": self.limit_s, "longest_s": self.longest_s}
         return {"p": self.p} | (clock if self.limit_s is not None else {})
 
     def load(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; a finished run goes on if --steps or --time-limit grew."""
         self.p = state["p"]
-        # With --steps, p0 is the clock's share alone: a finished run whose --steps grew goes on.
-        self.clock_p = self.clock_p0 = self.p if self.steps is None else state.get("clock_p", 0.0)
+        # With --steps, p0 is the clock's share alone.
+        p0 = self.p if self.steps is None else state.get("clock_p", 0.0)
+        if p0 == 1 and self.limit_s and self.limit_s > state.get("limit_s", self.limit_s):
+            p0 = state["limit_s"] / self.limit_s
+        self.clock_p = self.clock_p0 = p0
         self.longest_s |= state.get("longest_s", {})
 
 # -------------------------------------------------------------------------------------- the folder
@@ -346,6 +349,10 @@ class Run(contextlib.ExitStack):
                 save(None)
             raise SystemExit(f"stopped by {self.stopping} at step {step} of {self.folder}: the "
                              "same command continues from there")
+        if step == 0 and self.budget.clock_p == 1:
+            took = ", ".join(f"{k} {s:.0f} s" for k, s in self.budget.longest_s.items() if s)
+            raise SystemExit(f"--time-limit {self.budget.limit_s:g} s left no time for a step "
+                             f"({took}): raise it, or evaluate less (--eval-rows, --eval-every)")
         if self.scored_step != step:
             save(evaluate())
         return self.finish(write_model)

@@ -621,6 +621,31 @@ def test_a_new_session_has_its_own_limit_and_repeats_exactly():
         assert budget.progress(6) == pytest.approx(next_p)
 
 
+def test_a_finished_run_goes_on_if_its_limit_grew():
+    """As one whose --steps grew: the learning rate of its end is not that of the longer run."""
+    first = runs.Budget(limit_s=100, clock=FakeClock())
+    first.clock.now += 100
+    assert first.progress(7) == 1
+    for limit_s, p in ((50, 1), (100, 1), (400, 0.25)):
+        later = runs.Budget(limit_s=limit_s, clock=FakeClock())
+        later.load(json.loads(json.dumps(first.state())))
+        assert later.progress(7) == p
+
+
+def test_a_limit_that_leaves_no_time_for_a_step_is_told(tmp_path):
+    """An evaluation as long as the limit: no model would be trained, and "done" would hide it."""
+    budget = runs.Budget(limit_s=100, clock=FakeClock())
+    with open_run(tmp_path / "run", budget) as run:
+        run.restore({})
+        with run.budget.timed("eval"):
+            budget.clock.now += 80
+        assert run.progress(0) == 1
+        with pytest.raises(SystemExit, match=r"--time-limit 100 s left no time for a step \(eval "
+                                             r"80 s\): raise it, or evaluate less"):
+            run.end(0, None, None, None)
+    assert not (tmp_path / "run/final").exists()
+
+
 def test_steps_may_grow_after_a_finished_run_with_a_limit():
     budget, clock = runs.Budget(steps=2, limit_s=100, clock=FakeClock()), FakeClock()
     assert budget.progress(2) == 1
