@@ -372,7 +372,7 @@ class Scorer:
             if future.done():
                 scores.append(future.result())
                 continue
-            if not future.cancel():
+            if not future.cancel() and not future.done():
                 self._start_thread()  # replaces the stuck one
             why = f"no score within --reward-timeout {self.config.reward_timeout:g} s"
             scores.append(rewards.Scored(None, {}, {"total": why}))
