@@ -28,9 +28,9 @@ COLUMNS = {  # metric of an evaluation -> (heading, factor)
     "eval_pair_accuracy": ("held-out pairs, %", 100), "eval_loss": ("held-out loss", 1),
     "eval_format": ("format, %", 100), "eval_length": ("tokens", 1),
 }
-SETTINGS = ("data", "eval_data", "rewards", "reward_file", "judge", "loss", "steps", "time_limit",
-            "lora_rank", "lora_alpha", "learning_rate", "prompts", "group", "batch_rows",
-            "max_length", "max_new", "temperature", "kl_coef", "seed")
+SETTINGS = ("adapter", "data", "eval_data", "rewards", "reward_file", "judge", "loss", "steps",
+            "time_limit", "lora_rank", "lora_alpha", "learning_rate", "prompts", "group",
+            "batch_rows", "max_length", "max_new", "temperature", "kl_coef", "seed")
 
 
 # --------------------------------------------------------------------------------------- the result
@@ -72,19 +72,27 @@ def ending(folder: Path, run_folder: Path, step: int) -> list[str]:
 
 def which(run: report.Run, step: int) -> str:
     """Which step a model is: "best step 60 of 80", or "last step, 80"."""
+    scores = evaluations(run)
+    start = scores.pop(0, None)  # no checkpoint
+    fell = ", worse than the start" if start is not None and scores.get(step, start) < start else ""
     if n_evaluated(run, step) > 1:
-        return f"best step {step} of {max(run.steps)}"
-    return f"last step, {step}"
+        return f"best step {step} of {max(run.steps)}{fell}"
+    return f"last step, {step}{fell}"
+
+
+def evaluations(run: report.Run) -> dict[int, float]:
+    """The scores that checkpoints are chosen by, of each evaluated step; the largest is best."""
+    for name, sign in (("eval_accuracy", 1), ("eval_loss", -1), ("eval_format", 1)):
+        scores = {s: sign * row[name] for s, row in run.steps.items() if row.get(name) is not None}
+        if any(scores):  # of a step after 0
+            return scores
+    return {}
 
 
 def n_evaluated(run: report.Run, step: int) -> int:
-    """Number of evaluated steps if this one is the best of them, else 0."""
-    for name, sign in (("eval_accuracy", 1), ("eval_loss", -1), ("eval_format", 1)):
-        scores = {s: sign * row[name] for s, row in run.steps.items()
-                  if s and row.get(name) is not None}  # step 0 is the start, and no checkpoint
-        if scores:
-            return len(scores) if scores.get(step) == max(scores.values()) else 0
-    return 0
+    """Number of evaluated steps after the start if this one is the best of them, else 0."""
+    scores = {s: score for s, score in evaluations(run).items() if s}
+    return len(scores) if scores and scores.get(step) == max(scores.values()) else 0
 
 
 def results(run: report.Run, step: int) -> str:

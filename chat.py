@@ -2,10 +2,11 @@
 
     python chat.py --adapter runs/grpo                     # /base, /reset, Ctrl-D
     python chat.py --adapter runs/grpo --prompt "12 + 30?" # one answer
-    python chat.py --adapter runs/grpo < questions.txt     # a question a line
+    python chat.py --adapter runs/grpo < turns.txt         # a conversation, a line each turn
 
-/base answers the last question with the model before training. Programs are compiled for up to 256,
-512, 1024, ... tokens of conversation: a turn compiles only where it outgrows the last size.
+/base answers the last question with the base model, without any adapter; /reset forgets the
+conversation. Programs are compiled for up to 256, 512, 1024, ... tokens of conversation: a turn
+compiles only where it outgrows the last size.
 """
 
 import dataclasses

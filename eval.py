@@ -29,6 +29,7 @@ import dataclasses
 import itertools
 import math
 import re
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -498,7 +499,7 @@ def main(config: Config) -> dict:
     # the names of domains are text of the rows
     print(terminal.clean(table(results)) if config.all else summary(results))
     if others is not None:
-        print(sentence(results["compare"]))
+        print(textwrap.fill(sentence(results["compare"]), 79))
     return results
 
 

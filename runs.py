@@ -111,7 +111,8 @@ class Budget:
             self.p = min(1.0, step / self.steps) if self.steps > 0 else 1.0
         if self.limit_s is not None:
             step_s, eval_s, save_s = self.longest_s.values()
-            reserve_s = 1.25 * (step_s + eval_s + 2 * save_s)  # final/ costs about another save
+            # An evaluation that was not measured counts as a step; final/ costs about another save.
+            reserve_s = 1.25 * (step_s + (eval_s or step_s) + 2 * save_s)
             reserve_s += min(5.0, 0.05 * self.limit_s)  # the report, and the process's own end
             if not (step_s and eval_s and save_s):  # something was not measured yet
                 reserve_s = max(reserve_s, 0.05 * self.limit_s)

@@ -112,7 +112,8 @@ class Training(Rows):
     out: str = "runs/train"
     """Run folder; the same command continues the run in it."""
     eval_every: int | None = None
-    """Steps between evaluations; the best checkpoint is kept. 0: evaluate only at the end."""
+    """Steps between evaluations, from step 0 on; the best checkpoint is kept. 0: evaluate only at
+    the end."""
     eval_rows: int | None = None
     """Maximum number of held-out rows; 0: all of them."""
     save_every: int | None = None

@@ -143,6 +143,7 @@ DEFAULTS = {
     ),
     "gemma2": REAL,
     "gemma3": REAL,
+    "gemma3-270m": REAL | dict(learning_rate=1e-4),  # of its own runs, LOG.md
     **dict.fromkeys(gemma.LARGE, REAL | dict(lora_rank=32, slots=8)),
 }
 SHOWN = {  # metrics printed each step; metrics.jsonl has all of them

@@ -50,6 +50,10 @@ def test_the_end_of_a_run_says_what_came_out_and_what_to_do_next(run):
     assert card.which(report.read_run(run), 80) == "last step, 80"  # as where the best is damaged
     assert card.outcome(once, 80) == "held-out loss 1.250 at step 80, the only evaluation"
     assert card.outcome(once, 70) == ""
+    fell = report.read_run(run)._replace(steps={
+        s: {"eval_accuracy": a} for s, a in ((0, 0.4), (20, 0.1), (40, 0.3))})
+    assert card.which(fell, 40) == "best step 40 of 40, worse than the start"
+    assert card.which(fell, 20) == "last step, 20, worse than the start"
 
 
 def test_a_card_has_the_hubs_metadata_results_and_the_real_rank(run):

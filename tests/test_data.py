@@ -318,6 +318,8 @@ def test_no_prompt_is_on_both_sides_of_a_hold_out(tmp_path, said):
     read = lambda row: SimpleNamespace(prompt=row["prompt"])
     split = lambda **changes: data.load_split(config(data=f"{one},{two}", **changes), read)
     sets, held_out = split()
+    assert said[-1] == (f"data: {len(held_out)} of these rows are held out; so few tell little, "
+                        "--eval-data names others")
     out, kept = {item.prompt for item in held_out}, {item.prompt for s in sets for item in s}
     assert len(sets) == 2 and len(out) == 5 and not out & kept and len(out | kept) == 200
     assert len(held_out) + sum(map(len, sets)) == 660

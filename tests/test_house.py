@@ -37,7 +37,7 @@ def test_there_is_no_circle_and_no_script_below_another():
         assert not reached(name) & (SCRIPTS - {name} | AROUND), name
 
 
-@pytest.mark.parametrize("script, n_files, n_lines", [("train_grpo", 15, 6600),
+@pytest.mark.parametrize("script, n_files, n_lines", [("train_grpo", 15, 6620),
                                                       ("train_sft", 12, 4250)])
 def test_what_a_reader_pays(script, n_files, n_lines):
     """Whoever adds more argues for it, and raises the number."""

@@ -621,6 +621,15 @@ def test_a_new_session_has_its_own_limit_and_repeats_exactly():
         assert budget.progress(6) == pytest.approx(next_p)
 
 
+def test_an_evaluation_that_was_not_measured_counts_as_a_step():
+    """With --eval-every 0 the only one comes after the last step."""
+    budget = runs.Budget(limit_s=1000, clock=FakeClock())
+    for step in range(5):
+        p = budget.progress(step)
+        budget.clock.now += 90
+    assert p == pytest.approx(360 / (1000 - 1.25 * 180 - 5))
+
+
 def test_a_finished_run_goes_on_if_its_limit_grew():
     """As one whose --steps grew: the learning rate of its end is not that of the longer run."""
     first = runs.Budget(limit_s=100, clock=FakeClock())
