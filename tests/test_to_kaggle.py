@@ -89,7 +89,7 @@ def test_evaluation_is_on_the_data_of_the_training(tmp_path):
         assert text.count(expected) == 2 and ("held_out.jsonl" in text) == ("held_out" in expected)
 
 
-@pytest.mark.parametrize("script", ["train_sft", "train_grpo", "train_ppo", "train_distill"])
+@pytest.mark.parametrize("script", ["train_sft", "train_grpo", "train_ppo"])
 def test_own_rows_are_held_out_before_training_as_the_run_does(tmp_path, monkeypatch, script):
     """The cell before training writes the file that the run writes too."""
     (tmp_path / "mine.jsonl").write_text("".join(
@@ -99,7 +99,7 @@ def test_own_rows_are_held_out_before_training_as_the_run_does(tmp_path, monkeyp
     flags = ["--data", "mine.jsonl", "--columns", "question=q", "--steps", "1", "--out", "run"]
     export(tmp_path / "nb", *flags, script=f"{script}.py")
     module = importlib.import_module(script)
-    scope = {"script": module, "config": commandline.cli(module.Config, args=flags)}
+    scope = {"script": module, "config": commandline.cli(module.Config, "", flags)}
     exec(to_kaggle.OWN_ROWS, scope)
     assert scope["held_out"].read_bytes().count(b"\n") == 3
     seen = []
