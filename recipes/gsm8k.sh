@@ -10,8 +10,8 @@
 # whose traces SFT has learned by heart, samples agree and a group teaches nothing. GSM8K is too
 # hard for the 270M: after SFT 2 % of its samples are right, and GRPO taught it the format alone.
 # On one-step problems with small numbers, as many of each operation, GRPO brought it from 6 to 14 %
-# of SVAMP's test, and cost one or two points of GSM8K's, whose problems need several steps (LOG.md): name
-# such files in sft_data, rl_data and test.
+# of SVAMP's test, and cost one or two points of GSM8K's, whose problems need several steps
+# (LOG.md): name such files in sft_data, rl_data and test.
 
 source "$(dirname "$0")/common.sh"
 
