@@ -484,9 +484,10 @@ def load_split(config, read: Callable[[dict], Any], *, rows: int = 0) -> tuple[l
     if not all(sets):
         raise ValueError(f"--data {config.data}: {len(prompts)} prompts are too few to hold "
                          "some out; --eval-data names other held-out rows")
-    few = "; so few tell little, --eval-data names others" if len(held_out[:n]) < 30 else ""
-    terminal.say(f"data: {len(held_out[:n])} of these rows are held out{few}")
-    return sets, held_out[:n]
+    held_out = held_out[:n]
+    few = "; so few tell little, --eval-data names others" if len(held_out) < 30 else ""
+    terminal.say(f"data: {len(held_out)} of these rows are held out{few}")
+    return sets, held_out
 
 
 # --- packing --------------------------------------------------------------------------------------
